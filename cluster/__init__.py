@@ -1,0 +1,1 @@
+"""Operators: command line, jobs, driver, workers, preflight, manifests."""

@@ -1,0 +1,77 @@
+"""Configuration of storage access and of the data pipeline."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """Base of this package's configurations: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class StoreConfig(Config):
+    """Access to object stores. Credentials are never configured here: the AWS SDK resolves them."""
+
+    endpoint_url: str | None = None
+    """Endpoint of an S3-compatible store; none: as the AWS SDK resolves it."""
+    region: str | None = None
+    """Region; none: as the AWS SDK resolves it."""
+    max_attempts: int = Field(8, gt=0)
+    """Tries per request before it fails."""
+    stall_timeout_seconds: float = Field(20.0, gt=0)
+    """A request that delivers no byte for this long is broken off and tried again."""
+
+
+class SourceConfig(Config):
+    """One data set of a mixture."""
+
+    manifest: str
+    """URL of the manifest that `isthmus data index` wrote."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source in every batch, relative to the other weights."""
+
+
+class BudgetConfig(Config):
+    """How many bad samples a run tolerates before it stops and names the worst shard."""
+
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Largest fraction of bad samples within the window."""
+    window_samples: int = Field(10_000, gt=0)
+    """Width of the sliding window."""
+    max_consecutive: int = Field(100, gt=0)
+    """Bad samples in a row from one source."""
+
+
+class DataConfig(Config):
+    """The streaming pipeline from shards to batches."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Data sets and their weights."""
+    lanes: int = Field(gt=0)
+    """Parallel sample streams; must divide the global batch, and every world size must divide it. Fixed for a run."""
+    shuffle_chunks: int = Field(4, gt=0)
+    """Chunks of a lane over which samples are shuffled."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area range of the random crop, as fractions of the image."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    max_caption_words: int = Field(50, gt=0)
+    """Longer captions are cut."""
+    max_image_pixels: int = Field(64_000_000, gt=0)
+    """Larger images are bad samples (decompression bombs)."""
+    cache_dir: str | None = None
+    """Local folder for the chunk cache; none: no disk cache."""
+    cache_bytes: int = Field(0, ge=0)
+    """Bound of the chunk cache per node."""
+    prefetch_steps: int = Field(2, ge=0)
+    """Batches prepared ahead."""
+    prefetch_bytes: int = Field(1 << 30, gt=0)
+    """Bound of prefetched chunk bytes per reader."""
+    backend: Literal["inline", "ray"] = "inline"
+    """inline: processes of the train worker. ray: reader actors on CPU nodes."""
+    readers: int = Field(1, ge=0)
+    """Reader processes per train worker (inline; 0: in the worker itself) or reader actors in all (ray)."""
+    budget: BudgetConfig = BudgetConfig()
+    """Tolerance of bad samples."""

@@ -1,0 +1,108 @@
+"""Configuration of the three model parts: frozen vision encoder, Q-Former, frozen language model."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Config(BaseModel):
+    """Base of this package's configurations: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class VisionConfig(Config):
+    """The frozen image encoder."""
+
+    path: str
+    """Folder with config.json and *.safetensors: a local path or an object-store URL."""
+    image_size_pixels: int = Field(224, gt=0)
+    """Side of the square input image."""
+    dtype: Dtype = "float32"
+    """Storage and compute type of the frozen weights."""
+    micro_batch_size: int = Field(64, gt=0)
+    """Images encoded at a time; the encoder keeps no activations, so this only bounds memory."""
+
+
+class QFormerConfig(Config):
+    """The trainable bridge (BLIP-2, section 3.1)."""
+
+    hidden_size: int = Field(768, gt=0)
+    """Width of queries and text rows."""
+    num_layers: int = Field(12, gt=0)
+    """Transformer layers."""
+    num_heads: int = Field(12, gt=0)
+    """Attention heads; must divide hidden_size."""
+    intermediate_size: int = Field(3072, gt=0)
+    """Width of each feed-forward network."""
+    cross_attention_every: int = Field(2, gt=0)
+    """Layers 0, n, 2n, ... attend to the image."""
+    num_queries: int = Field(32, gt=0)
+    """Learned query vectors."""
+    vocab_size: int = Field(30523, gt=0)
+    """WordPiece vocabulary including [DEC]."""
+    max_positions: int = Field(512, gt=0)
+    """Length of the position table, in tokens."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Hidden and attention dropout."""
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    """Epsilon of every LayerNorm inside the Q-Former."""
+    projection_size: int = Field(256, gt=0)
+    """Width of the ITC embedding space."""
+    init_from: str | None = None
+    """BERT folder (local or URL) to initialise from; none: random."""
+    tokenizer: str | None = None
+    """Folder with vocab.txt or tokenizer.json; none: init_from."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward: less memory, about a third more compute."""
+
+
+class LanguageConfig(Config):
+    """The frozen language model of stage 2."""
+
+    path: str
+    """Hugging Face folder with config.json, tokenizer and *.safetensors: local path or object-store URL."""
+    objective: Literal["auto", "lm", "prefix_lm"] = "auto"
+    """lm: the whole caption is the target. prefix_lm: the decoder writes what follows a prefix. auto: by architecture."""
+    prompt: str = ""
+    """Text put before every caption; never a target."""
+    max_text_tokens: int = Field(32, gt=1)
+    """Captions are cut to this many tokens, special tokens included."""
+    dropout: bool = False
+    """Keep the frozen model's dropout active, as the original code does."""
+    dtype: Dtype = "float32"
+    """Storage and compute type of the frozen weights."""
+    activation_checkpointing: bool = False
+    """Recompute the frozen model's layers in backward."""
+
+
+class Stage1LossConfig(Config):
+    """The three losses of stage 1 (BLIP-2, section 3.2)."""
+
+    itc_weight: float = Field(1.0, ge=0)
+    """Weight of image-text contrast."""
+    itm_weight: float = Field(1.0, ge=0)
+    """Weight of image-text matching."""
+    itg_weight: float = Field(1.0, ge=0)
+    """Weight of image-grounded text generation."""
+    itc_grad: Literal["anchor", "full"] = "anchor"
+    """anchor: the key side carries no gradient, as in the original code. full: both sides do."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Smoothing of the ITC and ITG targets."""
+    temperature_init: float = Field(0.07, gt=0)
+    """Initial value of the learned ITC divisor."""
+    max_text_tokens: int = Field(32, gt=1)
+    """Captions are cut to this many WordPiece tokens, special tokens included."""
+
+
+class ModelConfig(Config):
+    """All model parts of a run."""
+
+    vision: VisionConfig
+    """Frozen image encoder."""
+    qformer: QFormerConfig = QFormerConfig()
+    """Trainable bridge."""
+    language: LanguageConfig | None = None
+    """Frozen language model; needed by stage 2."""

@@ -1,0 +1,1 @@
+"""Training: DeepSpeed engine, loop, checkpoints, runs, evaluation, estimates."""
