@@ -1,0 +1,65 @@
+"""`isthmus config`: show, describe and compare run configurations."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from cluster.config import JobConfig
+from trainer.config_io import Change, check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
+
+app = typer.Typer(help="Show, describe and compare run configurations.", no_args_is_help=True)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, such as stage1.steps=100.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def show(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print the resolved configuration and its content hash."""
+    resolved = load_config(config, overrides or [], JobConfig)
+    if as_json:
+        typer.echo(json.dumps({"hash": config_hash(resolved), "config": resolved.model_dump(mode="json")}, indent=2))
+    else:
+        typer.echo(f"# sha256 {config_hash(resolved)}\n{to_yaml(resolved)}", nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    typer.echo(json.dumps(JobConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
+    new: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Print the keys whose values differ between two recipes or runs."""
+    changes = diff_configs(_resolved(old), _resolved(new))
+    if as_json:
+        typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
+        return
+    for change in changes:
+        typer.echo(_line(change))
+    if not changes:
+        typer.echo("no difference")
+
+
+def _line(change: Change) -> str:
+    return f"{change.key}: {json.dumps(change.old)} -> {json.dumps(change.new)}"
+
+
+def _resolved(place: str) -> dict[str, Any]:
+    """Return the resolved configuration of a recipe file or of a run's folder."""
+    if place.endswith((".yaml", ".yml")) and "://" not in place:
+        return load_config(place, [], JobConfig).model_dump(mode="json")
+    from data_pipeline.object_store import ObjectStore, join
+
+    url = place if place.endswith((".yaml", ".yml")) else join(place.rstrip("/"), "config.yaml")
+    text = ObjectStore().get(url).decode()
+    return check_config(parse_yaml(text, url), JobConfig, url).model_dump(mode="json")

@@ -1,0 +1,56 @@
+"""Entry point of `isthmus`: mounts the verbs and turns expected errors into one red line and exit code 2."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+import typer
+
+from cluster.cli import config
+from cluster.errors import ClusterError
+from data_pipeline.errors import DataError
+from model.errors import ModelError
+from trainer.errors import ConfigError, TrainerError
+
+EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    name="isthmus",
+    help="Pretrain BLIP-2 vision-language bridges on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 something for you to mend, 75 stopped early: start again.",
+)
+app.add_typer(config.app, name="config")
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of every error (anywhere on the line)."),
+) -> None:
+    """Pretrain BLIP-2 vision-language bridges on a Ray cluster."""
+
+
+def main() -> NoReturn:
+    """Run the command line; never returns."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="isthmus", standalone_mode=True)
+    except EXPECTED_ERRORS as error:
+        if debug:
+            raise
+        _fail(str(error))
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    console = importlib.import_module("rich.console").Console(stderr=True, soft_wrap=True)
+    console.print(message, style="red", markup=False, highlight=False)
+    sys.exit(USAGE_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The command line: light to start, one red line for expected errors, tracebacks for defects."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.trainer.test_config_io import RECIPE
+
+pytestmark = pytest.mark.unit
+
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "boto3", "numpy", "matplotlib")
+
+
+def isthmus(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli.main", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['isthmus', '--help']\n"
+        "from cluster.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules)); print('heavy:', heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "Usage: isthmus" in done.stdout
+    assert "heavy: []" in done.stderr
+
+
+def test_a_wrong_recipe_is_one_answer_with_exit_code_2_and_no_traceback(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    arguments = ("config", "show", str(recipe), "data.lane=4", "stage2.steps=many", "stage1.global_batch_size=12")
+    done = isthmus(*arguments)
+    assert done.returncode == 2
+    assert "3 problems" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in isthmus(*arguments, "--debug").stderr
+
+
+def test_show_prints_a_resolved_recipe_that_reads_back_with_the_same_hash(tmp_path: Path):
+    recipe, resolved = tmp_path / "recipe.yaml", tmp_path / "resolved.yaml"
+    recipe.write_text(RECIPE)
+    resolved.write_text(isthmus("config", "show", str(recipe), "stage1.steps=77").stdout)
+    shown = json.loads(isthmus("config", "show", str(resolved), "--json").stdout)
+    assert shown["config"]["stage1"]["steps"] == 77
+    assert shown["hash"] in resolved.read_text()
+    assert isthmus("config", "diff", str(recipe), str(resolved)).stdout == "stage1.steps: 10 -> 77\n"
+
+
+def test_the_schema_describes_every_section():
+    schema = json.loads(isthmus("config", "schema").stdout)
+    assert {"run", "data", "model", "stage1", "stage2", "cluster"} <= schema["properties"].keys()
+    assert schema["properties"]["run"]["description"]
+
+
+def test_an_unknown_verb_is_a_usage_error():
+    done = isthmus("trian")
+    assert done.returncode == 2
+    assert "trian" in done.stderr

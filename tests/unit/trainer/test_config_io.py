@@ -1,0 +1,121 @@
+"""Configuration: every problem at once, overrides, content hash, hostile YAML."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import JobConfig
+from trainer.config_io import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
+from trainer.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+RECIPE = """
+run: {name: small, url: s3://bucket/runs}
+data: {sources: [{manifest: s3://bucket/manifest.json}], lanes: 8}
+model: {vision: {path: vision}, language: {path: llm}}
+stage1: {steps: 10, global_batch_size: 16, micro_batch_size: 4, deepspeed: stage1_zero1}
+stage2: {steps: 10, global_batch_size: 16, micro_batch_size: 4, deepspeed: stage2_zero3}
+cluster: {workers: {min: 1, max: 4}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, JobConfig)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_overrides_reach_nested_keys_and_list_items(recipe):
+    config = load_config(
+        recipe, ["stage1.optimizer.peak_lr=1e-3", "data.sources.0.weight=2", "evaluation.manifest=m"], JobConfig
+    )
+    assert config.stage1.optimizer.peak_lr == 1e-3
+    assert config.data.sources[0].weight == 2.0
+    assert config.evaluation.manifest == "m"
+
+
+def test_misspelt_key_wrong_type_and_impossible_batch_come_together(recipe):
+    assert problems_of(recipe, "data.shufle_chunks=3", "stage2.steps=many", "stage1.global_batch_size=12") == [
+        "data.shufle_chunks: unknown key; did you mean data.shuffle_chunks?",
+        "stage2.steps: 'many' is wrong: input should be a valid integer, unable to parse string as an integer",
+        "stage1.global_batch_size: 12 is not divisible by data.lanes = 8; set a multiple of 8",
+    ]
+
+
+def test_a_rule_is_not_applied_to_a_value_that_is_itself_wrong(recipe):
+    (problem,) = problems_of(recipe, "stage1.global_batch_size=lots")
+    assert problem.startswith("stage1.global_batch_size: 'lots' is wrong")
+
+
+def test_a_key_at_the_wrong_place_is_found_at_the_right_one(recipe):
+    assert problems_of(recipe, "lanes=4") == ["lanes: unknown key; did you mean data.lanes?"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["stage1=null"], "stage2.init_from"),
+        (["stage1=null", "stage2=null"], "stage1, stage2"),
+        (["model.language=null"], "model.language"),
+        (["cluster.workers.min=5"], "cluster.workers"),
+        (["cluster.workers.min=3", "cluster.workers.max=3"], "cluster.workers"),
+        (["run.name=Big_Run"], "run.name"),
+        (["data.sources=[]"], "data.sources"),
+        (["run=null"], "run"),
+    ],
+)
+def test_rules_across_fields_name_the_key(recipe, overrides, key):
+    assert any(problem.startswith(f"{key}: ") for problem in problems_of(recipe, *overrides))
+
+
+def test_world_sizes_divide_the_lanes(recipe):
+    assert load_config(recipe, [], JobConfig).world_sizes == (1, 2, 4)
+
+
+@pytest.mark.parametrize("override", ["stage1.steps", "=3", "a..b=3", "data.sources.7.weight=1", "run.name.x=1"])
+def test_an_override_that_cannot_be_set_is_quoted(recipe, override):
+    with pytest.raises(ConfigError, match="override"):
+        load_config(recipe, [override], JobConfig)
+
+
+def test_the_hash_follows_the_content_and_yaml_reads_back_equal(recipe):
+    config = load_config(recipe, [], JobConfig)
+    again = check_config(parse_yaml(to_yaml(config), "dump"), JobConfig, "dump")
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    changed = load_config(recipe, ["stage1.steps=11"], JobConfig)
+    assert config_hash(changed) != config_hash(config)
+    (change,) = diff_configs(config.model_dump(mode="json"), changed.model_dump(mode="json"))
+    assert change == ("stage1.steps", 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("a: 1\na: 2", "stands twice"),
+        ("a: !!python/object/apply:os.system ['true']", "not plain YAML"),
+        ("- 1", "not a mapping"),
+        ("a: [" * 5000, "not plain YAML"),
+    ],
+)
+def test_hostile_yaml_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "hostile.yaml")
+
+
+def test_unreadable_and_oversized_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        load_config(tmp_path / "missing.yaml", [], JobConfig)
+    large = tmp_path / "large.yaml"
+    large.write_text("a: 1\n" * 300_000)
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(large, [], JobConfig)
