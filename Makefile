@@ -1,5 +1,5 @@
 # One command each; every target first makes or refreshes .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ venv: $(STAMP)
 $(STAMP):
 	@echo "Installing into .venv: about 3 minutes and 3 GB the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint constraints.txt --editable '.[dev,demo]' 2>&1 | grep -v '^WARNING: Location' || true
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt --editable '.[dev,demo]'
 	$(BIN)/python -m pip check --disable-pip-version-check
 	@rm -f .venv/stamp-*
 	@touch $@
