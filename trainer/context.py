@@ -20,6 +20,8 @@ class StopReason(StrEnum):
     """The node is about to be taken away."""
     OPERATOR = "operator"
     """`isthmus stop`."""
+    RESIZE = "resize"
+    """The driver wants to go on with another number of workers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class RunContext(Protocol):
         """Return why this process was asked to stop, if it was. Called by every rank at every step boundary."""
         ...
 
+    def begin_step(self, step: int) -> None:
+        """Note that `step` is being trained now. Called by every rank first in every step."""
+        ...
+
     def report(self, metrics: dict[str, float]) -> None:
         """Pass the newest figures of rank 0 on to whoever watches."""
         ...
@@ -74,6 +80,9 @@ class LocalContext:
     def stop_request(self) -> StopReason | None:
         """Return SIGNAL after SIGTERM or SIGINT arrived inside `catch_signals`."""
         return StopReason.SIGNAL if self._stop.is_set() else None
+
+    def begin_step(self, step: int) -> None:
+        """Nobody supervises a local run beyond its watchdog."""
 
     def report(self, metrics: dict[str, float]) -> None:
         """Nobody watches a local run beyond its log."""
