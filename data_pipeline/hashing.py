@@ -1,0 +1,59 @@
+"""Randomness as a function: stable 64-bit hashes, hash streams and hash permutations.
+
+The sample order is a contract between versions, so nothing here rests on a library's random generator: blake2b for
+single values, SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) for
+permutations.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def stable_hash(*parts: int | str) -> int:
+    """Return a 64-bit hash of the parts, the same on every machine and in every version."""
+    return next(hash_stream(*parts))
+
+
+def hash_stream(*parts: int | str) -> Iterator[int]:
+    """Yield an endless sequence of 64-bit integers that is a function of the parts."""
+    seed = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts).encode()
+    block = 0
+    while True:
+        digest = hashlib.blake2b(seed, digest_size=64, salt=block.to_bytes(8, "little")).digest()
+        yield from struct.unpack("<8Q", digest)
+        block += 1
+
+
+def uniform_stream(*parts: int | str) -> Iterator[float]:
+    """Yield endless floats in [0, 1) that are a function of the parts."""
+    for value in hash_stream(*parts):
+        yield (value >> 11) * 2.0**-53
+
+
+def permutation(size: int, *parts: int | str) -> NDArray[np.int32]:
+    """Return a permutation of range(size) that is a function of the parts: the order of hashed counters.
+
+    The counter sits in the low bits of its own hash, so that one in-place sort is all the work and all the memory.
+    """
+    index_mask = np.uint64((1 << max(size - 1, 1).bit_length()) - 1)
+    with np.errstate(over="ignore"):
+        keys = np.arange(1, size + 1, dtype=np.uint64)
+        keys *= _GOLDEN
+        keys += np.uint64(stable_hash(*parts))
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            keys ^= keys >> np.uint64(shift)
+            keys *= factor
+        keys ^= keys >> np.uint64(31)
+    keys &= ~index_mask
+    keys |= np.arange(size, dtype=np.uint64)
+    keys.sort()
+    keys &= index_mask
+    return keys.astype(np.int32)
