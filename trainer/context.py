@@ -24,6 +24,20 @@ class StopReason(StrEnum):
     """The driver wants to go on with another number of workers."""
 
 
+class Outcome(StrEnum):
+    """How a stage ended without an error."""
+
+    FINISHED = "finished"
+    """All steps are done; exit code 0."""
+    STOPPED = "stopped"
+    """Saved and left early after a stop request; exit code 75: start again to go on."""
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a process that ends so."""
+        return 0 if self is Outcome.FINISHED else 75
+
+
 @dataclass(frozen=True)
 class Rank:
     """Place of this process among the training processes."""

@@ -1,0 +1,167 @@
+"""Goodput ledger: every second of a run belongs to exactly one activity, over all of its restarts.
+
+The ledger is kept in the run's folder as `goodput.json`. A process that is killed leaves its last written state
+behind; the next one books the time since then as restart, and moves what was spent after the checkpoint from which
+it resumes to lost work.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Protocol
+
+from pydantic import BaseModel
+
+
+class Activity(StrEnum):
+    """What a second was spent on."""
+
+    COMPUTE = "compute"
+    """Forward, backward, optimizer."""
+    DATA_WAIT = "data wait"
+    """Waiting for the next batch."""
+    CHECKPOINT = "checkpoint stall"
+    """Training stood still for a save."""
+    EVALUATION = "evaluation"
+    """Held-out evaluation and pictures."""
+    START_UP = "start-up"
+    """Loading, first dry batch, restoring."""
+    RESTART = "restart"
+    """Between the last sign of life of one process and the start of the next."""
+    LOST = "lost work"
+    """Spent on steps that had to be done again."""
+
+
+REPEATED = (Activity.COMPUTE, Activity.DATA_WAIT, Activity.CHECKPOINT, Activity.EVALUATION)
+MARKS_KEPT = 64
+
+
+class Mark(BaseModel):
+    """Seconds spent, by activity, when a step was reached."""
+
+    stage: str
+    step: int
+    seconds: dict[Activity, float]
+
+
+class Account(BaseModel):
+    """The ledger as it is written."""
+
+    started_at: float
+    """Unix time of the run's very first start."""
+    seen_at: float
+    """Unix time of the last write."""
+    starts: int = 1
+    """Processes that have worked on the run."""
+    seconds: dict[Activity, float]
+    marks: list[Mark] = []
+
+
+class Ledger(Protocol):
+    """Where the account is kept between processes."""
+
+    def read(self) -> bytes | None:
+        """Return what was written last; None: nothing yet."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Replace what was written."""
+        ...
+
+
+class GoodputLedger:
+    """Books the time of the running process; `spend` says on what it is spent from now on."""
+
+    def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
+        """Continue the run's account, or open it. The time since the last write is booked as restart."""
+        self._ledger = ledger
+        self._clock = clock
+        self._activity = Activity.START_UP
+        now = clock()
+        self._since = now
+        data = ledger.read()
+        if data is None:
+            self._account = Account(started_at=now, seen_at=now, seconds=dict.fromkeys(Activity, 0.0))
+        else:
+            self._account = Account.model_validate_json(data)
+            self._account.starts += 1
+            self._book(Activity.RESTART, max(0.0, now - self._account.seen_at))
+        self.write()
+
+    def resume(self, stage: str, step: int) -> None:
+        """Move what earlier processes spent beyond `step` to lost work, and mark the step.
+
+        Call it once the step from which a stage goes on is known, before any of its steps is done.
+        """
+        marks = [mark for mark in self._account.marks if mark.stage != stage or mark.step <= step]
+        base = next((mark for mark in reversed(marks) if mark.stage == stage), None)
+        if base is not None:
+            self._settle()
+            for activity in REPEATED:
+                again = self._account.seconds[activity] - base.seconds[activity]
+                self._book(activity, -again)
+                self._book(Activity.LOST, again)
+        self._account.marks = marks
+        self.mark(stage, step)
+
+    def mark(self, stage: str, step: int) -> None:
+        """Note that the state at `step` has been given to a checkpoint (or is the start of a stage)."""
+        self._settle()
+        self._account.marks.append(Mark(stage=stage, step=step, seconds=dict(self._account.seconds)))
+        del self._account.marks[:-MARKS_KEPT]
+
+    def spend(self, activity: Activity) -> Activity:
+        """Book the time so far and say what follows; return what went before."""
+        self._settle()
+        before, self._activity = self._activity, activity
+        return before
+
+    @contextmanager
+    def spending(self, activity: Activity) -> Iterator[None]:
+        """Spend the time inside the block on an activity, then go back to what went before."""
+        before = self.spend(activity)
+        try:
+            yield
+        finally:
+            self.spend(before)
+
+    def write(self) -> None:
+        """Book the time so far and keep the account in its ledger."""
+        self._settle()
+        self._account.seen_at = self._since
+        self._ledger.write(self._account.model_dump_json(indent=1).encode())
+
+    @property
+    def seconds(self) -> dict[Activity, float]:
+        """Seconds by activity over all processes of the run, up to now."""
+        self._settle()
+        return dict(self._account.seconds)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds from the run's first start to now."""
+        self._settle()
+        return self._since - self._account.started_at
+
+    def table(self) -> str:
+        """Return the account as lines of text, largest share first."""
+        seconds, total = self.seconds, max(self.total_seconds, 1e-9)
+        rows = sorted(seconds.items(), key=lambda item: -item[1])
+        lines = [f"  {activity:<17}{spent:12.1f} s {spent / total:8.1%}" for activity, spent in rows]
+        head = f"goodput {seconds[Activity.COMPUTE] / total:.1%} of {total:.1f} s in {self._account.starts} start(s)"
+        return "\n".join([head, *lines])
+
+    def _settle(self) -> None:
+        now = self._clock()
+        self._book(self._activity, max(0.0, now - self._since))
+        self._since = max(now, self._since)
+
+    def _book(self, activity: Activity, seconds: float) -> None:
+        self._account.seconds[activity] += seconds
+
+
+def read_account(data: bytes) -> dict[str, float]:
+    """Return seconds by activity of a written ledger, for `isthmus status`."""
+    return {str(key): value for key, value in json.loads(data)["seconds"].items()}
