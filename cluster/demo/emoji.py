@@ -79,7 +79,7 @@ def build_corpus(folders: dict[str, Path], target: Path, progress: Callable[[int
             record = {"path": path, "caption": drawing.name, "image_id": drawing.concept}
             pairs[drawing.split].append(json.dumps(record, ensure_ascii=False))
     for split, lines in pairs.items():
-        (partial / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (partial / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     counts = {split: len(lines) for split, lines in pairs.items()}
     (partial / "counts.json").write_text(json.dumps(counts))
     shutil.rmtree(target, ignore_errors=True)
