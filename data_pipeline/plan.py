@@ -105,8 +105,9 @@ class Plan:
         self.seed, self.lanes, self.shuffle_chunks = seed, lanes, shuffle_chunks
         self.global_batch_size = global_batch_size
         self.lane_batch_size = global_batch_size // lanes
-        self._manifests = [manifest for manifest, _ in sources]
-        self.epoch_samples = [int(manifest.chunk_samples.sum()) for manifest in self._manifests]
+        self.manifests = [manifest for manifest, _ in sources]
+        self.weights = [float(weight) for _, weight in sources]
+        self.epoch_samples = [int(manifest.chunk_samples.sum()) for manifest in self.manifests]
         for source, num_samples in enumerate(self.epoch_samples):
             if num_samples == 0:
                 raise DataError(f"source {source} of the mixture has no samples; index it again or remove it")
@@ -152,7 +153,7 @@ class Plan:
             )
         )
         chunk = int(order.chunks[index])
-        manifest = self._manifests[source]
+        manifest = self.manifests[source]
         shard = int(np.searchsorted(manifest.shard_chunk_starts, chunk, side="right")) - 1
         sample = shuffled - (int(order.ends[index]) - int(manifest.chunk_samples[chunk]))
         return SampleRef(source, epoch, position, shard, chunk - int(manifest.shard_chunk_starts[shard]), sample, row)
@@ -165,7 +166,7 @@ class Plan:
             drawn = self._mixture.counts((step + 1) * self.lane_batch_size)[source] - before
             return before.sum() + np.cumsum(drawn) - drawn, before
 
-        return self._remember("steps", (source, step), 4 * len(self._manifests) + 60, compute)
+        return self._remember("steps", (source, step), 4 * len(self.manifests) + 60, compute)
 
     def _lane_counts_at(self, source: int, count: int) -> IntArray:
         """Return how many of the source's first `count` slots each lane has."""
@@ -191,11 +192,11 @@ class Plan:
             lengths = self._lane_counts_at(source, (epoch + 1) * size) - first
             return np.concatenate([[0], np.cumsum(lengths)]), first
 
-        return self._remember("segments", (source, epoch), 4 * len(self._manifests), compute)
+        return self._remember("segments", (source, epoch), 4 * len(self.manifests), compute)
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         def compute() -> _Epoch:
-            sizes = self._manifests[source].chunk_samples
+            sizes = self.manifests[source].chunk_samples
             chunks = permutation(len(sizes), "chunks", self.seed, source, epoch)
             return _Epoch(chunks, np.cumsum(sizes[chunks], dtype=np.int64))
 
@@ -218,7 +219,7 @@ class Plan:
             end = min(high, int(order.ends[min(last, len(order.ends)) - 1]))
             return _Window(start, first, permutation(end - start, "window", self.seed, source, epoch, lane, number))
 
-        return self._remember("windows", (source, epoch, lane, number), 2 * self.lanes * len(self._manifests), compute)
+        return self._remember("windows", (source, epoch, lane, number), 2 * self.lanes * len(self.manifests), compute)
 
     def _remember(self, kind: str, key: Hashable, capacity: int, compute: Callable[[], T]) -> T:
         """Return `compute()`, kept among the `capacity` most recently used values of its kind."""
