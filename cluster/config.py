@@ -33,6 +33,44 @@ class RestartConfig(Config):
     """First pause before a restart; it doubles up to a minute."""
 
 
+class NodeConfig(Config):
+    """Shape of the pods of one group; one pod is one Ray node."""
+
+    cpus: int = Field(gt=0)
+    """CPU cores."""
+    memory: str = Field(pattern=r"^[1-9][0-9]*(Mi|Gi)$")
+    """Memory, such as 64Gi."""
+    gpus: int = Field(0, ge=0)
+    """GPUs."""
+    selector: dict[str, str] = Field({})
+    """Labels of the machines on which these pods run, such as {cloud.google.com/gke-spot: "true"}."""
+    tolerations: tuple[str, ...] = ()
+    """Keys of the taints that these pods tolerate."""
+
+
+class KubernetesConfig(Config):
+    """How `isthmus manifests` renders a run for KubeRay and Kueue."""
+
+    image: str = "isthmus:0.1.0"
+    """Image that the Dockerfile makes, with registry and tag."""
+    namespace: str = "default"
+    """Namespace of everything."""
+    service_account: str | None = None
+    """Service account with access to the object store (IRSA, workload identity)."""
+    secret: str | None = None
+    """Secret whose keys become environment variables, such as AWS_ACCESS_KEY_ID."""
+    queue: str | None = None
+    """Kueue LocalQueue in which the run waits; none: no queue."""
+    head: NodeConfig = NodeConfig(cpus=4, memory="16Gi")
+    """Head: on-demand machines; nothing but the driver runs there."""
+    workers: NodeConfig = NodeConfig(cpus=32, memory="256Gi", gpus=8, tolerations=("nvidia.com/gpu", "spot"))
+    """GPU group, made for spot machines."""
+    readers: NodeConfig = NodeConfig(cpus=16, memory="64Gi")
+    """CPU group that feeds it."""
+    ttl_seconds: int = Field(600, ge=0)
+    """Time for which the pods of a finished RayJob stay."""
+
+
 class ClusterConfig(Config):
     """Where a run runs."""
 
@@ -44,10 +82,18 @@ class ClusterConfig(Config):
     """CPU cores reserved per reader actor."""
     restart: RestartConfig = RestartConfig()
     """Restart budget."""
+    wait_seconds: float = Field(3600.0, gt=0)
+    """A run that finds no free resources for this long fails."""
+    grow_after_seconds: float = Field(60.0, ge=0)
+    """An attempt trains at least this long before it is restarted with more workers."""
+    unresponsive_seconds: float = Field(60.0, gt=0)
+    """A worker that answers the driver for this long not at all counts as lost."""
     stop_grace_seconds: float = Field(120.0, gt=0)
     """Time for a last checkpoint after a stop request or a drain notice."""
     secrets: tuple[str, ...] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    """Names of environment variables passed to the job; their values are never stored or printed."""
+    """Names of environment variables that the nodes must hold; values are never sent, stored or printed."""
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    """Manifests."""
 
 
 class JobConfig(TrainConfig):

@@ -1,0 +1,48 @@
+"""Ray's token authentication: on unless the operator turned it off, for clusters we start and clusters we reach.
+
+The token itself is read by Ray from RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+MODE_VARIABLE = "RAY_AUTH_MODE"
+TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable, not a token
+PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
+TOKEN_REMEDY = (
+    f"set {TOKEN_VARIABLE}, or {PATH_VARIABLE} to a file that holds the token "
+    "(on Kubernetes: kubectl get secret NAME -o jsonpath={.data.auth_token} | base64 -d)"
+)
+
+
+def has_token() -> bool:
+    """Return whether this user has a token where Ray looks for it."""
+    return bool(read_token())
+
+
+def read_token() -> str | None:
+    """Return the token from where Ray looks for it, in Ray's order; none: there is none."""
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if token:
+        return token
+    path = Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".ray" / "auth_token")
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def use_tokens(*, create: bool) -> None:
+    """Turn token authentication on for this process and its children, unless RAY_AUTH_MODE says otherwise.
+
+    With `create`, a process that has no token gets a fresh one, for the embedded cluster that it is about to start.
+    Call it before Ray is imported: Ray reads the mode once.
+    """
+    if os.environ.get(MODE_VARIABLE, "token") != "token":
+        return
+    if has_token():
+        os.environ[MODE_VARIABLE] = "token"
+    elif create:
+        os.environ[MODE_VARIABLE] = "token"
+        os.environ[TOKEN_VARIABLE] = secrets.token_hex(32)

@@ -1,0 +1,279 @@
+"""`isthmus submit|status|logs|stop|resume|ls`: runs on a Ray cluster."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.config import ConfigPath, Json, Overrides
+from cluster.config import JobConfig
+from cluster.errors import ClusterError
+from trainer.config_io import check_config, load_config, parse_yaml
+
+if TYPE_CHECKING:
+    from cluster.jobs import Job, Jobs
+    from cluster.run_view import RunView
+
+app = typer.Typer()
+
+FIRST_SIGN_SECONDS = 10.0
+WATCH_SECONDS = 2.0
+ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 [default: RAY_ADDRESS, else this machine's]."
+Address = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run on the cluster, or URL of its folder.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Go on showing the state until the run ends.")]
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    watch: Watch = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show what would be sent; send nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to a Ray cluster; one that is already at work is left as it is."""
+    resolved = load_config(config, overrides or [], JobConfig)
+    if dry_run:
+        _show_dry_run(resolved)
+    else:
+        _submit(resolved, address or resolved.cluster.address, watch=watch)
+
+
+@app.command()
+def resume(run: Run, address: Address = None, watch: Watch = False) -> None:
+    """Go on with a run from its last committed checkpoint; by URL also on another cluster."""
+    if _is_url(run):
+        resolved = _stored_config(run.rstrip("/"), None)
+        _submit(resolved, address or resolved.cluster.address, watch=watch)
+        return
+    job = _jobs(address).latest(run)
+    _submit(_stored_config(job.run_url, job.store.model_dump()), address, watch=watch)
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Run or URL of its folder; none: all runs.")
+    ] = None,
+    address: Address = None,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Show state, stage, step, time left, world size, goodput, restarts and the last committed checkpoint."""
+    from cluster.run_view import table
+
+    if watch and not as_json:
+        _watch(lambda: _views(run, address))
+        return
+    views = _views(run, address)
+    if as_json:
+        typer.echo(json.dumps([view.as_json() for view in views], indent=2))
+    else:
+        _print(table(views, details=run is not None))
+
+
+@app.command()
+def ls(address: Address = None, as_json: Json = False) -> None:
+    """List the runs that the cluster knows, newest first."""
+    from cluster.run_view import table
+
+    views = _views(None, address)
+    if as_json:
+        typer.echo(json.dumps([view.as_json() for view in views], indent=2))
+    else:
+        _print(table(views, details=False))
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="Only lines of this rank.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Print the log of a run's newest job."""
+    from cluster.logs import parse_line, render_line
+
+    jobs = _jobs(address)
+    job = jobs.latest(run)
+    lines = jobs.follow(job) if follow else iter(jobs.logs(job).splitlines())
+    for text in lines:
+        line = parse_line(text)
+        if rank is not None and (line is None or line.get("rank") != rank):
+            continue
+        if line is None:
+            if not as_json:
+                typer.echo(text)
+        else:
+            typer.echo(json.dumps(line) if as_json else render_line(line))
+
+
+@app.command()
+def stop(
+    run: Run,
+    address: Address = None,
+    grace_seconds: Annotated[
+        float, typer.Option("--grace", help="Longest wait for the checkpoint, in seconds.")
+    ] = 180.0,
+) -> None:
+    """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` goes on."""
+    jobs = _jobs(address)
+    job = jobs.latest(run)
+    if job.is_over:
+        typer.echo(f"{run}: not at work ({job.status.lower()})")
+        return
+    typer.echo(f"{run}: saving a checkpoint, then stopping", err=True)
+    job = jobs.stop(job, grace_seconds)
+    view = _view(job)
+    saved = view.status.committed_step if view.status else None
+    typer.echo(f"{run}: {job.status.lower()}" + (f", checkpoint at step {saved}" if saved is not None else ""))
+    typer.echo(f"  isthmus resume {run}{_option(address)}")
+
+
+def _submit(config: JobConfig, address: str | None, *, watch: bool) -> None:
+    jobs = _jobs(address)
+    job, is_new = jobs.submit(config)
+    name = config.run.name
+    typer.echo(f"{name}: {'submitted' if is_new else 'already at work'} as job {job.id} at {jobs.address}")
+    if is_new:
+        _report_first_sign(jobs, job)
+    for verb in (f"status {name} --watch", f"logs -f {name}", f"stop {name}", f"resume {name}"):
+        typer.echo(f"  isthmus {verb}{_option(address)}")
+    if watch:
+        _watch(lambda: _views(name, address))
+        _fail_if_failed(_view(jobs.get(job.id)))
+
+
+def _report_first_sign(jobs: "Jobs", job: "Job") -> None:
+    """Wait some seconds for the driver's first word; raise its error, print what it waits for."""
+    from cluster.status import RunState
+
+    deadline = time.monotonic() + FIRST_SIGN_SECONDS
+    while time.monotonic() < deadline:
+        view = _view(jobs.get(job.id))
+        _fail_if_failed(view)
+        status = view.status if view.status and view.status.job == job.id else None
+        if status and status.state is RunState.WAITING:
+            typer.secho(f"{job.run}: waiting: {status.message}", fg="yellow", err=True)
+            return
+        if status and status.world_size:
+            return
+        time.sleep(0.3)
+
+
+def _fail_if_failed(view: "RunView") -> None:
+    if view.failure:
+        raise ClusterError(f"{view.run}: {view.failure}")
+
+
+def _show_dry_run(config: JobConfig) -> None:
+    import tempfile
+    from pathlib import Path
+
+    from cluster.code_package import build_package, package_bytes
+    from cluster.jobs import job_environment, job_metadata
+
+    with tempfile.TemporaryDirectory() as folder:
+        count, size = package_bytes(build_package(config, Path(folder)))
+    typer.echo(f"{config.run.name}: would send {count} files, {size / 1e3:.0f} kB; nothing was sent")
+    typer.echo(f"  stages: {', '.join(config.stages)}; world sizes: {', '.join(map(str, config.world_sizes))}")
+    for key, value in {**job_metadata(config), **job_environment(config, f"{config.run.name}-N")}.items():
+        typer.echo(f"  {key}={value}")
+
+
+def _views(run: str | None, address: str | None) -> "list[RunView]":
+    """Return what is known of one run or of all, the newest job of each."""
+    from cluster.run_view import RunView
+
+    if run and _is_url(run):
+        return [RunView.of_folder(run.rstrip("/"))]
+    jobs = _jobs(address)
+    if run:
+        return [_view(jobs.latest(run))]
+    newest: dict[str, Job] = {}
+    for job in jobs.all():
+        newest.setdefault(job.run, job)
+    return [_view(job) for job in newest.values()]
+
+
+def _view(job: "Job") -> "RunView":
+    from cluster.run_view import RunView
+
+    return RunView.of_job(job)
+
+
+def _watch(views: Any) -> None:
+    """Show the table again and again until every run has ended: live on a terminal, plain lines elsewhere."""
+    from rich.live import Live
+
+    from cluster.run_view import table
+
+    if not sys.stdout.isatty():
+        for line in _changes(views):
+            typer.echo(line)
+        return
+    with Live(refresh_per_second=2) as live:
+        while True:
+            now = views()
+            live.update(table(now, details=len(now) == 1))
+            if all(view.is_over for view in now):
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+def _changes(views: Any) -> Iterator[str]:
+    """Yield one line per run whenever its line changes."""
+    before: dict[str, str] = {}
+    while True:
+        now = views()
+        for view in now:
+            if before.get(view.run) != view.line():
+                before[view.run] = view.line()
+                yield view.line()
+        if all(view.is_over for view in now):
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def _stored_config(run_url: str, store: dict[str, Any] | None) -> JobConfig:
+    """Return the configuration that a run's folder holds."""
+    from data_pipeline.object_store import NotFoundError, ObjectStore, join
+
+    from data_pipeline.config import StoreConfig
+
+    url = join(run_url, "config.yaml")
+    try:
+        text = ObjectStore(StoreConfig.model_validate(store or {})).get(url).decode()
+    except NotFoundError as error:
+        raise ClusterError(f"{url}: absent, so this is no run's folder; give the folder that holds run.json") from error
+    return check_config(parse_yaml(text, url), JobConfig, url)
+
+
+def _jobs(address: str | None) -> "Jobs":
+    from cluster.auth import use_tokens
+
+    use_tokens(create=False)  # before Ray is imported: it reads the mode once
+    from cluster.jobs import Jobs
+
+    return Jobs(address)
+
+
+def _is_url(run: str) -> bool:
+    return "/" in run
+
+
+def _option(address: str | None) -> str:
+    return f" --address {address}" if address else ""
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(renderable)

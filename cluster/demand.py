@@ -1,0 +1,69 @@
+"""What a run asks of a cluster, and the world size that fits on given nodes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.config import JobConfig
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Resources of one worker and of one reader, and the number of readers."""
+
+    worker: dict[str, float]
+    reader: dict[str, float]
+    num_readers: int
+
+    @staticmethod
+    def of(config: JobConfig) -> "Demand":
+        """Return what a run asks for."""
+        cluster = config.cluster
+        worker = {"CPU": cluster.workers.cpus, "GPU": float(cluster.workers.gpus)}
+        num_readers = config.data.readers if config.data.backend == "ray" else 0
+        return Demand({k: v for k, v in worker.items() if v}, {"CPU": cluster.reader_cpus}, num_readers)
+
+    def total_cpus(self, num_workers: int) -> int:
+        """Return the CPUs that this many workers and all readers reserve."""
+        worker, reader = self.worker.get("CPU", 0.0), self.reader.get("CPU", 0.0)
+        return math.ceil(num_workers * worker + self.num_readers * reader)
+
+
+def largest_world_size(sizes: Sequence[int], demand: Demand, resources: Sequence[dict[str, float]]) -> int | None:
+    """Return the largest of `sizes` (ascending) whose workers fit, with all readers, on nodes with these resources."""
+    return next((size for size in reversed(sizes) if _fits(size, demand, resources)), None)
+
+
+def lacking(smallest: int, demand: Demand, free: Sequence[dict[str, float]], total: Sequence[dict[str, float]]) -> str:
+    """Return one line on what is wanted and what is free, for an operator whose run cannot start."""
+    wanted = f"{smallest} x {_show(demand.worker)}"
+    if demand.num_readers:
+        wanted += f" and {demand.num_readers} readers x {_show(demand.reader)}"
+    have_free, have = (
+        {key: sum(node.get(key, 0.0) for node in nodes) for key in demand.worker} for nodes in (free, total)
+    )
+    return f"needs {wanted}; {len(total)} nodes have {_show(have_free)} free of {_show(have)}"
+
+
+def _fits(num_workers: int, demand: Demand, resources: Sequence[dict[str, float]]) -> bool:
+    left = [dict(node) for node in resources]
+    with_gpu_last = sorted(left, key=lambda node: node.get("GPU", 0.0))
+    return all(_take(left, demand.worker) for _ in range(num_workers)) and all(
+        _take(with_gpu_last, demand.reader) for _ in range(demand.num_readers)
+    )
+
+
+def _take(left: list[dict[str, float]], bundle: dict[str, float]) -> bool:
+    """Take a bundle from the first node that holds it; return whether there is one."""
+    for node in left:
+        if all(node.get(key, 0.0) + EPSILON >= amount for key, amount in bundle.items()):
+            for key, amount in bundle.items():
+                node[key] -= amount
+            return True
+    return False
+
+
+def _show(resources: dict[str, float]) -> str:
+    return "{" + ", ".join(f"{key}: {amount:g}" for key, amount in resources.items()) + "}"

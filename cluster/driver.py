@@ -1,0 +1,117 @@
+"""The driver of a run: takes the lease, trains the stages in order, exports, and says how it ended.
+
+`python -m cluster.driver config.yaml` is the entry point of a submitted job; `run_local` drives the same way on an
+embedded Ray. The driver holds no state of its own: whatever it knows is in the run's folder, so a new one continues.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+from data_pipeline.object_store import ObjectStore, join
+from trainer.run_store import RunStore
+
+from cluster.auth import use_tokens
+from cluster.config import JobConfig
+from cluster.embedded import embedded_ray
+from cluster.errors import ClusterError
+from cluster.export import export_run
+from cluster.logs import use_json_logs
+from cluster.secret_names import check_secrets
+from cluster.status import RunState, StatusBoard
+from cluster.supervisor import Supervisor
+from data_pipeline.errors import DataError
+from model.errors import ModelError
+from trainer.config_io import load_config
+from trainer.context import Outcome
+from trainer.errors import ConfigError, TrainerError
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
+EXIT_CODES = {Outcome.FINISHED: 0, Outcome.STOPPED: 75}
+USER_ERROR = 2
+
+
+def drive(config: JobConfig, job: str | None) -> Outcome:
+    """Drive a run to its end on the connected Ray cluster.
+
+    Raises:
+        ClusterError, ConfigError, DataError, ModelError, TrainerError: one line for the operator.
+    """
+    store = ObjectStore(config.store)
+    check_secrets()
+    run = RunStore.open(config, store, owner=f"{job or 'local'} on {socket.gethostname()} (pid {os.getpid()})")
+    try:
+        board = StatusBoard(join(config.run.url, config.run.name), store, config.run.name, job)
+        return _drive_leased(config, store, run, board)
+    finally:
+        run.close()
+
+
+def run_local(config: JobConfig) -> Outcome:
+    """Start an embedded Ray on this machine, drive the run there and stop Ray again; see `drive`."""
+    with embedded_ray(config):
+        return drive(config, None)
+
+
+def main(path: str) -> int:
+    """Drive the run of a configuration file inside a Ray job; return the exit code."""
+    use_json_logs(sys.stdout)
+    use_tokens(create=False)
+    try:
+        config = load_config(path, [], JobConfig)
+        use_json_logs(sys.stdout, run=config.run.name)
+        ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
+        return EXIT_CODES[drive(config, os.environ.get("ISTHMUS_JOB"))]
+    except EXPECTED_ERRORS as error:
+        logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
+        return USER_ERROR
+    finally:
+        ray.shutdown()
+
+
+def _drive_leased(config: JobConfig, store: ObjectStore, run: RunStore, board: StatusBoard) -> Outcome:
+    """Train and export under the lease; the status says how it ended, whatever happened."""
+    supervisor = Supervisor(config, run.token, board)
+    try:
+        with _stop_on_signals(supervisor):
+            for stage in config.stages:
+                if not supervisor.run_stage(stage):
+                    board.update(RunState.STOPPED, message="stopped by the operator; isthmus resume goes on")
+                    return Outcome.STOPPED
+            if config.run.export:
+                export_run(config, store, run)
+    except BaseException as error:
+        expected = isinstance(error, EXPECTED_ERRORS)
+        board.update(RunState.FAILED, message=str(error) if expected else f"{type(error).__name__}: {error}")
+        raise
+    board.update(RunState.FINISHED, message="", now=True)
+    return Outcome.FINISHED
+
+
+@contextmanager
+def _stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
+    """Turn the first SIGTERM or SIGINT into a stop with a last checkpoint; a second SIGINT interrupts."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if supervisor.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        supervisor.request_stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

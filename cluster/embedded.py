@@ -1,0 +1,44 @@
+"""A Ray cluster of our own on this machine, for runs without an address: loopback only, ended with the run."""
+
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.auth import use_tokens
+from cluster.config import JobConfig
+from cluster.demand import Demand
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 256 << 20
+LOOPBACK = "127.0.0.1"
+
+
+@contextmanager
+def embedded_ray(config: JobConfig) -> Iterator[Any]:
+    """Start Ray with enough logical CPUs for the run's workers and readers, and stop it at the end."""
+    use_tokens(create=True)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    ray = importlib.import_module("ray")
+    folder = tempfile.mkdtemp(prefix="isthmus-r")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=Demand.of(config).total_cpus(max(config.world_sizes)),
+            namespace=config.run.name,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=folder,
+        )
+        yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

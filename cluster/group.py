@@ -1,0 +1,234 @@
+"""A group of training processes of fixed size, placed at once or not at all."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import JobConfig
+from cluster.demand import Demand
+from cluster.failures import Failure, FailureKind
+from cluster.nodes import draining_nodes
+from cluster.worker import CONCURRENT_CALLS, Assignment, Ended, Host, Progress, TrainWorker
+from trainer.config import StageName
+from trainer.context import Rank, StopReason
+
+logger = logging.getLogger(__name__)
+
+CLEAR_TIMEOUT_SECONDS = 10.0
+START_TIMEOUT_SECONDS = 120.0
+STACKS_TIMEOUT_SECONDS = 5.0
+
+
+class PlacementError(RuntimeError):
+    """The group did not come to life; another placement may."""
+
+
+@dataclass
+class Member:
+    """One process of the group."""
+
+    name: str
+    actor: Any
+    host: Host
+    rank: Rank
+    result: Any = None
+    """Reference of the running stage."""
+    poll: Any = None
+    """Reference of the poll under way."""
+    progress: Progress = field(default_factory=Progress)
+    answered_at: float = 0.0
+    ended: Ended | None = None
+
+
+class WorkerGroup:
+    """Training processes `train-0`, `train-1`, ... in one placement group."""
+
+    def __init__(self, placement: PlacementGroup, members: list[Member]) -> None:
+        """Take over placed processes; see `place`."""
+        self._placement = placement
+        self.members = members
+
+    @staticmethod
+    def place(config: JobConfig, world_size: int, avoid: Iterable[str], timeout_seconds: float) -> "WorkerGroup | None":
+        """Reserve resources for all processes and start them; none: the resources were not free in time.
+
+        Raises:
+            PlacementError: a process died or did not answer while it started.
+        """
+        bundles = [dict(Demand.of(config).worker) for _ in range(world_size)]
+        shunned = sorted(avoid)
+        selectors = [{"ray.io/node-id": f"!in({','.join(shunned)})"}] * world_size if shunned else None
+        placement = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+        if not placement.wait(timeout_seconds):
+            remove_placement_group(placement)
+            return None
+        members: list[Member] = []
+        try:
+            members = _start(config, placement, world_size)
+        except (RayError, ValueError, GetTimeoutError) as error:
+            remove_placement_group(placement)
+            raise PlacementError(f"a worker did not start: {_first_line(error)}") from error
+        return WorkerGroup(placement, members)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return len(self.members)
+
+    @property
+    def node_ids(self) -> set[str]:
+        """Nodes on which the group lives."""
+        return {member.host.node for member in self.members}
+
+    def launch(self, config: JobConfig, stage: StageName, run_token: Any, entry: str) -> None:
+        """Let every process run the stage; `entry` is the module with `train(assignment, context)`."""
+        master = (self.members[0].host.address, self.members[0].host.port)
+        for member in self.members:
+            assignment = Assignment(config, stage, member.rank, master, run_token, entry)
+            member.result = member.actor.run.options(name=member.name).remote(assignment)
+            member.answered_at = time.monotonic()
+
+    def update(self, wait_seconds: float) -> None:
+        """Wait for an end or for `wait_seconds`, then take in ends and progress of all processes."""
+        running = [member for member in self.members if member.ended is None]
+        if running:
+            ray.wait([member.result for member in running], num_returns=1, timeout=wait_seconds)
+        for member in running:
+            self._take_result(member)
+            if member.ended is None:
+                _take_poll(member)
+
+    def unresponsive(self, limit_seconds: float) -> Member | None:
+        """Return a running process that has answered no poll for `limit_seconds`."""
+        now = time.monotonic()
+        running = (member for member in self.members if member.ended is None)
+        return next((member for member in running if now - member.answered_at > limit_seconds), None)
+
+    @property
+    def step(self) -> int | None:
+        """Least step that a training process is at; none: no process trains yet."""
+        steps = [member.progress.step for member in self.members if member.progress.phase == "training"]
+        return min(steps) if len(steps) == self.world_size else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Newest figures of rank 0."""
+        return self.members[0].progress.metrics
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask every process to save and end at the next step boundary."""
+        for member in self.members:
+            with contextlib.suppress(RayError):
+                member.actor.stop.remote(reason)
+
+    def stacks(self) -> dict[str, str]:
+        """Return the stacks of the processes that still answer, by name."""
+        references = {member.name: member.actor.stacks.remote() for member in self.members}
+        found = {}
+        for name, reference in references.items():
+            with contextlib.suppress(RayError, GetTimeoutError):
+                found[name] = ray.get(reference, timeout=STACKS_TIMEOUT_SECONDS / len(references))
+        return found
+
+    def kill(self) -> None:
+        """End all processes and free their resources; returns when they are gone, or after a limit."""
+        for member in self.members:
+            with contextlib.suppress(RayError):
+                ray.kill(member.actor, no_restart=True)
+        deadline = time.monotonic() + CLEAR_TIMEOUT_SECONDS
+        for member in self.members:
+            _wait_until_dead(member, deadline)
+        remove_placement_group(self._placement)
+
+    def _take_result(self, member: Member) -> None:
+        ready, _ = ray.wait([member.result], timeout=0)
+        if not ready:
+            return
+        try:
+            member.ended = ray.get(member.result, timeout=CLEAR_TIMEOUT_SECONDS)
+        except RayActorError as error:
+            member.ended = Ended(failure=_lost(member, error))
+        except RayError as error:
+            failure = Failure(FailureKind.ERROR, _first_line(error), str(error), member.rank.rank, member.host.node)
+            member.ended = Ended(failure=failure)
+
+
+def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> list[Member]:
+    """Start the actors with ranks grouped by node and wait until each has answered."""
+    nodes: dict[int, str] = placement_group_table(placement)["bundles_to_node_id"]
+    order = sorted(range(world_size), key=lambda bundle: (nodes[bundle], bundle))
+    actors = []
+    for rank, bundle in enumerate(order):
+        worker = config.cluster.workers
+        options: dict[str, Any] = {
+            "name": f"train-{rank}",
+            "num_cpus": worker.cpus,
+            "num_gpus": worker.gpus,
+            "max_concurrency": CONCURRENT_CALLS,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, bundle),
+        }
+        actors.append(ray.remote(TrainWorker).options(**options).remote(f"train-{rank}", config))
+    hosts: list[Host] = ray.get([actor.host.remote() for actor in actors], timeout=START_TIMEOUT_SECONDS)
+    local: dict[str, int] = {}
+    members = []
+    for rank, (actor, host) in enumerate(zip(actors, hosts, strict=True)):
+        local_rank = local[host.node] = local.get(host.node, -1) + 1
+        members.append(Member(f"train-{rank}", actor, host, Rank(rank, world_size, local_rank)))
+    return members
+
+
+def _take_poll(member: Member) -> None:
+    """Take in the answer to the last poll, if it came, and ask again."""
+    if member.poll is not None:
+        ready, _ = ray.wait([member.poll], timeout=0)
+        if not ready:
+            return
+        try:
+            member.progress = ray.get(member.poll)
+            member.answered_at = time.monotonic()
+        except RayError as error:
+            logger.debug("%s did not answer: %s", member.name, _first_line(error))
+    member.poll = member.actor.poll.remote()
+
+
+def _lost(member: Member, error: RayActorError) -> Failure:
+    """Return the failure of a process that died: a preemption where its node was being drained."""
+    preempted = isinstance(error, ActorDiedError) and error.preempted
+    kind = FailureKind.PREEMPTION if preempted or member.host.node in draining_nodes() else FailureKind.LOST
+    cause = f"{member.name} (pid {member.host.pid} on {member.host.address}) died: {_why(error)}"
+    return Failure(kind, cause, str(error), member.rank.rank, member.host.node)
+
+
+def _why(error: RayActorError) -> str:
+    """Return the sentence of Ray's message that names the cause."""
+    text = str(error)
+    if isinstance(error, ActorUnavailableError):
+        return "its process or node is gone (connection lost)"
+    for marker in ("Worker exit detail:", "The actor is dead because"):
+        if marker in text:
+            return text.split(marker, 1)[1].strip().splitlines()[0].split(". ")[0]
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _wait_until_dead(member: Member, deadline: float) -> None:
+    """Wait until a killed actor fails a call: only then are its name and its resources free."""
+    while time.monotonic() < deadline:
+        try:
+            ray.get(member.actor.poll.remote(), timeout=max(0.1, deadline - time.monotonic()))
+        except (ActorDiedError, GetTimeoutError):
+            return
+        except RayError:
+            time.sleep(0.1)

@@ -1,0 +1,77 @@
+"""Structured logs: one JSON object per line with time, level, message and the place: run, stage, step, rank."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any, TextIO
+
+PLACE_KEYS = ("run", "stage", "step", "rank", "node")
+"""Keys of the place; present in a line once they are known."""
+
+_place: dict[str, Any] = {}
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON; a traceback becomes the key `traceback`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON line of a record."""
+        line: dict[str, Any] = {
+            "time": _timestamp(record.created),
+            "level": record.levelname.lower(),
+            **_place,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_place(**place: Any) -> None:
+    """Add to the place that every later line of this process names; a value of None removes its key."""
+    for key, value in place.items():
+        if value is None:
+            _place.pop(key, None)
+        else:
+            _place[key] = value
+
+
+def use_json_logs(stream: TextIO | None = None, level: int = logging.INFO, **place: Any) -> None:
+    """Send every log record of this process as JSON lines to `stream` (stderr), replacing other root handlers."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for noisy in ("urllib3", "botocore", "filelock", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_place(**place)
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """Return the JSON object at the end of a log line (Ray puts the actor's name before it); None: plain text."""
+    start = text.find('{"time"')
+    if start < 0:
+        return None
+    try:
+        line = json.loads(text[start:])
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def render_line(line: dict[str, Any]) -> str:
+    """Return a structured line as a person reads it: `12:00:01 stage1 120 r0 message`."""
+    place = " ".join(
+        f"{prefix}{line[key]}" for key, prefix in (("stage", ""), ("step", ""), ("rank", "rank ")) if key in line
+    )
+    level = "" if line.get("level") == "info" else f"{str(line.get('level', '')).upper()} "
+    text = f"{str(line.get('time', ''))[11:19]} {place}{' ' if place else ''}{level}{line.get('message', '')}"
+    return text + (f"\n{line['traceback']}" if "traceback" in line else "")
+
+
+def _timestamp(seconds: float) -> str:
+    milliseconds = int(seconds * 1000) % 1000
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"

@@ -1,0 +1,34 @@
+"""Secrets by name: which environment variables a run needs, never what they hold."""
+
+import logging
+import os
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "ISTHMUS_SECRETS"
+"""Names, separated by commas, of the secrets that were set where the run was submitted."""
+
+
+def check_secrets() -> list[str]:
+    """Return, and log, the names of secrets that the submitter had and this process lacks.
+
+    It is no error yet: a node may have an identity of its own (an instance profile, IRSA).
+    """
+    named = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    missing = [name for name in named if not os.environ.get(name)]
+    if missing:
+        logger.warning(
+            "%s: set where the run was submitted, not on this node; if access is denied, give the nodes these "
+            "variables (on Kubernetes: envFrom a Secret), because values are never sent with a job",
+            ", ".join(missing),
+        )
+    return missing
+
+
+def redact(text: str, names: tuple[str, ...]) -> str:
+    """Return a text in which the values of the named variables are replaced by their names."""
+    for name in names:
+        value = os.environ.get(name, "")
+        if len(value) >= 4:
+            text = text.replace(value, f"<{name}>")
+    return text

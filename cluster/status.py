@@ -1,0 +1,146 @@
+"""What an operator sees of a run: the driver keeps it in the run's folder as `status.json`.
+
+It lives beside the checkpoints, so it can be read with no cluster at all, and after the cluster is gone.
+"""
+
+import logging
+import time
+from enum import StrEnum
+
+from data_pipeline.object_store import NotFoundError, ObjectStore, join
+from pydantic import BaseModel
+
+from data_pipeline.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "status.json"
+WRITE_EVERY_SECONDS = 5.0
+STALE_SECONDS = 60.0
+RESTARTS_KEPT = 100
+
+
+class RunState(StrEnum):
+    """State of a run."""
+
+    STARTING = "starting"
+    WAITING = "waiting"
+    """For free resources."""
+    RUNNING = "running"
+    STOPPING = "stopping"
+    """Saving a last checkpoint."""
+    RESTARTING = "restarting"
+    STOPPED = "stopped"
+    """By the operator; `isthmus resume` goes on."""
+    FAILED = "failed"
+    FINISHED = "finished"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no driver works on the run."""
+        return self in (RunState.STOPPED, RunState.FAILED, RunState.FINISHED)
+
+
+class Restart(BaseModel):
+    """One restart: its cause and what it cost."""
+
+    at: float
+    """Unix time at which the driver saw the failure."""
+    kind: str
+    cause: str
+    stage: str
+    step: int
+    """Step that was being trained."""
+    world_size: int
+    """Before the restart."""
+    lost_steps: int | None = None
+    """Steps that are trained again; none: the run has not reached a step since."""
+    recovery_seconds: float | None = None
+    """From the moment the driver saw the failure to the first step after it."""
+    phases: dict[str, float] = {}
+    """Where that time went: clear, pause, place, start."""
+
+
+class RunStatus(BaseModel):
+    """Everything that `isthmus status` shows."""
+
+    run: str
+    state: RunState = RunState.STARTING
+    message: str = ""
+    """Why the run waits, stopped or failed."""
+    job: str | None = None
+    """Ray job that drives the run."""
+    stage: str | None = None
+    step: int = 0
+    num_steps: int = 0
+    world_size: int = 0
+    attempt: int = 0
+    started_at: float = 0.0
+    updated_at: float = 0.0
+    committed_step: int | None = None
+    """Step of the last committed checkpoint of the stage."""
+    metrics: dict[str, float] = {}
+    """Newest figures of rank 0."""
+    restarts: list[Restart] = []
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Time to the end of the stage at the present pace."""
+        pace = self.metrics.get("speed/step_seconds")
+        return pace * (self.num_steps - self.step) if pace and self.state is RunState.RUNNING else None
+
+    def is_stale(self, now: float) -> bool:
+        """Whether the driver seems to be gone: it should be at work but has written nothing for a while."""
+        return not self.state.is_final and now - self.updated_at > STALE_SECONDS
+
+
+class StatusBoard:
+    """The driver's side: changes the status and writes it, at most every few seconds."""
+
+    def __init__(self, url: str, store: ObjectStore, run: str, job: str | None) -> None:
+        """Continue from what an earlier driver of the run left, or begin."""
+        self._url, self._store = join(url, FILE_NAME), store
+        self._written_at = 0.0
+        previous = read_status(url, store)
+        restarts = previous.restarts if previous else []
+        started = previous.started_at if previous else time.time()
+        self.status = RunStatus(run=run, job=job, restarts=restarts, started_at=started)
+
+    def update(self, state: RunState | None = None, *, now: bool = False, **changes: object) -> None:
+        """Change fields; write when the state changes, when `now`, or when the last write is a while ago."""
+        changed = state is not None and state is not self.status.state
+        if state is not None:
+            changes["state"] = state
+        self.status = self.status.model_copy(update=changes)
+        if changed:
+            logger.info("state: %s%s", self.status.state, f": {self.status.message}" if self.status.message else "")
+        if changed or now or time.monotonic() - self._written_at > WRITE_EVERY_SECONDS:
+            self._write()
+
+    def add_restart(self, restart: Restart) -> None:
+        """Note a restart."""
+        self.update(
+            RunState.RESTARTING, restarts=[*self.status.restarts, restart][-RESTARTS_KEPT:], message=restart.cause
+        )
+
+    def complete_restart(self, lost_steps: int, recovery_seconds: float, phases: dict[str, float]) -> None:
+        """Note what the newest restart cost, at the first step after it."""
+        *earlier, last = self.status.restarts
+        figures = {"lost_steps": lost_steps, "recovery_seconds": recovery_seconds, "phases": phases}
+        self.update(now=True, restarts=[*earlier, last.model_copy(update=figures)])
+
+    def _write(self) -> None:
+        self.status = self.status.model_copy(update={"updated_at": time.time()})
+        self._written_at = time.monotonic()
+        try:
+            self._store.put(self._url, self.status.model_dump_json(indent=1).encode())
+        except (DataError, OSError) as error:
+            logger.warning("the status was not written, the next write tries again: %s", error)
+
+
+def read_status(run_url: str, store: ObjectStore) -> RunStatus | None:
+    """Return the status that the run's folder holds, if any."""
+    try:
+        return RunStatus.model_validate_json(store.get(join(run_url, FILE_NAME)))
+    except NotFoundError:
+        return None

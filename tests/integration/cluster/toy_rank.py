@@ -1,0 +1,58 @@
+"""A stand-in for cluster.rank without torch: steps of fixed length, a checkpoint file every five steps."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+SAVE_EVERY = 5
+
+
+def train(assignment, context):
+    """Count to the stage's steps from the newest save; write one line per step; obey stop requests and orders."""
+    folder = Path(assignment.config.run.url)
+    rank = assignment.rank
+    save = folder / f"{assignment.stage}.save"
+    step = int(save.read_text()) if save.exists() else 0
+    (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
+    while step < assignment.config.stage(assignment.stage).steps:
+        if context.stop_request():
+            _save(save, step, rank)
+            return "stopped"
+        context.begin_step(step)
+        _obey(folder, rank, step)
+        time.sleep(float(os.environ.get("TOY_STEP_SECONDS", "0.05")))
+        line = {
+            "rank": rank.rank,
+            "world": rank.world_size,
+            "step": step,
+            "time": time.time(),
+            "stage": assignment.stage,
+        }
+        with (folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        step += 1
+        context.report(
+            {"step": float(step), "seconds_per_step": 0.05, "committed_step": float(step // SAVE_EVERY * SAVE_EVERY)}
+        )
+        if step % SAVE_EVERY == 0:
+            _save(save, step, rank)
+    _save(save, step, rank)
+    return "finished"
+
+
+def _save(save, step, rank):
+    if rank.is_main:
+        temporary = save.with_suffix(".new")
+        temporary.write_text(str(step))
+        temporary.rename(save)
+
+
+def _obey(folder, rank, step):
+    """Raise the error that the file `raise-<step>` asks for: class name, then message."""
+    order = folder / f"raise-{step}"
+    if order.exists() and rank.rank == 0:
+        import importlib
+
+        place, name, message = order.read_text().split(" ", 2)
+        raise getattr(importlib.import_module(place), name)(message)

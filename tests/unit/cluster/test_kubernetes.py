@@ -1,0 +1,133 @@
+"""Manifests fit KubeRay's own schemas, in which we refuse unknown keys, and say what the configuration says."""
+
+import gzip
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster import kubernetes
+from cluster.cli.manifests import app
+from trainer.config_io import to_yaml
+
+from .configs import job_config
+
+pytestmark = pytest.mark.unit
+SCHEMAS = Path(__file__).parents[2] / "data" / "kuberay"
+
+
+def schema(kind):
+    plural = {"RayJob": "rayjobs", "RayCluster": "rayclusters"}[kind]
+    return strict(json.loads(gzip.decompress((SCHEMAS / f"{plural}.v1.schema.json.gz").read_bytes())))
+
+
+def strict(node):
+    """Refuse keys that the schema does not know, so that a misspelt field cannot pass."""
+    if isinstance(node, dict):
+        node = {key: strict(value) for key, value in node.items() if not key.startswith("x-kubernetes")}
+        if "properties" in node and node.get("type") == "object":
+            open_metadata = not node["properties"]
+            node.setdefault("additionalProperties", open_metadata)
+    elif isinstance(node, list):
+        node = [strict(item) for item in node]
+    return node
+
+
+def validate(manifest):
+    jsonschema.Draft202012Validator(schema(manifest["kind"])).validate(
+        {k: v for k, v in manifest.items() if k != "metadata"}
+    )
+
+
+def gpu_config(**kubernetes_section):
+    cluster = {
+        "workers": {"min": 8, "max": 32, "gpus": 1, "cpus": 4},
+        "kubernetes": kubernetes_section,
+        "reader_cpus": 2,
+    }
+    data = {"sources": [{"manifest": "s3://bucket/m"}], "lanes": 64, "backend": "ray", "readers": 24}
+    stage = {"steps": 10, "global_batch_size": 64, "micro_batch_size": 4, "deepspeed": "zero1"}
+    return job_config(cluster=cluster, data=data, stage1=stage)
+
+
+def test_job_and_cluster_fit_kuberays_schemas():
+    config = gpu_config(queue="team", secret="s3-credentials", service_account="trainer")
+    validate(kubernetes.ray_job(config))
+    validate(kubernetes.ray_cluster(config))
+
+
+def test_the_strict_schema_refuses_a_misspelt_key():
+    manifest = kubernetes.ray_cluster(gpu_config())
+    manifest["spec"]["workerGroupSpecs"][0]["minReplica"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="minReplica"):
+        validate(manifest)
+
+
+def test_groups_are_sized_by_the_configuration():
+    gpu, readers = kubernetes.ray_cluster(gpu_config())["spec"]["workerGroupSpecs"]
+    assert (gpu["minReplicas"], gpu["replicas"], gpu["maxReplicas"]) == (1, 4, 4)  # 8 GPUs a pod
+    assert (readers["minReplicas"], readers["maxReplicas"]) == (1, 3)  # 24 readers of 2 CPUs, 16 CPUs a pod
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "32", "memory": "256Gi", "nvidia.com/gpu": "8"}
+
+
+def test_the_head_does_no_work_and_is_not_on_spot():
+    head = kubernetes.ray_cluster(gpu_config())["spec"]["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert "tolerations" not in head["template"]["spec"]
+
+
+def test_workers_tolerate_spot_and_drain_before_they_end():
+    config = gpu_config(
+        workers={"cpus": 8, "memory": "64Gi", "gpus": 1, "tolerations": ["spot"], "selector": {"tier": "spot"}}
+    )
+    pod = kubernetes.ray_cluster(config)["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert pod["tolerations"] == [{"key": "spot", "operator": "Exists"}]
+    assert pod["nodeSelector"] == {"tier": "spot"}
+    assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["python", "-m", "cluster.drain"]
+    assert pod["terminationGracePeriodSeconds"] > config.cluster.stop_grace_seconds
+
+
+def test_token_authentication_is_on_and_secrets_are_references():
+    text = yaml.safe_dump_all(kubernetes.render(gpu_config(secret="s3-credentials")))
+    cluster = kubernetes.ray_cluster(gpu_config(secret="s3-credentials"))
+    container = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    assert container["envFrom"] == [{"secretRef": {"name": "s3-credentials"}}]
+    assert "AWS_SECRET_ACCESS_KEY=" not in text
+
+
+def test_kueue_has_room_for_exactly_one_run():
+    flavor, cluster_queue, local_queue = kubernetes.queue(gpu_config(queue="team"))
+    resources = cluster_queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    assert {item["name"]: item["nominalQuota"] for item in resources} == {
+        "cpu": 4 + 4 * 32 + 3 * 16,
+        "memory": f"{(16 + 4 * 256 + 3 * 64) * 1024}Mi",
+        "nvidia.com/gpu": 32,
+    }
+    assert local_queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    job = kubernetes.ray_job(gpu_config(queue="team"))
+    assert job["spec"]["suspend"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local_queue["metadata"]["name"]
+    assert flavor["metadata"]["name"] == cluster_queue["spec"]["resourceGroups"][0]["flavors"][0]["name"]
+
+
+def test_no_queue_no_kueue():
+    kinds = [manifest["kind"] for manifest in kubernetes.render(gpu_config())]
+    assert kinds == ["ConfigMap", "RayJob"]
+
+
+def test_the_command_prints_documents_without_yaml_anchors(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(gpu_config(queue="team")))
+    result = CliRunner().invoke(app, [str(recipe), "cluster.kubernetes.image=registry.example/isthmus:1"])
+    assert result.exit_code == 0, result.output
+    assert "&id" not in result.output
+    documents = list(yaml.safe_load_all(result.output))
+    assert [document["kind"] for document in documents][-1] == "RayJob"
+    spec = documents[-1]["spec"]["rayClusterSpec"]
+    pods = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    assert {pod["spec"]["containers"][0]["image"] for pod in pods} == {"registry.example/isthmus:1"}
