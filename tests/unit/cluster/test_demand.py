@@ -1,0 +1,61 @@
+"""World sizes are chosen from what fits on the nodes, readers included."""
+
+import pytest
+
+from cluster.demand import Demand, lacking, largest_world_size
+
+from .configs import job_config
+
+pytestmark = pytest.mark.unit
+GPU = Demand({"CPU": 4, "GPU": 1}, {"CPU": 1}, 0)
+SIZES = (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size"),
+    [
+        ([{"CPU": 32, "GPU": 8}], 8),
+        ([{"CPU": 32, "GPU": 7}], 4),
+        ([{"CPU": 31, "GPU": 8}], 4),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}, {"CPU": 64}], 2),
+        ([{"CPU": 64}], None),
+        ([], None),
+    ],
+)
+def test_largest_size_that_fits(nodes, size):
+    assert largest_world_size(SIZES, GPU, nodes) == size
+
+
+def test_a_worker_cannot_be_split_over_two_nodes():
+    assert largest_world_size((1,), GPU, [{"CPU": 2, "GPU": 1}, {"CPU": 2}]) is None
+
+
+def test_readers_take_cpu_nodes_first():
+    demand = Demand({"CPU": 4, "GPU": 1}, {"CPU": 1}, 8)
+    nodes = [{"CPU": 8, "GPU": 2}, {"CPU": 8}]
+    assert largest_world_size((1, 2), demand, nodes) == 2
+    assert largest_world_size((1, 2), demand, nodes[:1]) is None  # 4 CPUs stay for 8 readers
+
+
+def test_choosing_leaves_the_nodes_alone():
+    node = {"CPU": 8, "GPU": 8}
+    largest_world_size(SIZES, GPU, [node])
+    assert node == {"CPU": 8, "GPU": 8}
+
+
+def test_demand_of_a_configuration():
+    data = {"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "backend": "ray", "readers": 3}
+    demand = Demand.of(job_config(data=data, cluster={"workers": {"max": 4, "cpus": 2}, "reader_cpus": 0.5}))
+    assert demand == Demand({"CPU": 2}, {"CPU": 0.5}, 3)
+    assert demand.total_cpus(4) == 10
+
+
+def test_inline_readers_reserve_nothing():
+    assert (
+        Demand.of(job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})).num_readers == 0
+    )
+
+
+def test_what_is_lacking_in_one_line():
+    text = lacking(2, GPU, [{"CPU": 4.0, "GPU": 0.0}], [{"CPU": 32.0, "GPU": 8.0}])
+    assert text == "needs 2 x {CPU: 4, GPU: 1}; 1 nodes have {CPU: 4, GPU: 0} free of {CPU: 32, GPU: 8}"
