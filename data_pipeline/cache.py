@@ -37,8 +37,8 @@ class ChunkId:
 class DiskCache:
     """Chunks in a local folder that all readers of a node share; the least recently used go first.
 
-    A file appears by atomic rename. A full disk or an unreadable file only costs a fetch. The bytes are checked member by
-    member when samples are cut out of them (reader.py), so a damaged file is noticed on use and dropped.
+    A file appears by atomic rename. A full disk or an unreadable file only costs a fetch. The bytes are checked member
+    by member when samples are cut out of them (reader.py), so a damaged file is noticed on use and dropped.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -114,8 +114,8 @@ class DiskCache:
 class ChunkMemory:
     """A reader's chunks in memory, fetched ahead by a few threads and bounded in bytes.
 
-    What a sample needs now is always fetched, dropping the least recently used chunks. What is only expected waits until it
-    fits. Exhausted chunks stay as long as there is room and go first.
+    What a sample needs now is always fetched, dropping the least recently used chunks. What is only expected waits
+    until it fits. Exhausted chunks stay as long as there is room and go first.
     """
 
     def __init__(self, fetch: Callable[[ChunkId], bytes | memoryview], max_bytes: int) -> None:

@@ -30,7 +30,8 @@ def read_captions(members: dict[str, bytes]) -> tuple[list[str], str | None]:
     if "json" in members:
         document = _parse(members["json"])
         found = document.get("captions", document.get("caption", []))
-        captions = [found] if isinstance(found, str) else [text for text in found or [] if isinstance(text, str)]
+        found = found if isinstance(found, list) else [found]
+        captions = [text for text in found if isinstance(text, str)]
         image_id = document.get("image_id")
     if not captions and "txt" in members:
         captions = [_decode(members["txt"])]

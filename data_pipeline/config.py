@@ -73,5 +73,9 @@ class DataConfig(Config):
     """inline: processes of the train worker. ray: reader actors on CPU nodes."""
     readers: int = Field(1, ge=0)
     """Reader processes per train worker (inline; 0: in the worker itself) or reader actors in all (ray)."""
+    reader_resources: dict[str, float] = {}
+    """Ray resources that a reader actor asks for besides one CPU, such as {"data": 1} to stay on CPU nodes."""
+    reader_timeout_seconds: float = Field(300.0, gt=0)
+    """A reader that does not answer for this long is replaced; after three readers the run stops."""
     budget: BudgetConfig = BudgetConfig()
     """Tolerance of bad samples."""

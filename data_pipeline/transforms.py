@@ -1,7 +1,7 @@
 """From encoded image to uint8 RGB square: decoding, random resized crop, antialiased bicubic resizing.
 
-JPEG goes through libjpeg-turbo (simplejpeg) and torch's uint8 channels-last resize: 2.3 times as fast as Pillow at a mean
-deviation of 0.03 of 255 (docs/benchmarks/data.md). Everything else, and every JPEG with a twist, goes through Pillow.
+JPEG goes through libjpeg-turbo (simplejpeg) and torch's uint8 channels-last resize, about twice as fast as Pillow
+(docs/benchmarks/data.md). Everything else, and every JPEG with a twist, goes through Pillow.
 """
 
 import io
@@ -42,8 +42,8 @@ def decode_image(data: bytes | memoryview, max_pixels: int) -> UInt8Array:
 def random_resized_crop_box(height: int, width: int, scale: tuple[float, float], uniform: Iterator[float]) -> Box:
     """Return (top, left, height, width) of a crop with random area and aspect ratio 3/4 to 4/3.
 
-    The sampling rule is torchvision's RandomResizedCrop (after Szegedy et al., 2014): ten tries, then the central crop of
-    the nearest allowed aspect ratio. `uniform` yields floats in [0, 1).
+    The sampling rule is torchvision's RandomResizedCrop (after Szegedy et al., 2014): ten tries, then the central crop
+    of the nearest allowed aspect ratio. `uniform` yields floats in [0, 1).
     """
     low, high = _LOG_ASPECT_RANGE
     for _ in range(_CROP_ATTEMPTS):

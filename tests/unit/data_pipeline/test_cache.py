@@ -1,0 +1,153 @@
+"""Both caches keep their bounds, return the right bytes, and survive damage."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from data_pipeline.cache import ChunkId, ChunkMemory, DiskCache
+
+pytestmark = pytest.mark.unit
+
+
+def chunk(number, length=100):
+    return ChunkId("s3://bucket/../escape.tar", "etag", number * length, length)
+
+
+def content(identity):
+    return identity.start.to_bytes(4, "little") * (identity.length // 4)
+
+
+def chunk_files(folder):
+    return [path for path in folder.iterdir() if ".chunk" in path.name]
+
+
+def test_disk_returns_what_was_put(tmp_path):
+    cache = DiskCache(tmp_path, 1000)
+    assert cache.get(chunk(0)) is None
+    cache.put(chunk(0), content(chunk(0)))
+    assert cache.get(chunk(0)) == content(chunk(0))
+    assert cache.get(ChunkId("s3://bucket/../escape.tar", "other etag", 0, 100)) is None
+    assert all(path.parent == tmp_path for path in chunk_files(tmp_path))
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_disk_keeps_its_bound_and_drops_the_least_recently_used(tmp_path):
+    cache = DiskCache(tmp_path, 1000)
+    for number in range(10):
+        cache.put(chunk(number), content(chunk(number)))
+        os.utime(tmp_path / chunk(number).file_name, (number, number))
+    cache.get(chunk(0))
+    for number in range(10, 40):
+        cache.put(chunk(number), content(chunk(number)))
+        assert sum(path.stat().st_size for path in chunk_files(tmp_path)) <= 1000
+        cache.get(chunk(0))
+    assert cache.get(chunk(0)) == content(chunk(0))
+    assert cache.get(chunk(1)) is None
+
+
+def test_disk_ignores_a_chunk_larger_than_itself_and_a_cut_file(tmp_path):
+    cache = DiskCache(tmp_path, 50)
+    cache.put(chunk(0), content(chunk(0)))
+    assert chunk_files(tmp_path) == []
+    cache = DiskCache(tmp_path, 500)
+    cache.put(chunk(0), content(chunk(0)))
+    (tmp_path / chunk(0).file_name).write_bytes(b"short")
+    assert cache.get(chunk(0)) is None
+
+
+def test_disk_is_shared_by_writers_within_the_bound(tmp_path):
+    def write(first):
+        cache = DiskCache(tmp_path, 1000)
+        for number in range(first, first + 20):
+            cache.put(chunk(number), content(chunk(number)))
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 20, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert 500 <= sum(path.stat().st_size for path in chunk_files(tmp_path)) <= 1000
+
+
+class Fetches:
+    """Counts what is fetched, and can be held back."""
+
+    def __init__(self):
+        self.chunks = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, identity):
+        assert self.gate.wait(10)
+        self.chunks.append(identity)
+        return content(identity)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_memory_fetches_once_and_keeps_its_bound():
+    fetches = Fetches()
+    memory = ChunkMemory(fetches, 300)
+    for number in (0, 1, 0, 2, 0, 3, 0):
+        assert memory.get(chunk(number)) == content(chunk(number))
+        assert memory.num_bytes <= 300
+    assert fetches.chunks == [chunk(0), chunk(1), chunk(2), chunk(3)]
+    memory.get(chunk(1))  # went first, as the least recently used
+    assert fetches.chunks[-1] == chunk(1)
+    memory.close()
+
+
+def test_memory_fetches_ahead_only_what_fits():
+    fetches = Fetches()
+    memory = ChunkMemory(fetches, 300)
+    memory.get(chunk(0))
+    memory.expect([chunk(number) for number in range(1, 6)])
+    wait_for(lambda: len(fetches.chunks) == 3)
+    assert memory.num_bytes == 300
+    memory.exhaust(chunk(0))
+    memory.expect([])
+    wait_for(lambda: len(fetches.chunks) == 4)
+    assert fetches.chunks[-1] == chunk(3)
+    assert memory.num_bytes == 300
+    memory.close()
+
+
+def test_memory_waits_for_a_fetch_under_way():
+    fetches = Fetches()
+    fetches.gate.clear()
+    memory = ChunkMemory(fetches, 300)
+    memory.expect([chunk(0)])
+    threading.Timer(0.05, fetches.gate.set).start()
+    assert memory.get(chunk(0)) == content(chunk(0))
+    assert fetches.chunks == [chunk(0)]
+    memory.close()
+
+
+def test_memory_does_not_remember_a_failed_fetch():
+    answers = iter([OSError("broken"), b"bytes"])
+
+    def fetch(identity):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    memory = ChunkMemory(fetch, 300)
+    with pytest.raises(OSError, match="broken"):
+        memory.get(chunk(0))
+    assert memory.num_bytes == 0
+    assert memory.get(chunk(0)) == b"bytes"
+    memory.close()
+
+
+def test_one_chunk_larger_than_the_bound_is_still_read():
+    memory = ChunkMemory(Fetches(), 50)
+    assert memory.get(chunk(1)) == content(chunk(1))
+    memory.close()
