@@ -7,6 +7,9 @@ within this project and close to, but not the same as, those of the COCO server.
 import re
 from collections.abc import Mapping, Sequence
 
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+
 WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 ARTICLES = frozenset({"a", "an", "the"})
 
@@ -23,9 +26,6 @@ def score_captions(generated: Mapping[str, str], references: Mapping[str, Sequen
         generated: image -> caption.
         references: image -> its true captions, for the same images.
     """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-
     truth = {image: [tokenize(text) for text in references[image]] for image in generated}
     result = {image: [tokenize(text)] for image, text in generated.items()}
     if not result:

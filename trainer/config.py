@@ -108,8 +108,6 @@ class LoggingConfig(Config):
 
     every_steps: int = Field(10, gt=0)
     """Steps between console lines and records."""
-    pictures_every_steps: int = Field(0, ge=0)
-    """Steps between TensorBoard pictures; 0: only at the end of a stage."""
     wandb_project: str | None = None
     """Weights & Biases project (extra `wandb`); none: off."""
 
@@ -118,11 +116,11 @@ class EvaluationConfig(Config):
     """Held-out evaluation."""
 
     manifest: str | None = None
-    """URL of a held-out manifest; none: no evaluation."""
+    """URL of a held-out manifest; none: no evaluation and no pictures."""
     every_steps: int = Field(0, ge=0)
-    """Steps between evaluations; 0: only at the end of a stage."""
+    """Steps between evaluations, each with its pictures; 0: only at the end of a stage."""
     num_samples: int = Field(1000, gt=0)
-    """Samples evaluated."""
+    """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)
     """Candidates re-ranked by ITM; 0: none."""
     max_new_tokens: int = Field(30, gt=0)

@@ -6,6 +6,7 @@ it resumes to lost work.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ from enum import StrEnum
 from typing import Protocol
 
 from pydantic import BaseModel
+
+from data_pipeline.errors import DataError
+from data_pipeline.object_store import NotFoundError, ObjectStore
+
+logger = logging.getLogger(__name__)
 
 
 class Activity(StrEnum):
@@ -32,6 +38,42 @@ class Activity(StrEnum):
     """Between the last sign of life of one process and the start of the next."""
     LOST = "lost work"
     """Spent on steps that had to be done again."""
+
+
+class MemoryLedger:
+    """Keeps the account in this process only: for ranks that do not report, and for evaluations."""
+
+    def __init__(self) -> None:
+        self._data: bytes | None = None
+
+    def read(self) -> bytes | None:
+        """Return what was written last."""
+        return self._data
+
+    def write(self, data: bytes) -> None:
+        """Replace what was written."""
+        self._data = data
+
+
+class StoreLedger:
+    """Keeps the account in the run's folder. A write that fails is logged: the next one holds everything again."""
+
+    def __init__(self, url: str, store: ObjectStore) -> None:
+        self._url, self._store = url, store
+
+    def read(self) -> bytes | None:
+        """Return what was written last; None: nothing yet."""
+        try:
+            return self._store.get(self._url)
+        except NotFoundError:
+            return None
+
+    def write(self, data: bytes) -> None:
+        """Replace what was written."""
+        try:
+            self._store.put(self._url, data)
+        except DataError as error:
+            logger.warning("%s: goodput was not written, the next write tries again: %s", self._url, error)
 
 
 REPEATED = (Activity.COMPUTE, Activity.DATA_WAIT, Activity.CHECKPOINT, Activity.EVALUATION)

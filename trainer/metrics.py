@@ -6,12 +6,17 @@ sinks are opened, because those steps are done again.
 
 import importlib
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from trainer.mirror import Mirror
 
@@ -95,47 +100,51 @@ def _step_of(line: str) -> int:
 
 
 class TensorBoardSink:
-    """Event files `tensorboard/events...<step>`: a new one per start and per 8 MB, so that copies stay small.
+    """Event files `tensorboard/events.out.tfevents.<step>.<time>`: a new one per start and per 8 MB.
 
-    Losses and evaluations are written twice: by step, and with the prefix `by_samples/` by samples seen.
+    Small files keep copies to an object store small; names that begin with the step keep them in order and say which to
+    cut on a resume. Losses and evaluations are written twice: by step, and under `by_samples/` by samples seen.
     """
 
     FOLDER = "tensorboard"
 
     def __init__(self, mirror: Mirror, resumed: Position) -> None:
-        self._mirror = mirror
         self._folder = mirror.path / self.FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         _cut_events(mirror, self.FOLDER, resumed)
         self._open(resumed.step)
 
     def _open(self, step: int) -> None:
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(str(self._folder), filename_suffix=f".{step:09d}", max_queue=1000, flush_secs=600)
-        self._path = Path(self._writer.file_writer.event_writer._file_name)
+        self._file = (self._folder / f"events.out.tfevents.{step:09d}.{time.time_ns()}").open("wb")
+        self._records = RecordWriter(self._file)
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
     def write(self, at: Position, values: Mapping[str, float]) -> None:
         """Add scalars."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, at.step)
-            if name.startswith(PLOTTED_BY_SAMPLES):
-                self._writer.add_scalar(BY_SAMPLES + name, value, at.samples)
-        if self._path.stat().st_size > MAX_EVENT_FILE_BYTES:
-            self._writer.close()
+        self._add(at.step, [summary.scalar(name, value) for name, value in values.items()])
+        by_samples = {name: value for name, value in values.items() if name.startswith(PLOTTED_BY_SAMPLES)}
+        self._add(at.samples, [summary.scalar(BY_SAMPLES + name, value) for name, value in by_samples.items()])
+        if self._file.tell() > MAX_EVENT_FILE_BYTES:
+            self._records.close()
             self._open(at.step)
 
     def pictures(self, at: Position, pictures: Pictures) -> None:
         """Add images."""
-        for name, image in pictures.items():
-            self._writer.add_image(name, image, at.step, dataformats="HWC")
+        images = (summary.image(name, image, dataformats="HWC") for name, image in pictures.items())
+        self._add(at.step, list(images))
+
+    def _add(self, step: int, summaries: Sequence[Any]) -> None:
+        for added in summaries:
+            event = Event(wall_time=time.time(), step=step, summary=added)
+            self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Wait until the writer's thread has written everything."""
-        self._writer.flush()
+        """Hand the records to the operating system."""
+        self._records.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Close the event file."""
+        self._records.close()
 
 
 class WandbSink:
@@ -163,8 +172,8 @@ class WandbSink:
 
 
 def _cut_events(mirror: Mirror, folder: str, resumed: Position) -> None:
-    """Remove event records beyond the resumed step: whole files opened after it, and the end of those opened before."""
-    opened_at = {name: int(end) for name in mirror.names(folder) if (end := name.rsplit(".", 1)[-1]).isdigit()}
+    """Remove records beyond the resumed step: whole files opened after it, and the end of those opened before."""
+    opened_at = {name: int(found[1]) for name in mirror.names(folder) if (found := _OPENED_AT.search(name))}
     before = max((step for step in opened_at.values() if step < resumed.step), default=resumed.step)
     for name, step in opened_at.items():
         if step > resumed.step:
@@ -174,15 +183,15 @@ def _cut_events(mirror: Mirror, folder: str, resumed: Position) -> None:
             mirror.replaced(name)
 
 
+_OPENED_AT = re.compile(r"tfevents\.(\d+)\.\d+$")
+
+
 def _cut_event_file(path: Path, resumed: Position) -> None:
-    events = importlib.import_module("tensorboard.compat.proto.event_pb2")
-    loader = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
-    records = importlib.import_module("tensorboard.summary.writer.record_writer")
     partial = path.with_name(f".{path.name}.part")
     with partial.open("wb") as file:
-        writer = records.RecordWriter(file)
-        for data in loader.RawEventFileLoader(str(path)).Load():
-            event = events.Event.FromString(data)
+        writer = RecordWriter(file)
+        for data in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(data)
             by_samples = any(value.tag.startswith(BY_SAMPLES) for value in event.summary.value)
             if event.step <= (resumed.samples if by_samples else resumed.step):
                 writer.write(data)

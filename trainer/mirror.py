@@ -10,9 +10,8 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.object_store import ObjectStore, join
-
 from data_pipeline.errors import DataError
+from data_pipeline.object_store import ObjectStore, join
 
 logger = logging.getLogger(__name__)
 PUSH_TIMEOUT_SECONDS = 120.0

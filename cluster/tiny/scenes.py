@@ -1,8 +1,8 @@
 """Generated pictures of simple scenes with their exact captions, as WebDataset shards: a corpus whose truth is known.
 
-A scene is a function of (seed, split, number). Four kinds: `one` thing ("a small red circle"), a `count` of equal things
-("three blue stars"), a `binding` of two things ("a red circle and a blue square") and a `relation` between two ("a red
-circle above a blue square"). Captions come from a closed grammar, so a generated caption is either right or wrong.
+A scene is a function of (seed, split, number). Four kinds: `one` thing ("a small red circle"), a `count` of equal
+things ("three blue stars"), a `binding` of two things ("a red circle and a blue square") and a `relation` between two
+("a red circle above a blue square"). Captions come from a closed grammar, so a caption is either right or wrong.
 """
 
 import io
@@ -119,6 +119,10 @@ def write_shards(
         folder: Made if missing.
         split: Part of the name and of every scene's seed: splits share no scene.
         num_samples: Scenes in all.
+        seed: Of all scenes.
+        kinds: Kinds of scenes, equally often.
+        side: Of the square pictures, in pixels.
+        samples_per_shard: Of every shard but the last.
         unique: Take only scenes whose caption has not come before, as a retrieval gallery wants; the grammar must have
             enough captions of these kinds (96 of kind `one`).
     """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.goodput import Activity, GoodputLedger, read_account
+from trainer.goodput import Activity, GoodputLedger, MemoryLedger, read_account
 
 pytestmark = pytest.mark.unit
 
@@ -15,17 +15,6 @@ class Clock:
         return self.now
 
 
-class Memory:
-    def __init__(self):
-        self.data = None
-
-    def read(self):
-        return self.data
-
-    def write(self, data):
-        self.data = data
-
-
 @pytest.fixture
 def clock():
     return Clock()
@@ -33,7 +22,7 @@ def clock():
 
 @pytest.fixture
 def memory():
-    return Memory()
+    return MemoryLedger()
 
 
 def work(ledger, clock, *, compute, wait=0.0, save=0.0):
@@ -119,5 +108,5 @@ def test_stages_share_the_account(clock, memory):
     again.resume("stage2", 0)
     assert again.seconds[Activity.COMPUTE] == 10
     assert again.seconds[Activity.LOST] == 3
-    assert read_account(memory.data)["start-up"] == 0
+    assert read_account(memory.read())["start-up"] == 0
     assert "2 start(s)" in again.table()

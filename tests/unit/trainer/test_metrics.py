@@ -1,0 +1,120 @@
+"""Records land in the run folder, local or remote, and a resumed run goes on without gaps or doubled steps."""
+
+import json
+
+import boto3
+import numpy as np
+import pytest
+from moto import mock_aws
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.config import StoreConfig
+from data_pipeline.object_store import ObjectStore
+from trainer import metrics
+from trainer.metrics import JsonlSink, Position, TensorBoardSink, read_jsonl
+from trainer.mirror import Mirror
+
+pytestmark = pytest.mark.unit
+BATCH = 4
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path, monkeypatch):
+    """A stage folder and a store: local, or S3 in this process."""
+    if request.param == "local":
+        yield str(tmp_path / "run" / "stage1"), ObjectStore()
+        return
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    with mock_aws():
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket/run/stage1", ObjectStore(StoreConfig(region="us-east-1"))
+
+
+def write_steps(mirror, first, last, *, killed=False, checkpoint_at=None, resumed=0):
+    """Write a record for each step, push at the checkpoint, and end cleanly or not at all."""
+    at = Position(resumed, resumed * BATCH)
+    sinks = [JsonlSink(mirror, at), TensorBoardSink(mirror, at)]
+    for step in range(first, last + 1):
+        for sink in sinks:
+            sink.write(Position(step, step * BATCH), {"loss/total": 1.0 / step, "optim/lr": step / 10})
+        if step == checkpoint_at or (killed and step == last):
+            for sink in sinks:
+                sink.flush()
+            mirror.push()
+            mirror.wait()
+    if not killed:
+        for sink in sinks:
+            sink.close()
+        mirror.close()
+
+
+def read_back(url, store, folder):
+    """Return the JSONL records and TensorBoard's view, as a reader of the run folder gets them."""
+    folder.mkdir(parents=True)
+    for info in store.list(url):
+        local = folder / info.url.removeprefix(url).lstrip("/")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_bytes(store.get(info.url))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    # Each file is read as it is: no purging by the reader.
+    events.purge_orphaned_data = False
+    events.Reload()
+    return read_jsonl((folder / "metrics.jsonl").read_text()), events
+
+
+def test_a_run_that_is_never_killed(place, tmp_path):
+    url, store = place
+    write_steps(Mirror(url, store), 1, 8)
+    records, events = read_back(url, store, tmp_path / "copy")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[3]["samples"] == 16
+    assert records[3]["loss/total"] == 0.25
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("by_samples/loss/total")] == [BATCH * step for step in range(1, 9)]
+    assert "by_samples/optim/lr" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("resumed", [0, 3, 5, 7])
+def test_steps_done_again_are_there_once(place, tmp_path, resumed):
+    url, store = place
+    write_steps(Mirror(url, store), 1, 5, killed=True, checkpoint_at=3)
+    write_steps(Mirror(url, store), 4, 7, killed=True, resumed=3)
+    write_steps(Mirror(url, store), resumed + 1, 10, resumed=resumed)
+    records, events = read_back(url, store, tmp_path / "copy")
+    assert [record["step"] for record in records] == list(range(1, 11))
+    for tag, unit in (("loss/total", 1), ("by_samples/loss/total", BATCH)):
+        assert [event.step for event in events.Scalars(tag)] == [unit * step for step in range(1, 11)], tag
+
+
+def test_many_small_event_files_resume_too(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_EVENT_FILE_BYTES", 300)
+    url, store = place
+    write_steps(Mirror(url, store), 1, 20, killed=True)
+    assert len([info for info in store.list(url) if "tfevents" in info.url]) > 3
+    write_steps(Mirror(url, store), 12, 20, resumed=11)
+    _, events = read_back(url, store, tmp_path / "copy")
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 21))
+
+
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 4}\n{"step": 2, "sam')
+    sink = JsonlSink(Mirror(str(tmp_path), ObjectStore()), Position(2, 8))
+    sink.write(Position(3, 12), {"loss/total": float("nan")})
+    sink.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert lines[1]["loss/total"] is None
+
+
+def test_pictures_land_in_tensorboard(place, tmp_path):
+    url, store = place
+    mirror = Mirror(url, store)
+    sinks = [JsonlSink(mirror, Position(0, 0)), TensorBoardSink(mirror, Position(0, 0))]
+    for sink in sinks:
+        sink.pictures(Position(1, 4), {"samples": np.zeros((8, 6, 3), dtype=np.uint8)})
+        sink.close()
+    mirror.close()
+    _, events = read_back(url, store, tmp_path / "copy")
+    (image,) = events.Images("samples")
+    assert (image.height, image.width, image.step) == (8, 6, 1)
