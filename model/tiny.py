@@ -1,0 +1,127 @@
+"""Tiny random models in the folder format of the real ones, for tests and for trying a run without downloads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+TinyLanguage = Literal["opt", "llama", "t5"]
+CORPUS = (
+    "a red circle left of a blue square",
+    "a green triangle above a yellow star on a white background",
+    "a small black cross below a large orange ring",
+    "two dogs play with a ball in the park near a tree",
+    "question: how many shapes are in the picture? answer:",
+)
+VOCAB_SIZE = 400
+# Special tokens in the order of their ids, as in the real models.
+SPECIAL_TOKENS: dict[TinyLanguage, tuple[str, ...]] = {
+    "opt": ("<s>", "<pad>", "</s>", "<unk>"),
+    "llama": ("<unk>", "<s>", "</s>"),
+    "t5": ("<pad>", "</s>", "<unk>"),
+}
+
+
+def write_tiny_language(
+    folder: Path,
+    kind: TinyLanguage,
+    *,
+    width: int = 48,
+    num_layers: int = 2,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+) -> Path:
+    """Write a random language model with config, safetensors and a byte-level tokenizer, and return `folder`.
+
+    opt: learned positions, tied head, </s> first. llama: rotary positions, untied head. t5: gated GELU (erf), untied
+    head, no output scaling, as in Flan.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _MODELS[kind](width, num_layers, vocab_size)
+    model.eval().save_pretrained(folder)
+    write_tiny_tokenizer(folder, kind)
+    return folder
+
+
+def write_tiny_tokenizer(folder: Path, kind: TinyLanguage, corpus: Iterable[str] = CORPUS) -> None:
+    """Write a byte-level BPE tokenizer with the special tokens of `kind`."""
+    specials = SPECIAL_TOKENS[kind]
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 1,  # one row stays free for the image placeholder of an export
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>" if "<pad>" in specials else "</s>"}
+    names |= {"opt": {"bos_token": "</s>"}, "llama": {"bos_token": "<s>"}, "t5": {}}[kind]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def _opt(width: int, num_layers: int, vocab_size: int) -> Any:
+    config = OPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    return OPTForCausalLM(config)
+
+
+def _llama(width: int, num_layers: int, vocab_size: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _t5(width: int, num_layers: int, vocab_size: int) -> Any:
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=num_layers,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    config.dense_act_fn = "gelu"
+    config.scale_decoder_outputs = False
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone().normal_())
+    model.generation_config = GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    return model
+
+
+_MODELS = {"opt": _opt, "llama": _llama, "t5": _t5}
