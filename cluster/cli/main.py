@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from cluster.cli import config
+from cluster.cli import config, estimate
 from cluster.errors import ClusterError
 from data_pipeline.errors import DataError
 from model.errors import ModelError
@@ -24,6 +24,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 something for you to mend, 75 stopped early: start again.",
 )
 app.add_typer(config.app, name="config")
+app.command()(estimate.estimate)
 
 
 @app.callback()

@@ -1,0 +1,120 @@
+"""`isthmus estimate`: memory, time and cost of a run before it is started."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.cli.config import ConfigPath, Json, Overrides
+from cluster.config import JobConfig
+from trainer.config_io import load_config
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.estimate.hardware import Assumptions
+    from trainer.estimate.step import StageEstimate
+
+
+def estimate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Card, such as a100-40g, a100-80g, h100, h200, l40s.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU hour; adds the cost.")] = None,
+    assume: Annotated[list[str] | None, typer.Option(help="Override an assumption: name=value.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Scaling curve, such as gpus=8,16,32.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory per GPU, step time, days and cost of a run."""
+    from trainer.estimate.architectures import load_parts
+    from trainer.estimate.hardware import find_gpu
+    from trainer.estimate.report import draw, draw_sweep
+    from trainer.estimate.step import Cluster, estimate_stage
+
+    resolved = load_config(config, overrides or [], JobConfig)
+    assumptions = _assumptions(assume or [])
+    card = find_gpu(gpu)
+    parts, sources = load_parts(resolved)
+
+    def at_size(size: int) -> "list[StageEstimate]":
+        cluster = Cluster(card, size, gpus_per_node)
+        return [estimate_stage(resolved, stage, parts, cluster, assumptions) for stage in resolved.stages]
+
+    if sweep is not None:
+        sizes = _sizes(sweep)
+        by_size = [at_size(size) for size in sizes]
+        curves: dict[str, list[float]] = {
+            stage: [estimates[i].samples_per_second for estimates in by_size] for i, stage in enumerate(resolved.stages)
+        }
+        if png is not None:
+            draw_sweep(sizes, curves, png)
+        _print_sweep(sizes, curves, as_json=as_json)
+        return
+    estimates = at_size(gpus)
+    if png is not None:
+        draw(estimates, png)
+    _print_estimates(estimates, f"{gpus} x {gpu}", sources, assumptions, price, as_json=as_json)
+
+
+def _print_estimates(
+    estimates: "list[StageEstimate]",
+    hardware: str,
+    sources: list[str],
+    assumptions: "Assumptions",
+    price: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.estimate import report
+
+    if as_json:
+        stages = {estimate.stage: report.as_json(estimate, price) for estimate in estimates}
+        typer.echo(json.dumps({"hardware": hardware, "stages": stages, "assumptions": vars(assumptions)}, indent=2))
+        return
+    console = Console()
+    for estimate in estimates:
+        table = Table(title=f"{estimate.stage} on {hardware}", show_header=False, title_justify="left")
+        for label, value in report.rows(estimate, price):
+            table.add_row(label, value)
+        console.print(table)
+    console.print("Dimensions: " + "; ".join(sources), highlight=False)
+    console.print("Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(assumptions)))
+
+
+def _print_sweep(sizes: list[int], curves: dict[str, list[float]], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"gpus": sizes, "samples_per_second": curves}))
+        return
+    for i, size in enumerate(sizes):
+        speeds = ", ".join(f"{stage} {speeds[i]:,.0f} images/s" for stage, speeds in curves.items())
+        typer.echo(f"{size:6d} GPUs: {speeds}")
+
+
+def _sizes(sweep: str) -> list[int]:
+    name, _, values = sweep.partition("=")
+    try:
+        sizes = [int(value) for value in values.split(",")]
+    except ValueError:
+        sizes = []
+    if name != "gpus" or not sizes or min(sizes) < 1:
+        raise ConfigError(f"--sweep {sweep}: not of the form gpus=8,16,32")
+    return sizes
+
+
+def _assumptions(given: list[str]) -> "Assumptions":
+    from trainer.estimate.hardware import Assumptions
+
+    overrides = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        try:
+            overrides[name] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"--assume {item}: not of the form name=number") from error
+    return Assumptions.with_overrides(overrides)

@@ -1,0 +1,133 @@
+"""The estimate against published counts, the public full-size logs, and its own bookkeeping."""
+
+import json
+
+import pytest
+
+from cluster.config import JobConfig
+from model.config import QFormerConfig
+from trainer.config_io import load_config
+from trainer.errors import ConfigError
+from trainer.estimate.architectures import BUNDLED, bundled_config
+from trainer.estimate.flops import Text, stage1_work, stage2_work, vision_flops
+from trainer.estimate.hardware import GIB, Assumptions, find_gpu
+from trainer.estimate.memory import FP32, HALF, stage1_activations, stage2_activations, trainable_parameters
+from trainer.estimate.shapes import language_shape, vision_shape
+from trainer.estimate.step import Cluster, Parts, estimate_stage
+
+pytestmark = pytest.mark.unit
+
+RECIPES = BUNDLED.parent
+Q = QFormerConfig()
+LOG_BATCH = 128
+
+
+def shapes(vision: str, language: str) -> Parts:
+    return Parts(vision_shape(bundled_config(vision), 224), language_shape(bundled_config(language)))
+
+
+VITG_OPT = shapes("eva-clip-vit-g-14", "opt-2.7b")
+
+
+def test_trainable_parameters_are_those_of_the_public_runs():
+    assert trainable_parameters(Q, 1408, stage2=False) == 186_705_470
+    assert trainable_parameters(Q, 1408, stage2=True) + 769 * 2560 == 107_133_696
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("opt-2.7b", 2.65), ("opt-6.7b", 6.66), ("flan-t5-xl", 2.85), ("flan-t5-xxl", 11.14), ("qwen2.5-7b", 7.62)],
+)
+def test_language_models_have_their_published_size(name, billions):
+    assert language_shape(bundled_config(name)).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_encoder_work_is_that_measured_for_the_original_encoders():
+    assert vision_flops(vision_shape(bundled_config("eva-clip-vit-g-14"), 224)) / 1e9 == pytest.approx(520.7, rel=1e-3)
+    clip = vision_shape(bundled_config("clip-vit-large-patch14"), 224)
+    assert vision_flops(clip) / 1e9 == pytest.approx(155.3, rel=1e-3)
+
+
+def test_stage1_work_of_the_original_and_of_this_code():
+    vision = VITG_OPT.vision
+    assert stage1_work(Q, vision, Text(), original=True).qformer / 1e9 == pytest.approx(240.6, rel=2e-3)
+    assert stage1_work(Q, vision, Text(), original=False).qformer / 1e9 == pytest.approx(117.1, rel=5e-3)
+
+
+@pytest.mark.parametrize(("name", "gigaflops"), [("opt-2.7b", 1239), ("opt-6.7b", 2266), ("flan-t5-xl", 1004)])
+def test_stage2_work_of_the_original(name, gigaflops):
+    parts = shapes("eva-clip-vit-g-14", name)
+    work = stage2_work(Q, parts.vision, parts.language, Text(), original=True)
+    assert work.total / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+
+
+def test_peak_memory_of_the_public_runs_is_within_a_fifth():
+    """8 x RTX A6000, fp16 autocast, batch 128 per GPU: 37,493 MiB in stage 1, 37,363 MiB in stage 2."""
+    vision, language = VITG_OPT.vision, VITG_OPT.language
+    fixed = HALF * vision.num_parameters + 1.2e9
+    per_parameter = FP32 + FP32 + 2 * FP32 + FP32 + HALF  # weight, gradient, moments, bucket, cast copy
+    gathered_features = 2 * 8 * LOG_BATCH * vision.num_tokens * vision.width * FP32
+    stage1 = LOG_BATCH * stage1_activations(Q, vision, Text(), original=True) + gathered_features
+    stage1 += per_parameter * 186_705_470 + fixed
+    assert stage1 / (1 << 20) == pytest.approx(37_493, rel=0.2)
+    stage2 = LOG_BATCH * stage2_activations(Q, vision, language, Text(), original=True, checkpointed=False)
+    stage2 += per_parameter * 107_133_696 + fixed + HALF * language.num_parameters
+    assert stage2 / (1 << 20) == pytest.approx(37_363, rel=0.2)
+
+
+def full_size(name: str, *overrides: str) -> JobConfig:
+    return load_config(RECIPES / f"{name}.yaml", overrides, JobConfig)
+
+
+def test_more_gpus_hold_less_and_step_faster():
+    config = full_size("blip2-vitg-opt6.7b")
+    parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
+    small, large = (
+        estimate_stage(config, "stage2", parts, Cluster(find_gpu("a100-80g"), size), Assumptions()) for size in (8, 80)
+    )
+    assert large.memory.frozen_partition < small.memory.frozen_partition
+    assert large.step_seconds < small.step_seconds
+    assert large.gpu_hours > small.gpu_hours
+    assert small.memory.frozen_partition == pytest.approx(
+        HALF * (parts.vision.num_parameters + parts.language.num_parameters / 8)
+    )
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config = full_size("blip2-vitg-opt6.7b", "stage1.global_batch_size=16800", "stage1.micro_batch_size=1")
+    parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
+    cluster, assumptions = Cluster(find_gpu("a100-40g"), 8), Assumptions()
+    largest = estimate_stage(config, "stage1", parts, cluster, assumptions).largest_micro_batch
+    room = 40 * GIB * (1 - assumptions.fragmentation)
+
+    def memory_at(micro_batch: int) -> float:
+        stage1 = config.stage1.model_copy(update={"micro_batch_size": micro_batch})
+        changed = config.model_copy(update={"stage1": stage1})
+        return estimate_stage(changed, "stage1", parts, cluster, assumptions).memory.total
+
+    assert memory_at(largest) <= room < memory_at(largest + 1)
+
+
+def test_what_cannot_be_estimated_is_said():
+    config, parts = full_size("blip2-vitg-opt2.7b"), VITG_OPT
+    with pytest.raises(ConfigError, match="not divisible by 11 GPUs"):
+        estimate_stage(config, "stage1", parts, Cluster(find_gpu("h100"), 11), Assumptions())
+    with pytest.raises(ConfigError, match="known are a100-40g"):
+        find_gpu("abacus")
+    with pytest.raises(ConfigError, match="known are"):
+        Assumptions.with_overrides({"hope": 1.0})
+    with pytest.raises(ConfigError, match="patch_size"):
+        vision_shape({"model_type": "efficientnet", "hidden_size": 1, "num_hidden_layers": 1}, 224)
+    with pytest.raises(ConfigError, match="ffn_dim"):
+        language_shape({k: v for k, v in bundled_config("opt-2.7b").items() if k != "ffn_dim"})
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*2*-*.yaml")))
+def test_every_full_size_recipe_resolves_and_estimates(recipe):
+    config = full_size(recipe)
+    parts = shapes(*(path.rpartition("/")[2] for path in (config.model.vision.path, config.model.language.path)))
+    for stage in config.stages:
+        estimate = estimate_stage(config, stage, parts, Cluster(find_gpu("h100"), 16), Assumptions())
+        assert estimate.largest_micro_batch >= config.stage(stage).micro_batch_size
+        assert json.loads(json.dumps(estimate.seconds))
+        assert 0 < estimate.mfu < 1

@@ -1,0 +1,123 @@
+"""Floating-point operations per sample, counted by formula; a multiply and an add are two operations.
+
+`original` counts the work as BLIP-2's released code does it: text padded to its limit, image features projected anew
+for each of the four passes, logits at every position. Without it, the work as this code does it.
+A trainable product costs three times its forward work, one that only passes a gradient on twice.
+"""
+
+from dataclasses import dataclass
+
+from model.config import QFormerConfig
+from trainer.estimate.shapes import LanguageShape, VisionShape
+
+
+@dataclass(frozen=True)
+class Text:
+    """Mean lengths in tokens. `padded` is what the original pads to, `real` what captions have."""
+
+    real: float = 12.0
+    padded: float = 32.0
+    prefix: float = 4.0
+    """Real tokens of a prefix-LM prefix; the decoder then writes `real` - `prefix` + 2."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations per sample of one optimizer step, by part."""
+
+    vision: float
+    qformer: float
+    language: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.vision + self.qformer + self.language
+
+
+def vision_flops(shape: VisionShape) -> float:
+    """Forward work of the image encoder for one image."""
+    tokens, width = shape.num_tokens, shape.width
+    layer = tokens * (8 * width**2 + 4 * width * shape.intermediate) + 4 * tokens**2 * width
+    patches = 2 * tokens * 3 * shape.patch_pixels**2 * width
+    return shape.num_layers * layer + patches
+
+
+def self_attention_flops(rows: float, keys: float, width: int) -> float:
+    """Projections of `rows` and attention of `rows` over `keys`."""
+    return 8 * width**2 * rows + 4 * rows * keys * width
+
+
+def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, original: bool) -> Work:
+    """Work of one stage-1 sample, forward and backward (BLIP-2, section 3.2)."""
+    length = text.padded if original else text.real
+    width, queries, layers = q.hidden_size, q.num_queries, q.num_layers
+    crossed = -(-layers // q.cross_attention_every)
+    feed_forward = 4 * width * q.intermediate_size
+    image_keys = 4 * vision.width * width * vision.num_tokens
+    cross = 4 * width**2 * queries + 4 * queries * vision.num_tokens * width
+
+    query_pass = layers * (self_attention_flops(queries, queries, width) + feed_forward * queries) + crossed * cross
+    text_pass = layers * (self_attention_flops(length, length, width) + feed_forward * length)
+    rows = queries + length
+    matching = 3 * (layers * (self_attention_flops(rows, rows, width) + feed_forward * rows) + crossed * cross)
+    predicted = length if original else length - 1
+    writing = layers * (self_attention_flops(length, rows, width) + feed_forward * length)
+    writing += predicted * (2 * width**2 + 2 * width * q.vocab_size)
+    if not original:
+        matching -= 3 * _unread_text_of_last_layer(q, length)
+        text_pass -= _unread_text_of_last_layer(q, length - 1)
+    trained = 3 * (query_pass + text_pass + matching + writing)
+    projections = 4 * 3 * image_keys * crossed if original else 2 * image_keys * crossed
+    return Work(vision_flops(vision), trained + projections)
+
+
+def feature_pass_flops(q: QFormerConfig, vision: VisionShape, text: Text) -> float:
+    """Forward work that micro-batches repeat in stage 1: the features of the whole batch are needed before any loss."""
+    width, queries = q.hidden_size, q.num_queries
+    crossed = -(-q.num_layers // q.cross_attention_every)
+    rows = queries + text.real
+    layers = 8 * width**2 * rows + 4 * width * (queries**2 + text.real**2) + 4 * width * q.intermediate_size * rows
+    cross = 4 * width**2 * queries + 4 * queries * vision.num_tokens * width
+    return q.num_layers * layers + crossed * (cross + 4 * vision.width * width * vision.num_tokens)
+
+
+def _unread_text_of_last_layer(q: QFormerConfig, rows: float) -> float:
+    """Query projection, output projection and feed-forward of rows that only serve as keys in the last layer."""
+    return (4 * q.hidden_size**2 + 4 * q.hidden_size * q.intermediate_size) * rows
+
+
+def stage2_work(q: QFormerConfig, vision: VisionShape, language: LanguageShape, text: Text, *, original: bool) -> Work:
+    """Work of one stage-2 sample, forward and backward: the frozen language model only passes the gradient on."""
+    width, queries = q.hidden_size, q.num_queries
+    crossed = -(-q.num_layers // q.cross_attention_every)
+    feed_forward = 4 * width * q.intermediate_size
+    cross = 4 * width**2 * queries + 4 * queries * vision.num_tokens * width
+    query_pass = q.num_layers * (self_attention_flops(queries, queries, width) + feed_forward * queries)
+    query_pass += crossed * cross + 2 * width * language.width * queries
+    image_keys = (3 if original else 2) * 4 * vision.width * width * vision.num_tokens * crossed
+    qformer = 3 * query_pass + image_keys
+    return Work(vision_flops(vision), qformer, 2 * language_flops(language, queries, text, original=original))
+
+
+def language_flops(shape: LanguageShape, queries: int, text: Text, *, original: bool) -> float:
+    """Forward work of the frozen language model for one sample."""
+    if shape.is_encoder_decoder:
+        prefix = text.padded / 2 if original else text.prefix
+        suffix = text.padded if original else text.real - text.prefix + 2
+        return _encoder_decoder_flops(shape, queries + prefix, suffix)
+    length = text.padded if original else text.real
+    rows = queries + length
+    layers = 2 * shape.decoder_layer_parameters * rows + 4 * rows**2 * shape.attention_width
+    predicted = rows if original else length
+    return shape.decoder_layers * layers + 2 * shape.head_parameters * predicted
+
+
+def _encoder_decoder_flops(shape: LanguageShape, read: float, written: float) -> float:
+    encoder = 2 * shape.encoder_layer_parameters * read + 4 * read**2 * shape.attention_width
+    own = 2 * (shape.attention_parameters + shape.feed_forward_parameters) * written
+    own += 4 * written**2 * shape.attention_width
+    cross = 2 * shape.width * (2 * shape.attention_width * written + 2 * shape.key_value_width * read)
+    cross += 4 * written * read * shape.attention_width
+    head = 2 * shape.head_parameters * written
+    return shape.encoder_layers * encoder + shape.decoder_layers * (own + cross) + head

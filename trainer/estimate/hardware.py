@@ -1,0 +1,92 @@
+"""Accelerators by their public data sheets, and the assumptions that turn peak figures into expected ones."""
+
+from dataclasses import dataclass, fields
+
+from trainer.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak figures of one card: dense bf16/fp16 operations, memory, and bandwidth to its neighbours in the node."""
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    peer_bandwidth: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40g", 312e12, 40 * GIB, 1.555e12, 300e9),
+        Gpu("a100-80g", 312e12, 80 * GIB, 2.039e12, 300e9),
+        Gpu("h100", 989e12, 80 * GIB, 3.35e12, 450e9),
+        Gpu("h200", 989e12, 141e9, 4.8e12, 450e9),
+        Gpu("l40s", 362e12, 48 * GIB, 0.864e12, 32e9),
+        Gpu("l4", 121e12, 24 * GIB, 0.3e12, 32e9),
+        Gpu("a10g", 125e12, 24 * GIB, 0.6e12, 32e9),
+        Gpu("rtx-a6000", 154.8e12, 48 * GIB, 0.768e12, 32e9),
+        Gpu("rtx-4090", 165e12, 24 * GIB, 1.008e12, 32e9),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the card of that name.
+
+    Raises:
+        ConfigError: it is not known; lists those that are.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Everything an estimate takes on faith; each can be overridden by name."""
+
+    vision_efficiency: float = 0.45
+    """Fraction of peak that the frozen encoder reaches: large dense products, no gradient."""
+    trainable_efficiency: float = 0.30
+    """Fraction of peak of the Q-Former: small products, dropout, optimizer."""
+    language_efficiency: float = 0.45
+    """Fraction of peak of the frozen language model."""
+    network_bandwidth: float = 50e9
+    """Bytes per second and node between nodes (400 Gbit/s)."""
+    network_efficiency: float = 0.7
+    """Fraction of a link's bandwidth that collectives reach."""
+    overlap: float = 0.7
+    """Fraction of communication hidden behind compute."""
+    real_text_tokens: float = 12.0
+    """Mean caption length in tokens, special tokens included."""
+    sample_bytes: float = 80e3
+    """Mean size of a sample in its shard."""
+    reader_cpu_seconds: float = 0.0026
+    """CPU seconds to fetch, decode and crop one sample."""
+    chunk_bytes: float = 16e6
+    """Bytes per object-store request."""
+    cuda_context_bytes: float = 1.2e9
+    """Memory that a process takes before the first tensor, libraries included."""
+    fragmentation: float = 0.05
+    """Fraction of memory lost between blocks."""
+    mean_hours_between_failures: float = 8.0
+    """Of the whole job; sets the checkpoint interval."""
+    save_stall_seconds: float = 1.0
+    """Training time lost per checkpoint."""
+
+    @classmethod
+    def with_overrides(cls, overrides: dict[str, float]) -> "Assumptions":
+        """Return the defaults with some fields replaced.
+
+        Raises:
+            ConfigError: a name is not known.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ConfigError(f"assumption {unknown[0]}: not known; known are {', '.join(sorted(known))}")
+        return cls(**overrides)

@@ -1,0 +1,96 @@
+"""An estimate as rows of text and as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from trainer.estimate.hardware import GIB, Assumptions
+from trainer.estimate.step import StageEstimate
+
+GIGA, TERA = 1e9, 1e12
+
+
+def rows(estimate: StageEstimate, price_per_gpu_hour: float | None) -> list[tuple[str, str]]:
+    """Return (label, value) pairs of one stage, units in the values."""
+    memory = estimate.memory
+    parts = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(memory, field.name) / GIB:.2f}" for field in fields(memory)
+    )
+    seconds = ", ".join(f"{part} {value:.3f}" for part, value in estimate.seconds.items())
+    table = [
+        ("memory per GPU", f"{memory.total / GIB:.1f} GiB at micro-batch {estimate.micro_batch}"),
+        ("  of it (GiB)", parts),
+        ("  with activation checkpointing", f"{estimate.memory_checkpointed.total / GIB:.1f} GiB"),
+        ("largest micro-batch that fits", str(estimate.largest_micro_batch)),
+        ("work per sample", f"{estimate.work.total / GIGA:.1f} GFLOP, of it vision {estimate.work.vision / GIGA:.1f}"),
+        ("received per rank and step", f"{estimate.traffic.total / GIGA:.2f} GB"),
+        ("step", f"{estimate.step_seconds:.3f} s ({seconds}); bottleneck: {estimate.bottleneck}"),
+        ("throughput", f"{estimate.samples_per_second:.0f} images/s, {estimate.mfu:.0%} of peak"),
+        ("duration", f"{estimate.days:.2f} days, {estimate.gpu_hours:,.0f} GPU hours"),
+        ("reader CPU cores", f"{estimate.reader_cores:.1f}"),
+        ("object store", f"{estimate.storage_bytes / TERA:.1f} TB in {estimate.storage_requests:,.0f} requests"),
+        ("checkpoint every", f"{estimate.checkpoint_interval_seconds / 60:.1f} min (Young-Daly)"),
+        ("recommended", estimate.recommendation),
+    ]
+    if price_per_gpu_hour is not None:
+        table.insert(9, ("cost", f"{estimate.gpu_hours * price_per_gpu_hour:,.0f} at {price_per_gpu_hour}/GPU hour"))
+    return table
+
+
+def as_json(estimate: StageEstimate, price_per_gpu_hour: float | None) -> dict[str, Any]:
+    """Return an estimate as plain data; bytes, seconds and operations without scaling."""
+    data = asdict(estimate)
+    data["memory"]["total"] = estimate.memory.total
+    data["work"]["total"] = estimate.work.total
+    data["bottleneck"] = estimate.bottleneck
+    data["cost"] = None if price_per_gpu_hour is None else estimate.gpu_hours * price_per_gpu_hour
+    return data
+
+
+def assumption_lines(assumptions: Assumptions) -> list[str]:
+    """Return every assumption as name=value, in the form in which it can be overridden."""
+    return [f"{field.name}={getattr(assumptions, field.name):g}" for field in fields(assumptions)]
+
+
+def draw(estimates: Sequence[StageEstimate], path: Path) -> None:
+    """Write a PNG: memory and step time of each stage as stacked bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory_axis, time_axis = figure.subplots(1, 2)
+    stages = [estimate.stage for estimate in estimates]
+    _stack(memory_axis, stages, [{k: v / GIB for k, v in vars(e.memory).items()} for e in estimates])
+    memory_axis.set(title="Memory per GPU", ylabel="GiB")
+    _stack(time_axis, stages, [e.seconds for e in estimates])
+    time_axis.set(title="Step time before overlap", ylabel="seconds")
+    figure.savefig(path, dpi=120)
+
+
+def draw_sweep(sizes: Sequence[int], sweep: dict[str, list[float]], path: Path) -> None:
+    """Write a PNG: images per second of each stage against the number of GPUs, beside linear growth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for stage, speeds in sweep.items():
+        (line,) = axis.plot(sizes, speeds, marker="o", label=stage)
+        linear = [speeds[0] * size / sizes[0] for size in sizes]
+        axis.plot(sizes, linear, linestyle=":", color=line.get_color(), label=f"{stage}, linear")
+    axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images per second", title="Predicted scaling")
+    axis.set_xticks(list(sizes), [str(size) for size in sizes])
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _stack(axis: Any, stages: Sequence[str], parts: Sequence[dict[str, float]]) -> None:
+    bottom = [0.0] * len(stages)
+    for name in parts[0]:
+        heights = [part[name] for part in parts]
+        axis.bar(stages, heights, bottom=bottom, label=name.replace("_", " "))
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axis.legend(fontsize=7)
