@@ -1,0 +1,194 @@
+"""The Q-Former's layer: shared self-attention, cross-attention for queries, a feed-forward network per kind of row.
+
+Letters: B rows, Q queries, P patches, T text tokens, N listed text tokens (model/packing.py), L = Q + T, D width,
+H heads, d width of a head, K listed tokens that are read.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import QFormerConfig
+from model.packing import Packing
+
+
+class KeysValues(NamedTuple):
+    """Attention memory of one layer."""
+
+    keys_BHLd: Tensor
+    values_BHLd: Tensor
+
+
+class ImageMemory(NamedTuple):
+    """What cross-attention reads: per cross-attention layer the keys and values of I images, and each row's image."""
+
+    layers: list[KeysValues]
+    index_B: Tensor | None = None
+    """Which image each row attends to; none: row b attends to image b."""
+
+
+class Attention(nn.Module):
+    """Projections, output projection and post-LayerNorm of one attention block."""
+
+    def __init__(self, config: QFormerConfig, memory_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+        self.output = nn.Linear(width, width)
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        """Split the width into heads: B, L, D to B, H, L, d."""
+        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+    def attend(self, query_BLD: Tensor, memory: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Return the attention's context, B, L, D; `mask` is True where attending is allowed."""
+        context_BHLd = F.scaled_dot_product_attention(
+            self.heads(query_BLD),
+            memory.keys_BHLd,
+            memory.values_BHLd,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return context_BHLd.transpose(1, 2).flatten(2)
+
+    def add(self, residual: Tensor, context: Tensor) -> Tensor:
+        """Project the context and add it to the residual, normalised."""
+        projected = F.dropout(self.output(context), self.dropout, self.training)
+        normalised: Tensor = self.layer_norm(residual + projected)
+        return normalised
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU (erf), residual and post-LayerNorm."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same shape."""
+        y: Tensor = self.layer_norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        return y
+
+
+class Rows(NamedTuple):
+    """The rows of a pass: queries and listed text; either may be absent."""
+
+    query_BQD: Tensor | None
+    text_ND: Tensor | None
+
+    def listed(self) -> Tensor:
+        """Return all rows as one list, queries first."""
+        parts = [] if self.query_BQD is None else [self.query_BQD.flatten(0, 1)]
+        return torch.cat([*parts, *([] if self.text_ND is None else [self.text_ND])])
+
+    def like(self, listed_LD: Tensor) -> "Rows":
+        """Split a list of rows the way this one was joined."""
+        if self.query_BQD is None:
+            return Rows(None, listed_LD)
+        batch, queries, _ = self.query_BQD.shape
+        query_BQD = listed_LD[: batch * queries].reshape(batch, queries, listed_LD.shape[-1])
+        return Rows(query_BQD, None if self.text_ND is None else listed_LD[batch * queries :])
+
+    def joint(self, packing: Packing | None) -> Tensor:
+        """Return B, Q + T, D for attention; unlisted text places are zero."""
+        parts = [] if self.query_BQD is None else [self.query_BQD]
+        if self.text_ND is not None and packing is not None:
+            parts.append(packing.unpack(self.text_ND))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class Reads(NamedTuple):
+    """Which text rows a layer must give: their packing, and their places among the listed rows (none: all)."""
+
+    packing: Packing
+    kept_K: Tensor | None = None
+
+
+class Layer(nn.Module):
+    """One transformer layer; cross-attention only where `cross`, text feed-forward only where `with_text`."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, *, cross: bool, with_text: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.hidden_size)
+        self.cross_attention = Attention(config, image_width) if cross else None
+        self.query_ffn = FeedForward(config)
+        self.text_ffn = FeedForward(config) if with_text else None
+
+    def forward(
+        self,
+        rows: Rows,
+        packing: Packing | None = None,
+        mask: Tensor | None = None,
+        *,
+        image: ImageMemory | None = None,
+        past: KeysValues | None = None,
+        reads: Reads | None = None,
+    ) -> tuple[Rows, KeysValues]:
+        """Return the rows after this layer and the self-attention memory of all rows.
+
+        Args:
+            rows: the rows before this layer.
+            packing: places of the text rows.
+            mask: self-attention mask over the padded rows, True where attending is allowed.
+            image: memory of this layer's cross-attention (one entry), with the row index.
+            past: self-attention memory put before the rows' own.
+            reads: text rows that are wanted; none: all.
+        """
+        attention, listed = self.attention, rows.listed()
+        memory = KeysValues(
+            attention.heads(rows.like(attention.key(listed)).joint(packing)),
+            attention.heads(rows.like(attention.value(listed)).joint(packing)),
+        )
+        seen = (
+            memory if past is None else KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, memory, strict=True)))
+        )
+        if reads is not None and rows.text_ND is not None:
+            packing = reads.packing
+            if reads.kept_K is not None:
+                rows = Rows(rows.query_BQD, rows.text_ND.index_select(0, reads.kept_K))
+                listed = rows.listed()
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, : packing.length]
+        context_BLD = attention.attend(rows.like(attention.query(listed)).joint(packing), seen, mask)
+        rows = rows.like(attention.add(listed, _list_context(context_BLD, rows, packing)))
+        return Rows(self._query_rows(rows.query_BQD, image), self._text_rows(rows.text_ND)), memory
+
+    def _query_rows(self, query_BQD: Tensor | None, image: ImageMemory | None) -> Tensor | None:
+        if query_BQD is None:
+            return None
+        if self.cross_attention is not None and image is not None:
+            memory = image.layers[0]
+            if image.index_B is not None:
+                memory = KeysValues(*(part.index_select(0, image.index_B) for part in memory))
+            cross = self.cross_attention
+            query_BQD = cross.add(query_BQD, cross.attend(cross.query(query_BQD), memory))
+        after: Tensor = self.query_ffn(query_BQD)
+        return after
+
+    def _text_rows(self, text_ND: Tensor | None) -> Tensor | None:
+        if text_ND is None or self.text_ffn is None:
+            return None
+        after: Tensor = self.text_ffn(text_ND)
+        return after
+
+
+def _list_context(context_BLD: Tensor, rows: Rows, packing: Packing | None) -> Tensor:
+    """Return the context of the listed rows, in their order."""
+    if rows.query_BQD is None:
+        assert packing is not None
+        return packing.pack(context_BLD)
+    queries = rows.query_BQD.shape[1]
+    if rows.text_ND is None or packing is None:
+        return context_BLD.flatten(0, 1)
+    return torch.cat([context_BLD[:, :queries].flatten(0, 1), packing.pack(context_BLD[:, queries:])])
