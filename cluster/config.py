@@ -78,8 +78,6 @@ class ClusterConfig(Config):
     """Ray address or dashboard URL; none: RAY_ADDRESS, else an embedded Ray on this machine."""
     workers: WorkersConfig = WorkersConfig()
     """Training group."""
-    reader_cpus: float = Field(1, gt=0)
-    """CPU cores reserved per reader actor."""
     restart: RestartConfig = RestartConfig()
     """Restart budget."""
     wait_seconds: float = Field(3600.0, gt=0)

@@ -11,24 +11,30 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Demand:
-    """Resources of one worker and of one reader, and the number of readers."""
+    """Resources of one worker and of one reader actor."""
 
     worker: dict[str, float]
     reader: dict[str, float]
-    num_readers: int
+    """Empty: no reader actors."""
+    readers: int
+    """Reader actors asked for; every worker has at least one (data_pipeline.actors)."""
 
     @staticmethod
     def of(config: JobConfig) -> "Demand":
         """Return what a run asks for."""
-        cluster = config.cluster
-        worker = {"CPU": cluster.workers.cpus, "GPU": float(cluster.workers.gpus)}
-        num_readers = config.data.readers if config.data.backend == "ray" else 0
-        return Demand({k: v for k, v in worker.items() if v}, {"CPU": cluster.reader_cpus}, num_readers)
+        workers, data = config.cluster.workers, config.data
+        worker = {"CPU": workers.cpus, "GPU": float(workers.gpus)}
+        reader = {"CPU": 1.0, **data.reader_resources} if data.backend == "ray" else {}
+        return Demand({key: amount for key, amount in worker.items() if amount}, reader, data.readers)
+
+    def num_readers(self, num_workers: int) -> int:
+        """Return how many reader actors serve this many workers."""
+        return max(self.readers, num_workers) if self.reader else 0
 
     def total_cpus(self, num_workers: int) -> int:
-        """Return the CPUs that this many workers and all readers reserve."""
-        worker, reader = self.worker.get("CPU", 0.0), self.reader.get("CPU", 0.0)
-        return math.ceil(num_workers * worker + self.num_readers * reader)
+        """Return the CPUs that this many workers and their readers reserve."""
+        reader_cpus = self.num_readers(num_workers) * self.reader.get("CPU", 0.0)
+        return math.ceil(num_workers * self.worker.get("CPU", 0.0) + reader_cpus)
 
 
 def largest_world_size(sizes: Sequence[int], demand: Demand, resources: Sequence[dict[str, float]]) -> int | None:
@@ -39,8 +45,8 @@ def largest_world_size(sizes: Sequence[int], demand: Demand, resources: Sequence
 def lacking(smallest: int, demand: Demand, free: Sequence[dict[str, float]], total: Sequence[dict[str, float]]) -> str:
     """Return one line on what is wanted and what is free, for an operator whose run cannot start."""
     wanted = f"{smallest} x {_show(demand.worker)}"
-    if demand.num_readers:
-        wanted += f" and {demand.num_readers} readers x {_show(demand.reader)}"
+    if demand.reader:
+        wanted += f" and {demand.num_readers(smallest)} readers x {_show(demand.reader)}"
     have_free, have = (
         {key: sum(node.get(key, 0.0) for node in nodes) for key in demand.worker} for nodes in (free, total)
     )
@@ -51,7 +57,7 @@ def _fits(num_workers: int, demand: Demand, resources: Sequence[dict[str, float]
     left = [dict(node) for node in resources]
     with_gpu_last = sorted(left, key=lambda node: node.get("GPU", 0.0))
     return all(_take(left, demand.worker) for _ in range(num_workers)) and all(
-        _take(with_gpu_last, demand.reader) for _ in range(demand.num_readers)
+        _take(with_gpu_last, demand.reader) for _ in range(demand.num_readers(num_workers))
     )
 
 

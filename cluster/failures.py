@@ -13,7 +13,7 @@ from trainer.errors import ConfigError, TrainerError
 MAX_BACKOFF_SECONDS = 60.0
 BAD_NODE_FAILURES = 2
 TRANSIENT_STORE_ERRORS = ("StalledError", "StoreError")
-BUDGET_ERRORS = ("BudgetError", "BadSamplesError")
+"""Store errors that a later attempt may not meet; a reader's error carries the class in its message."""
 OUT_OF_MEMORY_REMEDY = "lower micro_batch_size or model.vision.micro_batch_size, or use activation checkpointing"
 
 
@@ -28,6 +28,8 @@ class FailureKind(StrEnum):
     """The platform took a node away after a notice, or a process was asked to end."""
     LOST = "lost process"
     """A process or node died or stopped answering."""
+    STORAGE = "object store"
+    """It did not answer or broke off, after all retries."""
     ERROR = "error"
     """An exception of no known class, such as a broken connection to a rank that died."""
 
@@ -57,14 +59,17 @@ class Failure:
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the failure that an exception raised by the training code stands for."""
+    """Return the failure that an exception raised by the training code stands for.
+
+    Classes of modules that need torch are known by name, so that the driver does not load torch.
+    """
     name = type(error).__name__
     kind = FailureKind.ERROR
     cause = str(error).strip() or name
-    if name in BUDGET_ERRORS:
+    if name == "BudgetExceeded":
         kind = FailureKind.DATA
-    elif isinstance(error, DataError) and name in TRANSIENT_STORE_ERRORS:
-        kind = FailureKind.LOST
+    elif name in TRANSIENT_STORE_ERRORS or (name == "ReaderFailed" and cause.startswith(TRANSIENT_STORE_ERRORS)):
+        kind = FailureKind.STORAGE
     elif isinstance(error, ConfigError | TrainerError | DataError | ModelError):
         kind = FailureKind.USER
     elif isinstance(error, MemoryError) or name == "OutOfMemoryError":

@@ -91,9 +91,9 @@ def num_worker_pods(config: JobConfig, num_workers: int | None = None) -> int:
 def num_reader_pods(config: JobConfig) -> int:
     """Return how many pods of the reader group hold all readers."""
     demand = Demand.of(config)
-    return math.ceil(
-        demand.num_readers / max(1, int(config.cluster.kubernetes.readers.cpus // config.cluster.reader_cpus))
-    )
+    cpus_per_reader = max(1.0, demand.reader.get("CPU", 0.0))
+    readers_per_pod = max(1, int(config.cluster.kubernetes.readers.cpus // cpus_per_reader))
+    return math.ceil(demand.num_readers(max(config.world_sizes)) / readers_per_pod)
 
 
 def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:

@@ -7,7 +7,7 @@ from cluster.demand import Demand, lacking, largest_world_size
 from .configs import job_config
 
 pytestmark = pytest.mark.unit
-GPU = Demand({"CPU": 4, "GPU": 1}, {"CPU": 1}, 0)
+GPU = Demand({"CPU": 4, "GPU": 1}, {}, 0)
 SIZES = (1, 2, 4, 8)
 
 
@@ -45,14 +45,17 @@ def test_choosing_leaves_the_nodes_alone():
 
 def test_demand_of_a_configuration():
     data = {"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "backend": "ray", "readers": 3}
-    demand = Demand.of(job_config(data=data, cluster={"workers": {"max": 4, "cpus": 2}, "reader_cpus": 0.5}))
-    assert demand == Demand({"CPU": 2}, {"CPU": 0.5}, 3)
-    assert demand.total_cpus(4) == 10
+    data["reader_resources"] = {"data": 1}
+    demand = Demand.of(job_config(data=data, cluster={"workers": {"max": 4, "cpus": 2}}))
+    assert demand == Demand({"CPU": 2}, {"CPU": 1, "data": 1}, 3)
+    assert demand.total_cpus(2) == 7
+    assert demand.total_cpus(4) == 12  # each of 4 workers has a reader of its own
 
 
 def test_inline_readers_reserve_nothing():
     assert (
-        Demand.of(job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})).num_readers == 0
+        Demand.of(job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})).num_readers(2)
+        == 0
     )
 
 

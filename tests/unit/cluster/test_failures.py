@@ -4,7 +4,9 @@ import pytest
 
 from cluster.config import RestartConfig
 from cluster.failures import Failure, FailureKind, RestartPolicy, classify, root_cause
-from data_pipeline.errors import DataError
+from data_pipeline.backend import ReaderFailed
+from data_pipeline.errors import AccessError, DataError, StalledError
+from data_pipeline.quarantine import BudgetExceeded
 from model.errors import ModelError
 from trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
 
@@ -26,6 +28,11 @@ class OutOfMemoryError(RuntimeError):
         (LeaseError("held"), FailureKind.USER),
         (ModelError("width"), FailureKind.USER),
         (DataError("no such manifest"), FailureKind.USER),
+        (AccessError("s3://b/k: denied"), FailureKind.USER),
+        (BudgetExceeded("a.tar: 3% bad samples"), FailureKind.DATA),
+        (StalledError("s3://b/k: no byte for 20 s"), FailureKind.STORAGE),
+        (ReaderFailed("StalledError: s3://b/k: no byte for 20 s"), FailureKind.STORAGE),
+        (ReaderFailed("AccessError: s3://b/k: denied"), FailureKind.USER),
         (OutOfMemoryError("CUDA out of memory"), FailureKind.USER),
         (TypeError("a defect"), FailureKind.USER),
         (RuntimeError("Connection closed by peer"), FailureKind.ERROR),

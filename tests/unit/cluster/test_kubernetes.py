@@ -46,9 +46,8 @@ def gpu_config(**kubernetes_section):
     cluster = {
         "workers": {"min": 8, "max": 32, "gpus": 1, "cpus": 4},
         "kubernetes": kubernetes_section,
-        "reader_cpus": 2,
     }
-    data = {"sources": [{"manifest": "s3://bucket/m"}], "lanes": 64, "backend": "ray", "readers": 24}
+    data = {"sources": [{"manifest": "s3://bucket/m"}], "lanes": 64, "backend": "ray", "readers": 48}
     stage = {"steps": 10, "global_batch_size": 64, "micro_batch_size": 4, "deepspeed": "zero1"}
     return job_config(cluster=cluster, data=data, stage1=stage)
 
@@ -69,7 +68,7 @@ def test_the_strict_schema_refuses_a_misspelt_key():
 def test_groups_are_sized_by_the_configuration():
     gpu, readers = kubernetes.ray_cluster(gpu_config())["spec"]["workerGroupSpecs"]
     assert (gpu["minReplicas"], gpu["replicas"], gpu["maxReplicas"]) == (1, 4, 4)  # 8 GPUs a pod
-    assert (readers["minReplicas"], readers["maxReplicas"]) == (1, 3)  # 24 readers of 2 CPUs, 16 CPUs a pod
+    assert (readers["minReplicas"], readers["maxReplicas"]) == (1, 3)  # 48 readers, 16 CPUs a pod
     limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"cpu": "32", "memory": "256Gi", "nvidia.com/gpu": "8"}
 

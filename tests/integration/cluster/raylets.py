@@ -1,0 +1,108 @@
+"""A Ray cluster of several raylets on loopback with token authentication, its own folder and free ports."""
+
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+OBJECT_STORE_BYTES = 80 << 20
+ROOT = Path(__file__).parents[3]
+FIRST_PORT = 20000  # Ray gives 10002-19999 to its workers
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Return the variables under which this cluster's processes run."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+class Raylets:
+    """Head without CPUs and some nodes with one CPU each."""
+
+    def __init__(self, num_nodes: int, *, dashboard: bool = False) -> None:
+        self.folder = tempfile.mkdtemp(prefix="r")
+        (Path(self.folder) / "ray").mkdir()
+        self._saved = dict(os.environ)
+        os.environ.update(environment(self.folder))
+        reset_token()
+        head = {
+            "num_cpus": 0,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "temp_dir": self.folder,
+            "include_dashboard": dashboard,
+        }
+        if dashboard:
+            head |= {
+                "dashboard_host": "127.0.0.1",
+                "dashboard_port": free_port(),
+                "dashboard_agent_listen_port": free_port(),
+            }
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.add() for _ in range(num_nodes)]
+
+    def add(self):
+        """Start a node with one CPU."""
+        return self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+
+    def remove(self, node) -> None:
+        """Kill a raylet without notice."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://{self.cluster.head_node.webui_url}"
+
+    def connect(self, namespace: str) -> None:
+        ray.init(address=self.cluster.address, namespace=namespace, log_to_driver=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ.update(self._saved)
+        reset_token()
+
+
+def reset_token() -> None:
+    """Make Ray read the environment's token and mode again; it reads them once per process."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def free_port() -> int:
+    """Return a free port outside of the range that Ray gives to its workers."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port >= FIRST_PORT:
+            return port
+
+
+def wait_for(condition, seconds: float, what: str):
+    """Return the first true value of `condition()`; fail after a limit."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {what}")

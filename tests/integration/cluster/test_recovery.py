@@ -1,0 +1,218 @@
+"""The supervisor over several raylets: killed workers, lost and drained nodes, growth, failure classes.
+
+The training code is a stand-in that counts steps (toy_rank.py); everything else is real.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ClusterError
+from cluster.status import RunState, StatusBoard
+from data_pipeline.object_store import ObjectStore
+from tests.integration.cluster.raylets import Raylets, wait_for
+from tests.unit.cluster.configs import job_config
+
+pytestmark = pytest.mark.integration
+LIMIT = 90.0
+
+
+@pytest.fixture(scope="module")
+def raylets():
+    raylets = Raylets(2)
+    raylets.connect("demo")
+    yield raylets
+    raylets.close()
+
+
+class Supervised:
+    """A supervisor at work in a thread."""
+
+    def __init__(self, folder: Path, **cluster):
+        from cluster.supervisor import Supervisor
+
+        self.folder = folder
+        workers = {"min": 1, "max": 2}
+        steps = cluster.pop("steps", 60)
+        stage = {"steps": steps, "global_batch_size": 8, "micro_batch_size": 4, "deepspeed": "zero1"}
+        self.config = job_config(
+            str(folder), stage1=stage, cluster={"workers": workers, "grow_after_seconds": 1, **cluster}
+        )
+        self.board = StatusBoard(str(folder / "demo"), ObjectStore(), "demo", "job-1")
+        self.supervisor = Supervisor(self.config, None, self.board, entry="tests.integration.cluster.toy_rank")
+        self.finished: bool | None = None
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self.finished = self.supervisor.run_stage("stage1")
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+    def join(self):
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), self.board.status
+        return self
+
+    def stop(self):
+        self.supervisor.request_stop()
+        self.join()
+
+    def log(self):
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def wait_for_step(self, step, *, world=None, after=0.0):
+        def reached():
+            lines = (x for x in self.log() if x["step"] >= step and x["time"] > after)
+            return next((x for x in lines if world in (None, x["world"])), None)
+
+        return wait_for(reached, LIMIT, f"step {step} in a world of {world}: {self.board.status}")
+
+    def wait_until_recovered(self, num_restarts):
+        def recovered():
+            restarts = self.board.status.restarts
+            return len(restarts) == num_restarts and restarts[-1].recovery_seconds is not None
+
+        wait_for(recovered, LIMIT, f"recovery {num_restarts}: {self.board.status}")
+
+    def pid(self, rank):
+        return int((self.folder / f"pid-{rank}").read_text())
+
+    def node_of(self, raylets, rank):
+        """Return the raylet on which a rank lives, by its log files' session and node id."""
+        import ray
+
+        actor = ray.get_actor(f"train-{rank}")
+        host = ray.get(actor.host.remote())
+        return next(node for node in raylets.nodes if node.node_id == host.node)
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    started = []
+
+    def start(**cluster):
+        started.append(Supervised(tmp_path, **cluster))
+        return started[-1]
+
+    yield start
+    for supervised in started:
+        supervised.stop()
+
+
+def test_a_killed_worker_is_replaced_and_the_stage_ends(raylets, supervise):
+    run = supervise()
+    run.wait_for_step(12)
+    killed_at = time.time()
+    os.kill(run.pid(1), signal.SIGKILL)
+    run.join()
+    assert run.finished
+    restart = run.board.status.restarts[0]
+    assert restart.kind == "lost process"
+    assert "train-1" in restart.cause
+    assert restart.lost_steps is not None
+    assert restart.lost_steps <= 5 + 2 * 5  # checkpoints are 5 steps apart; the figure is polled twice a second
+    assert set(restart.phases) == {"clear", "pause", "place", "start", "step"}
+    assert {x["step"] for x in run.log()} == set(range(60))
+    assert min(x["time"] for x in run.log() if x["time"] > killed_at + 0.5) - killed_at < LIMIT
+
+
+def test_sigterm_gives_a_checkpoint_and_a_restart_that_loses_nothing(raylets, supervise):
+    run = supervise()
+    run.wait_for_step(8)
+    os.kill(run.pid(0), signal.SIGTERM)
+    os.kill(run.pid(1), signal.SIGTERM)
+    run.join()
+    assert run.finished
+    assert [restart.kind for restart in run.board.status.restarts] == ["preemption"]
+    steps = [x["step"] for x in run.log() if x["rank"] == 0]
+    assert steps == sorted(set(steps))
+
+
+def test_a_worker_that_does_not_answer_is_lost(raylets, supervise):
+    run = supervise(unresponsive_seconds=3)
+    run.wait_for_step(6)
+    os.kill(run.pid(0), signal.SIGSTOP)
+    run.join()
+    assert run.finished
+    assert "has not answered for 3 s" in run.board.status.restarts[0].cause
+
+
+def test_stop_saves_and_leaves_the_rest_for_a_resume(raylets, supervise):
+    run = supervise(steps=400)
+    run.wait_for_step(7)
+    run.stop()
+    assert run.finished is False
+    assert run.error is None
+    assert int((run.folder / "stage1.save").read_text()) >= 7
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ("trainer.errors ConfigError data.lanes: 3 is wrong", "user error on rank 0: data.lanes: 3 is wrong"),
+        ("data_pipeline.quarantine BudgetExceeded a.tar: 4% bad samples", "data over budget on rank 0: a.tar"),
+        ("builtins RuntimeError no luck", "3 failures in a row at step 9 of stage1"),
+    ],
+)
+def test_what_cannot_be_mended_by_a_restart_stops_the_run(raylets, supervise, order, words):
+    run = supervise(restart={"backoff_seconds": 0.1})
+    (run.folder / "raise-9").write_text(order)
+    run.join()
+    assert isinstance(run.error, ClusterError)
+    assert words in str(run.error)
+
+
+def test_shrinks_when_a_raylet_is_lost_and_grows_when_one_comes(raylets, supervise):
+    run = supervise(steps=100_000)
+    run.wait_for_step(6, world=2)
+    victim = run.node_of(raylets, 1)
+    raylets.remove(victim)
+    raylets.nodes.remove(victim)
+    lost_at = time.time()
+    run.wait_for_step(0, world=1, after=lost_at)
+    raylets.nodes.append(raylets.add())
+    run.wait_for_step(0, world=2, after=time.time())
+    run.wait_until_recovered(2)
+    run.stop()
+    assert [restart.kind for restart in run.board.status.restarts] == ["lost process", "resize"]
+    steps = [x["step"] for x in run.log() if x["rank"] == 0 and x["time"] > lost_at]
+    alone = steps[steps.index(min(steps)) :]
+    assert alone == sorted(set(alone)), "growing repeated a step, so it did not wait for the checkpoint"
+
+
+def test_a_drain_notice_gives_a_checkpoint_before_the_deadline_and_work_elsewhere(raylets, supervise):
+    from cluster.drain import drain_node
+
+    run = supervise(steps=100_000)
+    run.wait_for_step(6, world=2)
+    victim = run.node_of(raylets, 1)
+    deadline = time.time() + 30
+    drain_node(raylets.cluster.address, victim.node_id, 30)
+    first = run.wait_for_step(0, world=1, after=time.time() + 0.5)
+    assert first["time"] < deadline
+    steps = [x["step"] for x in run.log() if x["rank"] == 0]
+    assert steps == sorted(set(steps)), "a step was repeated, so the checkpoint came too late"
+    run.stop()
+    assert [restart.kind for restart in run.board.status.restarts] == ["preemption"]
+    raylets.remove(victim)
+    raylets.nodes.remove(victim)
+    raylets.nodes.append(raylets.add())
+
+
+def test_without_resources_the_run_says_what_it_waits_for(raylets, supervise):
+    run = supervise(workers={"min": 8, "max": 8}, wait_seconds=1)
+    wait_for(lambda: run.board.status.state is RunState.WAITING, 10, "waiting")
+    assert "needs 8 x {CPU: 1}; " in run.board.status.message
+    run.join()
+    assert isinstance(run.error, ClusterError)
+    assert "no resources for 1 s" in str(run.error)
