@@ -6,24 +6,24 @@ class DataError(ValueError):
 
 
 class StoreError(DataError):
-    """An object store could not do what was asked, after all retries."""
+    """An object store refused or failed a request."""
 
 
 class NotFoundError(StoreError):
-    """There is no such object, or no such bucket."""
+    """There is no such object or bucket."""
 
 
 class AccessError(StoreError):
-    """Credentials are missing, wrong or not sufficient."""
+    """Credentials are missing, wrong, or not allowed to do this."""
 
 
 class AlreadyExistsError(StoreError):
-    """The object to be created exists already."""
+    """A put-if-absent found an object."""
 
 
 class ChangedError(StoreError):
-    """The object is not the version that was asked for."""
+    """An object is not the version that was asked for."""
 
 
 class StalledError(StoreError):
-    """No byte arrived within the limit, on every try."""
+    """An object store delivered no byte for too long, on every try."""

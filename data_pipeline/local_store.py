@@ -1,169 +1,197 @@
-"""Local folders as an object store: atomic renames, exact conditional writes.
+"""Objects as files: atomic renames, and a lock file per folder for compare-and-swap."""
 
-The ETag of a small file is a hash of its content, that of a large one its size, inode and time of change: files of
-this package are replaced by rename, so a new version has a new inode.
-"""
-
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlparse
-
-from typing_extensions import override
 
 from data_pipeline.errors import AccessError, AlreadyExistsError, ChangedError, NotFoundError, StoreError
-from data_pipeline.object_store import Backend, ObjectInfo, StoreMetrics
+from data_pipeline.object_info import ObjectInfo, StoreMetrics
 
-HASHED_BYTES = 1 << 20
-TEMPORARY_PREFIX = ".isthmus-"
+_HIDDEN = ".isthmus-"  # files of ours that are no objects
+_HASHED_BYTES = 64 * 1024
+_LOCK_SECONDS = 30.0
+_LOCK_PAUSE_SECONDS = 0.01
 
 
-class LocalBackend(Backend):
-    """Files below local paths; see `data_pipeline.object_store.ObjectStore` for the meaning of each method."""
+class LocalBackend:
+    """Access to `file:///path` and plain paths. See ObjectStore for the meaning of the methods."""
 
     def __init__(self, metrics: StoreMetrics) -> None:
         self._metrics = metrics
 
-    @override
     def head(self, url: str) -> ObjectInfo:
-        path = _path(url)
+        with _explained(url), _path(url).open("rb") as file:
+            info = _info(url, file.fileno())
+        self._metrics.count_request("head")
+        return info
+
+    def get(self, url: str) -> bytes:
+        started = time.monotonic()
         with _explained(url):
-            return ObjectInfo(url, path.stat().st_size, _etag(path))
+            data = _path(url).read_bytes()
+        self._count_read(len(data), started)
+        return data
 
-    @override
-    def read(self, url: str, start: int, target: memoryview, etag: str | None) -> None:
-        path = _path(url)
-        began = time.monotonic()
-        with _explained(url), path.open("rb") as file:
-            if etag is not None and _etag(path) != etag:
-                raise ChangedError(f"{url}: changed since it was indexed (expected {etag}); index it again")
-            file.seek(start)
-            got = file.readinto(target)
-        self._metrics.count(requests=1, read=got)
-        self._metrics.observe(time.monotonic() - began)
-        if got != len(target):
-            raise ChangedError(f"{url}: ends at byte {start + got}, {len(target) - got} bytes early; it was truncated")
+    def read_into(self, url: str, start: int, etag: str | None, into: memoryview) -> None:
+        started = time.monotonic()
+        with _explained(url), _path(url).open("rb", buffering=0) as file:
+            if etag is not None and _info(url, file.fileno()).etag != etag:
+                raise ChangedError(f"{url} was changed since it was indexed; restore it or index it again")
+            done = 0
+            while done < len(into):
+                count = os.preadv(file.fileno(), [into[done:]], start + done)
+                if not count:
+                    raise ChangedError(f"{url} ends at byte {start + done}, expected {start + len(into)} or more")
+                done += count
+        self._count_read(len(into), started)
 
-    @override
     def put(self, url: str, data: memoryview) -> ObjectInfo:
-        with _explained(url), self._written(url, data) as (partial, path):
-            partial.replace(path)
-            return ObjectInfo(url, len(data), _etag(path))
+        with _explained(url), self._partial(url) as partial:
+            info = _write(url, partial, data)
+            partial.replace(_path(url))
+        self._count_written(len(data))
+        return info
 
-    @override
     def put_file(self, url: str, path: Path) -> ObjectInfo:
-        target = _path(url)
-        with _explained(url):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
-            os.close(handle)
-            partial = Path(name)
-            try:
-                shutil.copyfile(path, partial)
-                _sync(partial)
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-            self._metrics.count(requests=1, written=target.stat().st_size)
-        return self.head(url)
+        with _explained(url), self._partial(url) as partial:
+            shutil.copyfile(path, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+                info = _info(url, file.fileno())
+            partial.replace(_path(url))
+        self._count_written(info.size)
+        return info
 
-    @override
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
-        with _explained(url), self._written(url, memoryview(data)) as (partial, path):
+        with _explained(url), self._partial(url) as partial:
+            info = _write(url, partial, memoryview(data))
             try:
-                path.hardlink_to(partial)
-            except FileExistsError as error:
-                raise AlreadyExistsError(f"{url}: exists already; it was not replaced") from error
-            return ObjectInfo(url, len(data), _etag(path))
+                os.link(partial, _path(url))
+            except FileExistsError:
+                raise AlreadyExistsError(f"{url} already exists") from None
+        self._count_written(len(data))
+        return info
 
-    @override
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
-        path = _path(url)
-        with _explained(url), self._written(url, memoryview(data)) as (partial, _), _locked(path.parent):
-            found = _etag(path) if path.exists() else None
-            if found != etag:
-                raise ChangedError(f"{url}: is version {found}, not {etag}; another writer was first")
-            partial.replace(path)
-            return ObjectInfo(url, len(data), _etag(path))
+        with _explained(url), self._partial(url) as partial, _folder_lock(_path(url).parent):
+            if not _path(url).exists() or self.head(url).etag != etag:
+                raise ChangedError(f"{url} was changed by another writer")
+            info = _write(url, partial, memoryview(data))
+            partial.replace(_path(url))
+        self._count_written(len(data))
+        return info
 
-    @override
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        path = _path(prefix)
-        root = path if prefix.endswith("/") else path.parent
-        files = (file for file in root.rglob("*") if file.is_file() and not file.name.startswith("."))
-        for file in sorted(files, key=str):
-            if prefix.endswith("/") or str(file).startswith(str(path)):
-                shown = f"file://{file}" if prefix.startswith("file://") else str(file)
-                try:
-                    yield ObjectInfo(shown, file.stat().st_size, _etag(file))
-                except FileNotFoundError:
-                    continue  # deleted while the folder was read
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        folder = _path(prefix_url)
+        with _explained(prefix_url):
+            paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN))
+        self._metrics.count_request("list")
+        for path in paths:
+            with contextlib.suppress(NotFoundError):  # removed meanwhile
+                yield self.head(f"{prefix_url.rstrip('/')}/{path.relative_to(folder)}")
 
-    @override
     def delete(self, url: str) -> None:
         with _explained(url):
             _path(url).unlink(missing_ok=True)
+        self._metrics.count_request("delete")
 
-    @contextmanager
-    def _written(self, url: str, data: memoryview) -> Iterator[tuple[Path, Path]]:
-        """Yield a synced temporary file with the data beside its target; it is gone afterwards."""
+    def make_bucket(self, url: str) -> None:
+        with _explained(url):
+            _path(url).mkdir(parents=True, exist_ok=True)
+
+    def download(self, url: str, path: Path, etag: str | None) -> None:
+        started = time.monotonic()
+        if etag is not None and self.head(url).etag != etag:
+            raise ChangedError(f"{url} is not the version that was asked for; look who writes to it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
+        try:
+            with _explained(url):
+                shutil.copyfile(_path(url), partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._count_read(path.stat().st_size, started)
+
+    @contextlib.contextmanager
+    def _partial(self, url: str) -> Iterator[Path]:
+        """Yield the path of a temporary file beside the object's; it is gone at the end."""
         path = _path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-        partial = Path(name)
+        partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.chmod(0o644)
-            yield partial, path
-            self._metrics.count(requests=1, written=len(data))
+            yield partial
         finally:
             partial.unlink(missing_ok=True)
 
+    def _count_read(self, num_bytes: int, started: float) -> None:
+        self._metrics.count_request("get")
+        self._metrics.count_read(num_bytes, time.monotonic() - started)
+
+    def _count_written(self, num_bytes: int) -> None:
+        self._metrics.count_request("put")
+        self._metrics.count_written(num_bytes)
+
 
 def _path(url: str) -> Path:
-    return Path(unquote(urlparse(url).path)) if url.startswith("file://") else Path(url)
+    return Path(url.removeprefix("file://"))
 
 
-def _etag(path: Path) -> str:
-    state = path.stat()
-    if state.st_size <= HASHED_BYTES:
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    return f"{state.st_size:x}-{state.st_ino:x}-{state.st_mtime_ns:x}"
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def _write(url: str, path: Path, data: memoryview) -> ObjectInfo:
+    with path.open("w+b") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
+        return _info(url, file.fileno())
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; released by the system when the process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _info(url: str, file: int) -> ObjectInfo:
+    """Return the version of an open file: by content if small, so that swaps within one clock tick differ."""
+    stat = os.fstat(file)
+    if stat.st_size <= _HASHED_BYTES:
+        digest = hashlib.blake2b(os.pread(file, _HASHED_BYTES, 0), digest_size=16)
+        return ObjectInfo(url, stat.st_size, digest.hexdigest())
+    return ObjectInfo(url, stat.st_size, f"{stat.st_size:x}-{stat.st_mtime_ns:x}")
 
 
-@contextmanager
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock file.
+
+    Raises:
+        StoreError: others kept it for too long.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with (folder / f"{_HIDDEN}lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"{file.name} is held by another process for {_LOCK_SECONDS:g} s; look for a stopped one"
+                    raise StoreError(message) from None
+                time.sleep(_LOCK_PAUSE_SECONDS)
+            else:
+                yield
+                return
+
+
+@contextlib.contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn errors of the file system into errors of this package."""
+    """Turn errors of the operating system into ours."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{url}: no such file; check the path") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise NotFoundError(f"{url} does not exist; check the path and that this machine mounts it") from error
     except PermissionError as error:
-        raise AccessError(f"{url}: no permission ({error.strerror}); check owner and mode of the folder") from error
+        raise AccessError(f"{url}: permission denied; check owner and mode of the file and its folder") from error
     except OSError as error:
-        raise StoreError(f"{url}: {error.strerror or error}; check the disk") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(f"{url}: {error.strerror}; {'free space' if full else 'check the disk'}") from error

@@ -1,315 +1,315 @@
-"""S3 and compatible stores through boto3: retries, resumed bodies, conditional writes.
+"""Objects in S3 and S3-compatible stores: retries, resumed bodies, conditional writes, parallel parts.
 
-botocore's own retries are off: they do not cover a body that breaks or stalls, and two layers multiply their waits.
+The SDK's own retries are off: it does not resume a broken body, and a hidden retry of a conditional write would report
+our own write as another writer's.
 """
 
+import base64
+import contextlib
 import functools
 import os
-import random
 import threading
 import time
+import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
-import botocore.config
-import botocore.exceptions as boto_errors
-import urllib3.exceptions
-from typing_extensions import override
+import urllib3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from data_pipeline.config import StoreConfig
-from data_pipeline.errors import (
-    AccessError,
-    AlreadyExistsError,
-    ChangedError,
-    NotFoundError,
-    StalledError,
-    StoreError,
-)
-from data_pipeline.object_store import PART_BYTES, TRANSFER_THREADS, Backend, ObjectInfo, StoreMetrics
+from data_pipeline.errors import AlreadyExistsError, ChangedError, NotFoundError, StoreError
+from data_pipeline.object_info import ObjectInfo, StoreMetrics, split_s3_url
+from data_pipeline.s3_errors import TransientError, classified, given_up
 
 T = TypeVar("T")
 
-READ_BYTES = 1 << 20
-MULTIPART_BYTES = 4 * PART_BYTES
-CONNECTIONS = 64
-FIRST_WAIT_SECONDS = 0.1
-LONGEST_WAIT_SECONDS = 10.0
-BROKEN = (
-    boto_errors.ConnectionError,
-    boto_errors.HTTPClientError,
-    boto_errors.IncompleteReadError,
-    boto_errors.ResponseStreamingError,
-    urllib3.exceptions.HTTPError,
-    ConnectionError,
-    TimeoutError,
-)
-DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-ABSENT = {"404", "NoSuchKey", "NoSuchBucket"}
-CHANGED = {"412", "PreconditionFailed"}
-TRANSIENT = {"409", "ConditionalRequestConflict", "429", "RequestTimeout", "SlowDown", "Throttling", "BadDigest"}
+PART_BYTES = 16 << 20
+_MAX_PARTS = 10_000
+_READ_BYTES = 1 << 20
+_THREADS = 4
+_CONNECTIONS = 32
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 10.0
+_UPLOAD_MARK = "isthmus-upload"
+_FOREIGN_ERRORS = (ClientError, BotoCoreError, urllib3.exceptions.HTTPError)
 
 
-class _Conflict(Exception):
-    """A condition of a write did not hold."""
+@dataclass
+class _Body:
+    """How far a read has come."""
+
+    start: int
+    target: memoryview | None  # None: the whole object, whose size the first answer tells
+    etag: str | None
+    done: int = 0
 
 
-class S3Backend(Backend):
-    """Objects in buckets; see `data_pipeline.object_store.ObjectStore` for the meaning of each method."""
+class S3Backend:
+    """Access to `s3://bucket/key`. See ObjectStore for the meaning of the methods."""
 
     def __init__(self, config: StoreConfig, metrics: StoreMetrics) -> None:
         self._config, self._metrics = config, metrics
+        self._clients: dict[int, Any] = {}
         self._lock = threading.Lock()
-        self._client: Any = None
-        self._owner = 0
 
-    @property
-    def client(self) -> Any:
-        """The boto3 client of this process; a forked child makes its own."""
-        with self._lock:
-            if self._client is None or self._owner != os.getpid():
-                settings = botocore.config.Config(
-                    retries={"total_max_attempts": 1},
-                    connect_timeout=min(10.0, self._config.stall_timeout_seconds),
-                    read_timeout=self._config.stall_timeout_seconds,
-                    max_pool_connections=CONNECTIONS,
-                )
-                session = boto3.session.Session()
-                self._client = session.client(
-                    "s3", endpoint_url=self._config.endpoint_url, region_name=self._config.region, config=settings
-                )
-                self._owner = os.getpid()
-            return self._client
-
-    @override
     def head(self, url: str) -> ObjectInfo:
-        bucket, key = _split(url)
-        answer = self._retried(url, "head", lambda _: self.client.head_object(Bucket=bucket, Key=key))
-        return ObjectInfo(url, answer["ContentLength"], answer["ETag"])
+        return self._retry("head", url, lambda: self._head_once(url))
 
-    @override
-    def read(self, url: str, start: int, target: memoryview, etag: str | None) -> None:
-        done, version = 0, etag
+    def get(self, url: str) -> bytes:
+        return bytes(self._read(url, _Body(0, None, None)))
 
-        def attempt(_: int) -> None:
-            nonlocal done, version
-            began = time.monotonic()
-            answer = self._get(url, start + done, len(target) - done, version)
-            version = answer["ETag"]
-            body = answer["Body"]
-            try:
-                while done < len(target):
-                    piece = body.read(min(READ_BYTES, len(target) - done))
-                    if not piece:
-                        break
-                    target[done : done + len(piece)] = piece
-                    done += len(piece)
-                    self._metrics.count(read=len(piece))
-            finally:
-                body.close()
-            if done < len(target):
-                if int(answer["ContentRange"].rpartition("/")[2]) < start + len(target):
-                    raise ChangedError(f"{url}: ends at byte {start + done}, {len(target) - done} bytes early")
-                raise ConnectionError("body ended early")
-            self._metrics.observe(time.monotonic() - began)
+    def read_into(self, url: str, start: int, etag: str | None, into: memoryview) -> None:
+        self._read(url, _Body(start, into, etag))
 
-        self._retried(url, "get", attempt)
-
-    def _get(self, url: str, start: int, length: int, etag: str | None) -> Any:
-        bucket, key = _split(url)
-        condition = {} if etag is None else {"IfMatch": etag}
-        byte_range = f"bytes={start}-{start + length - 1}"
-        try:
-            return self.client.get_object(Bucket=bucket, Key=key, Range=byte_range, **condition)
-        except boto_errors.ClientError as error:
-            if _code(error) in CHANGED:
-                raise ChangedError(f"{url}: changed since it was indexed (expected {etag}); index it again") from error
-            if _code(error) in {"416", "InvalidRange"}:
-                raise ChangedError(f"{url}: has no bytes {start}-{start + length - 1}; it was truncated") from error
-            raise
-
-    @override
     def put(self, url: str, data: memoryview) -> ObjectInfo:
-        if len(data) > MULTIPART_BYTES:
-            return self._multipart(url, len(data), lambda start, size: data[start : start + size])
-        answer = self._put_object(url, data)
-        return ObjectInfo(url, len(data), answer["ETag"])
+        if len(data) > PART_BYTES:
+            return self._put_parts(url, len(data), lambda start, length: bytes(data[start : start + length]))
+        return self._retry("put", url, lambda: self._put_once(url, bytes(data)))
 
-    @override
     def put_file(self, url: str, path: Path) -> ObjectInfo:
         size = path.stat().st_size
-        if size <= MULTIPART_BYTES:
+        if size <= PART_BYTES:
             return self.put(url, memoryview(path.read_bytes()))
+        with path.open("rb") as file:
+            return self._put_parts(url, size, lambda start, length: os.pread(file.fileno(), length, start))
 
-        def part(start: int, length: int) -> memoryview:
-            with path.open("rb") as file:
-                file.seek(start)
-                return memoryview(file.read(length))
-
-        return self._multipart(url, size, part)
-
-    @override
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
         try:
-            answer = self._put_object(url, data, IfNoneMatch="*")
-        except _Conflict as error:
-            ours = self._if_ours(url, data)
-            if ours is None:
-                raise AlreadyExistsError(f"{url}: exists already; it was not replaced") from error
-            return ours
-        return ObjectInfo(url, len(data), answer["ETag"])
+            return self._put_conditionally(url, data, IfNoneMatch="*")
+        except ChangedError:
+            raise AlreadyExistsError(f"{url} already exists") from None
 
-    @override
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
         try:
-            answer = self._put_object(url, data, IfMatch=etag)
-        except (_Conflict, NotFoundError) as error:
-            ours = self._if_ours(url, data) if isinstance(error, _Conflict) else None
-            if ours is None:
-                raise ChangedError(f"{url}: is no longer version {etag}; another writer was first") from error
-            return ours
-        return ObjectInfo(url, len(data), answer["ETag"])
+            return self._put_conditionally(url, data, IfMatch=etag)
+        except (ChangedError, NotFoundError):
+            raise ChangedError(f"{url} was changed by another writer") from None
 
-    @override
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        bucket, key = _split(prefix)
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        bucket, key = split_s3_url(prefix_url)
+        prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
+        found: list[ObjectInfo] = []
         token: dict[str, str] = {}
         while True:
-            ask = functools.partial(self.client.list_objects_v2, Bucket=bucket, Prefix=key, **token)
-            page = self._retried(prefix, "list", lambda _, ask=ask: ask())  # type: ignore[misc]
-            for item in page.get("Contents", []):
-                yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"])
+            ask = functools.partial(self._list_once, Bucket=bucket, Prefix=prefix, **token)
+            page = self._retry("list", prefix_url, ask)
+            found += [
+                ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"])
+                for entry in page.get("Contents", ())
+            ]
             if not page.get("IsTruncated"):
-                return
+                break
             token = {"ContinuationToken": page["NextContinuationToken"]}
+        yield from sorted(found, key=lambda info: info.url)  # compatible stores do not all sort
 
-    @override
     def delete(self, url: str) -> None:
-        bucket, key = _split(url)
-        self._retried(url, "delete", lambda _: self.client.delete_object(Bucket=bucket, Key=key))
+        bucket, key = split_s3_url(url)
+        self._retry("delete", url, lambda: self._client().delete_object(Bucket=bucket, Key=key))
 
-    def _put_object(self, url: str, data: bytes | memoryview, **condition: str) -> Any:
-        bucket, key = _split(url)
-        body = bytes(data)
+    def make_bucket(self, url: str) -> None:
+        bucket, _ = split_s3_url(url)
 
-        def attempt(number: int) -> Any:
+        def once() -> None:
             try:
-                return self.client.put_object(Bucket=bucket, Key=key, Body=body, ChecksumAlgorithm="CRC32", **condition)
-            except boto_errors.ClientError as error:
-                if _code(error) in CHANGED:
-                    raise _Conflict(number) from error
+                self._client().create_bucket(Bucket=bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+                self._client().head_bucket(Bucket=bucket)  # refused if it is another's
+
+        self._retry("make_bucket", url, once)
+
+    def download(self, url: str, path: Path, etag: str | None) -> None:
+        info = self.head(url)
+        if etag is not None and info.etag != etag:
+            raise ChangedError(f"{url} is not the version that was asked for; look who writes to it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".isthmus-{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("wb") as file, ThreadPoolExecutor(_THREADS) as pool:
+
+                def fetch(start: int) -> None:
+                    buffer = memoryview(bytearray(min(PART_BYTES, info.size - start)))
+                    self.read_into(url, start, info.etag, buffer)
+                    os.pwrite(file.fileno(), buffer, start)
+
+                _all_or_first_error(pool, fetch, range(0, info.size, PART_BYTES))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _client(self) -> Any:
+        """Return this process's client; a forked child must not share its parent's connections."""
+        with self._lock:
+            process = os.getpid()
+            if process not in self._clients:
+                settings = ClientConfig(
+                    connect_timeout=self._config.stall_timeout_seconds,
+                    read_timeout=self._config.stall_timeout_seconds,
+                    max_pool_connections=_CONNECTIONS,
+                    retries={"total_max_attempts": 1},
+                    request_checksum_calculation="when_required",  # we send CRC32s of what we hold
+                    response_checksum_validation="when_required",  # ranges have none
+                )
+                self._clients[process] = boto3.session.Session().client(
+                    "s3", endpoint_url=self._config.endpoint_url, region_name=self._config.region, config=settings
+                )
+            return self._clients[process]
+
+    def _retry(self, kind: str, url: str, once: Callable[[], T]) -> T:
+        """Call until it succeeds, fails for good, or has failed too often."""
+
+        def note(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, TransientError):
+                self._metrics.count_retry(error.cause)
+
+        def classify() -> T:
+            try:
+                result = once()
+            except _FOREIGN_ERRORS as error:
+                raise classified(kind, url, error, self._config) from error
+            self._metrics.count_request(kind)
+            return result
+
+        retrying = Retrying(
+            stop=stop_after_attempt(self._config.max_attempts),
+            wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=_LONGEST_PAUSE_SECONDS),
+            retry=retry_if_exception_type(TransientError),
+            before_sleep=note,
+            reraise=True,
+        )
+        try:
+            return retrying(classify)
+        except TransientError as error:
+            raise given_up(kind, url, error, self._config) from error
+
+    def _head_once(self, url: str) -> ObjectInfo:
+        bucket, key = split_s3_url(url)
+        answer = self._client().head_object(Bucket=bucket, Key=key)
+        return ObjectInfo(url, answer["ContentLength"], answer["ETag"])
+
+    def _list_once(self, **arguments: str) -> Any:
+        return self._client().list_objects_v2(**arguments)
+
+    def _read(self, url: str, body: _Body) -> memoryview:
+        started = time.monotonic()
+        self._retry("get", url, lambda: self._read_on(url, body))
+        assert body.target is not None
+        self._metrics.count_read(len(body.target), time.monotonic() - started)
+        return body.target
+
+    def _read_on(self, url: str, body: _Body) -> None:
+        """Read from where the last try broke off, the same version of the object."""
+        bucket, key = split_s3_url(url)
+        wanted: dict[str, str] = {} if body.etag is None else {"IfMatch": body.etag}
+        if body.target is not None:
+            if body.done == len(body.target):
+                return
+            wanted["Range"] = f"bytes={body.start + body.done}-{body.start + len(body.target) - 1}"
+        answer = self._client().get_object(Bucket=bucket, Key=key, **wanted)
+        with contextlib.closing(answer["Body"]) as stream:
+            if body.etag not in (None, answer["ETag"]):  # not all compatible stores honour If-Match
+                raise ChangedError(f"{url} was changed since it was indexed or while it was read; index it again")
+            body.etag = answer["ETag"]
+            if body.target is None:
+                body.target = memoryview(bytearray(answer["ContentLength"]))
+            self._check_length(url, answer, len(body.target) - body.done)
+            while body.done < len(body.target):
+                data = stream.read(min(_READ_BYTES, len(body.target) - body.done))
+                if not data:
+                    raise TransientError("cut_body", f"the body ended at byte {body.start + body.done}")
+                body.target[body.done : body.done + len(data)] = data
+                body.done += len(data)
+
+    @staticmethod
+    def _check_length(url: str, answer: Any, expected: int) -> None:
+        if answer["ContentLength"] < expected:
+            raise ChangedError(
+                f"{url} is {expected - answer['ContentLength']} bytes too short; restore it or index again"
+            )
+        if answer["ContentLength"] > expected:
+            raise StoreError(f"{url}: the store ignores byte ranges; use one that honours Range requests")
+
+    def _put_once(self, url: str, data: bytes, **condition: str) -> ObjectInfo:
+        bucket, key = split_s3_url(url)
+        answer = self._client().put_object(Bucket=bucket, Key=key, Body=data, ChecksumCRC32=_crc32(data), **condition)
+        self._metrics.count_written(len(data))
+        return ObjectInfo(url, len(data), answer["ETag"])
+
+    def _put_conditionally(self, url: str, data: bytes, **condition: str) -> ObjectInfo:
+        """Put under a condition; one that fails after an unanswered try may have met our own write."""
+        uncertain = False
+
+        def once() -> ObjectInfo:
+            nonlocal uncertain
+            try:
+                return self._put_once(url, data, **condition)
+            except _FOREIGN_ERRORS as error:
+                verdict = classified("put", url, error, self._config)
+                if isinstance(verdict, ChangedError) and uncertain and self.get(url) == data:
+                    return self.head(url)
+                uncertain = uncertain or isinstance(verdict, TransientError)
+                raise verdict from error
+
+        return self._retry("put", url, once)
+
+    def _put_parts(self, url: str, size: int, read: Callable[[int, int], bytes]) -> ObjectInfo:
+        bucket, key = split_s3_url(url)
+        mark = uuid.uuid4().hex
+        create = {"Bucket": bucket, "Key": key, "ChecksumAlgorithm": "CRC32", "Metadata": {_UPLOAD_MARK: mark}}
+        upload = self._retry("put", url, lambda: self._client().create_multipart_upload(**create))["UploadId"]
+        target = {"Bucket": bucket, "Key": key, "UploadId": upload}
+        part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
+
+        def put_part(start: int) -> dict[str, Any]:
+            data = read(start, min(part_bytes, size - start))
+            part = {"PartNumber": start // part_bytes + 1, "ChecksumCRC32": _crc32(data)}
+            answer = self._retry("put", url, lambda: self._client().upload_part(**target, **part, Body=data))
+            self._metrics.count_written(len(data))
+            return part | {"ETag": answer["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                parts = _all_or_first_error(pool, put_part, range(0, size, part_bytes))
+            self._complete(url, target | {"MultipartUpload": {"Parts": parts}}, mark)
+        except BaseException:
+            with contextlib.suppress(*_FOREIGN_ERRORS):  # best effort; the first error is the one to report
+                self._client().abort_multipart_upload(**target)
+            raise
+        info = self.head(url)
+        if info.size != size:
+            raise StoreError(f"{url} has {info.size} bytes after an upload of {size}; look who else writes to it")
+        return info
+
+    def _complete(self, url: str, arguments: dict[str, Any], mark: str) -> None:
+        try:
+            self._retry("put", url, lambda: self._client().complete_multipart_upload(**arguments))
+        except NotFoundError:  # a lost answer to a try that succeeded: the upload is gone because it is done
+            bucket, key = split_s3_url(url)
+            answer = self._retry("head", url, lambda: self._client().head_object(Bucket=bucket, Key=key))
+            if answer["Metadata"].get(_UPLOAD_MARK) != mark:
                 raise
 
-        answer = self._retried(url, "put", attempt)
-        self._metrics.count(written=len(body))
-        return answer
 
-    def _if_ours(self, url: str, data: bytes) -> ObjectInfo | None:
-        """Return the object when it holds exactly our bytes: then an earlier try succeeded and its answer was lost."""
-        try:
-            info = self.head(url)
-            if info.size != len(data):
-                return None
-            found = memoryview(bytearray(info.size))
-            self.read(url, 0, found, info.etag)
-        except (NotFoundError, ChangedError):
-            return None
-        return info if found == data else None
-
-    def _multipart(self, url: str, size: int, part: Callable[[int, int], memoryview]) -> ObjectInfo:
-        bucket, key = _split(url)
-        started = self._retried(
-            url,
-            "put",
-            lambda _: self.client.create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="CRC32"),
-        )
-        place = {"Bucket": bucket, "Key": key, "UploadId": started["UploadId"]}
-
-        def send(number: int) -> dict[str, Any]:
-            data = bytes(part(number * PART_BYTES, min(PART_BYTES, size - number * PART_BYTES)))
-            answer = self._retried(
-                url,
-                "put",
-                lambda _: self.client.upload_part(**place, PartNumber=number + 1, Body=data, ChecksumAlgorithm="CRC32"),
-            )
-            self._metrics.count(written=len(data))
-            return {"PartNumber": number + 1, "ETag": answer["ETag"], "ChecksumCRC32": answer.get("ChecksumCRC32")}
-
-        try:
-            with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
-                sent = list(pool.map(send, range(-(-size // PART_BYTES))))
-            parts = [{k: v for k, v in item.items() if v is not None} for item in sent]
-            answer = self._retried(
-                url,
-                "put",
-                lambda _: self.client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}),
-            )
-        except BaseException:
-            self._abort(place)
-            raise
-        return ObjectInfo(url, size, answer["ETag"])
-
-    def _abort(self, place: dict[str, str]) -> None:
-        """Give up an upload's parts as well as the store allows; the first error is what the caller sees."""
-        try:
-            self.client.abort_multipart_upload(**place)
-        except (boto_errors.ClientError, *BROKEN):
-            self._metrics.count(retry="abort failed")
-
-    def _retried(self, url: str, what: str, attempt: Callable[[int], T]) -> T:
-        """Call `attempt` until it succeeds, an error is final, or the tries are used up."""
-        for number in range(1, self._config.max_attempts + 1):
-            self._metrics.count(requests=1)
-            try:
-                return attempt(number)
-            except boto_errors.ClientError as error:
-                if not _is_transient(error):
-                    raise _explained(error, url, what) from error
-                cause: Exception = error
-            except (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError) as error:
-                raise AccessError(
-                    f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a role"
-                ) from error
-            except BROKEN as error:
-                cause = error
-            self._metrics.count(retry=_cause_name(cause))
-            if number < self._config.max_attempts:
-                longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**number)
-                time.sleep(random.uniform(0, longest))  # noqa: S311 - spreads clients, nothing depends on it
-        stalled = isinstance(cause, boto_errors.ReadTimeoutError | urllib3.exceptions.ReadTimeoutError | TimeoutError)
-        kind = StalledError if stalled else StoreError
-        raise kind(
-            f"{url}: {what} failed {self._config.max_attempts} times, last with {_cause_name(cause)} ({cause}); "
-            f"check the endpoint {self._config.endpoint_url or 'of AWS'} and the network"
-        ) from cause
+def _crc32(data: bytes) -> str:
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
-def _split(url: str) -> tuple[str, str]:
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
-def _code(error: boto_errors.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _is_transient(error: boto_errors.ClientError) -> bool:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status >= 500 or _code(error) in TRANSIENT
-
-
-def _explained(error: boto_errors.ClientError, url: str, what: str) -> StoreError:
-    code = _code(error)
-    if code == "NoSuchBucket":
-        return NotFoundError(f"{url}: there is no bucket {_split(url)[0]}; check the name and store.endpoint_url")
-    if code in ABSENT:
-        return NotFoundError(f"{url}: no such object (or no such bucket); check the URL")
-    if code in DENIED:
-        return AccessError(f"{url}: {what} was refused ({code}); check the credentials and the bucket's policy")
-    return StoreError(f"{url}: {what} failed with {code}: {error}")
-
-
-def _cause_name(error: Exception) -> str:
-    return _code(error) if isinstance(error, boto_errors.ClientError) else type(error).__name__
+def _all_or_first_error(pool: ThreadPoolExecutor, function: Callable[[int], T], starts: range) -> list[T]:
+    """Return the results in order; after a failure what has not begun is not begun."""
+    futures = [pool.submit(function, start) for start in starts]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
