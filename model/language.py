@@ -56,6 +56,12 @@ class LanguageModel(nn.Module):
         """Longest input in positions, queries included; none: unlimited (relative positions)."""
         return None if self.is_encoder_decoder else getattr(self.model.config, "max_position_embeddings", None)
 
+    @property
+    def decoder_start_id(self) -> int | None:
+        """First decoder token of an encoder-decoder; none for the others."""
+        start = getattr(self.model.config, "decoder_start_token_id", None) if self.is_encoder_decoder else None
+        return self.model.config.pad_token_id if self.is_encoder_decoder and start is None else start
+
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in eval mode unless `config.dropout` asks for the original's behaviour."""
         super().train(mode and self.config.dropout)
@@ -79,14 +85,14 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def loss_sum(self, visual_BQD: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, visual_BQD: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy summed over the target tokens (no label smoothing), as fp32."""
         logits_NV, labels_N = self.target_logits(
             visual_BQD, tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
         )
         return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
 
-    def _inputs(self, visual_BQD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, visual_BQD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries followed by text as embeddings (B, L, D) and the mask (B, L)."""
         text_BTD = self.embed(ids_BT)
         if visual_BQD.shape[-1] != text_BTD.shape[-1]:
@@ -107,7 +113,7 @@ class DecoderLanguageModel(LanguageModel):
         self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Labels stand under the tokens that they repeat: column t is predicted from what precedes it."""
-        embeds_BLD, mask_BL = self._inputs(visual_BQD, input_ids_BT, attention_mask_BT)
+        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
         rows, columns = target_positions(labels_BT)
         # The token at column t is predicted from the position before it; the first one from the last query.
         positions = columns + visual_BQD.shape[1] - 1
@@ -129,7 +135,7 @@ class EncoderDecoderLanguageModel(LanguageModel):
         self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Labels are the decoder's output; its input is the labels shifted right behind the start token."""
-        embeds_BLD, mask_BL = self._inputs(visual_BQD, input_ids_BT, attention_mask_BT)
+        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
         encoded_BLD = self.model.encoder(inputs_embeds=embeds_BLD, attention_mask=mask_BL).last_hidden_state
         # Padding only follows a row's targets, so the causal mask alone keeps it from them.
         hidden_BTD = self.model.decoder(

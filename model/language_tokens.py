@@ -23,6 +23,7 @@ from model.errors import ModelError
 from model.tensor_files import read_json
 
 IGNORED = -100
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 MASK_64 = (1 << 64) - 1
 
 
@@ -143,6 +144,11 @@ class LanguageEncoder:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    # Without files transformers 5 makes an empty tokenizer, which turns every caption into nothing.
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder}: no tokenizer, none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files"
+        )
     # Seconds to import: readers that never encode should not pay for it.
     transformers = importlib.import_module("transformers")
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import (
     GenerationConfig,
@@ -58,8 +58,10 @@ def write_tiny_language(
     return folder
 
 
-def write_tiny_tokenizer(folder: Path, kind: TinyLanguage, corpus: Iterable[str] = CORPUS) -> None:
-    """Write a byte-level BPE tokenizer with the special tokens of `kind`."""
+def write_tiny_tokenizer(
+    folder: Path, kind: TinyLanguage, corpus: Iterable[str] = CORPUS, *, starts: bool = False
+) -> None:
+    """Write a byte-level BPE tokenizer with the special tokens of `kind`; `starts`: it puts <s> first by itself."""
     specials = SPECIAL_TOKENS[kind]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,6 +75,9 @@ def write_tiny_tokenizer(folder: Path, kind: TinyLanguage, corpus: Iterable[str]
     tokenizer.train_from_iterator(corpus, trainer)
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>" if "<pad>" in specials else "</s>"}
     names |= {"opt": {"bos_token": "</s>"}, "llama": {"bos_token": "<s>"}, "t5": {}}[kind]
+    if starts:
+        pair = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
