@@ -49,6 +49,8 @@ class QFormerConfig(Config):
     """Hidden and attention dropout."""
     layer_norm_eps: float = Field(1e-12, gt=0)
     """Epsilon of every LayerNorm inside the Q-Former."""
+    image_norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of ln_vision, the trainable LayerNorm on the image features; 1e-6 in Hugging Face's models."""
     projection_size: int = Field(256, gt=0)
     """Width of the ITC embedding space."""
     init_from: str | None = None

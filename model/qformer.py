@@ -32,7 +32,7 @@ class QueryStates(NamedTuple):
 class ImageNorm(nn.LayerNorm):
     """Trainable LayerNorm on frozen image features (the reference's ln_vision)."""
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
 
     def folded(self, linear: nn.Linear, standardised_IPC: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class LanguageHead(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Queries, layers, text embeddings and language head.
+    """LayerNorm of the image features, queries, layers, text embeddings and language head.
 
     Args:
         config: dimensions.
@@ -81,6 +81,7 @@ class QFormer(nn.Module):
         self.image_width = image_width
         self.savings = savings or Savings()
         width = config.hidden_size
+        self.ln_vision = ImageNorm(image_width, config.image_norm_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(
@@ -107,18 +108,18 @@ class QFormer(nn.Module):
         """Id of [DEC], the last of the vocabulary."""
         return self.config.vocab_size - 1
 
-    def query_side(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the query path by name: all that stage 2 trains here."""
+    def query_side_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the query path and ln_vision by name: all that stage 2 trains here."""
         return {name: parameter for name, parameter in self.named_parameters() if is_query_side(name)}
 
-    def image_memory(self, image_IPC: Tensor, norm: ImageNorm) -> ImageMemory:
+    def image_memory(self, image_IPC: Tensor) -> ImageMemory:
         """Return cross-attention keys and values of I images for every layer that has cross-attention."""
         if image_IPC.shape[-1] != self.image_width:
             raise ModelError(
                 f"image features have width {image_IPC.shape[-1]}, the Q-Former was built for {self.image_width}; "
                 "use the vision encoder that it was trained with"
             )
-        fold = self.savings.fold_image_norm
+        fold, norm = self.savings.fold_image_norm, self.ln_vision
         source_IPC = norm.standardise(image_IPC) if fold else norm(image_IPC)
         memory = []
         for layer in self.layers:
@@ -131,9 +132,9 @@ class QFormer(nn.Module):
                 memory.append(KeysValues(cross.heads(keys), cross.heads(values)))
         return ImageMemory(memory)
 
-    def encode_images(self, image_BPC: Tensor, norm: ImageNorm) -> Tensor:
+    def encode_images(self, image_BPC: Tensor) -> Tensor:
         """Return the query states of images, B, Q, D: the path that stage 2 uses."""
-        return self.query_pass(self.image_memory(image_BPC, norm), image_BPC.shape[0]).hidden_BQD
+        return self.query_pass(self.image_memory(image_BPC), image_BPC.shape[0]).hidden_BQD
 
     def query_pass(self, image: ImageMemory, batch: int) -> QueryStates:
         """Run the queries alone against the first `batch` images."""

@@ -1,0 +1,110 @@
+"""The losses of stage 1 (BLIP-2, section 3.2) as pure functions of features, and how negatives are drawn.
+
+Letters: B rows of this rank, N rows of the global batch, Q queries, E projection width, M pairs, V vocabulary.
+Every loss is a SUM over this rank's rows divided by a GLOBAL count, so that the sum over ranks is the loss of the global
+batch, however it is split.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MATCH = 1
+NOT_CHOSEN = -1
+_GOLDEN = -7046029254386353131  # 2 ** 64 / golden ratio, as a signed number
+
+
+class LossOutput(NamedTuple):
+    """Losses of a step: scalars, detached, over the global batch, equal on all ranks."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class NegativeDraw(NamedTuple):
+    """What the draw of negatives depends on: a score per candidate and the place in the run."""
+
+    scores_BN: Tensor
+    """Similarities; -inf where the column is no candidate."""
+    rows_B: Tensor
+    """Global row of each anchor."""
+    rows_N: Tensor
+    """Global row of each candidate."""
+    seed: int
+    step: int
+    direction: int
+    """0: an image for each text; 1: a text for each image."""
+
+
+NegativeChooser = Callable[[NegativeDraw], Tensor]
+"""Gives the column of each row's negative (B); columns of -inf must not be chosen."""
+
+
+def image_text_similarity(image_NQE: Tensor, text_BE: Tensor) -> Tensor:
+    """Return for each text and image the largest inner product over the image's queries, B, N."""
+    similarity_BNQ = torch.einsum("be,nqe->bnq", text_BE, image_NQE)
+    return similarity_BNQ.amax(dim=-1)
+
+
+def text_image_similarity(image_BQE: Tensor, text_NE: Tensor) -> Tensor:
+    """Return for each image and text the largest inner product over the image's queries, B, N."""
+    similarity_BQN = image_BQE @ text_NE.T
+    return similarity_BQN.amax(dim=1)
+
+
+def same_image(own_B: Tensor, all_N: Tensor) -> Tensor:
+    """Return where the identities are equal, bool B, N."""
+    return own_B[:, None] == all_N[None, :]
+
+
+def contrastive_loss(logits_BN: Tensor, positive_BN: Tensor, smoothing: float) -> Tensor:
+    """Return the summed cross-entropy against targets spread evenly over the positives, then smoothed over all N."""
+    positive_BN = positive_BN.to(logits_BN.dtype)
+    spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True)
+    target_BN = (1 - smoothing) * spread_BN + smoothing / logits_BN.shape[1]
+    return -(target_BN * F.log_softmax(logits_BN, dim=1)).sum()
+
+
+def matching_loss(logits_M2: Tensor, labels_M: Tensor, counted_M: Tensor) -> Tensor:
+    """Return the summed cross-entropy of the pairs that count."""
+    return (F.cross_entropy(logits_M2, labels_M, reduction="none") * counted_M).sum()
+
+
+def generation_loss(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
+    """Return the summed, smoothed cross-entropy over the vocabulary."""
+    return F.cross_entropy(logits_NV, targets_N, label_smoothing=smoothing, reduction="sum")
+
+
+def choose_hardest(draw: NegativeDraw) -> Tensor:
+    """Choose each row's most similar candidate."""
+    return draw.scores_BN.argmax(dim=1)
+
+
+def draw_negatives(draw: NegativeDraw) -> Tensor:
+    """Draw each row's negative with probability softmax(scores): the argmax of scores + Gumbel noise.
+
+    The noise is a function of (seed, step, direction, row of the anchor, row of the candidate), so neither ranks nor
+    micro-batches change the draw.
+    """
+    key = _mix(torch.tensor([draw.seed ^ (2 * draw.step + draw.direction + 1) * 0x9E3779B97F4A7 & 0x7FFFFFFFFFFFFFFF]))
+    key = key.to(draw.rows_B.device)
+    noise_BN = _mix(_mix(key ^ draw.rows_B[:, None]) ^ draw.rows_N[None, :])
+    uniform_BN = ((noise_BN >> 11 & (1 << 53) - 1).double() + 0.5) / (1 << 53)
+    return (draw.scores_BN.double() - (-uniform_BN.log()).log()).argmax(dim=1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64 values one by one (the finaliser of SplitMix64; Steele et al., 2014)."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros as unsigned numbers do."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
