@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray
-from data_pipeline.object_store import ObjectStore, join
 from trainer.run_store import RunStore
 
 from cluster.auth import use_tokens
@@ -27,6 +26,7 @@ from cluster.secret_names import check_secrets
 from cluster.status import RunState, StatusBoard
 from cluster.supervisor import Supervisor
 from data_pipeline.errors import DataError
+from data_pipeline.object_store import ObjectStore, join
 from model.errors import ModelError
 from trainer.config_io import load_config
 from trainer.context import Outcome

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from urllib.parse import urlsplit
 
 import ray
 import requests
-from data_pipeline.object_store import join
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster import secret_names
@@ -29,12 +29,15 @@ from cluster.code_package import CONFIG_NAME, build_package
 from cluster.config import JobConfig
 from cluster.errors import ClusterError
 from data_pipeline.config import StoreConfig
+from data_pipeline.object_store import join
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 4.0
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_MARGIN_SECONDS = 30
+RUN_TO_END_SECONDS = 300.0
+NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
 JOB_VARIABLE = "ISTHMUS_JOB"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RUN_KEY, URL_KEY, STORE_KEY = "isthmus_run", "isthmus_url", "isthmus_store"
@@ -82,25 +85,46 @@ class Jobs:
         if active:
             return active, False
         job_id = f"{name}-{len(jobs) + 1}"
+        is_new = self._send(config, job_id, "cluster.driver", job_metadata(config))  # else another one came first
+        return self.get(job_id), is_new
+
+    def run_to_end(self, config: JobConfig, module: str) -> list[str]:
+        """Run one of our modules as a job that is no run, and return the lines of its log.
+
+        Raises:
+            ClusterError: it failed without a result, or did not end in time.
+        """
+        job_id = f"{module.rpartition('.')[2]}-{config.run.name}-{uuid.uuid4().hex[:8]}"
+        self._send(config, job_id, module, {})
+        deadline = time.monotonic() + RUN_TO_END_SECONDS
+        while (status := self._client.get_job_status(job_id)) not in FINAL:
+            if time.monotonic() > deadline:
+                self._client.stop_job(job_id)
+                raise ClusterError(f"{self.address}: {job_id} did not end within {RUN_TO_END_SECONDS:g} s")
+            time.sleep(0.5)
+        lines = str(self._client.get_job_logs(job_id)).splitlines()
+        if status is not JobStatus.SUCCEEDED and not any(line.startswith("isthmus-") for line in lines):
+            raise ClusterError(f"{self.address}: {job_id} failed: {lines[-1] if lines else status}")
+        return lines
+
+    def _send(self, config: JobConfig, job_id: str, module: str, metadata: dict[str, str]) -> bool:
+        """Ship the code and start a module with the configuration; False: a job of that id exists already."""
+        # A cluster on this machine has this Python, another one its image's.
+        python = sys.executable if urlsplit(self.address).hostname in LOOPBACK else "python"
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
             package = build_package(config, Path(folder))
             try:
                 self._client.submit_job(
-                    entrypoint=self._entrypoint(),
+                    entrypoint=f"{shlex.quote(python)} -m {module} {CONFIG_NAME}",
                     submission_id=job_id,
                     runtime_env={"working_dir": str(package), "env_vars": job_environment(config, job_id)},
-                    metadata=job_metadata(config),
+                    metadata=metadata,
                 )
             except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise ClusterError(f"{self.address}: the job was not accepted: {_last_line(error)}") from error
-                return self.get(job_id), False  # another submission of this run came first
-        return self.get(job_id), True
-
-    def _entrypoint(self) -> str:
-        """Return the driver's command; a cluster on this machine has this Python, another one its image's."""
-        python = sys.executable if urlsplit(self.address).hostname in LOOPBACK else "python"
-        return f"{shlex.quote(python)} -m cluster.driver {CONFIG_NAME}"
+                if "already exists" in str(error):
+                    return False
+                raise ClusterError(f"{self.address}: the job was not accepted: {_last_line(error)}") from error
+        return True
 
     def get(self, job_id: str) -> Job:
         """Return a job by its id."""
@@ -149,6 +173,12 @@ class Jobs:
                 raise ClusterError(f"{job.run}: still {now.status.lower()} after {timeout_seconds:g} s; try again")
             time.sleep(0.5)
         return now
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return address, state and resources of every node; nothing of their processes."""
+        answer = _ask(f"{self.address}/nodes?view=summary")
+        summary = answer.json().get("data", {}).get("summary", [])
+        return [{key: node.get(key) for key in NODE_KEYS} for node in summary]
 
     def logs(self, job: Job) -> str:
         """Return what the job has written so far."""
@@ -214,10 +244,9 @@ def check_reachable(url: str) -> None:
     Raises:
         ClusterError: one line with the remedy.
     """
-    token = read_token() if os.environ.get(MODE_VARIABLE, "token") == "token" else None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    token = _token()
     try:
-        answer = requests.get(f"{url}/api/version", headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
+        answer = _ask(f"{url}/api/version")
     except requests.RequestException as error:
         raise ClusterError(
             f"{url}: no Ray dashboard answers ({_reason(error)}); check --address, or forward the port: "
@@ -239,6 +268,17 @@ def check_reachable(url: str) -> None:
         )
     if not token:
         logger.warning("%s: the cluster has no token authentication; whoever reaches it can run code there", url)
+
+
+def _token() -> str | None:
+    return read_token() if os.environ.get(MODE_VARIABLE, "token") == "token" else None
+
+
+def _ask(url: str) -> requests.Response:
+    """Send one GET with our token."""
+    token = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return requests.get(url, headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
 
 
 async def _next(stream: AsyncIterator[str]) -> str | None:

@@ -23,12 +23,3 @@ def check_secrets() -> list[str]:
             ", ".join(missing),
         )
     return missing
-
-
-def redact(text: str, names: tuple[str, ...]) -> str:
-    """Return a text in which the values of the named variables are replaced by their names."""
-    for name in names:
-        value = os.environ.get(name, "")
-        if len(value) >= 4:
-            text = text.replace(value, f"<{name}>")
-    return text

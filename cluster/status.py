@@ -7,10 +7,10 @@ import logging
 import time
 from enum import StrEnum
 
-from data_pipeline.object_store import NotFoundError, ObjectStore, join
 from pydantic import BaseModel
 
 from data_pipeline.errors import DataError
+from data_pipeline.object_store import NotFoundError, ObjectStore, join
 
 logger = logging.getLogger(__name__)
 

@@ -159,6 +159,7 @@ class TrainWorker:
         self._context = context
         if self._early_stop:
             context.request_stop(self._early_stop)
+        _set_environment(assignment)
         try:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
         except Exception as error:
@@ -184,6 +185,18 @@ class TrainWorker:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             return file.read()
+
+
+def _set_environment(assignment: Assignment) -> None:
+    """Tell torch.distributed where the ranks meet, as torchrun does."""
+    rank, (host, port) = assignment.rank, assignment.master
+    os.environ.update(
+        RANK=str(rank.rank),
+        WORLD_SIZE=str(rank.world_size),
+        LOCAL_RANK=str(rank.local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
 
 
 def watch_sigterm(on_signal: Any) -> None:

@@ -16,6 +16,7 @@ from trainer.config_io import check_config, load_config, parse_yaml
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
     from cluster.run_view import RunView
+    from data_pipeline.object_store import ObjectStore
 
 app = typer.Typer()
 
@@ -48,12 +49,14 @@ def submit(
 @app.command()
 def resume(run: Run, address: Address = None, watch: Watch = False) -> None:
     """Go on with a run from its last committed checkpoint; by URL also on another cluster."""
-    if _is_url(run):
-        resolved = _stored_config(run.rstrip("/"), None)
+    from data_pipeline.object_store import ObjectStore
+
+    if is_url(run):
+        resolved = stored_config(run.rstrip("/"), ObjectStore())
         _submit(resolved, address or resolved.cluster.address, watch=watch)
         return
-    job = _jobs(address).latest(run)
-    _submit(_stored_config(job.run_url, job.store.model_dump()), address, watch=watch)
+    job = open_jobs(address).latest(run)
+    _submit(stored_config(job.run_url, ObjectStore(job.store)), address, watch=watch)
 
 
 @app.command()
@@ -101,7 +104,7 @@ def logs(
     """Print the log of a run's newest job."""
     from cluster.logs import parse_line, render_line
 
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     job = jobs.latest(run)
     lines = jobs.follow(job) if follow else iter(jobs.logs(job).splitlines())
     for text in lines:
@@ -124,7 +127,7 @@ def stop(
     ] = 180.0,
 ) -> None:
     """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` goes on."""
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     job = jobs.latest(run)
     if job.is_over:
         typer.echo(f"{run}: not at work ({job.status.lower()})")
@@ -138,7 +141,7 @@ def stop(
 
 
 def _submit(config: JobConfig, address: str | None, *, watch: bool) -> None:
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     job, is_new = jobs.submit(config)
     name = config.run.name
     typer.echo(f"{name}: {'submitted' if is_new else 'already at work'} as job {job.id} at {jobs.address}")
@@ -192,9 +195,9 @@ def _views(run: str | None, address: str | None) -> "list[RunView]":
     """Return what is known of one run or of all, the newest job of each."""
     from cluster.run_view import RunView
 
-    if run and _is_url(run):
+    if run and is_url(run):
         return [RunView.of_folder(run.rstrip("/"))]
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     if run:
         return [_view(jobs.latest(run))]
     newest: dict[str, Job] = {}
@@ -242,21 +245,20 @@ def _changes(views: Any) -> Iterator[str]:
         time.sleep(WATCH_SECONDS)
 
 
-def _stored_config(run_url: str, store: dict[str, Any] | None) -> JobConfig:
+def stored_config(run_url: str, store: "ObjectStore") -> JobConfig:
     """Return the configuration that a run's folder holds."""
-    from data_pipeline.object_store import NotFoundError, ObjectStore, join
-
-    from data_pipeline.config import StoreConfig
+    from data_pipeline.object_store import NotFoundError, join
 
     url = join(run_url, "config.yaml")
     try:
-        text = ObjectStore(StoreConfig.model_validate(store or {})).get(url).decode()
+        text = store.get(url).decode()
     except NotFoundError as error:
         raise ClusterError(f"{url}: absent, so this is no run's folder; give the folder that holds run.json") from error
     return check_config(parse_yaml(text, url), JobConfig, url)
 
 
-def _jobs(address: str | None) -> "Jobs":
+def open_jobs(address: str | None) -> "Jobs":
+    """Connect to a cluster's Jobs API with token authentication."""
     from cluster.auth import use_tokens
 
     use_tokens(create=False)  # before Ray is imported: it reads the mode once
@@ -265,7 +267,8 @@ def _jobs(address: str | None) -> "Jobs":
     return Jobs(address)
 
 
-def _is_url(run: str) -> bool:
+def is_url(run: str) -> bool:
+    """Return whether a run is given by the URL of its folder, not by its name."""
     return "/" in run
 
 

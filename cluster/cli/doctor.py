@@ -1,0 +1,39 @@
+"""`isthmus doctor`: one archive with what is needed to understand a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.jobs import Address, Run, is_url, open_jobs, stored_config
+from cluster.errors import ClusterError
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    run: Run,
+    address: Address = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: RUN-doctor.tar.gz].")] = None,
+) -> None:
+    """Collect configuration, versions, events, logs and stack dumps of a run into one archive without secrets."""
+    from cluster.doctor import collect, write_private
+    from data_pipeline.object_store import ObjectStore
+
+    facts: dict[str, Any] = {}
+    log = ""
+    if is_url(run):
+        url, store = run.rstrip("/"), ObjectStore()
+    else:
+        jobs = open_jobs(address)
+        job = jobs.latest(run)
+        url, store, log = job.run_url, ObjectStore(job.store), jobs.logs(job)
+        facts = {"address": jobs.address, "jobs": jobs.of_run(run), "nodes": jobs.nodes()}
+    config = stored_config(url, store)
+    path = out or Path(f"{config.run.name}-doctor.tar.gz")
+    try:
+        write_private(path, collect(url, store, log, facts, config.cluster.secrets))
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
+    typer.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB; look through it before you pass it on")

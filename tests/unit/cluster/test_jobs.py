@@ -1,0 +1,130 @@
+"""What travels with a job, and what must not."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster import auth
+from cluster.cli.jobs import app
+from cluster.code_package import build_package, package_bytes
+from cluster.errors import ClusterError
+from cluster.jobs import dashboard_url, job_environment, job_metadata
+from trainer.config_io import load_config, to_yaml
+
+from .configs import JobConfig, job_config
+
+pytestmark = pytest.mark.unit
+SECRET = "wJalrXUtnFEMI/K7MDENG"
+
+
+@pytest.fixture
+def secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+
+
+def test_the_package_holds_source_and_configuration_only(tmp_path):
+    build_package(job_config(), tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"cluster/driver.py", "cluster/manifests/raycluster.yaml", "trainer/context.py", "config.yaml"} <= names
+    assert {name.rpartition(".")[2] for name in names} <= {"py", "json", "yaml", "txt"}
+    assert not [name for name in names if "__pycache__" in name or name.startswith((".", "tests"))]
+    assert package_bytes(tmp_path)[1] < 20 << 20
+    assert load_config(tmp_path / "config.yaml", [], JobConfig) == job_config()
+
+
+def test_secrets_travel_by_name(secret, tmp_path):
+    config = job_config()
+    build_package(config, tmp_path)
+    environment = job_environment(config, "demo-1")
+    assert environment["ISTHMUS_SECRETS"] == "AWS_SECRET_ACCESS_KEY"
+    everything = json.dumps([environment, job_metadata(config)]) + "".join(
+        path.read_text() for path in tmp_path.rglob("*") if path.is_file()
+    )
+    assert SECRET not in everything
+
+
+def test_the_job_may_take_its_grace_period_to_stop():
+    environment = job_environment(job_config(cluster={"stop_grace_seconds": 90}), "demo-1")
+    assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > 90
+
+
+def test_metadata_name_run_and_folder():
+    metadata = job_metadata(job_config(store={"endpoint_url": "http://127.0.0.1:1"}))
+    assert metadata["isthmus_run"] == "demo"
+    assert metadata["isthmus_url"] == "s3://bucket/runs/demo"
+    assert json.loads(metadata["isthmus_store"])["endpoint_url"] == "http://127.0.0.1:1"
+
+
+def test_dry_run_sends_nothing_and_prints_no_secret(secret, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(job_config()))
+    result = CliRunner().invoke(app, ["submit", str(recipe), "--dry-run", "--address", "http://127.0.0.1:9"])
+    assert result.exit_code == 0, result
+    assert "nothing was sent" in result.output
+    assert "AWS_SECRET_ACCESS_KEY" in result.output
+    assert SECRET not in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://head:8265/", "http://head:8265"),
+        ("head:8265", "http://head:8265"),
+        ("https://ray.example/x", "https://ray.example/x"),
+    ],
+)
+def test_addresses(given, url):
+    assert dashboard_url(given) == url
+
+
+def test_address_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://a:1")
+    monkeypatch.setenv("RAY_ADDRESS", "http://b:2")
+    assert dashboard_url(None) == "http://a:1"
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    assert dashboard_url(None) == "http://b:2"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert dashboard_url(None) == "http://127.0.0.1:8265"
+
+
+def test_a_client_address_is_refused_with_the_right_kind():
+    with pytest.raises(ClusterError, match="give the dashboard's address"):
+        dashboard_url("ray://head:10001")
+
+
+class TestTokens:
+    @pytest.fixture(autouse=True)
+    def clean(self, monkeypatch, tmp_path):
+        for name in (auth.MODE_VARIABLE, auth.TOKEN_VARIABLE, auth.PATH_VARIABLE):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        self.env = monkeypatch
+
+    def test_none(self):
+        assert auth.read_token() is None
+
+    def test_order(self, tmp_path):
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("home\n")
+        assert auth.read_token() == "home"
+        (tmp_path / "file").write_text("file")
+        self.env.setenv(auth.PATH_VARIABLE, str(tmp_path / "file"))
+        assert auth.read_token() == "file"
+        self.env.setenv(auth.TOKEN_VARIABLE, "variable")
+        assert auth.read_token() == "variable"
+
+    def test_an_embedded_cluster_gets_a_fresh_token(self, monkeypatch):
+        import os
+
+        monkeypatch.setenv(auth.TOKEN_VARIABLE, "")  # so that the variable is put back afterwards
+        monkeypatch.setenv(auth.MODE_VARIABLE, "token")
+        auth.use_tokens(create=True)
+        assert len(os.environ[auth.TOKEN_VARIABLE]) == 64
+
+    def test_off_stays_off(self, monkeypatch):
+        monkeypatch.setenv(auth.MODE_VARIABLE, "disabled")
+        auth.use_tokens(create=True)
+        assert auth.read_token() is None
