@@ -61,7 +61,10 @@ def write_tiny_language(
 def write_tiny_tokenizer(
     folder: Path, kind: TinyLanguage, corpus: Iterable[str] = CORPUS, *, starts: bool = False
 ) -> None:
-    """Write a byte-level BPE tokenizer with the special tokens of `kind`; `starts`: it puts <s> first by itself."""
+    """Write a byte-level BPE tokenizer with the special tokens of `kind`.
+
+    By itself it puts </s> first for opt and last for t5, as the real ones do; for llama <s> first only if `starts`.
+    """
     specials = SPECIAL_TOKENS[kind]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,9 +78,9 @@ def write_tiny_tokenizer(
     tokenizer.train_from_iterator(corpus, trainer)
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>" if "<pad>" in specials else "</s>"}
     names |= {"opt": {"bos_token": "</s>"}, "llama": {"bos_token": "<s>"}, "t5": {}}[kind]
-    if starts:
-        pair = [("<s>", tokenizer.token_to_id("<s>"))]
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
+    template = {"opt": "</s> $A", "t5": "$A </s>", "llama": "<s> $A" if starts else "$A"}[kind]
+    pairs = [(token, tokenizer.token_to_id(token)) for token in specials if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
