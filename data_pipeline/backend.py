@@ -35,6 +35,7 @@ class PartReader(Protocol):
 
     def read(self, request: PartRequest) -> LanePart:
         """Return the part; bad samples are holes in it."""
+
     def close(self) -> None:
         """Stop fetching."""
 
@@ -50,8 +51,10 @@ class Backend(Protocol):
 
     def submit(self, request: PartRequest) -> "Future[LanePart]":
         """Ask the lane's reader, a fresh one if it died; the future raises ReaderDied when it dies."""
+
     def replace(self, lane: int) -> None:
         """Give up the lane's reader, which does not answer."""
+
     def close(self) -> None:
         """Stop everything that was started."""
 
@@ -152,14 +155,15 @@ class _ReaderProcess:
     def _receive(self) -> None:
         try:
             while True:
-                number, error, part = self._pipe.recv()
+                number, error, part, shape = self._pipe.recv()
                 if part is not None:
-                    pixels = np.frombuffer(self._pipe.recv_bytes(), dtype=np.uint8)
-                    part.images_BHWC = pixels.reshape(part.images_BHWC.shape)
+                    part.images_BCHW = np.frombuffer(self._pipe.recv_bytes(), dtype=np.uint8).reshape(shape)
                 with self._lock:
                     future = self._waiting.pop(number)
                 settle(future, part, error)
         except (EOFError, OSError):
+            _log.debug("reader process %d has closed its pipe", self.process_id)
+        finally:
             self._fail_all()
 
     def _fail_all(self) -> None:
@@ -205,11 +209,11 @@ def _serve(pipe: "Connection[Any, Any]", make_reader: MakeReader) -> None:
             try:
                 part = reader.read(request)
             except Exception as error:  # noqa: BLE001 - every error goes to the train worker, which raises it
-                pipe.send((number, portable_error(error), None))
+                pipe.send((number, portable_error(error), None, None))
             else:
-                pixels = part.images_BHWC
-                part.images_BHWC = np.broadcast_to(np.uint8(0), pixels.shape)  # the pixels follow without pickling
-                pipe.send((number, None, part))
-                pipe.send_bytes(pixels.data)
+                pixels = part.images_BCHW
+                part.images_BCHW = np.empty(0, dtype=np.uint8)  # the pixels follow without pickling
+                pipe.send((number, None, part, pixels.shape))
+                pipe.send_bytes(memoryview(pixels).cast("B"))
     except (EOFError, OSError):
         os._exit(0)  # fetching threads must not keep a process whose worker is gone

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 from data_pipeline.hashing import stable_hash
 from data_pipeline.quarantine import BadSample
@@ -19,7 +20,7 @@ def clean_caption(text: str, max_words: int) -> str:
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
 
 
-def read_captions(members: dict[str, bytes]) -> tuple[list[str], str | None]:
+def read_captions(members: Mapping[str, bytes | memoryview]) -> tuple[list[str], str | None]:
     """Return a sample's captions and its image id, from `.txt` (one caption) or `.json` (`captions` or `caption`).
 
     Raises:
@@ -46,7 +47,7 @@ def choose_caption(captions: list[str], *parts: int | str) -> str:
     return captions[stable_hash("caption", *parts) % len(captions)] if len(captions) > 1 else captions[0]
 
 
-def _parse(data: bytes) -> dict[str, object]:
+def _parse(data: bytes | memoryview) -> dict[str, object]:
     try:
         document = json.loads(_decode(data))
     except json.JSONDecodeError as error:
@@ -54,8 +55,8 @@ def _parse(data: bytes) -> dict[str, object]:
     return document if isinstance(document, dict) else {}
 
 
-def _decode(data: bytes) -> str:
+def _decode(data: bytes | memoryview) -> str:
     try:
-        return data.decode("utf-8")
+        return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample("caption_encoding", f"the caption is not UTF-8: {error}") from error

@@ -60,14 +60,14 @@ def random_resized_crop_box(height: int, width: int, scale: tuple[float, float],
 
 
 def resize_square(image: UInt8Array, box: Box, size: int) -> UInt8Array:
-    """Cut a box (top, left, height, width) out of (H, W, 3) and resize it to (size, size, 3), antialiased bicubic."""
+    """Cut a box (top, left, height, width) out of (H, W, 3) and resize it to (3, size, size), antialiased bicubic."""
     top, left, height, width = box
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
     channels_last = torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0)
     resized = torch.nn.functional.interpolate(
         channels_last, size=(size, size), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized[0].permute(1, 2, 0).numpy()
+    return resized[0].numpy()
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None:

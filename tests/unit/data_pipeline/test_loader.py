@@ -1,0 +1,230 @@
+"""Batches: what is in them, that nothing depends on rank or starting step, and that bad samples become holes."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.config import BudgetConfig
+from data_pipeline.errors import DataError, NotFoundError
+from data_pipeline.quarantine import BudgetExceeded
+from tests.unit.data_pipeline.tar_set import assert_equal, good_sample, loader, picture, take, tar_files, write_set
+
+pytestmark = pytest.mark.unit
+
+NUM_SAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return write_set(str(tmp_path_factory.mktemp("set")), [good_sample(i) for i in range(NUM_SAMPLES)])
+
+
+def test_a_batch_holds_what_its_rows_say(manifest):
+    (batch,) = take(loader(manifest), 3, 1)
+    assert batch.step == 3
+    assert batch.rows_B.tolist() == list(range(8))
+    assert batch.images_BCHW.shape == (8, 3, 32, 32)
+    assert batch.images_BCHW.dtype == torch.uint8
+    assert batch.valid_B.all()
+    numbers = [int(key.split("#")[1]) for key in batch.keys]
+    assert batch.captions == [f"picture, number {number}" for number in numbers]
+    assert batch.tokens["lengths"].tolist() == [len(caption) for caption in batch.captions]
+    assert batch.image_ids_B.unique().numel() == 8
+    assert [position[:2] for position in batch.positions] == [(0, 0)] * 8
+    assert [position[2] for position in batch.positions] == list(range(24, 32))
+
+
+def test_an_epoch_has_every_key_once_and_the_next_follows(manifest):
+    batches = take(loader(manifest), 0, 15)  # 120 rows: two epochs of 60, the border inside a batch
+    rows = [(position[1], key) for batch in batches for position, key in zip(batch.positions, batch.keys, strict=True)]
+    assert set(Counter(rows).values()) == {1}
+    assert Counter(epoch for epoch, _ in rows) == {0: 60, 1: 60}
+
+
+def test_starting_anywhere_gives_the_same_batches(manifest):
+    walked = take(loader(manifest), 0, 10)
+    for start in (0, 4, 9):
+        for one, other in zip(take(loader(manifest), start, 10 - start), walked[start:], strict=True):
+            assert_equal(one, other)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_world_size_has_the_same_global_batch(manifest, world_size):
+    (whole,) = take(loader(manifest), 2, 1)
+    for rank in range(world_size):
+        (part,) = take(loader(manifest, rank=rank, world_size=world_size), 2, 1)
+        rows = part.rows_B
+        assert [int(row) // 2 % world_size for row in rows] == [rank] * len(rows)
+        assert torch.equal(part.images_BCHW, whole.images_BCHW[rows])
+        assert torch.equal(part.flip_B, whole.flip_B[rows])
+        assert torch.equal(part.tokens["seeds"], whole.tokens["seeds"][rows])
+        assert part.keys == [whole.keys[row] for row in rows]
+
+
+def test_augmentation_changes_between_epochs_and_with_the_seed(manifest):
+    def by_key(start, seed=5):
+        batches = take(loader(manifest, seed=seed), start, 8)
+        return {key: image for b in batches for key, image, p in zip(b.keys, b.images_BCHW, b.positions, strict=True)}
+
+    first, later, other = by_key(0), by_key(15), by_key(0, seed=6)
+    assert sum(torch.equal(first[key], later[key]) for key in first.keys() & later.keys()) <= 1
+    assert sum(torch.equal(first[key], other[key]) for key in first.keys() & other.keys()) <= 1
+
+
+def test_evaluation_shows_whole_images_once(manifest):
+    batches = take(loader(manifest, train=False, batch=16), 0, 4)
+    seen = [key for batch in batches for key, valid in zip(batch.keys, batch.valid_B, strict=True) if valid]
+    assert len(seen) == len(set(seen)) == NUM_SAMPLES
+    assert sum(int((~batch.valid_B).sum()) for batch in batches) == 4
+    assert not any(batch.flip_B.any() for batch in batches)
+    number = int(batches[0].keys[0].split("#")[1])
+    whole = Image.open(io.BytesIO(picture(number))).resize((32, 32), Image.Resampling.BICUBIC)
+    found = batches[0].images_BCHW[0].permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - np.asarray(whole)).max() <= 2
+
+
+def test_a_mixture_keeps_its_shares(tmp_path):
+    one = write_set(str(tmp_path / "one"), [good_sample(i) for i in range(24)])
+    two = write_set(str(tmp_path / "two"), [good_sample(i) for i in range(12)])
+    made = loader((one, 3.0), (two, 1.0))
+    batches = take(made, 0, 12)
+    assert all(sum(position[0] for position in batch.positions) == 2 for batch in batches)
+    assert made.metrics()["epoch/0"] == 72 / 24
+    assert made.metrics()["epoch/1"] == 24 / 12
+
+
+BAD = {
+    "cut image": ({"jpg": picture(1)[:200], "txt": b"cut"}, "undecodable_image"),
+    "no image": ({"txt": b"none"}, "no_image"),
+    "no caption": ({"jpg": picture(1)}, "no_caption"),
+    "empty caption": ({"jpg": picture(1), "txt": b"..."}, "no_caption"),
+    "not utf-8": ({"jpg": picture(1), "txt": b"\xff\xfe\xfa"}, "caption_encoding"),
+    "bomb": ({"jpg": picture(1, (2000, 2000)), "txt": b"bomb"}, "too_many_pixels"),
+    "one pixel": ({"png": picture(1, (1, 1), "PNG"), "txt": b"dot"}, "image_too_small"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_sample_is_a_hole_and_shifts_nothing(tmp_path, name):
+    members, cause = BAD[name]
+    samples = [good_sample(i) for i in range(16)]
+    good = write_set(str(tmp_path / "good"), samples, chunk_bytes=1 << 20)
+    samples[5] = ("../../5", members)
+    bad = write_set(str(tmp_path / "bad"), samples, chunk_bytes=1 << 20)
+    made = loader(bad, max_image_pixels=1_000_000)
+    expected = take(loader(good), 0, 2)
+    found = take(made, 0, 2)
+    assert sum(int((~batch.valid_B).sum()) for batch in found) == 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.positions == other.positions
+        keep = one.valid_B
+        assert torch.equal(one.images_BCHW[keep], other.images_BCHW[keep])
+        assert not one.images_BCHW[~keep].any()
+        assert [c for c, valid in zip(one.captions, keep, strict=True) if not valid] in ([], [""])
+    (record,) = made.take_bad_records()
+    assert (record.cause, record.key) == (cause, "../../5")
+    assert record.shard.endswith("bad/00000.tar")
+    assert record.offset > 0
+    assert made.metrics()[f"bad_samples/{cause}"] == 1
+    assert made.take_bad_records() == []
+
+
+def test_ten_thousand_words_are_cut_to_the_limit(tmp_path):
+    samples = [good_sample(i) for i in range(7)] + [("long", {"jpg": picture(1), "txt": b"word " * 10_000})]
+    (batch,) = take(loader(write_set(str(tmp_path), samples), max_caption_words=20), 0, 1)
+    assert batch.captions[[key.endswith("long") for key in batch.keys].index(True)] == " ".join(["word"] * 20)
+
+
+def test_several_captions_are_all_used_over_epochs(tmp_path):
+    document = b'{"captions": ["one", "two", "three"], "image_id": "same"}'
+    samples = [(f"{i}", {"jpg": picture(i), "json": document}) for i in range(8)]
+    batches = take(loader(write_set(str(tmp_path), samples)), 0, 12)
+    assert {caption for batch in batches for caption in batch.captions} == {"one", "two", "three"}
+    assert len({int(image_id) for batch in batches for image_id in batch.image_ids_B}) == 1
+
+
+def test_damaged_bytes_are_read_again_and_then_a_hole(tmp_path):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(16)], damaged_key="000003")
+    made = loader(url)
+    batches = take(made, 0, 2)
+    (record,) = made.take_bad_records()
+    assert (record.cause, record.key) == ("checksum", "000003")
+    assert sum(int((~batch.valid_B).sum()) for batch in batches) == 1
+    assert made.metrics()["damaged_reads"] == 2
+
+
+def test_a_damaged_cache_file_is_fetched_again(tmp_path):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(16)])
+    cache = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 1 << 20}
+    expected = take(loader(url, **cache), 0, 2)
+    files = [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".chunk"]
+    assert files
+    for path in files:
+        path.write_bytes(bytes(path.stat().st_size))
+    made = loader(url, **cache)
+    for one, other in zip(take(made, 0, 2), expected, strict=True):
+        assert_equal(one, other)
+    assert made.metrics()["damaged_reads"] == len(files)
+    again = loader(url, **cache)
+    take(again, 0, 2)
+    assert again.metrics()["disk_cache_hits"] == len(files)
+    assert "chunks_fetched" not in again.metrics()
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"), [("delete", "shard_missing"), ("cut", "shard_changed"), ("replace", "shard_changed")]
+)
+def test_a_lost_shard_is_holes_until_the_budget_stops_and_names_it(tmp_path, damage, cause):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)], samples_per_shard=20)
+    path = tar_files(tmp_path / "set")[1]
+    if damage == "delete":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-4000])
+    else:
+        path.write_bytes(path.read_bytes() + b"more")
+    made = loader(url)
+    batches = take(made, 0, 5)
+    assert sum(int((~batch.valid_B).sum()) for batch in batches) == 20
+    assert {record.cause for record in made.take_bad_records()} == {cause}
+    strict = loader(url, budget=BudgetConfig(max_bad_fraction=0.1, window_samples=40, max_consecutive=100))
+    with pytest.raises(BudgetExceeded, match=r"Worst shard: .*00001\.tar"):
+        take(strict, 0, 5)
+
+
+def test_sizes_that_do_not_divide_are_refused(manifest):
+    with pytest.raises(DataError, match=r"3 ranks do not divide data.lanes = 4"):
+        loader(manifest, world_size=3)
+    with pytest.raises(DataError, match=r"data.lanes = 4 does not divide the global batch size 10"):
+        loader(manifest, batch=10)
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(NotFoundError, match="no-such-set"):
+        loader(str(tmp_path / "no-such-set"))
+
+
+def test_an_index_of_another_data_set_is_refused(tmp_path):
+    url = write_set(str(tmp_path / "one"), [good_sample(i) for i in range(8)])
+    write_set(str(tmp_path / "two"), [good_sample(i) for i in range(8, 16)])
+    index = "manifest/indexes/00000.idx"
+    (tmp_path / "one" / index).write_bytes((tmp_path / "two" / index).read_bytes())
+    with pytest.raises(DataError, match=r"not the index that the manifest names"):
+        take(loader(url), 0, 1)
+
+
+def test_metrics_are_plain_numbers(manifest):
+    made = loader(manifest)
+    take(made, 0, 5)
+    metrics = made.metrics()
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    assert metrics["samples"] == 40
+    assert metrics["bytes_read"] > 0
+    assert 0 < metrics["get_seconds/p50"] <= metrics["get_seconds/p99"]
+    assert metrics["epoch/0"] == pytest.approx(40 / 60)
+    assert metrics["wait_seconds"] > 0
+    assert metrics["queue_bytes"] > 0
