@@ -145,7 +145,7 @@ class _replacing:  # noqa: N801 - reads as a verb in the with statement
 
 def _is_query_side(name: str) -> bool:
     return reference_name(name, "hf") is not None and not any(
-        part in name for part in ("text_ffn", "_embeddings", "itm_head", "_projection", "temperature")
+        part in name for part in ("text_ffn", "_embeddings", "itm_head", "_projection")
     )
 
 
@@ -217,11 +217,7 @@ def _trained_sources(trained: Mapping[str, Tensor], names: list[str]) -> Iterato
     for name in names:
         theirs = reference_name(name, "hf")
         assert theirs is not None
-        yield theirs, _constant(trained[name])
-
-
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor.float()
+        yield theirs, trained[name].float
 
 
 def _vision_sources(folder: Path) -> Iterator[Source]:

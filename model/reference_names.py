@@ -34,6 +34,10 @@ _WHOLE = {
     "qformer.language_head.layer_norm": ("", "Qformer.cls.predictions.transform.LayerNorm"),
     "qformer.language_head.bias": ("", "Qformer.cls.predictions.bias"),
     "qformer.ln_vision": ("vision_model.post_layernorm", "ln_vision"),
+    "image_projection": ("vision_projection", "vision_proj"),
+    "text_projection": ("text_projection", "text_proj"),
+    "itm_head": ("itm_head", "itm_head"),
+    "temperature": ("", "temp"),
     "projection": ("language_projection", "{llm}_proj"),
 }
 _ROOT = {"hf": "qformer.encoder.layer", "lavis": "Qformer.bert.encoder.layer"}
