@@ -1,8 +1,8 @@
 """The losses of stage 1 (BLIP-2, section 3.2) as pure functions of features, and how negatives are drawn.
 
 Letters: B rows of this rank, N rows of the global batch, Q queries, E projection width, M pairs, V vocabulary.
-Every loss is a SUM over this rank's rows divided by a GLOBAL count, so that the sum over ranks is the loss of the global
-batch, however it is split.
+The losses are SUMS over this rank's rows; the caller divides by GLOBAL counts, so that the sum over ranks is the loss
+of the global batch, however it is split.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MATCH = 1
-NOT_CHOSEN = -1
 _GOLDEN = -7046029254386353131  # 2 ** 64 / golden ratio, as a signed number
 
 
@@ -90,11 +88,12 @@ def draw_negatives(draw: NegativeDraw) -> Tensor:
     The noise is a function of (seed, step, direction, row of the anchor, row of the candidate), so neither ranks nor
     micro-batches change the draw.
     """
-    key = _mix(torch.tensor([draw.seed ^ (2 * draw.step + draw.direction + 1) * 0x9E3779B97F4A7 & 0x7FFFFFFFFFFFFFFF]))
-    key = key.to(draw.rows_B.device)
+    place = torch.tensor([2 * draw.step + draw.direction], device=draw.rows_B.device)
+    key = _mix(_mix(torch.full_like(place, draw.seed)) ^ place)
     noise_BN = _mix(_mix(key ^ draw.rows_B[:, None]) ^ draw.rows_N[None, :])
     uniform_BN = ((noise_BN >> 11 & (1 << 53) - 1).double() + 0.5) / (1 << 53)
-    return (draw.scores_BN.double() - (-uniform_BN.log()).log()).argmax(dim=1)
+    gumbel_BN = -(-uniform_BN.log()).log()
+    return (draw.scores_BN.double() + gumbel_BN).argmax(dim=1)
 
 
 def _mix(x: Tensor) -> Tensor:

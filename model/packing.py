@@ -25,9 +25,9 @@ class Packing:
     def unpack(self, x_ND: Tensor) -> Tensor:
         """Put the listed rows back; unlisted places are zero. N, D to B, T, D."""
         if self.index_N.numel() == self.batch * self.length:
-            return x_ND.reshape(self.batch, self.length, -1)
+            return x_ND.reshape(self.batch, self.length, x_ND.shape[-1])
         x_LD = x_ND.new_zeros(self.batch * self.length, x_ND.shape[-1])
-        return x_LD.index_copy(0, self.index_N, x_ND).reshape(self.batch, self.length, -1)
+        return x_LD.index_copy(0, self.index_N, x_ND).reshape(self.batch, self.length, x_ND.shape[-1])
 
     def first(self, lengths_B: Tensor, length: int) -> tuple["Packing", Tensor]:
         """Keep each row's first `lengths_B` tokens in B x `length`; also return which of the N listed rows stay (K)."""

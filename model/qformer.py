@@ -29,6 +29,16 @@ class QueryStates(NamedTuple):
     memory: list[KeysValues]
 
 
+class CausalStates(NamedTuple):
+    """What the causal pass leaves for the language head."""
+
+    hidden_ND: Tensor
+    rows_K: Tensor | None
+    """Rows that have a next token; none: all given rows have one."""
+    targets_K: Tensor
+    """Ids of those next tokens."""
+
+
 class ImageNorm(nn.LayerNorm):
     """Trainable LayerNorm on frozen image features (the reference's ln_vision)."""
 
@@ -162,20 +172,26 @@ class QFormer(nn.Module):
         assert rows.query_BQD is not None
         return rows.query_BQD
 
-    def causal_pass(self, text: TextRows, past: list[KeysValues]) -> tuple[Tensor, Tensor]:
-        """Run text causally after the queries' memory.
-
-        Returns:
-            States of the rows that have a next token (K, D) and, for each, that token's place among the N listed rows.
-        """
+    def causal_pass(self, text: TextRows, past: list[KeysValues]) -> CausalStates:
+        """Run text causally after the queries' memory, with [DEC] as its first token."""
         text = text.with_first_token(self.decoder_start_id)
         lengths_B = (text.real_BT.sum(dim=1) - 1).clamp_min(0)
         packing, kept_K = text.packing.first(lengths_B, max(1, text.packing.length - 1))
-        reads = Reads(packing, kept_K) if self.savings.prune_last_layer else None
+        prune = self.savings.prune_last_layer and self.savings.target_logits_only
         mask = attention_masks.multimodal_causal(text.real_BT, self.config.num_queries)
+        reads = Reads(packing, kept_K) if prune else None
         rows, _ = self._run(Rows(None, self._embed(text)), text.packing, mask, past=past, reads=reads)
         assert rows.text_ND is not None
-        return (rows.text_ND if reads else rows.text_ND.index_select(0, kept_K)), kept_K + 1
+        return CausalStates(rows.text_ND, None if prune else kept_K, text.ids_N.index_select(0, kept_K + 1))
+
+    def target_logits(self, states: CausalStates) -> Tensor:
+        """Return vocabulary logits at the K rows that have a next token, K, V."""
+        hidden, rows_K = states.hidden_ND, states.rows_K
+        if rows_K is None:
+            return self.logits(hidden)
+        if self.savings.target_logits_only:
+            return self.logits(hidden.index_select(0, rows_K))
+        return self.logits(hidden).index_select(0, rows_K)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return vocabulary logits of text states, N, V."""

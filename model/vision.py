@@ -132,7 +132,7 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         network = Blip2VisionModel(description)
         _load_strictly(network, folder, "vision_model.")
     else:
-        vision_class = _VISION_CLASSES.get(kind, AutoModel)
+        vision_class: Any = _VISION_CLASSES.get(kind, AutoModel)
         network, report = vision_class.from_pretrained(folder, output_loading_info=True)
         # Heads that features do not come from may be absent.
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
