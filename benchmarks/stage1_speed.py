@@ -1,8 +1,8 @@
 """Stage-1 step of the full Q-Former: the plain path against the path that saves work without changing the maths.
 
-768 x 12, features 257 x 1408, 8 pairs, text padded to 32 with 8 to 16 real tokens, dropout off, fp32, one thread. Each
-path runs in a process of its own: peak memory is what the step adds to the process (gradients included), CPU seconds are
-the lesser of two steps, FLOPs are those that torch.utils.flop_counter sees in a third.
+768 x 12, features 257 x 1408, 8 pairs, text padded to 32 with 8 to 16 real tokens, no dropout, fp32, one thread.
+Each path runs in a process of its own: peak memory is what the step adds to it (gradients included), CPU seconds are the
+lesser of two steps, FLOPs are those that torch.utils.flop_counter sees in a third.
 
 Usage: python benchmarks/stage1_speed.py
 """

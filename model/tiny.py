@@ -1,13 +1,16 @@
 """Tiny random models in the folder format of the real ones, for tests and for trying a run without downloads."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,12 +30,66 @@ CORPUS = (
     "question: how many shapes are in the picture? answer:",
 )
 VOCAB_SIZE = 400
+WORD_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 # Special tokens in the order of their ids, as in the real models.
 SPECIAL_TOKENS: dict[TinyLanguage, tuple[str, ...]] = {
     "opt": ("<s>", "<pad>", "</s>", "<unk>"),
     "llama": ("<unk>", "<s>", "</s>"),
     "t5": ("<pad>", "</s>", "<unk>"),
 }
+
+
+def write_tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Write all parts of a tiny run and return their folders: vision, qformer (a tokenizer), opt, t5.
+
+    The Q-Former's own weights are random; `tiny_vocab_size()` is its vocabulary.
+    """
+    return {
+        "vision": write_tiny_vision(folder / "vision", seed=seed),
+        "qformer": write_tiny_wordpiece(folder / "qformer"),
+        "opt": write_tiny_language(folder / "opt", "opt", seed=seed),
+        "t5": write_tiny_language(folder / "t5", "t5", seed=seed),
+    }
+
+
+def write_tiny_vision(folder: Path, *, image_size_pixels: int = 32, width: int = 32, seed: int = 0) -> Path:
+    """Write a random CLIP vision tower (3 layers, 8-pixel patches) with its normalisation, and return `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size_pixels,
+        patch_size=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPVisionModel(config)
+    model.eval().save_pretrained(folder)
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return folder
+
+
+def write_tiny_wordpiece(folder: Path, corpus: Iterable[str] = CORPUS) -> Path:
+    """Write a tokenizer of whole words with BERT's special tokens for the Q-Former, and return `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = sorted({word for text in corpus for word in text.split()})
+    ids = {token: i for i, token in enumerate((*WORD_SPECIALS, *words))}
+    tokenizer = Tokenizer(WordLevel(ids, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in WORD_SPECIALS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tiny_vocab_size(corpus: Iterable[str] = CORPUS) -> int:
+    """Return the vocabulary of `write_tiny_wordpiece` with [DEC]."""
+    return len(WORD_SPECIALS) + len({word for text in corpus for word in text.split()}) + 1
 
 
 def write_tiny_language(

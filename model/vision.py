@@ -21,7 +21,7 @@ from model.tensor_files import read_json, tensor_files
 
 Features = Callable[[nn.Module, Tensor], Tensor]
 # Folders that hold more than the image encoder, and encoders that AutoModel does not know.
-_VISION_CLASSES: dict[str, type[Any]] = {
+_VISION_CLASSES: dict[str, Any] = {
     "blip-2": Blip2VisionModel,
     "blip_2_vision_model": Blip2VisionModel,
     "clip": CLIPVisionModel,
@@ -128,7 +128,7 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
     description = AutoConfig.from_pretrained(folder)
     description = getattr(description, "vision_config", description)
     network: Any
-    if _VISION_CLASSES.get(kind) is Blip2VisionModel:
+    if kind.startswith("blip"):
         network = Blip2VisionModel(description)
         _load_strictly(network, folder, "vision_model.")
     else:
