@@ -6,7 +6,7 @@ import json
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ _SHOWN = 5
 
 T = TypeVar("T")
 R = TypeVar("R")
-Runner = Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]
+Runner = Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]
 """Calls a function for every item, in any place and order, and yields the results as they come."""
 _log = logging.getLogger(__name__)
 
@@ -138,15 +138,15 @@ def build_manifest(
     return manifest, counts
 
 
-def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]:
+def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
     """Return a Runner over local processes; with one process it is this one."""
 
-    def run(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        if num_processes == 1 or len(items) <= 1:
+    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        if num_processes == 1:
             yield from map(function, items)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_processes, len(items)), mp_context=context) as pool:
+        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
             rest = iter(items)
             pending = {pool.submit(function, item) for item in itertools.islice(rest, 4 * num_processes)}
             try:

@@ -1,0 +1,278 @@
+"""`isthmus data`: make shards, index them, and look at what is there."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from data_pipeline.object_store import ObjectStore
+
+app = typer.Typer(help="Make shards, index them, and look at what is there.", no_args_is_help=True)
+
+_PLAIN_LINE_SECONDS = 10.0
+
+ManifestUrl = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
+Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3-compatible endpoint [default: AWS's rules].")]
+Region = Annotated[str | None, typer.Option("--region", help="Region [default: AWS's rules].")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Local processes.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Work as tasks of this Ray cluster ('auto': this node's).")
+]
+CPUS = os.cpu_count() or 1
+
+
+@app.command()
+def index(
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="Shards: {00000..09999}, globs, folders, prefixes.")
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder URL of the manifest; run again to go on.")],
+    chunk_mb: Annotated[float, typer.Option("--chunk-mb", help="Bytes read at once, in MiB.")] = 16.0,
+    on: Annotated[
+        list[str] | None, typer.Option("--on", metavar="FAULT=drop|fail", help="Policy of a fault, or of `all`.")
+    ] = None,
+    processes: Processes = CPUS,
+    address: Address = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    as_json: Json = False,
+) -> None:
+    """Check shards and write the manifest by which runs read them. Samples with a fault are left out and recorded."""
+    from data_pipeline.index_build import DROPPED, IndexOptions, build_manifest
+    from data_pipeline.object_store import join
+    from data_pipeline.shard_urls import absolute, expand
+
+    options = IndexOptions(chunk_bytes=max(1, int(chunk_mb * 2**20)), policy=_policy(on or []))
+    store, out = _store(endpoint_url, region), absolute(out.rstrip("/"))
+    shards = expand(urls, store)
+    with _progress("shards", len(shards)) as advance:
+        manifest, dropped = build_manifest(
+            shards, out, store, options, _runner(processes, address), on_shard=lambda _: advance()
+        )
+    facts: dict[str, Any] = {
+        "manifest": out,
+        "hash": manifest.hash,
+        "shards": len(manifest.shards),
+        "samples": manifest.num_samples,
+        "chunks": len(manifest.chunk_samples),
+        "bytes": sum(shard.size_bytes for shard in manifest.shards),
+        "dropped": dict(dropped),
+    }
+    _report(facts, as_json=as_json)
+    if dropped and not as_json:
+        typer.echo(f"what was dropped, and why: {join(out, DROPPED)}")
+
+
+@app.command()
+def verify(
+    manifest: ManifestUrl,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare the checksums.")] = False,
+    processes: Processes = CPUS,
+    address: Address = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    as_json: Json = False,
+) -> None:
+    """Compare shards and indexes with the manifest; exit code 2 when something differs."""
+    from data_pipeline.data_check import verify as check
+    from data_pipeline.errors import DataError
+    from data_pipeline.manifest import Manifest
+
+    store = _store(endpoint_url, region)
+    loaded = Manifest.load(manifest, store)
+    with _progress("shards", len(loaded.shards)) as advance:
+        problems = check(loaded, store, _runner(processes, address), deep=deep, on_shard=advance)
+    if as_json:
+        typer.echo(json.dumps({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems}, indent=2))
+    if problems:
+        raise DataError(
+            "\n".join([*problems[:20], f"{len(problems)} of {len(loaded.shards)} shards are not as indexed"])
+        )
+    if not as_json:
+        typer.echo(f"{len(loaded.shards)} shards, {loaded.num_samples} samples are as indexed ({loaded.hash[:16]})")
+
+
+@app.command()
+def show(
+    manifest: ManifestUrl,
+    sheet: Annotated[Path, typer.Option("--sheet", help="PNG of random samples with captions.")] = Path("samples.png"),
+    images: Annotated[int, typer.Option("--images", min=1, help="Samples on the sheet.")] = 24,
+    captions: Annotated[int, typer.Option("--captions", min=1, help="Samples in the caption statistics.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="Which samples.")] = 0,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    as_json: Json = False,
+) -> None:
+    """Show counts, sizes, caption lengths, and a sheet of random samples."""
+    from data_pipeline.data_check import caption_histogram, contact_sheet, draw_samples
+    from data_pipeline.manifest import Manifest
+
+    store = _store(endpoint_url, region)
+    loaded = Manifest.load(manifest, store)
+    drawn = list(draw_samples(loaded, store, max(images, captions), seed))
+    sheet.write_bytes(contact_sheet(drawn[:: max(1, len(drawn) // images)][:images]))
+    sizes = sorted(len(sample.image) for sample in drawn)
+    total = sum(shard.size_bytes for shard in loaded.shards)
+    histogram = caption_histogram([text for sample in drawn for text in sample.captions])
+    facts: dict[str, Any] = {
+        "hash": loaded.hash,
+        "shards": len(loaded.shards),
+        "samples": loaded.num_samples,
+        "chunks": len(loaded.chunk_samples),
+        "bytes": total,
+        "bytes_per_sample": round(total / loaded.num_samples),
+        "image_bytes_median": sizes[len(sizes) // 2],
+        "captions_per_sample": round(sum(len(sample.captions) for sample in drawn) / len(drawn), 2),
+        "caption_words": histogram,
+        "sheet": str(sheet),
+    }
+    _report(facts, as_json=as_json, bars=histogram)
+
+
+@app.command()
+def ls(manifest: ManifestUrl, endpoint_url: Endpoint = None, region: Region = None, as_json: Json = False) -> None:
+    """List the shards of a manifest; of any other folder, its objects."""
+    from data_pipeline.errors import NotFoundError
+    from data_pipeline.manifest import Manifest
+
+    store = _store(endpoint_url, region)
+    try:
+        shards = Manifest.load(manifest, store).shards
+        rows: list[dict[str, Any]] = [
+            {"url": shard.url, "bytes": shard.size_bytes, "samples": shard.num_samples, "etag": shard.etag}
+            for shard in shards
+        ]
+    except NotFoundError:
+        rows = [
+            {"url": info.url, "bytes": info.size, "samples": None, "etag": info.etag} for info in store.list(manifest)
+        ]
+        if not rows:
+            raise NotFoundError(f"there is nothing at {manifest}; check the URL and the endpoint") from None
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        samples = "" if row["samples"] is None else f"{row['samples']:>9} samples"
+        typer.echo(f"{row['bytes']:>14} bytes {samples}  {row['url']}")
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, or COCO caption .json.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to go on.")],
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="folder, jsonl, parquet or coco [default: guessed].")
+    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of relative image paths.")] = None,
+    samples_per_shard: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 10_000,
+    processes: Processes = CPUS,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    as_json: Json = False,
+) -> None:
+    """Write images with captions as WebDataset shards, ready for `isthmus data index`."""
+    from data_pipeline.errors import DataError
+    from data_pipeline.index_build import run_in_processes
+    from data_pipeline.ingest import ingest as write
+    from data_pipeline.ingest_sources import KINDS, guess_kind, read_records
+    from data_pipeline.shard_urls import absolute
+
+    known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(source)
+    if known is None:
+        raise DataError(f"--kind {kind} is unknown; choose one of {', '.join(KINDS)}")
+    records = read_records(source.absolute(), known, images.absolute() if images else None)
+    folder = absolute(dest.rstrip("/"))
+    with _progress("shards", None) as advance:
+        shards = write(
+            records,
+            folder,
+            _store(endpoint_url, region),
+            run_in_processes(processes),
+            samples_per_shard=samples_per_shard,
+            on_shard=lambda _: advance(),
+        )
+    dropped = [drop for shard in shards for drop in shard.dropped]
+    facts = {
+        "folder": folder,
+        "shards": len(shards),
+        "reused": sum(shard.reused for shard in shards),
+        "samples": sum(shard.num_samples for shard in shards),
+        "dropped": len(dropped),
+        "first_drops": dropped[:5],
+    }
+    _report(facts, as_json=as_json)
+
+
+def _store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
+    from data_pipeline.config import StoreConfig
+    from data_pipeline.object_store import ObjectStore
+
+    return ObjectStore(StoreConfig(endpoint_url=endpoint_url, region=region))
+
+
+def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:
+    if address is None:
+        from data_pipeline.index_build import run_in_processes
+
+        return run_in_processes(processes)
+    from cluster.ray_map import run_in_ray
+
+    return run_in_ray(address)
+
+
+def _policy(settings: list[str]) -> dict[Any, Any]:
+    from data_pipeline.errors import DataError
+    from data_pipeline.shard_check import DEFAULT_POLICY, FAULTS
+
+    policy = dict(DEFAULT_POLICY)
+    for setting in settings:
+        fault, _, action = setting.partition("=")
+        if fault not in (*FAULTS, "all") or action not in ("drop", "fail"):
+            raise DataError(f"--on {setting}: write FAULT=drop or FAULT=fail; faults: all, {', '.join(FAULTS)}")
+        policy |= {name: action for name in FAULTS if fault in (name, "all")}  # type: ignore[misc]
+    return policy
+
+
+@contextlib.contextmanager
+def _progress(unit: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """Yield a function that counts one more: a bar on a terminal, now and then a line elsewhere (on stderr)."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda: bar.advance(task)
+        return
+    done, shown = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, shown
+        done += 1
+        if done == total or time.monotonic() - shown >= _PLAIN_LINE_SECONDS:
+            shown = time.monotonic()
+            typer.echo(f"{done}{f' of {total}' if total else ''} {unit}", err=True)
+
+    yield advance
+
+
+def _report(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if value is not bars:
+            typer.echo(f"{name.replace('_', ' ')}: {value}")
+    if bars:
+        typer.echo("caption words:")
+        longest = max(bars.values()) or 1
+        for label, count in bars.items():
+            typer.echo(f"  {label:>11} {'#' * round(40 * count / longest)} {count}")

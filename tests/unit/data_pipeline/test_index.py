@@ -1,0 +1,279 @@
+"""Indexing of sound and broken tars: what is found, what is dropped, what stops; and that nothing is done twice."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import DataError, NotFoundError
+from data_pipeline.index_build import IndexOptions, IndexShard, build_manifest, run_in_processes
+from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.object_store import ObjectStore
+from data_pipeline.shard_check import DEFAULT_POLICY, FAULTS, check_shard
+from data_pipeline.shard_index import ShardIndex
+from data_pipeline.shard_urls import braces, expand
+from data_pipeline.tar_walk import ObjectStream
+from tests.corpus import named_members, picture, sample, write_shards, write_tar
+
+pytestmark = pytest.mark.unit
+STORE = ObjectStore()
+
+
+def checked(path):
+    samples, drops = check_shard(ObjectStream(STORE, STORE.head(str(path))))
+    return [sample.key for sample in samples], [(drop.key, drop.fault) for drop in drops]
+
+
+def build(folder, urls, **options):
+    return build_manifest([str(url) for url in urls], str(folder), STORE, IndexOptions(**options), run_in_processes(1))
+
+
+def test_every_member_is_found_where_it_lies(tmp_path):
+    (path,) = write_shards(tmp_path, [7])
+    manifest, dropped = build(tmp_path / "m", [path], chunk_bytes=6000)
+    index = ShardIndex.load(manifest.shards[0], STORE)
+    data = path.read_bytes()
+    for number in range(7):
+        assert index.key(number) == f"{number:06d}"
+        found = {m.extension: data[m.offset : m.offset + m.length] for m in index.members(number)}
+        assert found == sample(number)
+    assert not dropped
+
+
+def test_chunks_are_contiguous_cover_all_samples_and_keep_to_their_size(tmp_path):
+    (path,) = write_shards(tmp_path, [9])
+    manifest, _ = build(tmp_path / "m", [path], chunk_bytes=6000)
+    index = ShardIndex.load(manifest.shards[0], STORE)
+    seen = []
+    for chunk in range(index.total_chunks):
+        start, length = index.chunk_range(chunk)
+        first, count = index.first_sample(chunk), index.num_samples(chunk)
+        seen += range(first, first + count)
+        for number in range(first, first + count):
+            assert all(start <= m.offset and m.offset + m.length <= start + length for m in index.members(number))
+        assert length <= 6000 or count == 1
+    assert seen == list(range(9))
+    assert manifest.chunk_samples.tolist() == index.chunk_samples
+
+
+def test_long_names_and_pax_headers_are_read(tmp_path):
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"{tar_format}.tar"
+        key = "folder/" * 30 + "pictüre"
+        with tarfile.open(path, "w", format=tar_format) as tar:
+            for extension, data in sample(0).items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        assert checked(path) == ([key], [])
+
+
+@pytest.mark.parametrize("where", ["member boundary", "in a member", "in a header"])
+def test_a_truncated_tar_is_noticed_wherever_it_is_cut(tmp_path, where):
+    (path,) = write_shards(tmp_path, [6])
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar]
+    cut = {"member boundary": offsets[6], "in a member": offsets[6] + 700, "in a header": offsets[6] + 100}[where]
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"00000.tar: truncated at byte \d+"):
+        build(tmp_path / "m", [path])
+    assert not (tmp_path / "m" / "manifest.jsonl").exists()
+    manifest, dropped = build(tmp_path / "m", [path], policy=DEFAULT_POLICY | {"truncated": "drop"})
+    assert manifest.num_samples == 3
+    assert dropped["truncated"] == 1
+
+
+def members(*names):
+    """Members with right content for their extension."""
+    contents = {"jpg": picture(1), "txt": b"a caption", "json": b'{"caption": "c"}'}
+    return [(name, contents.get(name.rpartition(".")[2], b"?")) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "dropped"),
+    [
+        (members("a.jpg", "a.txt", "b.jpg", "c.txt"), ["a"], [("b", "missing_caption"), ("c", "missing_image")]),
+        (members("a.jpg", "a.txt", "a.jpg", "a.txt"), ["a"], [("a", "duplicate_key")]),
+        (members("a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"), ["a", "b"], [("a", "duplicate_key")]),
+        (members("a.jpg", "b.jpg", "a.txt", "b.txt"), [], [(key, "interleaved") for key in "abab"]),
+        (members("../a.jpg", "../a.txt", "b.jpg", "b.txt"), ["b"], [("../a", "unsafe_name")]),
+        (members("/etc/a.jpg", "/etc/a.txt", "b.jpg", "b.txt"), ["b"], [("/etc/a", "unsafe_name")]),
+        ([("a.jpg", b"not an image"), ("a.txt", b"x")], [], [("a", "undecodable_image")]),
+        ([("a.jpg", b""), ("a.txt", b"x")], [], [("a", "undecodable_image")]),
+        ([("a.jpg", picture(1)), ("a.txt", b"\xff\xfe")], [], [("a", "undecodable_caption")]),
+        ([("a.jpg", picture(1)), ("a.json", b"{")], [], [("a", "undecodable_caption")]),
+        ([("a.jpg", picture(1)), ("a.txt", b"  \n")], [], [("a", "missing_caption")]),
+        (members("__meta__/x.json", "README", ".hidden.jpg", "a.jpg", "a.txt"), ["a"], []),
+    ],
+)
+def test_each_fault_of_a_sample_is_named_and_the_others_stay(tmp_path, content, kept, dropped):
+    assert checked(write_tar(tmp_path / "x.tar", content)) == (kept, dropped)
+
+
+def test_links_are_no_samples_and_are_not_followed(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, target in (("a.jpg", "/etc/passwd"), ("a.txt", "b.txt")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name, data in named_members([1]):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert checked(path) == (["000001"], [("a", "special_member")])
+
+
+@pytest.mark.parametrize(
+    ("damage", "detail"),
+    [
+        (lambda data: data[:600] + b"\0" + data[601:], None),
+        (lambda data: b"X" + data[1:], "wrong checksum"),
+        (lambda data: b"\x1f\x8b" + data, "compressed"),
+        (lambda data: data + b"more", "after the end marker"),
+        (lambda data: data[:124] + b"zzzzzzzzzzzz" + data[136:], "wrong checksum"),
+    ],
+)
+def test_a_damaged_archive_stops_the_index(tmp_path, damage, detail):
+    (path,) = write_shards(tmp_path, [2])
+    path.write_bytes(damage(path.read_bytes()))
+    if detail is None:  # a byte of an image: its header is still readable
+        build(tmp_path / "m", [path])
+        return
+    with pytest.raises(DataError, match=detail):
+        build(tmp_path / "m", [path])
+
+
+def test_a_policy_can_fail_any_fault(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [*named_members([1]), ("b.txt", b"x")])
+    build(tmp_path / "m", [path])
+    dropped = [json.loads(line) for line in (tmp_path / "m" / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["shard"], line["key"], line["fault"]) for line in dropped] == [(str(path), "b", "missing_image")]
+    with pytest.raises(DataError, match=r"missing_image at byte \d+ \(key b\)"):
+        build(tmp_path / "m", [path], policy=dict.fromkeys(FAULTS, "fail"))
+
+
+def test_no_samples_at_all_is_an_error_that_tells_why(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("b.txt", b"x")])
+    with pytest.raises(DataError, match="no sample of 1 shards is usable \\(1 missing_image\\)"):
+        build(tmp_path / "m", [path])
+    with pytest.raises(DataError, match="archives are empty"):
+        build(tmp_path / "m2", [write_tar(tmp_path / "empty.tar", [])])
+
+
+def test_an_interrupted_build_goes_on_and_a_changed_shard_is_done_again(tmp_path):
+    paths = write_shards(tmp_path, [3, 3])
+    first = IndexShard(STORE, str(tmp_path / "m"), IndexOptions())(str(paths[0]))
+    assert not first.reused
+    reused = []
+
+    def rebuild():
+        reused.clear()
+        done = build_manifest(
+            [str(path) for path in paths],
+            str(tmp_path / "m"),
+            STORE,
+            IndexOptions(),
+            run_in_processes(1),
+            on_shard=lambda record: reused.append(record.reused),
+        )
+        return done[0].hash
+
+    before = rebuild()
+    assert reused == [True, False]
+    assert rebuild() == before
+    assert reused == [True, True]
+    write_tar(paths[1], named_members([7, 8]))
+    assert rebuild() != before
+    assert reused == [True, False]
+
+
+def test_processes_build_the_same_manifest(tmp_path):
+    paths = [str(path) for path in write_shards(tmp_path, [2, 3, 1])]
+    ours, _ = build(tmp_path / "m1", paths)
+    theirs, _ = build_manifest(paths, str(tmp_path / "m2"), STORE, IndexOptions(), run_in_processes(2))
+    assert ours.hash == theirs.hash
+    assert [shard.url for shard in theirs.shards] == paths
+
+
+def test_a_manifest_is_loaded_as_it_was_saved_and_its_identity_is_its_data(tmp_path):
+    paths = write_shards(tmp_path / "a", [3, 4])
+    copies = write_shards(tmp_path / "b", [3, 4])
+    manifest, _ = build(tmp_path / "m", paths)
+    for url in (str(tmp_path / "m"), f"file://{tmp_path}/m/manifest.jsonl"):
+        loaded = Manifest.load(url, STORE)
+        assert (loaded.hash, loaded.num_samples, loaded.chunk_bytes) == (manifest.hash, 7, 16 << 20)
+        assert [shard.etag for shard in loaded.shards] == [shard.etag for shard in manifest.shards]
+        assert ShardIndex.load(loaded.shards[1], STORE).key(0) == "000003"
+    assert build(tmp_path / "copy", copies)[0].hash == manifest.hash
+    assert build(tmp_path / "turned", paths[::-1])[0].hash != manifest.hash
+
+
+def test_a_damaged_manifest_or_index_is_refused(tmp_path):
+    manifest, _ = build(tmp_path / "m", write_shards(tmp_path, [3, 4]))
+    file = tmp_path / "m" / "manifest.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for damaged, message in (
+        ("".join(lines[:-1]), "cut or edited"),
+        ("".join(lines[:2]) + lines[2][:40], "damaged"),
+        ("{}\n", "no manifest"),
+        ("", "no manifest"),
+        (lines[0].replace('"version": 1', '"version": 9'), "version 9"),
+    ):
+        file.write_text(damaged)
+        with pytest.raises(DataError, match=message):
+            Manifest.load(str(tmp_path / "m"), STORE)
+    with pytest.raises(NotFoundError, match="isthmus data index"):
+        Manifest.load(str(tmp_path / "nothing"), STORE)
+    first, second = manifest.shards
+    STORE.put(first.index_url, STORE.get(second.index_url))
+    with pytest.raises(DataError, match="not the index of this manifest"):
+        ShardIndex.load(first, STORE)
+    with pytest.raises(DataError, match="damaged"):
+        ShardIndex.from_bytes(STORE.get(second.index_url)[:-9], "x.idx")
+
+
+def test_memory_of_a_manifest_is_under_a_kilobyte_for_a_shard_of_10_000_samples():
+    import tracemalloc
+
+    num_shards = 2_000  # 100,000 shards and a billion samples: 50 times as much
+    tracemalloc.start()
+    shards = tuple(
+        Shard(f"s3://bucket/set/{i:06d}.tar", 1 << 30, f'"{i:032x}"', 10_000, f"s3://b/m/{i:06d}.idx", f"{i:032x}")
+        for i in range(num_shards)
+    )
+    manifest = Manifest(shards, (np.full(50, 200, dtype=np.int32) for _ in range(num_shards)), 16 << 20)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert manifest.num_samples == num_shards * 10_000
+    assert held < 1000 * num_shards
+    assert peak < 1500 * num_shards
+
+
+def test_patterns_name_shards(tmp_path):
+    assert list(braces("s3://b/{x,y}/{08..10}.tar"))[:4] == [
+        "s3://b/x/08.tar",
+        "s3://b/x/09.tar",
+        "s3://b/x/10.tar",
+        "s3://b/y/08.tar",
+    ]
+    folder = tmp_path / "set"
+    write_shards(folder, [1, 1, 1])
+    (folder / "sub").mkdir()
+    write_tar(folder / "sub" / "00000.tar", named_members([1]))
+    (folder / "notes.txt").write_text("x")
+    named = [str(folder / f"0000{i}.tar") for i in range(3)]
+    assert expand([str(folder / "*.tar")], STORE) == named
+    assert expand([str(folder / "{00000..00002}.tar")], STORE) == named
+    assert expand([str(folder / "0000[01].tar")], STORE) == named[:2]
+    assert expand([str(folder)], STORE) == [*named, str(folder / "sub" / "00000.tar")]
+    assert expand([str(folder / "0000")], STORE) == named
+    assert len(expand([str(folder / "**.tar")], STORE)) == 4
+    with pytest.raises(DataError, match=r"matches no \.tar"):
+        expand([str(tmp_path / "empty")], STORE)
+    with pytest.raises(DataError, match="named twice"):
+        expand([str(folder / "*.tar"), named[0]], STORE)
+    with pytest.raises(DataError, match="smaller number first"):
+        expand([str(folder / "{9..3}.tar")], STORE)
