@@ -42,6 +42,7 @@ _MECHANICS = {
     # Micro-batches are the task's business: to DeepSpeed a step is one batch of unknown size.
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # its default is 1.0; ClippedAdamW clips
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 1_000_000_000,

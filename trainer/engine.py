@@ -26,7 +26,7 @@ from trainer.fragments import (
     refresh_working_copies,
 )
 from trainer.optim import ClippedAdamW, clip_factor, decay_groups
-from trainer.process_group import device_of, join_process_group, leave_process_group, load_deepspeed
+from trainer.process_group import device_of, join_process_group, leave_process_group, let_gloo_settle, load_deepspeed
 
 _LOSS_SCALE_START = 2.0**16
 _LOSS_SCALE_GROWTH_STEPS = 2000
@@ -156,6 +156,7 @@ class Engine:
     def close(self) -> None:
         """Free what DeepSpeed holds; leave the process group if the engine made it."""
         self._wrapped.destroy()
+        let_gloo_settle()
         leave_process_group()
 
     def _gradient_factor(self) -> Tensor | float:

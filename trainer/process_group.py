@@ -1,9 +1,11 @@
 """DeepSpeed's import and the process group: nothing compiles, nothing chats, no wait is endless."""
 
 import datetime
+import gc
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from trainer.context import Rank
 from trainer.errors import TrainerError
 
+_SETTLE_SECONDS = 0.2
 _own_group = False
 
 
@@ -65,6 +68,17 @@ def join_process_group(rank: Rank, timeout_seconds: float) -> None:
             )
         _own_group = True
     deepspeed.init_distributed(dist.get_backend(), timeout=timeout, verbose=False)
+
+
+def let_gloo_settle() -> None:
+    """Give gloo's threads the interpreter for a moment, to free the tensors of operations that have finished.
+
+    Such a thread that still waits for the interpreter when the process ends aborts it ("terminate called without an
+    active exception"): seen in a quarter of all ZeRO-3 processes on the CPU that ended right after a step.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        gc.collect()
+        time.sleep(_SETTLE_SECONDS)
 
 
 def leave_process_group() -> None:
