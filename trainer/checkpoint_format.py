@@ -1,6 +1,6 @@
 """The bytes of a checkpoint: names, headers and the manifest. docs/checkpoint-format.md is the contract.
 
-A checkpoint is a folder `step-000001200/` with one safetensors file per rank, `state-<hash>.json` and, last, `MANIFEST.json`.
+A checkpoint is a folder `step-000001200/`: a safetensors file per rank, `state-<hash>.json` and, last, `MANIFEST.json`.
 No torch here: the process that uploads imports this module too.
 """
 

@@ -148,6 +148,10 @@ class SavedCheckpoint:
             raise CheckpointError(f"{self.url}: has no tensor {name}; it is of another model")
         return self.read(name, kind, 0, torch.Size(shape).numel()).reshape(shape)
 
+    def identity(self) -> str:
+        """Return the sha256 of the manifest, which stands for every byte."""
+        return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
+
     def problems(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
         """Read files again (all by default) and return what does not agree with the manifest, one line each."""
         return [problem for entry in files or self.manifest.files if (problem := self._problem(entry))]

@@ -6,6 +6,7 @@ must still get out. It ends when its parent closes the pipe, also by dying.
 """
 
 import base64
+import contextlib
 import json
 import mmap
 import os
@@ -83,10 +84,8 @@ class WriterProcess:
         assert self._process.stdout is not None
         if at_once:
             self._process.kill()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is gone already
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it is gone already
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,7 @@ def from_main_rank(decide: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             answer = [(decide(), None)]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised below, after the others know
             failure = error
             answer = [(None, str(error) or type(error).__name__)]
     dist.broadcast_object_list(answer, src=0)

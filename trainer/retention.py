@@ -1,6 +1,7 @@
 """Which checkpoints stay, and what else may go: leftovers of crashed saves."""
 
 import logging
+from collections.abc import Collection
 
 from data_pipeline.object_store import ObjectStore, join
 from trainer.checkpoint_format import MANIFEST
@@ -30,16 +31,23 @@ def best_step(metrics_by_step: dict[int, dict[str, float]], metric: str | None) 
 
 
 def prune(
-    folder_url: str, store: ObjectStore, config: CheckpointConfig, *, dry_run: bool = False
+    folder_url: str,
+    store: ObjectStore,
+    config: CheckpointConfig,
+    *,
+    protected: Collection[int] = (),
+    dry_run: bool = False,
 ) -> tuple[list[int], list[str]]:
     """Delete checkpoints that are neither kept nor in use, and leftovers older than the newest committed one.
 
-    A folder of a later step may be a save in progress, so it is never touched. Returns steps and leftovers deleted.
+    A folder of a later step may be a save in progress, so it is never touched; steps in `protected` stay as well.
+    Returns the steps and the leftovers deleted, or with `dry_run` those that would be.
     """
     saved = {checkpoint.step: checkpoint for checkpoint in committed(folder_url, store)}
     if not saved:
         return [], []
     kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config)
+    kept |= set(protected)
     newest = max(saved)
     steps, leftovers = [], []
     for step, files in folders(folder_url, store).items():
@@ -47,7 +55,7 @@ def prune(
         in_use = any(f"/{IN_USE}/" in url for url in urls)
         if step > newest or in_use:
             continue
-        if step in kept:
+        if step in kept and step in saved:
             leftovers += _leftovers(urls, saved[step])
         elif step in saved:
             steps.append(step)
