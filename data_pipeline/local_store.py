@@ -29,7 +29,7 @@ class LocalBackend:
     def head(self, url: str) -> ObjectInfo:
         with _explained(url), _path(url).open("rb") as file:
             info = _info(url, file.fileno())
-        self._metrics.count_request("head")
+        self._metrics.count_request()
         return info
 
     def get(self, url: str) -> bytes:
@@ -92,7 +92,7 @@ class LocalBackend:
         folder = _path(prefix_url)
         with _explained(prefix_url):
             paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN))
-        self._metrics.count_request("list")
+        self._metrics.count_request()
         for path in paths:
             with contextlib.suppress(NotFoundError):  # removed meanwhile
                 yield self.head(f"{prefix_url.rstrip('/')}/{path.relative_to(folder)}")
@@ -100,7 +100,7 @@ class LocalBackend:
     def delete(self, url: str) -> None:
         with _explained(url):
             _path(url).unlink(missing_ok=True)
-        self._metrics.count_request("delete")
+        self._metrics.count_request()
 
     def make_bucket(self, url: str) -> None:
         with _explained(url):
@@ -132,11 +132,11 @@ class LocalBackend:
             partial.unlink(missing_ok=True)
 
     def _count_read(self, num_bytes: int, started: float) -> None:
-        self._metrics.count_request("get")
+        self._metrics.count_request()
         self._metrics.count_read(num_bytes, time.monotonic() - started)
 
     def _count_written(self, num_bytes: int) -> None:
-        self._metrics.count_request("put")
+        self._metrics.count_request()
         self._metrics.count_written(num_bytes)
 
 

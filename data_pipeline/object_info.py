@@ -24,8 +24,8 @@ class ObjectInfo:
 class StoreMetrics:
     """Plain counters of one process."""
 
-    requests: Counter[str] = field(default_factory=Counter)
-    """Successful requests by kind."""
+    requests: int = 0
+    """Requests that succeeded."""
     retries: Counter[str] = field(default_factory=Counter)
     """Repeated requests by cause."""
     bytes_read: int = 0
@@ -36,10 +36,10 @@ class StoreMetrics:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
 
-    def count_request(self, kind: str) -> None:
-        """Count a request that was answered."""
+    def count_request(self) -> None:
+        """Count a request that succeeded."""
         with self._lock:
-            self.requests[kind] += 1
+            self.requests += 1
 
     def count_retry(self, cause: str) -> None:
         """Count a request that is made again."""

@@ -177,7 +177,7 @@ class S3Backend:
                 result = once()
             except _FOREIGN_ERRORS as error:
                 raise classified(kind, url, error, self._config) from error
-            self._metrics.count_request(kind)
+            self._metrics.count_request()
             return result
 
         retrying = Retrying(
