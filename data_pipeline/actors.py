@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,8 +31,12 @@ class ReaderActor:
         """
         try:
             return self._reader.read(request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - every error goes to the train worker, which raises it
             raise portable_error(error) from None
+
+    def process_id(self) -> int:
+        """Return the id of the process that reads."""
+        return os.getpid()
 
 
 class RayBackend:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import traceback
@@ -116,7 +117,7 @@ class ProcessBackend:
 
 
 class _ReaderProcess:
-    """One spawned process, a pipe to it, and a thread that takes its answers."""
+    """One spawned process, a pipe to it, and a thread for each direction: no caller waits for a stuck reader."""
 
     def __init__(self, make_reader: MakeReader, index: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -129,8 +130,10 @@ class _ReaderProcess:
         self._ids = itertools.count()
         self._waiting: dict[int, Future[LanePart]] = {}
         self._lock = threading.Lock()
+        self._outgoing: queue.SimpleQueue[tuple[int, PartRequest] | None] = queue.SimpleQueue()
         self.is_dead = False
-        threading.Thread(target=self._receive, daemon=True, name=f"isthmus-reader-{index}").start()
+        for work in (self._send, self._receive):
+            threading.Thread(target=work, daemon=True, name=f"isthmus-reader-{index}").start()
 
     @property
     def process_id(self) -> int:
@@ -140,17 +143,25 @@ class _ReaderProcess:
         future: Future[LanePart] = Future()
         with self._lock:
             number = next(self._ids)
-            self._waiting[number] = future
-        try:
-            self._pipe.send((number, request))
-        except OSError:
-            self._fail_all()
+            if not self.is_dead:
+                self._waiting[number] = future
+        if self.is_dead:
+            settle(future, None, ReaderDied(f"reader process {self.process_id} died"))
+        self._outgoing.put((number, request))
         return future
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join(_JOIN_SECONDS)
+        self._outgoing.put(None)
         self._fail_all()
+
+    def _send(self) -> None:
+        try:
+            while (asked := self._outgoing.get()) is not None:
+                self._pipe.send(asked)
+        except OSError:
+            self._fail_all()
 
     def _receive(self) -> None:
         try:
@@ -214,6 +225,6 @@ def _serve(pipe: "Connection[Any, Any]", make_reader: MakeReader) -> None:
                 pixels = part.images_BCHW
                 part.images_BCHW = np.empty(0, dtype=np.uint8)  # the pixels follow without pickling
                 pipe.send((number, None, part, pixels.shape))
-                pipe.send_bytes(memoryview(pixels).cast("B"))
+                pipe.send_bytes(pixels.reshape(-1).data)
     except (EOFError, OSError):
         os._exit(0)  # fetching threads must not keep a process whose worker is gone

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_BLOCK = 1 << 18
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -44,16 +45,20 @@ def permutation(size: int, *parts: int | str) -> NDArray[np.int32]:
     The counter sits in the low bits of its own hash, so that one in-place sort is all the work and all the memory.
     """
     index_mask = np.uint64((1 << max(size - 1, 1).bit_length()) - 1)
-    with np.errstate(over="ignore"):
-        keys = np.arange(1, size + 1, dtype=np.uint64)
-        keys *= _GOLDEN
-        keys += np.uint64(stable_hash(*parts))
-        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-            keys ^= keys >> np.uint64(shift)
-            keys *= factor
-        keys ^= keys >> np.uint64(31)
-    keys &= ~index_mask
-    keys |= np.arange(size, dtype=np.uint64)
+    offset = np.uint64(stable_hash(*parts))
+    keys = np.arange(size, dtype=np.uint64)
+    for block in np.split(keys, range(_BLOCK, size, _BLOCK)):  # views: temporaries stay small
+        np.bitwise_or(block, _mixed(block, offset) & ~index_mask, out=block)
     keys.sort()
     keys &= index_mask
     return keys.astype(np.int32)
+
+
+def _mixed(counters: NDArray[np.uint64], offset: np.uint64) -> NDArray[np.uint64]:
+    """Return SplitMix64's output for a state that starts at `offset`."""
+    with np.errstate(over="ignore"):
+        hashes = (counters + np.uint64(1)) * _GOLDEN + offset
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            hashes ^= hashes >> np.uint64(shift)
+            hashes *= factor
+        return hashes ^ (hashes >> np.uint64(31))

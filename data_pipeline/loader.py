@@ -160,15 +160,14 @@ class Loader:
         return parts
 
     def _ask_again(self, pending: deque[list[_Pending]]) -> None:
-        for asked in (asked for step in pending for asked in step):
-            if asked.future.done() and isinstance(asked.future.exception(), ReaderDied):
-                if asked.attempts == _MAX_ATTEMPTS:
-                    raise DataError(_gave_up(asked.request, self._config))
         for step in pending:
             for place, asked in enumerate(step):
-                if asked.future.done() and isinstance(asked.future.exception(), ReaderDied):
-                    self._metrics.parts_asked_again += 1
-                    step[place] = self._ask(asked.request, asked.attempts + 1)
+                if not (asked.future.done() and isinstance(asked.future.exception(), ReaderDied)):
+                    continue
+                if asked.attempts == _MAX_ATTEMPTS:
+                    raise DataError(_gave_up(asked.request, self._config))
+                self._metrics.parts_asked_again += 1
+                step[place] = self._ask(asked.request, asked.attempts + 1)
 
     def _assemble(self, step: int, parts: list[LanePart]) -> Batch:
         """Put the lane parts, which are in row order, into one batch."""

@@ -21,6 +21,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.hashing import permutation, stable_hash
 from data_pipeline.mixture import Mixture
 
+_BLOCK = 1 << 18
 ORDER_VERSION = 1  # part of the identity: a change of the order is a change of the contract
 
 T = TypeVar("T")
@@ -33,6 +34,10 @@ class PlannedManifest(Protocol):
     @property
     def hash(self) -> str:
         """Identity of the data set."""
+
+    @property
+    def shards(self) -> Sequence[Any]:
+        """The shards, which are only handed on."""
 
     @property
     def chunk_samples(self) -> NDArray[np.integer[Any]]:
@@ -198,7 +203,10 @@ class Plan:
         def compute() -> _Epoch:
             sizes = self.manifests[source].chunk_samples
             chunks = permutation(len(sizes), "chunks", self.seed, source, epoch)
-            return _Epoch(chunks, np.cumsum(sizes[chunks], dtype=np.int64))
+            ends = np.empty(len(sizes), dtype=np.int64)
+            for first in range(0, len(sizes), _BLOCK):  # fancy indexing makes 8-byte copies of its indices
+                ends[first : first + _BLOCK] = sizes[chunks[first : first + _BLOCK]]
+            return _Epoch(chunks, np.cumsum(ends, out=ends))
 
         # Two per source: while an epoch ends, the readers already look into the next one.
         return self._remember(f"epochs-{source}", epoch, 2, compute)

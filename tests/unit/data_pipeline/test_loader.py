@@ -2,12 +2,15 @@
 
 import io
 from collections import Counter
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data_pipeline.loader as loader_module
+from data_pipeline.backend import DirectBackend, ReaderDied
 from data_pipeline.config import BudgetConfig
 from data_pipeline.errors import DataError, NotFoundError
 from data_pipeline.quarantine import BudgetExceeded
@@ -213,8 +216,45 @@ def test_an_index_of_another_data_set_is_refused(tmp_path):
     write_set(str(tmp_path / "two"), [good_sample(i) for i in range(8, 16)])
     index = "manifest/indexes/00000.idx"
     (tmp_path / "one" / index).write_bytes((tmp_path / "two" / index).read_bytes())
-    with pytest.raises(DataError, match=r"not the index that the manifest names"):
+    with pytest.raises(DataError, match=r"00000\.idx is not the index"):
         take(loader(url), 0, 1)
+
+
+class Silent(DirectBackend):
+    """A reader that answers nothing until it has been replaced often enough."""
+
+    works_ahead = True
+
+    def __init__(self, make_reader, replacements):
+        super().__init__(make_reader)
+        self.left, self.asked = replacements, []
+
+    def submit(self, request):
+        if self.left == 0:
+            return super().submit(request)
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def replace(self, lane):
+        self.left -= 1
+        asked, self.asked = self.asked, []
+        for future in asked:
+            future.set_exception(ReaderDied("given up"))
+
+
+def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
+    expected = take(loader(manifest), 0, 4)
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=2))
+    made = loader(manifest, reader_timeout_seconds=0.05)
+    for one, other in zip(take(made, 0, 4), expected, strict=True):
+        assert_equal(one, other)
+    assert made.metrics()["parts_asked_again"] == 2 * 3 * 4  # twice, three steps ahead, four lanes
+
+
+def test_three_silent_readers_end_the_run_with_the_place(manifest, monkeypatch):
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=9))
+    with pytest.raises(DataError, match=r"step 0, lane 0: 3 readers died or gave no answer.*00000\.tar|0000\d\.tar"):
+        take(loader(manifest, reader_timeout_seconds=0.05), 0, 4)
 
 
 def test_metrics_are_plain_numbers(manifest):

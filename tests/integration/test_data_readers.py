@@ -1,0 +1,165 @@
+"""Reader processes and Ray reader actors over a real S3 server: the bytes of the inline loader, whatever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from data_pipeline.config import DataConfig, StoreConfig
+from data_pipeline.errors import DataError
+from data_pipeline.loader import Loader
+from data_pipeline.object_store import AccessError, ObjectStore
+from tests.seaweed import BUCKET
+from tests.unit.data_pipeline.tar_set import Encoder, assert_equal, good_sample, loader, take, write_set
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def store(seaweed):
+    return ObjectStore(StoreConfig(endpoint_url=seaweed.endpoint_url, region="us-east-1", max_attempts=3))
+
+
+@pytest.fixture(scope="module")
+def manifest(store):
+    samples = [good_sample(i) for i in range(80)]
+    samples[33] = ("000033", {"jpg": b"no picture", "txt": b"bad"})
+    return write_set(f"s3://{BUCKET}/readers", samples, store=store)
+
+
+@pytest.fixture(scope="module")
+def expected(store, manifest):
+    return take(loader(manifest, store=store), 0, STEPS)
+
+
+def wait_until_gone(process_ids, seconds=20):
+    deadline = time.monotonic() + seconds
+    while any(psutil.pid_exists(process_id) for process_id in process_ids):
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {process_ids}"
+        time.sleep(0.05)
+
+
+def test_processes_give_the_same_bytes_ignore_sigterm_and_are_replaced(store, manifest, expected):
+    made = loader(manifest, store=store, readers=2)
+    first = made._backend.process_ids
+    try:
+        for step, batch in enumerate(made.batches(0, STEPS)):
+            assert_equal(batch, expected[step])
+            if step == 2:
+                for process_id in first:
+                    os.kill(process_id, signal.SIGTERM)
+                    os.kill(process_id, signal.SIGINT)
+            if step == 4:
+                assert made._backend.process_ids == first
+                os.kill(first[0], signal.SIGKILL)
+        last = made._backend.process_ids
+        assert last[0] != first[0]
+        assert last[1] == first[1]
+        assert made.metrics()["parts_asked_again"] >= 1
+        holes = sum(int((~batch.valid_B).sum()) for batch in expected)
+        assert [record.key for record in made.take_bad_records()] == ["000033"] * holes
+    finally:
+        made.close()
+    wait_until_gone([*first, *last])
+
+
+ORPHAN = """
+import os, sys
+from data_pipeline.config import StoreConfig
+from data_pipeline.object_store import ObjectStore
+from tests.unit.data_pipeline.tar_set import loader
+if __name__ == "__main__":
+    made = loader(sys.argv[1], store=ObjectStore(StoreConfig(endpoint_url=sys.argv[2], region="us-east-1")), readers=1)
+    batches = made.batches(0, 100)
+    next(batches)
+    print(*made._backend.process_ids, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_processes_die_with_their_parent(tmp_path, seaweed, manifest):
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHAN)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script, manifest, seaweed.endpoint_url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    process_ids = [int(word) for word in done.stdout.split()]
+    assert len(process_ids) == 1, done.stderr
+    wait_until_gone(process_ids)
+
+
+def test_without_permission_the_run_stops_and_says_so(seaweed, manifest, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    wrong = ObjectStore(StoreConfig(endpoint_url=seaweed.endpoint_url, region="us-east-1", max_attempts=2))
+    with pytest.raises(AccessError):
+        loader(manifest, store=wrong)
+
+
+def test_an_error_in_a_reader_reaches_the_worker(store, manifest, monkeypatch):
+    plan = loader(manifest, store=store).plan
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")  # inherited by the reader that starts now
+    config = DataConfig(sources=({"manifest": manifest},), lanes=4, readers=1)
+    made = Loader(config, store, plan, Encoder(), image_size_pixels=32, rank=0, world_size=1)
+    with pytest.raises(DataError, match="AccessError"):
+        take(made, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def local_ray(seaweed, tmp_path_factory):
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        _temp_dir=str(tmp_path_factory.mktemp("r")),
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        runtime_env={"env_vars": paths},
+    )
+    yield
+    ray.shutdown()
+
+
+def test_ray_actors_give_the_same_bytes_and_a_dead_one_is_replaced(local_ray, store, manifest, expected):
+    made = loader(manifest, store=store, backend="ray", readers=2)
+    try:
+        for step, batch in enumerate(made.batches(0, STEPS)):
+            assert_equal(batch, expected[step])
+            if step == 3:
+                first = ray.get_actor("reader-1")
+                ray.kill(first)
+            if step == 7:
+                assert ray.get_actor("reader-1")._actor_id != first._actor_id
+                pid = ray.get(ray.get_actor("reader-0").process_id.remote(), timeout=20)
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGINT)
+        assert ray.get(ray.get_actor("reader-0").process_id.remote(), timeout=20) == pid
+        assert made.metrics()["parts_asked_again"] > 0
+    finally:
+        made.close()
+    assert made.metrics()["bad_samples"] == sum(int((~batch.valid_B).sum()) for batch in expected)
+
+
+def test_two_ranks_share_the_actors_of_a_run(local_ray, store, manifest, expected):
+    ranks = [loader(manifest, store=store, backend="ray", readers=2, rank=rank, world_size=2) for rank in range(2)]
+    try:
+        for rank, made in enumerate(ranks):
+            for step, batch in enumerate(made.batches(0, 3)):
+                assert batch.keys == [expected[step].keys[row] for row in batch.rows_B]
+            assert ray.get_actor(f"reader-{rank}")
+    finally:
+        for made in ranks:
+            made.close()
