@@ -94,6 +94,7 @@ def _start(folder: Path) -> LocalS3:
     command += [
         "-ip.bind=127.0.0.1",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         "-volume.max=40",
         "-master.volumeSizeLimitMB=512",
         "-master.telemetry=false",
