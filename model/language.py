@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         self.weight_names = dict(weight_names)
         model.requires_grad_(requires_grad=False)
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.train(mode=False)
 
     @property
@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in eval mode unless `config.dropout` asks for the original's behaviour."""
         super().train(mode and self.config.dropout)
-        if self.config.activation_checkpointing:
+        if self.config.activation_checkpointing and mode:
             for layer in self.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # it recomputes only in train mode; dropout is zero or wanted

@@ -82,7 +82,8 @@ def stage2_parts(root: Path, kind: str, **language_options) -> Stage2Parts:
     model = Stage2Model(vision, qformer, load_language(language_config, language_folder))
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        for parameter in model.trainable_parameters().values():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.trainable_parameters().items():
+            middle = 1.0 if "norm.weight" in name or "ln_vision.weight" in name else 0.0
+            parameter.copy_(middle + 0.2 * torch.randn(parameter.shape, generator=generator))
     encoder = LanguageEncoder(language_folder, language_config)
     return Stage2Parts(model.eval(), encoder, (vision_config, vision_folder), (language_config, language_folder))

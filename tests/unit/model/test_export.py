@@ -1,0 +1,243 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    GenerationConfig,
+)
+
+from model.config import QFormerConfig
+from model.errors import ModelError
+from model.exchange import LocalExchange
+from model.generate import Decoding, answer, caption, itc_score, itm_score
+from model.hf_format import export_captioner, export_retriever, hf_can_hold
+from model.own_format import bridge_configs, export_bridge, load_trained
+from model.qformer import QFormer
+from model.reference_names import reference_name
+from model.stage1 import Stage1Model
+from model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
+from model.weight_writer import file_tensors, write_tensors
+from tests.stage2_parts import QFORMER, stage2_parts
+
+pytestmark = pytest.mark.unit
+KINDS = ("opt", "llama", "t5")
+FEW = Decoding(max_new_tokens=6, num_beams=1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, root):
+    parts = stage2_parts(root, request.param)
+    folder = root / f"export-{request.param}"
+    export_captioner(folder, parts.model.trainable_parameters(), QFORMER, parts.vision, parts.language)
+    model, report = Blip2ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    return parts, folder, model.eval(), report
+
+
+def with_placeholders(parts, model, ids, mask):
+    queries = torch.full((ids.shape[0], QFORMER.num_queries), model.config.image_token_index)
+    return torch.cat([queries, ids], dim=1), torch.cat([torch.ones_like(queries), mask], dim=1)
+
+
+def test_transformers_loads_the_export_and_computes_the_same_logits(exported):
+    parts, _, model, report = exported
+    assert not any(report.values())
+    inputs = parts.inputs()
+    tokens = inputs.tokens
+    with torch.no_grad():
+        visual = parts.model.visual(parts.model.encode(inputs.images_BCHW))
+        ours, labels = parts.model.language.target_logits(
+            visual, tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
+        )
+        ids, mask = with_placeholders(parts, model, tokens["input_ids"], tokens["attention_mask"])
+        seq2seq = parts.model.language.is_encoder_decoder
+        extra = {"labels": tokens["labels"]} if seq2seq else {}
+        logits = model(pixel_values=inputs.images_BCHW, input_ids=ids, attention_mask=mask, **extra).logits
+    rows, columns = (tokens["labels"] != -100).nonzero(as_tuple=True)
+    theirs = logits[rows, columns + (0 if seq2seq else QFORMER.num_queries - 1), : ours.shape[1]]
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-6)
+    assert torch.equal(labels, tokens["labels"][rows, columns])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_export_generates_our_captions(exported, num_beams):
+    parts, folder, model, _ = exported
+    images = parts.inputs().images_BCHW
+    decoding = Decoding(max_new_tokens=6, num_beams=num_beams)
+    ours = caption(parts.model, parts.encoder, images, decoding=decoding)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start = torch.tensor([tokenizer("").input_ids] * len(images), dtype=torch.int64).reshape(len(images), -1)
+    ids, _ = with_placeholders(parts, model, start, torch.ones_like(start))
+    config = GenerationConfig.from_pretrained(folder, max_new_tokens=6, num_beams=num_beams)
+    generated = model.generate(pixel_values=images, input_ids=ids, generation_config=config)
+    skipped = 1 if parts.model.language.is_encoder_decoder else ids.shape[1]
+    assert [parts.encoder.decode(row[skipped:].tolist()) for row in generated] == ours
+
+
+def test_the_processor_loads_without_torchvision_and_normalises_as_training_does(exported):
+    import numpy as np
+    from PIL import Image
+
+    parts, folder, model, _ = exported
+    processor = Blip2Processor.from_pretrained(folder)
+    grey = Image.fromarray(np.full((40, 50, 3), 128, np.uint8))
+    out = processor(images=grey, text="", return_tensors="pt")
+    expected = (128 / 255 - 0.5) / 0.25
+    torch.testing.assert_close(out["pixel_values"], torch.full((1, 3, 28, 28), expected), atol=1e-5, rtol=0)
+    assert (out["input_ids"] == model.config.image_token_index).sum() == QFORMER.num_queries
+
+
+def test_t5_keeps_its_own_head_activation_and_scale(root):
+    config = AutoConfig.from_pretrained(root / "export-t5") if (root / "export-t5").exists() else None
+    assert config is not None
+    assert (config.text_config.dense_act_fn, config.text_config.scale_decoder_outputs) == ("gelu", False)
+    names = set(file_tensors(root / "export-t5"))
+    assert {"language_model.lm_head.weight", "language_model.shared.weight"} <= names
+
+
+def test_an_exported_bridge_comes_back_unchanged(exported, root):
+    parts, folder, _, _ = exported
+    fresh = stage2_parts(root, parts.language[1].name).model
+    own = root / "own"
+    export_bridge(own, parts.model.trainable_parameters(), QFORMER, parts.vision, parts.language, frozen="link")
+    for source in (folder, own):
+        for parameter in fresh.trainable_parameters().values():
+            torch.nn.init.zeros_(parameter)
+        assert load_trained(fresh, source) == []
+        torch.testing.assert_close(
+            dict(fresh.trainable_parameters()), parts.model.trainable_parameters(), atol=0, rtol=0
+        )
+    qformer, vision, language = bridge_configs(own)
+    assert qformer == QFORMER
+    assert (own / "vision").is_symlink()
+    assert language is not None
+    assert vision.image_size_pixels == parts.vision[0].image_size_pixels
+
+
+def test_answers_do_not_depend_on_the_batch(root):
+    parts = stage2_parts(root, "opt")
+    images = parts.inputs().images_BCHW
+    questions = ["what", "how many small black dogs are there", "a", "is it large"]
+    together = answer(parts.model, parts.encoder, images, questions, decoding=FEW)
+    alone = [
+        answer(parts.model, parts.encoder, images[i : i + 1], questions[i : i + 1], decoding=FEW)[0] for i in range(4)
+    ]
+    assert together == alone
+
+
+def test_sampling_is_a_function_of_the_seed(root):
+    parts = stage2_parts(root, "llama")
+    images = parts.inputs().images_BCHW
+    texts = [
+        caption(parts.model, parts.encoder, images, decoding=Decoding(8, 1, sample=True, top_p=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_prompt_beyond_the_context_names_all_figures(root):
+    parts = stage2_parts(root, "opt")
+    images = parts.inputs().images_BCHW[:1]
+    with pytest.raises(ModelError, match=r"4 queries \+ \d+ prompt tokens \+ 30 new tokens exceed .* context of 128"):
+        caption(parts.model, parts.encoder, images, prompt="dog " * 200)
+    with pytest.raises(ModelError, match="1 images but 2 prompts"):
+        answer(parts.model, parts.encoder, images, ["a", "b"])
+
+
+def stage1_model(parts):
+    torch.manual_seed(5)
+    model = Stage1Model(parts.model.vision, QFormer(QFORMER, parts.model.vision.width))
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters().items():
+            if name != "temperature":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_the_retriever_scores_as_we_do(root):
+    parts = stage2_parts(root, "opt")
+    model = stage1_model(parts)
+    write_tiny_vocabulary(root / "bert", ["a red dog"])
+    export_retriever(root / "retriever", model.trainable_parameters(), QFORMER, parts.vision, root / "bert")
+    hf, report = Blip2ForImageTextRetrieval.from_pretrained(root / "retriever", output_loading_info=True)
+    assert not any(report.values())
+    hf.eval()
+    images = parts.inputs().images_BCHW
+    ids = torch.randint(5, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(6) < torch.tensor([6, 4, 3, 5])[:, None]).long()
+    with torch.no_grad():
+        contrast = hf(pixel_values=images, input_ids=ids, attention_mask=mask).logits_per_image
+        match = hf(images, ids, attention_mask=mask, use_image_text_matching_head=True).logits_per_image
+    torch.testing.assert_close(itc_score(model, images, ids, mask), contrast, atol=1e-5, rtol=0)
+    torch.testing.assert_close(itm_score(model, images, ids, mask), match.softmax(-1)[:, 1], atol=1e-5, rtol=0)
+    swapped = itm_score(model, images, ids, mask, torch.tensor([0, 1, 2, 3]).flip(0))
+    assert not torch.allclose(swapped, match.softmax(-1)[:, 1], atol=1e-3)
+
+
+def test_stage_2_begins_from_stage_1_and_from_the_originals_names(root):
+    parts = stage2_parts(root, "opt")
+    stage1 = stage1_model(parts)
+    trained = stage1.trainable_parameters()
+    export_bridge(root / "stage1", trained, QFORMER, parts.vision)
+    lavis = {reference_name(name, "lavis"): p.detach().clone() for name, p in trained.items()}
+    assert None not in lavis
+    torch.save({"model": lavis}, root / "lavis.pth")
+    for source in (root / "stage1", root / "lavis.pth"):
+        with pytest.raises(ModelError, match=r"2 of \d+ trained tensors are missing, the first is projection"):
+            load_trained(parts.model, source)
+        absent = load_trained(parts.model, source, may_lack=("projection.",))
+        assert sorted(absent) == ["projection.bias", "projection.weight"]
+        for name, parameter in parts.model.trainable_parameters().items():
+            assert name in absent or torch.equal(parameter, trained[name])
+    again = stage1_model(parts)
+    assert load_trained(again, root / "lavis.pth") == []
+
+
+def test_another_size_is_refused_with_both_shapes(root):
+    parts = stage2_parts(root, "opt")
+    wide = QFormerConfig(**{**QFORMER.model_dump(), "intermediate_size": 80})
+    other = Stage1Model(parts.model.vision, QFormer(wide, parts.model.vision.width))
+    export_bridge(root / "wide", other.trainable_parameters(), wide, parts.vision)
+    with pytest.raises(ModelError, match=r"query_ffn.up.* has shape \(80,.* needs \(64,"):
+        load_trained(parts.model, root / "wide", may_lack=("projection.",))
+
+
+def test_an_encoder_that_transformers_cannot_hold_is_named(root):
+    parts = stage2_parts(root, "opt")
+    folder = write_tiny_vision(root / "vit")
+    assert not hf_can_hold(folder)
+    with pytest.raises(ModelError, match=r"encoder of type vit .* own format"):
+        export_captioner(
+            root / "x", parts.model.trainable_parameters(), QFORMER, (parts.vision[0], folder), parts.language
+        )
+    assert not (root / "x").exists()
+
+
+def test_many_shards_read_back(tmp_path):
+    tensors = {f"t{i}": torch.randn(50, 10) for i in range(5)}
+    write_tensors(tmp_path, ((name, tensor.clone) for name, tensor in tensors.items()), shard_bytes=4500)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    torch.testing.assert_close({name: read() for name, read in file_tensors(tmp_path).items()}, tensors)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-00002.safetensors")
+    (tmp_path / "model-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="model-00002"):
+        file_tensors(tmp_path)
+
+
+def test_evaluation_without_gradient_leaves_the_mode(root):
+    parts = stage2_parts(root, "opt")
+    parts.model.train()
+    caption(parts.model, parts.encoder, parts.inputs().images_BCHW[:1], decoding=FEW)
+    assert parts.model.training
+    output = parts.model.loss_and_backward(
+        parts.inputs(), seed=0, step=0, micro_batch_size=4, exchange=LocalExchange(), backward=None
+    )
+    assert not output.total.requires_grad
