@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray
-from trainer.run_store import RunStore
 
 from cluster.auth import use_tokens
 from cluster.config import JobConfig
 from cluster.embedded import embedded_ray
 from cluster.errors import ClusterError
-from cluster.export import export_run
+from cluster.export import export_on_worker
 from cluster.logs import use_json_logs
 from cluster.secret_names import check_secrets
 from cluster.status import RunState, StatusBoard
@@ -31,11 +30,11 @@ from model.errors import ModelError
 from trainer.config_io import load_config
 from trainer.context import Outcome
 from trainer.errors import ConfigError, TrainerError
+from trainer.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
 EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
-EXIT_CODES = {Outcome.FINISHED: 0, Outcome.STOPPED: 75}
 USER_ERROR = 2
 
 
@@ -50,7 +49,7 @@ def drive(config: JobConfig, job: str | None) -> Outcome:
     run = RunStore.open(config, store, owner=f"{job or 'local'} on {socket.gethostname()} (pid {os.getpid()})")
     try:
         board = StatusBoard(join(config.run.url, config.run.name), store, config.run.name, job)
-        return _drive_leased(config, store, run, board)
+        return _drive_leased(config, run, board)
     finally:
         run.close()
 
@@ -69,7 +68,7 @@ def main(path: str) -> int:
         config = load_config(path, [], JobConfig)
         use_json_logs(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
-        return EXIT_CODES[drive(config, os.environ.get("ISTHMUS_JOB"))]
+        return drive(config, os.environ.get("ISTHMUS_JOB")).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
         return USER_ERROR
@@ -77,7 +76,7 @@ def main(path: str) -> int:
         ray.shutdown()
 
 
-def _drive_leased(config: JobConfig, store: ObjectStore, run: RunStore, board: StatusBoard) -> Outcome:
+def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outcome:
     """Train and export under the lease; the status says how it ended, whatever happened."""
     supervisor = Supervisor(config, run.token, board)
     try:
@@ -87,7 +86,8 @@ def _drive_leased(config: JobConfig, store: ObjectStore, run: RunStore, board: S
                     board.update(RunState.STOPPED, message="stopped by the operator; isthmus resume goes on")
                     return Outcome.STOPPED
             if config.run.export:
-                export_run(config, store, run)
+                board.update(RunState.RUNNING, message="exporting")
+                logger.info("exported to %s", export_on_worker(config, run.token))
     except BaseException as error:
         expected = isinstance(error, EXPECTED_ERRORS)
         board.update(RunState.FAILED, message=str(error) if expected else f"{type(error).__name__}: {error}")

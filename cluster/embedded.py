@@ -1,4 +1,8 @@
-"""A Ray cluster of our own on this machine, for runs without an address: loopback only, ended with the run."""
+"""A Ray cluster of our own on this machine, for runs without an address; ended with the run.
+
+Ray binds its gRPC ports to all interfaces whatever address it is given; what keeps strangers out is the token, which
+is fresh for every such cluster unless the user has one.
+"""
 
 import importlib
 import logging
@@ -16,7 +20,8 @@ from cluster.demand import Demand
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 << 20
-LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.2"
+"""Ray replaces 127.0.0.1 by an address that others can reach; it leaves the rest of the loopback network alone."""
 
 
 @contextmanager

@@ -5,17 +5,16 @@ from ray.util.metrics import Gauge
 TAGS = ("run", "stage")
 WORKER_GAUGES = {
     "step": "Optimizer step",
-    "loss/total": "Loss of the global batch",
-    "speed/images_per_second": "Samples trained per second over all ranks",
-    "speed/step_seconds": "Time of a step",
-    "speed/data_wait_fraction": "Share of time in which the step waits for data",
-    "speed/mfu": "Share of the device's peak",
-    "memory/gigabytes": "Memory of the fullest rank",
-    "checkpoint/age_seconds": "Age of the last committed checkpoint",
-    "checkpoint/save_seconds": "Time from a snapshot to its commit",
-    "checkpoint/stall_seconds": "Time for which a save stopped training",
+    "loss": "Loss of the global batch",
+    "samples_per_second": "Samples trained per second over all ranks",
+    "seconds_per_step": "Time of a step",
+    "data_wait_fraction": "Share of time in which the step waits for data",
+    "checkpoint_age_seconds": "Age of the last committed checkpoint",
+    "checkpoint_stall_seconds": "Time for which the last save stopped training",
     "goodput": "Share of the run's time spent computing steps that count",
+    "memory_bytes": "Memory of the fullest rank",
 }
+"""The figures of trainer.watch.report_figures that are worth a graph."""
 DRIVER_GAUGES = {
     "world_size": "Training processes",
     "restarts": "Restarts of the run, whatever the cause",
@@ -30,7 +29,7 @@ class Gauges:
     def __init__(self, run: str, stage: str, descriptions: dict[str, str] | None = None) -> None:
         """Register the gauges with Ray's metrics agent."""
         chosen = WORKER_GAUGES if descriptions is None else descriptions
-        self._gauges = {name: Gauge(exported_name(name), text, TAGS) for name, text in chosen.items()}
+        self._gauges = {name: Gauge(f"isthmus_{name}", text, TAGS) for name, text in chosen.items()}
         self._tags = {"run": run, "stage": stage}
 
     @staticmethod
@@ -43,8 +42,3 @@ class Gauges:
         for name, value in figures.items():
             if name in self._gauges:
                 self._gauges[name].set(value, self._tags)
-
-
-def exported_name(figure: str) -> str:
-    """Return the gauge's name for a figure such as speed/step_seconds; Ray puts `ray_` before it."""
-    return "isthmus_" + figure.replace("/", "_")

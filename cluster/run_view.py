@@ -129,7 +129,7 @@ def _row(view: RunView) -> tuple[str, ...]:
         f"{status.step}/{status.num_steps}",
         "" if eta is None else str(timedelta(seconds=round(eta))),
         str(status.world_size),
-        f"{metrics['speed/images_per_second']:.1f}" if "speed/images_per_second" in metrics else "",
+        f"{metrics['samples_per_second']:.1f}" if "samples_per_second" in metrics else "",
         "" if goodput is None else f"{goodput:.1%}",
         str(len(status.restarts)),
         "none" if status.committed_step is None else f"step {status.committed_step}",

@@ -86,7 +86,7 @@ class RunStatus(BaseModel):
     @property
     def eta_seconds(self) -> float | None:
         """Time to the end of the stage at the present pace."""
-        pace = self.metrics.get("speed/step_seconds")
+        pace = self.metrics.get("seconds_per_step")
         return pace * (self.num_steps - self.step) if pace and self.state is RunState.RUNNING else None
 
     def is_stale(self, now: float) -> bool:

@@ -116,7 +116,7 @@ class Supervisor:
         if step is None:
             return
         state = None if self._board.status.state is RunState.STOPPING else RunState.RUNNING
-        committed = metrics.get("checkpoint/step", self._board.status.committed_step)
+        committed = metrics.get("committed_step", self._board.status.committed_step)
         self._board.update(state, step=step, metrics=metrics, message="", committed_step=committed)
         if self._recovery and self._recovery.reached(step):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
