@@ -1,0 +1,182 @@
+"""Object store, index and ingest against a real S3 server with keys."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from data_pipeline import s3
+from data_pipeline.index_build import IndexOptions, build_manifest, run_in_processes
+from data_pipeline.object_store import AccessError, AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
+from tests.corpus import named_members, write_shards, write_tar
+from tests.seaweed import BUCKET
+
+pytestmark = pytest.mark.integration
+
+_MAIN = """
+import sys
+from cluster.cli.data import app
+from data_pipeline.errors import DataError
+try:
+    app(args=sys.argv[1:], standalone_mode=False)
+except DataError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.fixture
+def store(seaweed):
+    return ObjectStore(seaweed.store_config)
+
+
+@pytest.fixture
+def folder(request):
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+def isthmus_data(seaweed, *arguments):
+    """Run the sub-command in a process of its own, as an operator does."""
+    command = [sys.executable, "-c", _MAIN, *arguments, "--endpoint-url", seaweed.endpoint_url]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_objects_ranges_listing_and_deletion(store, folder):
+    for name in ("a/1", "a/2", "ab/1"):
+        store.put(join(folder, name), name.encode())
+    assert [info.url for info in store.list(join(folder, "a"))] == [join(folder, "a/1"), join(folder, "a/2")]
+    info = store.head(join(folder, "a/1"))
+    assert bytes(store.get_range(info.url, 1, 2, etag=info.etag)) == b"/1"
+    store.delete(info.url)
+    store.delete(info.url)
+    with pytest.raises(NotFoundError):
+        store.head(info.url)
+    with pytest.raises(NotFoundError):
+        store.get(info.url)
+
+
+def test_one_of_many_writers_wins(store, folder):
+    url = join(folder, "lease")
+
+    def create(i):
+        try:
+            return store.put_if_absent(url, f"writer {i}".encode())
+        except AlreadyExistsError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [info for info in pool.map(create, range(8)) if info]
+    assert len(winners) == 1
+    etag = winners[0].etag
+
+    def replace(i):
+        try:
+            return store.compare_and_swap(url, f"successor {i}".encode(), etag)
+        except ChangedError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len([info for info in pool.map(replace, range(8)) if info]) == 1
+
+
+def test_large_objects_go_in_checked_parts_and_come_in_ranges(store, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    data = os.urandom(1 << 20) * 12
+    (tmp_path / "file").write_bytes(data)
+    for url, put in (
+        (join(folder, "bytes"), lambda url: store.put(url, data)),
+        (join(folder, "file"), lambda url: store.put_file(url, tmp_path / "file")),
+    ):
+        info = put(url)
+        assert info.size == len(data)
+        store.download(url, tmp_path / "copy", etag=info.etag)
+        assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_damaged_part_is_refused_by_the_server(store, folder, monkeypatch):
+    monkeypatch.setattr(s3, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(s3, "_crc32", lambda data: s3.base64.b64encode(zlib.crc32(data + b"x").to_bytes(4)).decode())
+    with pytest.raises(s3.StoreError):
+        store.put(join(folder, "x"), b"hello")
+    monkeypatch.undo()
+    with pytest.raises(NotFoundError):
+        store.head(join(folder, "x"))
+
+
+def test_an_object_that_is_replaced_is_not_read(store, folder):
+    url = join(folder, "shard.tar")
+    old = store.put(url, b"a" * 100)
+    store.put(url, b"b" * 100)
+    with pytest.raises(ChangedError, match="not the version"):
+        store.get_range(url, 0, 10, etag=old.etag)
+
+
+def test_a_wrong_secret_and_a_wrong_bucket_are_told_apart(store, seaweed, monkeypatch):
+    with pytest.raises(NotFoundError, match="bucket"):
+        store.get("s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AccessError, match="check the credentials"):
+        ObjectStore(seaweed.store_config).get(f"s3://{BUCKET}/x")
+
+
+def test_index_verify_show_and_ls_on_s3(store, seaweed, folder, tmp_path):
+    for path in write_shards(tmp_path / "shards", [4, 3]):
+        store.put_file(join(folder, "set", path.name), path)
+    out = join(folder, "manifest")
+    done = isthmus_data(
+        seaweed, "index", join(folder, "set", "{00000..00001}.tar"), "--out", out, "--json", "--processes", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 7
+    assert "2 of 2 shards" in done.stderr
+    assert isthmus_data(seaweed, "verify", out, "--deep", "--processes", "1").returncode == 0
+    shown = isthmus_data(seaweed, "show", out, "--json", "--sheet", str(tmp_path / "sheet.png"))
+    assert json.loads(shown.stdout)["caption_words"]["4-7"] == 5 + 2 * 3
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    store.put_file(join(folder, "set", "00001.tar"), write_tar(tmp_path / "other.tar", named_members([9])))
+    failed = isthmus_data(seaweed, "verify", out, "--processes", "1")
+    assert failed.returncode != 0
+    assert "00001.tar has" in failed.stderr
+
+
+def test_an_empty_bucket_is_one_clear_error(store, seaweed):
+    store.make_bucket("s3://empty-bucket")
+    done = isthmus_data(seaweed, "index", "s3://empty-bucket", "--out", f"s3://{BUCKET}/m", "--processes", "1")
+    assert done.returncode != 0
+    assert "s3://empty-bucket matches no .tar" in done.stderr
+
+
+def test_ray_tasks_index_like_local_processes(tmp_path):
+    """The runner of `--address`, on a Ray of this test alone."""
+    code = """
+import sys
+from cluster.ray_map import run_in_ray
+from data_pipeline.errors import DataError
+from data_pipeline.index_build import IndexOptions, build_manifest
+from data_pipeline.object_store import ObjectStore
+urls = sys.argv[2:]
+manifest, _ = build_manifest(urls, sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))
+print(manifest.hash)
+try:
+    build_manifest(["/nowhere/x.tar"], sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))
+except DataError as error:
+    print(type(error).__name__, error)
+"""
+    paths = [str(path) for path in write_shards(tmp_path / "shards", [2, 3, 1])]
+    ours, _ = build_manifest(paths, str(tmp_path / "ours"), ObjectStore(), IndexOptions(), run_in_processes(1))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "theirs"), *paths],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == ours.hash
+    assert lines[1].startswith("NotFoundError /nowhere/x.tar does not exist")
