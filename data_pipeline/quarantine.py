@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections import Counter, deque
 from collections.abc import Iterable
-from pathlib import Path
 
 from data_pipeline.config import BudgetConfig
 from data_pipeline.errors import DataError
@@ -44,15 +43,6 @@ class BadRecord:
 
 class BudgetExceeded(DataError):
     """More bad samples than `data.budget` tolerates."""
-
-
-def append_records(path: Path, records: Iterable[BadRecord]) -> None:
-    """Append records to a local quarantine.jsonl."""
-    lines = "".join(f"{record.to_json()}\n" for record in records)
-    if lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="ascii") as file:
-            file.write(lines)
 
 
 class Budget:

@@ -1,5 +1,6 @@
 """The order: exactly once per epoch, the same for every world size, the same from any starting step."""
 
+import tracemalloc
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -173,6 +174,25 @@ def test_a_lane_count_that_does_not_divide_the_batch_is_refused():
 def test_an_empty_set_is_refused():
     with pytest.raises(DataError, match="source 0 of the mixture has no samples"):
         Plan([(PlannedSet([[]]), 1.0)], seed=0, global_batch_size=8, lanes=4, shuffle_chunks=1)
+
+
+def test_planning_memory_is_bounded_by_the_chunks():
+    """At 5 million chunks (100,000 shards, a billion samples) 32 bytes a chunk are 160 MB."""
+    num_chunks = 400_000
+
+    class Large:
+        hash = "large"
+        chunk_samples = np.full(num_chunks, 200, dtype=np.int32)
+        shard_chunk_starts = np.arange(0, num_chunks + 1, 50)
+
+    tracemalloc.start()
+    plan = Plan([(Large(), 1.0)], seed=0, global_batch_size=64, lanes=8, shuffle_chunks=4)
+    epoch_steps = plan.epoch_samples[0] // 64
+    for step in (0, epoch_steps // 2, epoch_steps, 2 * epoch_steps, 7 * epoch_steps):
+        plan.lane_samples(step, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * num_chunks + 16e6  # and a few blocks of temporaries
 
 
 def test_seeking_far_needs_no_walk():
