@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import StageConfig, TrainConfig
@@ -220,6 +221,7 @@ def build_engine(
         stage_config.optimizer,
         fused=device.type == "cuda" and not offloaded,
     )
+    _share_scalars(parameters)
     wrapped, *_ = load_deepspeed().initialize(
         model=_trainable_module(task_model, parameters, template),
         optimizer=optimizer,
@@ -240,6 +242,14 @@ def _trainable_module(model: nn.Module, parameters: dict[str, nn.Parameter], con
         )
     children = [c for c in model.children() if any(id(p) in wanted for p in c.parameters())]
     return nn.ModuleList(children)
+
+
+def _share_scalars(parameters: dict[str, nn.Parameter]) -> None:
+    """Broadcast 0-d parameters from rank 0 here: DeepSpeed's own broadcast views them as bytes, which 0-d cannot be."""
+    for parameter in parameters.values():
+        if parameter.dim() == 0:
+            dist.broadcast(parameter.data, src=0)
+            parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
