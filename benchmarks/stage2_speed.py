@@ -1,7 +1,8 @@
 """Stage 2, forward and backward: ours against transformers' Blip2ForConditionalGeneration with the same weights.
 
-Both sides freeze the vision encoder and the language model and train ln_vision, Q-Former and projection; features of the
-encoder are given (257 x 1408), so the frozen ViT counts on neither side. CPU seconds of this process, sides alternating.
+Both sides freeze the vision encoder and the language model and train ln_vision, Q-Former and projection; features of
+the encoder are given (257 x 1408), so the frozen ViT counts on neither side. CPU seconds of this process, sides
+alternating; text is padded to 32 tokens with real lengths 8-16.
 
     OMP_NUM_THREADS=1 python benchmarks/stage2_speed.py [--repeats 3]
 """
@@ -69,14 +70,14 @@ def rows(kind: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.masked_fill(~prefix, 0), "attention_mask": prefix.long(), "labels": rest}
 
 
-def ours(kind: str, folder: Path) -> Stage2Model:
+def ours(folder: Path) -> Stage2Model:
     """Build our stage 2 around the language model."""
     torch.manual_seed(2)
     language = load_language(LanguageConfig(path=str(folder)), folder)
     return Stage2Model(None, QFormer(QFORMER, IMAGE_WIDTH, with_text=False), language).eval()
 
 
-def theirs(model: Stage2Model, kind: str) -> Blip2ForConditionalGeneration:
+def theirs(model: Stage2Model) -> Blip2ForConditionalGeneration:
     """Build transformers' model with the same weights and a vision encoder of one layer, which is bypassed."""
     text = model.language.model.config
     config = Blip2Config(
@@ -137,8 +138,8 @@ def their_step(hf: Blip2ForConditionalGeneration, features: torch.Tensor, tokens
 def measure(kind: str, repeats: int) -> dict[str, object]:
     """Return losses, CPU seconds and FLOPs of both sides."""
     with tempfile.TemporaryDirectory() as place:
-        model = ours(kind, language_folder(kind, Path(place) / kind))
-    hf, tokens = theirs(model, kind), rows(kind)
+        model = ours(language_folder(kind, Path(place) / kind))
+    hf, tokens = theirs(model), rows(kind)
     features = torch.randn(BATCH, PATCHES, IMAGE_WIDTH)
     named = dict(hf.named_parameters())
     sides = {

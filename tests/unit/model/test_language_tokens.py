@@ -1,3 +1,5 @@
+"""Captions to tokens: prompts, stop token, masking, prefix split."""
+
 import pickle
 from collections import Counter
 

@@ -1,3 +1,6 @@
+"""Stage 2 equals the original, and splitting the batch changes nothing."""
+
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,8 +149,6 @@ def test_bad_inputs_name_both_sides(root):
         ({"tokens": parts.inputs(["a", "b", "", "c"]).tokens}, "1 of 4 valid rows have no target"),
         ({"images_BCHW": None}, "neither images_BCHW nor image_BPD"),
     ]
-    from dataclasses import replace
-
     for change, message in cases:
         with pytest.raises(ModelError, match=message):
             run(parts.model, replace(good, **change))

@@ -1,0 +1,79 @@
+"""Stage 1 over gloo ranks: the global batch decides, not its split; what crosses ranks is counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.exchange import ProcessGroupExchange
+from tests.fixtures_stage1 import LOSSES, Reference, _case2, in_double, losses_and_gradients
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[3]
+SHARED = ROOT.parent / "shared" / "fixtures" / "stage1_reference"
+FOLDER = SHARED if SHARED.exists() else ROOT / "tests" / "data" / "stage1_reference"
+
+
+def splits(rank: int, world_size: int, folder: str) -> list:
+    """Run several cases on this rank; rows are dealt in turn, as lanes are."""
+    reference, found = Reference(Path(folder)), []
+    for size, itc_grad, drop in ((3, "anchor", ()), (2, "anchor", ()), (1, "full", ()), (2, "anchor", (1, 3, 5))):
+        exchange = ProcessGroupExchange()
+        inputs = in_double(reference.rows(list(range(rank, 6, world_size))))
+        inputs.valid_B[[i for i, row in enumerate(inputs.rows_B.tolist()) if row in drop]] = False
+        model = reference.model(itc_grad=itc_grad).double()
+        calls: list = []
+        losses, gradients = losses_and_gradients(model, inputs, size, exchange, calls)
+        total = {name: exchange.all_reduce_sum(x).numpy() for name, x in gradients.items()}
+        found.append((losses, total, len(calls)))
+    return found
+
+
+def test_two_ranks_equal_one():
+    reference = Reference(FOLDER)
+    outputs = run_ranks(splits, 2, str(FOLDER))
+    for case, (itc_grad, rows) in enumerate(
+        (("anchor", range(6)), ("anchor", range(6)), ("full", range(6)), ("anchor", (0, 2, 4)))
+    ):
+        model = reference.model(itc_grad=itc_grad).double()
+        losses, gradients = losses_and_gradients(model, in_double(reference.rows(list(rows))), 6)
+        for rank in (0, 1):
+            found, total, _ = outputs[rank][case]
+            assert max(abs(found[name] - losses[name]) for name in LOSSES.values()) < 1e-6
+            assert max(float((torch.from_numpy(total[n]) - x).abs().max()) for n, x in gradients.items()) < 1e-9
+        assert outputs[0][case][2] == outputs[1][case][2], "backward calls differ between ranks"
+
+
+def test_two_ranks_equal_the_original():
+    assert [x for x in _case2(Reference(FOLDER)) if x.deviation > x.allowed] == []
+
+
+def traffic(rank: int, world_size: int, folder: str) -> dict[str, int]:
+    """Return what reached this rank in one step, and how many foreign images its negatives needed."""
+    reference, exchange = Reference(Path(folder)), ProcessGroupExchange()
+    reference.inputs = {name: torch.cat([x, x]) for name, x in reference.inputs.items()}
+    rows = list(range(3 * rank, 3 * rank + 3))
+    model = reference.model()
+    drawn = []
+    choose = model.choose_negatives
+    model.choose_negatives = lambda draw: drawn.append(choose(draw)) or drawn[-1]
+    losses_and_gradients(model, reference.rows(rows), 3, exchange)
+    images, texts = ({column for column in x.tolist() if column not in rows} for x in drawn)
+    return {**exchange.bytes_received, "images": len(images), "texts": len(texts)}
+
+
+def test_only_chosen_negatives_cross_ranks():
+    reference = Reference(FOLDER)
+    sizes = reference.config
+    image_bytes = sizes["vision_tokens"] * sizes["vision_width"] * 4
+    text_bytes = 2 * sizes["text_length"] * 8
+    features = 9 * ((sizes["num_query_tokens"] + 1) * sizes["projection_dim"] * 4 + 2 * 8)
+    outputs = run_ranks(traffic, 4, str(FOLDER))
+    for found in outputs:
+        assert found["all_gather"] == features
+    # Besides the rows themselves, each request carries one int64 per row to the rank that serves it.
+    rows = sum(found["images"] * image_bytes + found["texts"] * text_bytes for found in outputs)
+    requests = 8 * sum(found["images"] + found["texts"] for found in outputs)
+    assert sum(found["all_to_all_rows"] for found in outputs) == rows + requests
+    assert sum(found["images"] for found in outputs) <= 12 < 4 * 9, "fewer images than a gather of all would bring"

@@ -1,0 +1,177 @@
+"""Frozen language models: loading, ties, logits at targets only, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from model import language as language_module
+from model.config import LanguageConfig
+from model.errors import ModelError
+from model.language import build_language, load_language
+from model.tiny import write_tiny_language
+
+pytestmark = pytest.mark.unit
+
+
+def config(folder, **options):
+    return LanguageConfig(path=str(folder), **options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("languages")
+    return {kind: write_tiny_language(root / kind, kind) for kind in ("opt", "llama", "t5")}
+
+
+def rows(width):
+    torch.manual_seed(0)
+    ids = torch.randint(5, 90, (3, 7))
+    mask = (torch.arange(7) < torch.tensor([7, 3, 5])[:, None]).long()
+    return torch.randn(3, 4, width), {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
+
+
+def reference_loss(folder, visual, tokens, *, seq2seq):
+    factory = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = factory.from_pretrained(folder).eval()
+    embeds = torch.cat([visual, model.get_input_embeddings()(tokens["input_ids"])], dim=1)
+    mask = torch.cat([torch.ones(3, 4, dtype=torch.int64), tokens["attention_mask"]], dim=1)
+    labels = tokens["labels"] if seq2seq else torch.cat([torch.full((3, 4), -100), tokens["labels"]], dim=1)
+    return model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+
+
+def assert_equal_to_transformers(folder):
+    language = load_language(config(folder), folder)
+    visual, tokens = rows(language.width)
+    mean = language(visual, tokens) / (tokens["labels"] != -100).sum()
+    expected = reference_loss(folder, visual, tokens, seq2seq=language.is_encoder_decoder)
+    torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_equal_to_transformers(folders, kind):
+    assert_equal_to_transformers(folders[kind])
+
+
+def test_models_that_change_their_logits_keep_that_rule(tmp_path):
+    small = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **heads, head_dim=8, final_logit_softcapping=0.05))
+    cohere = CohereForCausalLM(CohereConfig(**small, **heads, logit_scale=7.0, pad_token_id=0))
+    for name, model in (("gemma", gemma), ("cohere", cohere)):
+        model.save_pretrained(tmp_path / name)
+        assert_equal_to_transformers(tmp_path / name)
+
+
+def test_a_skeleton_names_each_parameter_once_and_ties_what_the_files_share(folders):
+    opt = build_language(config(folders["opt"]), folders["opt"])
+    assert set(opt.weight_names) == {name for name, _ in opt.named_parameters()}
+    assert opt.model.lm_head.weight is opt.model.get_input_embeddings().weight
+    t5 = build_language(config(folders["t5"]), folders["t5"])
+    assert t5.model.lm_head.weight is not t5.model.shared.weight
+    assert t5.model.encoder.embed_tokens.weight is t5.model.shared.weight
+    assert t5.weight_names["model.lm_head.weight"] == "lm_head.weight"
+
+
+def test_loaded_weights_are_the_files_bytes(folders):
+    for kind, folder in folders.items():
+        language = load_language(config(folder), folder)
+        held = load_file(folder / "model.safetensors")
+        assert set(language.weight_names.values()) == set(held), kind
+        for name, parameter in language.named_parameters():
+            assert torch.equal(parameter, held[language.weight_names[name]])
+
+
+def test_files_of_the_bare_model_are_understood(folders, tmp_path):
+    folder = shutil.copytree(folders["opt"], tmp_path / "bare")
+    held = {name.removeprefix("model."): x for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(held, folder / "model.safetensors")
+    language = load_language(config(folder), folder)
+    assert torch.equal(language.model.get_input_embeddings().weight, held["decoder.embed_tokens.weight"])
+
+
+def changed(folders, tmp_path, change):
+    folder = shutil.copytree(folders["llama"], tmp_path / "changed")
+    held = load_file(folder / "model.safetensors")
+    change(held)
+    save_file(held, folder / "model.safetensors")
+    return folder
+
+
+def test_missing_and_unexpected_tensors_are_named(folders, tmp_path):
+    def change(held):
+        held["model.surplus.weight"] = held.pop("model.norm.weight")
+
+    folder = changed(folders, tmp_path, change)
+    with pytest.raises(ModelError, match=r"missing 1 \(model.norm.weight\), unexpected 1 \(model.surplus.weight\)"):
+        load_language(config(folder), folder)
+
+
+def test_another_shape_is_refused_with_both(folders, tmp_path):
+    def change(held):
+        held["model.norm.weight"] = torch.ones(7)
+
+    folder = changed(folders, tmp_path, change)
+    with pytest.raises(ModelError, match=r"model.norm.weight has shape \(7,\), the model needs \(48,\)"):
+        load_language(config(folder), folder)
+
+
+def test_a_model_without_inputs_embeds_is_refused(tmp_path, monkeypatch):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(model.base_model), "forward", lambda self, input_ids=None: None)
+    with pytest.raises(ModelError, match="GPT2LMHeadModel takes no inputs_embeds"):
+        build_language(config(tmp_path), tmp_path)
+
+
+def test_other_encoder_decoders_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="type bart; supported are t5"):
+        build_language(config(tmp_path), tmp_path, [])
+
+
+def test_folders_without_config_or_weights_are_named(folders, tmp_path):
+    with pytest.raises(ModelError, match=r"neither model.safetensors nor"):
+        load_language(config(tmp_path), tmp_path)
+    with pytest.raises(ModelError, match=r"no config.json"):
+        build_language(config(tmp_path), tmp_path, [])
+
+
+def test_a_projection_of_another_width_is_refused(folders):
+    language = load_language(config(folders["opt"]), folders["opt"])
+    visual, tokens = rows(40)
+    with pytest.raises(ModelError, match=r"width 40, the language model's embeddings 48"):
+        language(visual, tokens)
+
+
+def test_logits_are_formed_at_target_positions_only(folders):
+    for folder in folders.values():
+        language = load_language(config(folder), folder)
+        visual, tokens = rows(language.width)
+        seen = []
+        language.model.get_output_embeddings().register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.shape))
+        language(visual, tokens)
+        assert seen == [(15, 400)]
+
+
+def test_ignored_label_is_the_same_everywhere():
+    from model import language_tokens
+
+    assert language_module.IGNORED == language_tokens.IGNORED == -100
