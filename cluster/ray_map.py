@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import ray
 
+from cluster.errors import ClusterError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -14,16 +16,18 @@ _MAX_RETRIES = 3
 
 
 def run_in_ray(address: str) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
-    """Return a runner that connects to a Ray cluster for the length of one call.
+    """Return a runner that connects to a Ray cluster for the length of one call, unless the process is connected.
 
     The cluster's nodes need isthmus installed, and their own access to the object store.
 
     Raises:
-        ConnectionError: there is no cluster at the address.
+        ClusterError: there is no cluster at the address.
     """
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        ray.init(address=address, log_to_driver=False)
+        connected = ray.is_initialized()
+        if not connected:
+            _connect(address)
         try:
             task = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_call)
             shared = ray.put(function)
@@ -39,9 +43,17 @@ def run_in_ray(address: str) -> Callable[[Callable[[T], R], Iterable[T]], Iterat
                     except ray.exceptions.RayTaskError as error:
                         raise (error.cause or error) from error
         finally:
-            ray.shutdown()
+            if not connected:
+                ray.shutdown()
 
     return run
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address} ({error}); check --address, or leave it out") from error
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:

@@ -5,8 +5,9 @@ the contract.
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -47,10 +48,13 @@ class Manifest:
     ) -> None:
         self.shards = tuple(shards)
         self.chunk_bytes = chunk_bytes
-        per_shard = [np.array(counts, dtype=np.int32) for counts in chunk_samples]
-        self.chunk_samples: NDArray[np.int32] = np.concatenate([*per_shard, np.zeros(0, dtype=np.int32)])
+        flat, starts = bytearray(), [0]  # no array per shard: there may be 100,000
+        for counts in chunk_samples:
+            flat += np.asarray(counts, dtype=np.int32).tobytes()
+            starts.append(len(flat) // 4)
+        self.chunk_samples: NDArray[np.int32] = np.frombuffer(bytes(flat), dtype=np.int32)
         """Samples of every chunk, shard after shard."""
-        self.shard_chunk_starts: NDArray[np.int64] = np.cumsum([0] + [len(counts) for counts in per_shard])
+        self.shard_chunk_starts: NDArray[np.int64] = np.array(starts, dtype=np.int64)
         """Number of each shard's first chunk, and the number of chunks at the end."""
         self.num_samples = int(self.chunk_samples.sum(dtype=np.int64))
         self.hash = self._hash()
@@ -106,21 +110,26 @@ class Manifest:
 
 
 def _parse(data: bytes, folder_url: str) -> Manifest:
-    lines = iter(data.splitlines())
+    lines = io.BytesIO(data)
     header = json.loads(next(lines, b"{}"))
     if header.get("format") != FORMAT:
         raise DataError("this is no manifest; make one with `isthmus data index`")
     if header["version"] != VERSION:
         raise DataError(f"version {header['version']} is unknown here, expected {VERSION}; index again")
-    shards, chunk_samples = [], []
-    for line in lines:
-        fields = json.loads(line)
-        chunk_samples.append(np.array(fields.pop("chunk_samples"), dtype=np.int32))
-        fields["index_url"] = join(folder_url, fields.pop("index"))
-        shards.append(Shard(**fields))
-        if int(chunk_samples[-1].sum()) != shards[-1].num_samples:
-            raise DataError(f"the chunks of {shards[-1].url} do not add up to its samples; index again")
-    manifest = Manifest(shards, chunk_samples, header["chunk_bytes"])
+    shards: list[Shard] = []
+
+    def chunk_samples() -> Iterator[NDArray[np.int32]]:
+        for line in lines:
+            fields = json.loads(line)
+            counts: list[int] = fields.pop("chunk_samples")
+            fields["index_url"] = join(folder_url, fields.pop("index"))
+            shards.append(Shard(**fields))
+            if sum(counts) != shards[-1].num_samples:
+                raise DataError(f"the chunks of {shards[-1].url} do not add up to its samples; index again")
+            yield np.array(counts, dtype=np.int32)
+
+    flat = list(chunk_samples())
+    manifest = Manifest(shards, flat, header["chunk_bytes"])
     if (len(shards), manifest.hash) != (header["num_shards"], header["hash"]):
         raise DataError(
             "its content does not have the hash that its first line tells; it was cut or edited, index again"

@@ -154,11 +154,13 @@ def test_ray_tasks_index_like_local_processes(tmp_path):
     """The runner of `--address`, on a Ray of this test alone."""
     code = """
 import sys
+import ray
 from cluster.ray_map import run_in_ray
 from data_pipeline.errors import DataError
 from data_pipeline.index_build import IndexOptions, build_manifest
 from data_pipeline.object_store import ObjectStore
 urls = sys.argv[2:]
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 manifest, _ = build_manifest(urls, sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))
 print(manifest.hash)
 try:
