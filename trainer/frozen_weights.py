@@ -102,7 +102,7 @@ def shard(
     began = time.monotonic()
     return_freed_memory()
     chosen = _match(skeleton, weight_names, entries)
-    zero3 = zero3_config(deepspeed, dtype)
+    zero3 = zero3_config(deepspeed)
     _partition(skeleton, zero3, _kept_in_fp32(skeleton, dtype), dtype)
     partitions = {name: cast(Any, parameter) for name, parameter in skeleton.named_parameters()}
     jobs = [piece for name, entry in chosen.items() for piece in _pieces(partitions[name], entry)]
@@ -119,8 +119,8 @@ def shard(
     return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
 
 
-def zero3_config(template: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the configuration under which frozen parameters of a storage type are partitioned.
+def zero3_config(template: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration under which frozen parameters are partitioned, each in its own type.
 
     Raises:
         ConfigError: the template asks for something that does not work with frozen parameters read in place.
@@ -134,8 +134,7 @@ def zero3_config(template: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]
         )
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise ConfigError("deepspeed: offload_param.device nvme is not supported for frozen weights; use cpu")
-    kind = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}.get(dtype, {})
-    return template | {"zero_optimization": zero} | kind
+    return template | {"zero_optimization": zero}
 
 
 @contextmanager
