@@ -125,6 +125,8 @@ class EvaluationConfig(Config):
     """Candidates re-ranked by ITM; 0: none."""
     max_new_tokens: int = Field(30, gt=0)
     """Longest generated caption, in tokens."""
+    num_beams: int = Field(1, gt=0)
+    """Beams of generated captions; 1: greedy."""
 
 
 class SafetyConfig(Config):

@@ -4,9 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data_pipeline.quarantine import BadRecord
+from trainer.gather import gather_lists
 from trainer.mirror import Mirror
 
 NAME = "quarantine.jsonl"
@@ -31,13 +30,10 @@ class QuarantineLog:
 
     def add(self, records: Sequence[BadRecord]) -> None:
         """Append the records of all ranks, ordered by step and row. Collective."""
-        gathered = [list(records)]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            gathered = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(gathered, list(records))
+        gathered = gather_lists(list(records))
         if self._path is None:
             return
-        ordered = sorted((record for part in gathered for record in part), key=lambda r: (r.step, r.row))
+        ordered = sorted(gathered, key=lambda record: (record.step, record.row))
         if ordered:
             with self._path.open("a", encoding="ascii") as file:
                 file.write("".join(f"{record.to_json()}\n" for record in ordered))

@@ -1,7 +1,7 @@
 """Recall at k of images and texts among each other, and which pairs are worth a closer look.
 
-Shape letters: I images, T texts, K candidates. Everything is a function of full matrices; who computes what is evaluated
-elsewhere.
+Shape letters: I images, T texts, K candidates. Everything is a function of full matrices; who computes which part is
+decided elsewhere.
 """
 
 from collections.abc import Sequence
@@ -49,5 +49,5 @@ def candidate_pairs(scores_IT: Tensor, top_k: int) -> Tensor:
 
 
 def rerank(scores_IT: Tensor, matches_IT: Tensor, chosen_IT: Tensor) -> Tensor:
-    """Return scores in which the chosen pairs come first, ordered by similarity + matching score (BLIP-2, section 4)."""
+    """Return scores in which chosen pairs come first, by similarity + matching score (BLIP-2, section 4)."""
     return torch.where(chosen_IT, scores_IT + matches_IT, scores_IT + NOT_A_CANDIDATE)

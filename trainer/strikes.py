@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Sequence
 
-from model.losses import LossOutput
-
 from data_pipeline.batch import Batch
+from model.losses import LossOutput
 from trainer.agreement import Agreement
 from trainer.errors import TrainerError
 

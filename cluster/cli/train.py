@@ -1,0 +1,57 @@
+"""`isthmus train`: a run on this machine. `isthmus eval`: measure what was trained."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.config import ConfigPath, Json, Overrides
+from cluster.config import JobConfig
+from trainer.config_io import load_config
+
+app = typer.Typer()
+
+Here = Annotated[bool, typer.Option("--local", help="In this one process, without Ray: for debugging, or one GPU.")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, local: Here = False) -> None:
+    """Train a run on this machine, or go on with it; the first Ctrl-C saves a checkpoint and stops."""
+    resolved = load_config(config, overrides or [], JobConfig)
+    if local:
+        from trainer.local import train_here
+
+        log_to_terminal()
+        raise typer.Exit(train_here(resolved).exit_code)
+    from cluster.driver import run_local
+
+    raise typer.Exit(run_local(resolved).exit_code)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run (local or s3://).")],
+    data: Annotated[str, typer.Argument(help="Manifest of held-out pairs, or a .jsonl of questions about images.")],
+    out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
+    stage: Annotated[str | None, typer.Option("--stage", help="stage1 or stage2 [default: the last with any]")] = None,
+    num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint."""
+    from trainer.report import evaluate_run
+
+    from cluster.stored_config import stored_config
+
+    log_to_terminal(logging.WARNING)
+    report = evaluate_run(stored_config(run), run.rstrip("/"), data, out, stage=stage, num_samples=num_samples)
+    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
+    typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Send log lines to standard error, with the time on a terminal."""
+    pattern = "%(asctime)s %(message)s" if sys.stderr.isatty() else "%(message)s"
+    logging.basicConfig(level=level, format=pattern, datefmt="%H:%M:%S", stream=sys.stderr, force=True)

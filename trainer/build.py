@@ -1,0 +1,113 @@
+"""The parts of a stage that do not depend on how it is run: model, tokeniser, task, identity of what is frozen."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from data_pipeline.batch import TextEncoder
+from data_pipeline.object_store import ObjectStore
+from model.bert_init import load_bert
+from model.exchange import Exchange, LocalExchange, ProcessGroupExchange
+from model.language import LanguageModel
+from model.qformer import QFormer
+from model.stage1 import Stage1Model
+from model.stage2 import Stage2Model
+from model.tokenize import LanguageEncoder, QFormerEncoder
+from model.vision import load_vision
+from trainer.config import StageName, TrainConfig
+from trainer.context import Rank
+from trainer.errors import ConfigError
+from trainer.folders import local_folder
+from trainer.frozen_identity import frozen_identity
+from trainer.frozen_weights import frozen_language
+from trainer.handoff import hand_over
+from trainer.run_store import RunStore
+from trainer.seeds import derive_seed
+from trainer.task import Stage1Task, Stage2Task, Task
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage trains, and with what."""
+
+    task: Task
+    encoder: TextEncoder
+    frozen_identity: dict[str, str]
+    """Part of the model -> identity of its frozen weights."""
+    begin: Callable[[RunStore], object] = lambda _run: None
+    """Gives the trainable parts the values of an earlier stage, for a start without a checkpoint. Collective."""
+
+
+def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
+    """Build a stage's model with frozen parts loaded and trainable parts as they are before the first step.
+
+    Collective where there are several ranks. Trainable parts are equal on all ranks: drawn from the run's seed.
+    """
+    return _BUILDERS[stage](config, rank, store)
+
+
+def _stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+    assert config.stage1 is not None
+    bridge = config.model.qformer
+    tokenizer = bridge.tokenizer or bridge.init_from
+    if tokenizer is None:
+        raise ConfigError("model.qformer: set tokenizer or init_from, a folder with vocab.txt; stage 1 reads captions")
+    encoder = QFormerEncoder(local_folder(tokenizer, store, leave_out=WEIGHT_FILES), config.stage1.loss.max_text_tokens)
+    encoder.check(bridge)
+    vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
+    with _drawn_from(config.run.seed):
+        qformer = QFormer(bridge, vision.width)
+        if bridge.init_from:
+            load_bert(qformer, local_folder(bridge.init_from, store))
+        model = Stage1Model(vision, qformer, config.stage1.loss)
+    task = Stage1Task(
+        model, exchange_of(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
+    )
+    return Parts(task, encoder, _identities({"vision": config.model.vision.path}, store, rank))
+
+
+def _stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+    assert config.stage2 is not None
+    assert config.model.language is not None
+    language_config = config.model.language
+    encoder = LanguageEncoder(local_folder(language_config.path, store, leave_out=WEIGHT_FILES), language_config)
+    vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
+    language = frozen_language(language_config, language_config.path, store, rank, config.stage2.deepspeed)
+    with _drawn_from(config.run.seed):
+        qformer = QFormer(config.model.qformer, vision.width, with_text=False)
+        model = Stage2Model(vision, qformer, cast(LanguageModel, language))
+    task = Stage2Task(
+        model, encoder, exchange_of(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
+    )
+    paths = {"vision": config.model.vision.path, "language": language_config.path}
+    return Parts(
+        task,
+        encoder,
+        _identities(paths, store, rank),
+        lambda run: hand_over(config, run, store, model.trainable_parameters()),
+    )
+
+
+_BUILDERS: dict[StageName, Callable[[TrainConfig, Rank, ObjectStore], Parts]] = {"stage1": _stage1, "stage2": _stage2}
+
+
+def exchange_of(rank: Rank) -> Exchange:
+    """Return how the ranks' rows meet."""
+    return ProcessGroupExchange() if rank.world_size > 1 else LocalExchange()
+
+
+@contextmanager
+def _drawn_from(run_seed: int) -> Iterator[None]:
+    """Draw initial weights from the run's seed, alike on all ranks, and leave torch's generators as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed("initial weights", run_seed))
+        yield
+
+
+def _identities(paths: dict[str, str], store: ObjectStore, rank: Rank) -> dict[str, str]:
+    return {part: frozen_identity(path, store, rank) for part, path in paths.items()}

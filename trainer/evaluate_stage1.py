@@ -1,0 +1,163 @@
+"""Retrieval on held-out pairs: contrast finds candidates, matching orders the best of them (BLIP-2, section 4).
+
+Letters: B rows of a batch, n rows of this rank, I images and T texts of all ranks, Q queries, E projection width,
+M pairs of this rank.
+
+The pairs to match are dealt by image: each rank matches its own images with any text, so only tokens and unit vectors
+cross ranks and never image features.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from model.exchange import Exchange
+from model.layers import ImageMemory
+from model.stage1 import Stage1Inputs, Stage1Model
+from trainer.attention import query_attention
+from trainer.config import EvaluationConfig
+from trainer.gather import gather_lists
+from trainer.metrics import Pictures
+from trainer.pictures import Picture, attention_map, sample_grid, similarity_matrix
+from trainer.retrieval import candidate_pairs, recalls, relevance, rerank
+
+SHOWN = 16
+IMAGES_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Valid rows of this rank."""
+
+    image_nQE: Tensor
+    text_nE: Tensor
+    input_ids_nT: Tensor
+    attention_mask_nT: Tensor
+    image_ids_n: Tensor
+    inputs: list[Stage1Inputs]
+    """One per batch, valid rows only: images are encoded again for matching rather than kept as features."""
+
+
+class RetrievalEvaluation:
+    """One evaluation; the model is in eval mode."""
+
+    def __init__(
+        self, model: Stage1Model, exchange: Exchange, config: EvaluationConfig, beat: Callable[[], None]
+    ) -> None:
+        self._model, self._exchange, self._config, self._beat = model, exchange, config, beat
+
+    @torch.no_grad()
+    def run(
+        self, batches: Iterable[Batch], inputs_of: Callable[[Batch], Stage1Inputs]
+    ) -> tuple[dict[str, float], Pictures, list[dict[str, str]]]:
+        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before, pictures, and the best text per image."""
+        shown: list[Picture] = []
+        texts: list[dict[str, str]] = []
+        rows = self._encode(self._kept(batches, inputs_of, shown, texts))
+        own = rows.image_nQE.shape[0]
+        texts = gather_lists(texts)
+        gather = self._exchange.all_gather
+        image_IQE, text_TE, ids_I = gather(rows.image_nQE), gather(rows.text_nE), gather(rows.image_ids_n)
+        scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in image_IQE.split(256)])
+        captions = [text["caption"] for text in texts]
+        relevant_IT = relevance(ids_I.cpu(), captions).to(scores_IT.device)
+        figures = recalls(scores_IT, relevant_IT, "eval/itc_")
+        if self._config.rerank_top_k:
+            scores_IT = self._rerank(rows, scores_IT)
+        figures |= recalls(scores_IT, relevant_IT, "eval/")
+        for text, best in zip(texts, scores_IT.argmax(dim=1).tolist(), strict=True):
+            text["retrieved"] = captions[best]
+        return figures, self._pictures(rows, shown, texts, self._own(own)), texts
+
+    def _kept(
+        self,
+        batches: Iterable[Batch],
+        inputs_of: Callable[[Batch], Stage1Inputs],
+        shown: list[Picture],
+        texts: list[dict[str, str]],
+    ) -> Iterator[Stage1Inputs]:
+        for batch in batches:
+            self._beat()
+            valid = batch.valid_B.nonzero().flatten().tolist()
+            texts += [{"key": batch.keys[row], "caption": batch.captions[row]} for row in valid]
+            for row in valid[: SHOWN - len(shown)]:
+                shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
+            if valid:
+                inputs = inputs_of(batch)
+                yield inputs.at(inputs.valid_B)
+
+    def _encode(self, parts: Iterable[Stage1Inputs]) -> _Rows:
+        images, texts, ids, masks, image_ids, kept = [], [], [], [], [], []
+        length = self._model.config.max_text_tokens
+        for part in parts:
+            encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
+            images.append(encoded.image_BQE)
+            texts.append(encoded.text_BE)
+            ids.append(_widened(part.input_ids_BT, length))
+            masks.append(_widened(part.attention_mask_BT, length))
+            assert part.image_ids_B is not None
+            image_ids.append(part.image_ids_B)
+            kept.append(part)
+        return _Rows(*(torch.cat(column) for column in (images, texts, ids, masks, image_ids)), inputs=kept)
+
+    def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
+        ids_TL = self._exchange.all_gather(rows.input_ids_nT)
+        mask_TL = self._exchange.all_gather(rows.attention_mask_nT)
+        pairs = candidate_pairs(scores_IT, self._config.rerank_top_k)
+        matches_IT = torch.zeros_like(scores_IT)
+        first = self._own(rows.image_nQE.shape[0]).start
+        for part in rows.inputs:
+            for inputs in (
+                part.at(slice(i, i + IMAGES_AT_A_TIME)) for i in range(0, len(part.rows_B), IMAGES_AT_A_TIME)
+            ):
+                count = len(inputs.rows_B)
+                mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + count)]
+                matches_IT[mine[:, 0], mine[:, 1]] = self._match(inputs, ids_TL, mask_TL, mine, first)
+                first += count
+                self._beat()
+        matches_IT = self._exchange.all_reduce_sum(matches_IT)
+        chosen_IT = torch.zeros_like(scores_IT, dtype=torch.bool)
+        chosen_IT[pairs[:, 0], pairs[:, 1]] = True
+        return rerank(scores_IT, matches_IT, chosen_IT)
+
+    def _match(self, inputs: Stage1Inputs, ids_TL: Tensor, mask_TL: Tensor, pairs: Tensor, first: int) -> Tensor:
+        """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
+        memory = self._model.qformer.image_memory(self._model.features(inputs))
+        found = []
+        for part in pairs.split(4 * IMAGES_AT_A_TIME):
+            index_M, texts_M = part[:, 0] - first, part[:, 1]
+            longest = int(mask_TL[texts_M].sum(dim=1).max())
+            logits_M2 = self._model.match(
+                ids_TL[texts_M, :longest], mask_TL[texts_M, :longest], ImageMemory(memory.layers, index_M)
+            )
+            found.append((logits_M2[:, 1] - logits_M2[:, 0]).float())
+        return torch.cat(found) if found else pairs.new_zeros(0, dtype=torch.float32)
+
+    def _own(self, count: int) -> slice:
+        """Return the place of this rank's rows among those of all ranks."""
+        counts = self._exchange.all_gather(torch.tensor([count], device=self._model.temperature.device))
+        first = int(counts[: self._exchange.rank].sum())
+        return slice(first, first + count)
+
+    def _pictures(self, rows: _Rows, shown: list[Picture], texts: list[dict[str, str]], own: slice) -> Pictures:
+        if not shown:
+            return {}
+        mine = texts[own][: len(shown)]
+        captions = [text["caption"] for text in mine]
+        few = len(shown)
+        similarity_IT = (rows.image_nQE[:few] @ rows.text_nE[:few].T).amax(dim=1).cpu().numpy()
+        features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
+        weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+        return {
+            "samples": sample_grid(shown, captions, [text["retrieved"] for text in mine]),
+            "similarity": similarity_matrix(similarity_IT, captions),
+            "attention": attention_map(shown[0], weights_QP, captions[0]),
+        }
+
+
+def _widened(tokens_BT: Tensor, length: int) -> Tensor:
+    return F.pad(tokens_BT, (0, length - tokens_BT.shape[1]))

@@ -1,0 +1,60 @@
+"""Captions of held-out images by the frozen language model, scored against the true ones."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from data_pipeline.batch import Batch
+from model.generate import Decoding, caption
+from model.language_tokens import LanguageEncoder
+from trainer.attention import query_attention
+from trainer.captioning_scores import score_captions
+from trainer.config import EvaluationConfig
+from trainer.gather import gather_lists
+from trainer.metrics import Pictures
+from trainer.pictures import Picture, attention_map, sample_grid
+
+SHOWN = 16
+
+
+def evaluate_captions(
+    model: Any,
+    encoder: LanguageEncoder,
+    batches: Iterable[Batch],
+    images_of: Callable[[Batch], Any],
+    config: EvaluationConfig,
+    beat: Callable[[], None],
+) -> tuple[dict[str, float], Pictures, list[dict[str, str]]]:
+    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact`, pictures, and key, caption and generated text per sample.
+
+    Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
+    """
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
+    texts: list[dict[str, str]] = []
+    shown: list[Picture] = []
+    attention: Picture | None = None
+    for batch in batches:
+        images_BCHW = images_of(batch)
+        generated = caption(model, encoder, images_BCHW, decoding=decoding)
+        beat()
+        for row in batch.valid_B.nonzero().flatten().tolist():
+            texts.append({"key": batch.keys[row], "caption": batch.captions[row], "generated": generated[row]})
+            if len(shown) < SHOWN:
+                shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
+        if attention is None and shown:
+            attention = attention_of(model, images_BCHW, batch, generated)
+    own = texts[: len(shown)]
+    grid = sample_grid(shown, [text["caption"] for text in own], [text["generated"] for text in own]) if shown else None
+    texts = gather_lists(texts)
+    # Captions of one image are one entry each: keys are unique, references are those of the same key.
+    scores = score_captions({t["key"]: t["generated"] for t in texts}, {t["key"]: [t["caption"]] for t in texts})
+    pictures = {"samples": grid, "attention": attention}
+    kept = {name: picture for name, picture in pictures.items() if picture is not None}
+    return {f"eval/{name}": value for name, value in scores.items()}, kept, texts
+
+
+def attention_of(model: Any, images_BCHW: Any, batch: Batch, titles: list[str]) -> Picture:
+    """Return the heat map of the first valid row."""
+    row = int(batch.valid_B.nonzero()[0])
+    features_BPD = model.encode(images_BCHW[row : row + 1])
+    weights_QP = query_attention(model.qformer, features_BPD)[0].cpu().numpy()
+    return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])

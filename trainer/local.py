@@ -1,0 +1,54 @@
+"""A whole run in this process (or in each rank of torchrun), without Ray: for debugging, one GPU, CPU."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.object_store import ObjectStore
+from trainer.config import TrainConfig
+from trainer.context import LocalContext, Outcome, Rank
+from trainer.run_store import RunStore
+from trainer.stage import run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def train_here(config: TrainConfig) -> Outcome:
+    """Run the stages of a run one after the other; go on where an earlier start left off.
+
+    The first SIGTERM or SIGINT asks for a checkpoint and an early end, a second one has its usual effect.
+    """
+    context = LocalContext()
+    store = ObjectStore(config.store)
+    owner = f"{socket.gethostname()} process {os.getpid()}"
+    with ExitStack() as stack:
+        stack.enter_context(context.catch_signals())
+        stack.enter_context(_process_group(context.rank, config.safety.collective_timeout_seconds))
+        run = RunStore.open(config, store, owner=owner)
+        stack.callback(run.close)
+        for stage in config.stages:
+            if run_stage(config, stage, context, store, run) is Outcome.STOPPED:
+                return Outcome.STOPPED
+    return Outcome.FINISHED
+
+
+@contextmanager
+def _process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
+    """Hold one process group over all stages: of torchrun's ranks, or of this process alone."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    meeting = {"store": dist.HashStore()} if rank.world_size == 1 else {}
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, **meeting)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

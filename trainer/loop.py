@@ -1,0 +1,62 @@
+"""The training loop: the same for both stages and for any number of ranks."""
+
+from collections.abc import Callable
+
+from data_pipeline.loader import Loader
+from trainer.agreement import agree
+from trainer.checkpoint import CheckpointManager
+from trainer.config import StageConfig
+from trainer.context import Outcome, RunContext
+from trainer.engine import Engine
+from trainer.evaluation import Evaluation
+from trainer.garbage import collected_at_steps
+from trainer.optim import learning_rate
+from trainer.state import TrainState
+from trainer.strikes import Strikes
+from trainer.task import Task
+from trainer.watch import Watch
+
+
+def fit(
+    task: Task,
+    engine: Engine,
+    loader: Loader,
+    checkpoints: CheckpointManager,
+    context: RunContext,
+    watch: Watch,
+    config: StageConfig,
+    *,
+    start_step: int,
+    strikes: Strikes,
+    evaluation: Evaluation,
+    state_at: Callable[[int, dict[str, float]], TrainState],
+) -> Outcome:
+    """Train from `start_step` to the last step, or to the step at which any rank is asked to stop.
+
+    Every rank calls it with the same step; all decisions that involve a collective are agreed at the end of each step.
+    On an error nothing collective follows: the exception leaves at once and the other ranks run into their limits.
+    """
+    step = start_step
+    with collected_at_steps() as collect:
+        for batch in watch.batches(loader.batches(start_step, config.steps - start_step)):
+            context.begin_step(batch.step)
+            losses = task.train_step(batch, engine)
+            lr = learning_rate(config.optimizer, batch.step, config.steps)
+            result = engine.step(lr)
+            step, last = batch.step + 1, batch.step + 1 == config.steps
+            agreed = agree(watch.measured(nonfinite=not result.applied), engine.device)
+            watch.stepped(step, losses, agreed, {"optim/lr": lr, "optim/grad_norm": result.grad_norm})
+            strikes.count(batch, losses, agreed)
+            measured = {}
+            if evaluation.due(step) or last:
+                measured, pictures = evaluation.run(watch)
+                watch.evaluated(step, measured, pictures)
+            if last or agreed.stop or checkpoints.due(step, agreed.step_seconds):
+                with watch.saving(step):
+                    checkpoints.save(step, engine.fragments(), state_at(step, measured))
+            collect(step)
+            if agreed.stop:
+                break
+    with watch.committing():
+        checkpoints.wait()
+    return Outcome.FINISHED if step == config.steps else Outcome.STOPPED

@@ -1,0 +1,170 @@
+"""What is trained: a task joins a batch of the data pipeline with a model and its losses."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from model.exchange import Exchange
+from model.generate import evaluating
+from model.language_tokens import LanguageEncoder
+from model.losses import LossOutput
+from model.stage1 import Stage1Inputs, Stage1Model
+from model.stage2 import Stage2Inputs, Stage2Model
+from trainer.config import EvaluationConfig, StageName
+from trainer.engine import Engine
+from trainer.evaluate_stage1 import RetrievalEvaluation
+from trainer.evaluate_stage2 import evaluate_captions
+from trainer.metrics import Pictures
+from trainer.seeds import seed_step, stage_seed
+
+Beat = Callable[[], None]
+"""Gives a sign of life during long work."""
+
+
+class Measured(NamedTuple):
+    """Result of an evaluation."""
+
+    figures: dict[str, float]
+    """Named `eval/...`."""
+    pictures: Pictures
+    texts: list[dict[str, str]]
+    """One entry per sample: key, caption, and what was generated or retrieved."""
+
+
+class Task(Protocol):
+    """A stage's forward pass and losses; the loop and the evaluation know nothing else of a stage."""
+
+    name: StageName
+    model: nn.Module
+
+    def inputs(self, batch: Batch) -> Any:
+        """Return the model's inputs on the device: flipped, normalised."""
+        ...
+
+    def train_step(self, batch: Batch, engine: Engine) -> LossOutput:
+        """Compute the losses of the global batch and add their gradients to the engine. Collective."""
+        ...
+
+    def rehearse(self, batch: Batch, engine: Engine) -> None:
+        """Compute losses and gradients of a step and forget them. Collective."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+        """Measure on held-out batches. Collective; figures and pictures are complete on rank 0."""
+        ...
+
+
+class _StageTask:
+    """What both stages share."""
+
+    name: StageName
+
+    def __init__(
+        self, model: Stage1Model | Stage2Model, exchange: Exchange, *, run_seed: int, micro_batch_size: int
+    ) -> None:
+        self.model: Any = model
+        self._exchange = exchange
+        self._run_seed = run_seed
+        self._micro_batch_size = micro_batch_size
+
+    def inputs(self, batch: Batch) -> Any:
+        """Return the model's inputs on the device."""
+        raise NotImplementedError
+
+    def train_step(self, batch: Batch, engine: Engine) -> LossOutput:
+        """Compute the losses of the global batch and add their gradients to the engine. Collective."""
+        seed_step(self._run_seed, self.name, batch.step, self._exchange.rank)
+        self.model.train()
+        return self._run(batch, engine, engine.backward)
+
+    def rehearse(self, batch: Batch, engine: Engine) -> None:
+        """Compute losses and gradients of a step and forget them. Collective."""
+        self.model.train()
+        parameters = list(self.model.trainable_parameters().values())
+        # Without .grad nothing is accumulated, so the engine never learns of it.
+        self._run(batch, engine, lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    def _run(self, batch: Batch, engine: Engine, backward: Any) -> LossOutput:
+        with engine.autocast():
+            output: LossOutput = self.model.loss_and_backward(
+                self.inputs(batch),
+                seed=stage_seed(self._run_seed, self.name),
+                step=batch.step,
+                micro_batch_size=self._micro_batch_size,
+                exchange=self._exchange,
+                backward=backward,
+            )
+        return output
+
+
+class Stage1Task(_StageTask):
+    """Image-text contrast, matching and grounded generation against frozen image features."""
+
+    name: StageName = "stage1"
+
+    def inputs(self, batch: Batch) -> Stage1Inputs:
+        """Return images, WordPiece tokens and identities on the device."""
+        device = device_of_model(self.model)
+        return Stage1Inputs(
+            images_BCHW=normalised(batch, self.model.vision, device),
+            input_ids_BT=batch.tokens["input_ids"].to(device),
+            attention_mask_BT=batch.tokens["attention_mask"].to(device),
+            valid_B=batch.valid_B.to(device),
+            rows_B=batch.rows_B.to(device),
+            image_ids_B=batch.image_ids_B.to(device),
+        )
+
+    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+        """Measure retrieval: recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
+        with engine.autocast(), evaluating(self.model):
+            return Measured(*RetrievalEvaluation(self.model, self._exchange, config, beat).run(batches, self.inputs))
+
+
+class Stage2Task(_StageTask):
+    """Captions through the frozen language model."""
+
+    name: StageName = "stage2"
+
+    def __init__(
+        self, model: Stage2Model, encoder: LanguageEncoder, exchange: Exchange, *, run_seed: int, micro_batch_size: int
+    ) -> None:
+        """`encoder` turns generated tokens into text."""
+        super().__init__(model, exchange, run_seed=run_seed, micro_batch_size=micro_batch_size)
+        self._encoder = encoder
+
+    def inputs(self, batch: Batch) -> Stage2Inputs:
+        """Return images and the language model's tokens on the device."""
+        device = device_of_model(self.model)
+        return Stage2Inputs(
+            images_BCHW=normalised(batch, self.model.vision, device),
+            tokens={name: tensor.to(device) for name, tensor in batch.tokens.items()},
+            valid_B=batch.valid_B.to(device),
+            rows_B=batch.rows_B.to(device),
+        )
+
+    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+        """Measure captions: CIDEr-D, BLEU-4 and the share that is exactly right. Collective."""
+
+        def images_of(batch: Batch) -> Tensor:
+            return normalised(batch, self.model.vision, engine.device)
+
+        with engine.autocast(), evaluating(self.model):
+            return Measured(*evaluate_captions(self.model, self._encoder, batches, images_of, config, beat))
+
+
+def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
+    """Return the batch's images as the encoder wants them: on the device, flipped where asked, float, normalised."""
+    images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+    flip_B111 = batch.flip_B.to(device)[:, None, None, None]
+    images_BCHW = torch.where(flip_B111, images_BCHW.flip(-1), images_BCHW)
+    mean_C11 = torch.as_tensor(vision.image_mean, device=device, dtype=torch.float32).reshape(-1, 1, 1)
+    std_C11 = torch.as_tensor(vision.image_std, device=device, dtype=torch.float32).reshape(-1, 1, 1)
+    return (images_BCHW.float() / 255.0 - mean_C11) / std_C11
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    """Return where the trainable part is."""
+    return next(iter(model.trainable_parameters().values())).device  # type: ignore[operator]
