@@ -25,7 +25,7 @@ from trainer.checkpoint_format import (
     step_name,
 )
 from trainer.checkpoint_reader import SavedCheckpoint, committed
-from trainer.checkpoint_writer import WriterProcess
+from trainer.checkpoint_writer import WriterLostError, WriterProcess
 from trainer.config import CheckpointConfig
 from trainer.context import Rank
 from trainer.errors import CheckpointError, LeaseError
@@ -233,7 +233,7 @@ class CheckpointManager:
         remaining = max(1.0, deadline - time.monotonic())
         try:
             part = self._writer.upload(folder, self._rank.rank, self._rank.world_size, remaining)
-        except CheckpointError:
+        except WriterLostError:
             self._writer.close(at_once=True)
             self._writer = None
             raise

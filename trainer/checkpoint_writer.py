@@ -27,6 +27,10 @@ from trainer.errors import CheckpointError
 _STOP_SECONDS = 5.0
 
 
+class WriterLostError(CheckpointError):
+    """The writer process died or hangs; a new one is needed."""
+
+
 class SnapshotMemory:
     """Memory that the training process fills and its writer process reads; as large as one part file."""
 
@@ -59,7 +63,8 @@ class WriterProcess:
         """Hash and upload the memory as this rank's part.
 
         Raises:
-            CheckpointError: the upload failed, the process died, or it took too long.
+            CheckpointError: the upload failed.
+            WriterLostError: the process died, or it took too long.
         """
         self._send({"folder": folder_url, "rank": rank, "world_size": world_size})
         assert self._process.stdout is not None
@@ -67,7 +72,7 @@ class WriterProcess:
         line = self._process.stdout.readline() if ready else b""
         if not line:
             cause = "died" if ready else f"was not done after {timeout_seconds:g} s"
-            raise CheckpointError(f"{folder_url}: the process that uploads part {rank} {cause}; see its last words")
+            raise WriterLostError(f"{folder_url}: the process that uploads part {rank} {cause}; see its last words")
         answer = json.loads(line)
         if "error" in answer:
             raise CheckpointError(answer["error"])
@@ -99,7 +104,7 @@ class WriterProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise CheckpointError("the process that uploads checkpoints has died; see its last words") from error
+            raise WriterLostError("the process that uploads checkpoints has died; see its last words") from error
 
 
 def _upload(store: ObjectStore, data: memoryview, request: dict[str, Any]) -> FileEntry:

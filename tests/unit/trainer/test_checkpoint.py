@@ -1,0 +1,272 @@
+"""Saving, finding, verifying, falling back, keeping and deleting; in a local folder, in one process."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.config import StoreConfig
+from data_pipeline.object_store import ObjectStore, join
+from tests.faulty_store import Fault, FaultyStore
+from tests.saved_states import SHAPES, fragments_of, full, holds, manager, state_of
+from trainer.checkpoint_format import MANIFEST, Manifest, entry_of, step_name
+from trainer.checkpoint_reader import SavedCheckpoint, committed
+from trainer.config import CheckpointConfig
+from trainer.errors import CheckpointError, LeaseError
+from trainer.interval import Interval, young_daly_seconds
+from trainer.retention import best_step, kept_steps, prune
+from trainer.snapshot import Snapshot
+
+pytestmark = pytest.mark.unit
+
+
+def save(folder: str, *steps: int, **settings: object) -> None:
+    checkpoints = manager(folder, **settings)
+    for step in steps:
+        checkpoints.save(step, fragments_of(step), state_of(step))
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def newest(folder: str) -> SavedCheckpoint | None:
+    checkpoints = manager(folder)
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
+def part_of(folder: str, step: int) -> Path:
+    return next((Path(folder) / step_name(step)).glob("part-*"))
+
+
+def test_saved_state_comes_back(tmp_path):
+    folder = str(tmp_path / "c")
+    assert newest(folder) is None
+    save(folder, 5)
+    saved = newest(folder)
+    assert holds(saved, 5)
+    assert saved.state == state_of(5)
+    assert saved.shapes() == SHAPES
+    assert torch.equal(saved.read("qformer.a", "exp_avg", 3, 4), full(5)["qformer.a", "exp_avg"][3:7])
+
+
+def test_part_is_plain_safetensors(tmp_path):
+    save(str(tmp_path), 5)
+    tensors = load_file(part_of(str(tmp_path), 5))
+    assert torch.equal(tensors["exp_avg_sq/projection.b@0"], full(5)["projection.b", "exp_avg_sq"])
+
+
+def test_same_state_gives_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        save(str(tmp_path / name), 5)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / n / step_name(5)).iterdir()} for n in ("one", "two"))
+    assert first == second
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_digest_does_not_know_the_world_size(tmp_path, writers):
+    parts = [Snapshot(fragments_of(4, rank, writers)) for rank in range(writers)]
+    for rank, snapshot in enumerate(parts):
+        snapshot.fill(fragments_of(4, rank, writers))
+    store = ObjectStore()
+    entries = []
+    for rank, snapshot in enumerate(parts):
+        data = bytes(snapshot.bytes())
+        store.put(join(str(tmp_path), f"p{rank}"), data)
+        entries.append(entry_of(f"p{rank}", [data]))
+    saved = SavedCheckpoint(str(tmp_path), store, Manifest(4, 1, writers, tuple(entries), entries[0]))
+    assert holds(saved, 4)
+    expected = hashlib.sha256()
+    for (name, kind), data in sorted(full(4).items()):
+        expected.update(f"{name}\0{kind}\0".encode() + data.numpy().tobytes())
+    assert saved.digest() == expected.hexdigest()
+
+
+def test_damage_falls_back_and_says_so(tmp_path, caplog):
+    folder = str(tmp_path)
+    save(folder, 1, 2)
+    data = bytearray(part_of(folder, 2).read_bytes())
+    data[-1] ^= 1
+    part_of(folder, 2).write_bytes(data)
+    assert holds(newest(folder), 1)
+    assert "DAMAGED" in caplog.text
+    assert "sha256" in caplog.text
+
+
+def test_missing_part_falls_back(tmp_path, caplog):
+    save(str(tmp_path), 1, 2)
+    part_of(str(tmp_path), 2).unlink()
+    assert holds(newest(str(tmp_path)), 1)
+    assert "is missing" in caplog.text
+
+
+def test_nothing_intact_is_an_error_not_a_new_start(tmp_path):
+    save(str(tmp_path), 1)
+    part_of(str(tmp_path), 1).unlink()
+    with pytest.raises(CheckpointError, match="none of 1 committed checkpoints is intact"):
+        newest(str(tmp_path))
+
+
+def test_damaged_step_can_be_saved_again(tmp_path):
+    folder = str(tmp_path)
+    save(folder, 1, 2)
+    part_of(folder, 2).unlink()
+    save(folder, 2)
+    assert holds(newest(folder), 2)
+
+
+def test_newer_format_is_refused_even_where_an_older_one_exists(tmp_path):
+    save(str(tmp_path), 1, 2)
+    path = tmp_path / step_name(2) / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        newest(str(tmp_path))
+
+
+def test_folder_without_manifest_does_not_exist(tmp_path):
+    save(str(tmp_path), 1, 2)
+    (tmp_path / step_name(2) / MANIFEST).unlink()
+    (tmp_path / step_name(7)).mkdir()
+    assert holds(newest(str(tmp_path)), 1)
+
+
+def test_late_commit_of_an_earlier_owner_does_not_count(tmp_path):
+    folder = str(tmp_path)
+    save(folder, 10, token=1)
+    save(folder, 15, token=2)
+    save(folder, 20, token=1)
+    assert [saved.step for saved in committed(folder, ObjectStore())] == [15, 10]
+    save(folder, 20, token=2)
+    assert [saved.step for saved in committed(folder, ObjectStore())][:2] == [20, 15]
+
+
+def test_fenced_out_writer_cannot_commit(tmp_path):
+    def fence() -> None:
+        raise LeaseError("held by another")
+
+    checkpoints = manager(str(tmp_path), fence=fence)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    with pytest.raises(LeaseError):
+        checkpoints.wait()
+    checkpoints.close()
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
+def test_earlier_owner_cannot_replace_a_later_one(tmp_path):
+    save(str(tmp_path), 1, token=2)
+    before = (tmp_path / step_name(1) / MANIFEST).read_bytes()
+    checkpoints = manager(str(tmp_path), token=1)
+    checkpoints.save(1, fragments_of(2), state_of(1))
+    with pytest.raises(LeaseError, match="later owner"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert (tmp_path / step_name(1) / MANIFEST).read_bytes() == before
+
+
+def test_failing_store_is_retried(tmp_path, caplog):
+    store = FaultyStore(StoreConfig(), tmp_path / "journal", Fault("refuse", 0, num_writes=2))
+    save(str(tmp_path / "c"), 1, store=store)
+    assert holds(newest(str(tmp_path / "c")), 1)
+    assert caplog.text.count("trying again") == 2
+
+
+def test_saves_that_never_succeed_stop_the_run(tmp_path):
+    store = FaultyStore(StoreConfig(), tmp_path / "journal", Fault("refuse", 0, num_writes=1000))
+    checkpoints = manager(str(tmp_path / "c"), store, save_timeout_seconds=6.0)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    with pytest.raises(CheckpointError, match=r"no save of step 1 succeeded within 6 s.*503.*intact"):
+        checkpoints.wait()
+    with pytest.raises(CheckpointError):
+        checkpoints.due(2, 0.1)
+    checkpoints.close()
+
+
+def test_place_that_cannot_be_written_leaves_the_last_good_one(tmp_path):
+    save(str(tmp_path), 1)
+    (tmp_path / step_name(2)).write_text("a file where the folder should be")
+    checkpoints = manager(str(tmp_path), save_timeout_seconds=6.0)
+    checkpoints.save(2, fragments_of(2), state_of(2))
+    with pytest.raises(CheckpointError, match="step-000000002"):
+        checkpoints.wait()
+    checkpoints.close()
+    (tmp_path / step_name(2)).unlink()
+    assert holds(newest(str(tmp_path)), 1)
+
+
+def test_snapshot_is_of_the_moment_of_the_save(tmp_path):
+    checkpoints = manager(str(tmp_path))
+    fragments = fragments_of(1)
+    checkpoints.save(1, fragments, state_of(1))
+    for fragment in fragments:
+        fragment.data.zero_()
+    checkpoints.wait()
+    checkpoints.close()
+    assert holds(newest(str(tmp_path)), 1)
+
+
+def test_writer_process_dies_with_the_manager(tmp_path):
+    checkpoints = manager(str(tmp_path))
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    checkpoints.wait()
+    process = checkpoints._writer._process
+    assert process.poll() is None
+    checkpoints.close()
+    assert process.poll() is not None
+
+
+def test_retention(tmp_path):
+    folder = str(tmp_path)
+    checkpoints = manager(folder, keep_every_steps=3, keep_best="eval/r1")
+    for step in range(1, 7):
+        metrics = {"eval/r1": 0.9 if step == 2 else 0.1}
+        checkpoints.save(step, fragments_of(step), state_of(step, metrics=metrics))
+        checkpoints.wait()
+    checkpoints.close()
+    assert [saved.step for saved in committed(folder, ObjectStore())] == [6, 5, 3, 2]
+
+
+def test_best_is_least_for_a_loss_and_earliest_of_equals():
+    values = {1: {"loss": 2.0}, 2: {"loss": 1.0}, 3: {"loss": 1.0}, 4: {}}
+    assert best_step(values, "loss") == 2
+    assert best_step(values, "eval/r1") is None
+    assert kept_steps(values, CheckpointConfig(keep_best="loss")) == {2, 3, 4}
+
+
+def test_checkpoint_in_use_is_not_deleted(tmp_path):
+    folder, store = str(tmp_path), ObjectStore()
+    save(folder, 1)
+    with newest(folder).in_use():
+        save(folder, 2, 3, 4)
+        assert holds(SavedCheckpoint.open(join(folder, step_name(1)), store), 1)
+    save(folder, 5)
+    assert [saved.step for saved in committed(folder, store)] == [5, 4]
+
+
+def test_leftovers_are_collected_but_never_those_of_a_later_step(tmp_path):
+    folder, store = str(tmp_path), ObjectStore()
+    save(folder, 4)
+    crashed = [join(folder, step_name(step), "part-00000-of-00002-x.safetensors") for step in (3, 4, 5)]
+    for url in crashed:
+        store.put(url, b"half")
+    _, dry = prune(folder, store, CheckpointConfig(), dry_run=True)
+    assert dry == crashed[:2]
+    prune(folder, store, CheckpointConfig())
+    assert [Path(url).exists() for url in crashed] == [False, False, True]
+    assert holds(newest(folder), 4)
+
+
+def test_interval():
+    by_steps = Interval(CheckpointConfig(every_steps=4), 86400)
+    assert [step for step in range(1, 10) if by_steps.due(step, 1e6)] == [4, 8]
+    by_time = Interval(CheckpointConfig(every_minutes=0.5), 86400)
+    assert [step for step in range(1, 5) if by_time.due(step, 10.0)] == [3, 4]
+    by_time.saved(None)
+    assert not by_time.due(5, 10.0)
+    assert young_daly_seconds(2.0, 3600.0) == pytest.approx(120.0)
+    automatic = Interval(CheckpointConfig(), 3600.0)
+    automatic.saved(0.5)
+    assert automatic.wanted_seconds == pytest.approx(60.0)

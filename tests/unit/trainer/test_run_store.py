@@ -1,0 +1,217 @@
+"""The lease, the configuration kept, the facts of a run, the hand-over; in a local folder, in one process."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.object_store import ObjectStore, join
+from tests.saved_states import fragments_of, full, manager, state_of
+from trainer.config import TrainConfig
+from trainer.config_io import check_config
+from trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
+from trainer.handoff import hand_over
+from trainer.lease import Lease, LeaseState, read_lease
+from trainer.run_store import RunStore, read_run
+
+pytestmark = pytest.mark.unit
+STORE = ObjectStore()
+BEAT = 0.05
+
+
+def config(folder: Path, **changes: object) -> TrainConfig:
+    raw = {
+        "run": {"name": "night", "url": str(folder)},
+        "data": {"sources": [{"manifest": "m"}], "lanes": 2},
+        "model": {"vision": {"path": "v"}, "language": {"path": "l"}},
+        "stage1": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "deepspeed": "stage1_zero1"},
+        "stage2": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "deepspeed": "stage2_zero3"},
+    }
+    for key, value in changes.items():
+        target = raw
+        *parents, last = key.split("__")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return check_config(raw, TrainConfig, "test")
+
+
+def open_run(folder: Path, owner: str = "ann", allow_change: tuple[str, ...] = (), **changes: object) -> RunStore:
+    return RunStore.open(config(folder, **changes), STORE, owner=owner, allow_change=allow_change, beat_seconds=BEAT)
+
+
+def abandon(run: RunStore) -> None:
+    """Stop the heart of a run without releasing its lease, as a killed process does."""
+    run._lease._ended.set()
+    run._lease._thread.join()
+
+
+def test_second_writer_is_refused_with_holder_and_since(tmp_path):
+    run = open_run(tmp_path, "ann")
+    since = read_lease(join(run.url, "lease.json"), STORE).since
+    with pytest.raises(LeaseError, match=rf"held by ann since {since.replace('+', '.')}"):
+        open_run(tmp_path, "bob")
+    run.close()
+
+
+def test_released_lease_is_taken_at_once(tmp_path):
+    run = open_run(tmp_path, "ann")
+    run.close()
+    again = open_run(tmp_path, "bob")
+    assert again.token.number == run.token.number + 1
+    again.close()
+
+
+def test_stale_lease_is_taken_over_and_the_old_writer_is_fenced_out(tmp_path):
+    old = open_run(tmp_path, "ann")
+    worker = RunStore.attach(config(tmp_path), STORE, old.token)
+    worker.fence()
+    abandon(old)
+    new = open_run(tmp_path, "bob")
+    for store in (old, worker):
+        with pytest.raises(LeaseError, match="held by bob"):
+            store.fence()
+    new.fence()
+    old.close()
+    new.fence()
+    new.close()
+
+
+def test_staleness_does_not_trust_clocks(tmp_path):
+    run = open_run(tmp_path)
+    url = join(run.url, "lease.json")
+    abandon(run)
+    state = LeaseState.from_bytes(STORE.get(url), url)
+    STORE.put(url, json.dumps(vars(state) | {"since": "2999-01-01T00:00:00+00:00"}).encode())
+    again = open_run(tmp_path, "bob")
+    again.close()
+
+
+def test_lost_answer_of_a_heartbeat_is_no_takeover(tmp_path):
+    url = join(str(tmp_path), "lease.json")
+    lease = Lease.take(url, STORE, "ann", beat_seconds=60)
+    state = LeaseState.from_bytes(STORE.get(url), url)
+    STORE.put(url, json.dumps(vars(state) | {"beat": 1}).encode())
+    lease.check()
+    lease.release()
+
+
+def test_heart_beats(tmp_path):
+    run = open_run(tmp_path)
+    url = join(run.url, "lease.json")
+    first = read_lease(url, STORE).beat
+    deadline = time.monotonic() + 10
+    while read_lease(url, STORE).beat < first + 3 and time.monotonic() < deadline:
+        time.sleep(BEAT)
+    assert read_lease(url, STORE).beat >= first + 3
+    run.close()
+
+
+def test_other_configuration_is_refused_with_the_difference(tmp_path):
+    open_run(tmp_path).close()
+    with pytest.raises(ConfigError, match=r"run.seed: 0 -> 7") as error:
+        open_run(tmp_path, run__seed=7, stage1__steps=9)
+    assert "stage1.steps: 4 -> 9   (possible with --allow-change stage1.steps)" in str(error.value)
+    assert "run.seed: 0 -> 7   (possible" not in str(error.value)
+    assert read_lease(join(str(tmp_path), "night", "lease.json"), STORE).released
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stage1__micro_batch_size": 4}, {"logging__every_steps": 1}, {"checkpoint__keep_last": 5}]
+)
+def test_what_does_not_change_training_may_change(tmp_path, changes):
+    open_run(tmp_path).close()
+    run = open_run(tmp_path, **changes)
+    (change,) = run.facts()["attempts"][-1]["changes"]
+    assert change["key"] == next(iter(changes)).replace("__", ".")
+    run.close()
+
+
+def test_allow_change(tmp_path):
+    open_run(tmp_path).close()
+    open_run(tmp_path, allow_change=("stage1.steps",), stage1__steps=9).close()
+    open_run(tmp_path, stage1__steps=9).close()
+    for key, value in (("run.seed", 7), ("data.lanes", 4), ("stage1.global_batch_size", 8)):
+        with pytest.raises(ConfigError, match=key):
+            open_run(tmp_path, allow_change=(key, "stage1.steps"), stage1__steps=9, **{key.replace(".", "__"): value})
+
+
+def test_facts_are_merged_and_attempts_counted(tmp_path):
+    run = open_run(tmp_path)
+    run.record(stages={"stage1": "finished"})
+    RunStore.attach(config(tmp_path), STORE, run.token).record(stages={"stage2": "begun"})
+    assert run.facts()["stages"] == {"stage1": "finished", "stage2": "begun"}
+    assert run.seconds_between_failures() == pytest.approx(86400, abs=100)
+    abandon(run)
+    again = open_run(tmp_path)
+    assert again.seconds_between_failures() == pytest.approx(43200, abs=100)
+    again.close()
+    assert "ended" in again.facts()["attempts"][-1]
+    assert "ended" not in again.facts()["attempts"][0]
+
+
+def test_folder_that_is_no_run(tmp_path):
+    with pytest.raises(TrainerError, match="no run's folder"):
+        read_run(str(tmp_path), STORE)
+
+
+def stage1(run: RunStore, *steps: int, **metrics: float) -> None:
+    checkpoints = manager(run.checkpoints_url("stage1"), token=run.token.number, keep_last=9)
+    for step in steps:
+        checkpoints.save(step, fragments_of(step), state_of(step, metrics=metrics if step == steps[0] else {}))
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def stage2_parameters() -> dict[str, nn.Parameter]:
+    return {"qformer.a": nn.Parameter(torch.zeros(7, 5)), "projection.weight": nn.Parameter(torch.ones(2, 2))}
+
+
+def test_hand_over_takes_by_name_drops_the_rest_and_is_done_once(tmp_path):
+    run = open_run(tmp_path)
+    stage1(run, 2, 4)
+    parameters = stage2_parameters()
+    record = hand_over(config(tmp_path), run, STORE, parameters)
+    assert torch.equal(parameters["qformer.a"].flatten(), full(4)["qformer.a", "param"])
+    assert torch.equal(parameters["projection.weight"], torch.ones(2, 2))
+    assert record["taken"] == ["qformer.a"]
+    assert record["dropped"] == ["projection.b", "qformer.temperature"]
+    assert run.facts()["handoffs"]["stage2"] == record
+    stage1(run, 6)
+    again = stage2_parameters()
+    assert hand_over(config(tmp_path), run, STORE, again) == record
+    assert torch.equal(again["qformer.a"], parameters["qformer.a"])
+    run.close()
+
+
+def test_hand_over_of_the_best(tmp_path):
+    changes = {"stage2__init_choice": "best", "checkpoint__keep_best": "eval/r1"}
+    run = open_run(tmp_path, **changes)
+    stage1(run, 2, 4, **{"eval/r1": 0.5})
+    parameters = stage2_parameters()
+    hand_over(config(tmp_path, **changes), run, STORE, parameters)
+    assert torch.equal(parameters["qformer.a"].flatten(), full(2)["qformer.a", "param"])
+    run.close()
+
+
+def test_hand_over_refuses_what_is_unfinished_damaged_or_foreign(tmp_path):
+    run = open_run(tmp_path)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+    stage1(run, 2)
+    with pytest.raises(CheckpointError, match="stands at step 2"):
+        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+    stage1(run, 4)
+    with pytest.raises(CheckpointError, match=r"lacks \['qformer.other'\]"):
+        hand_over(config(tmp_path), run, STORE, {"qformer.other": nn.Parameter(torch.zeros(1))})
+    with pytest.raises(CheckpointError, match=r"qformer.a: \(7, 5\), the model has \(3,\)"):
+        hand_over(config(tmp_path), run, STORE, {"qformer.a": nn.Parameter(torch.zeros(3))})
+    part = next((tmp_path / "night/stage1/checkpoints/step-000000004").glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+    assert "handoffs" not in run.facts()
+    run.close()
