@@ -4,12 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test unit integration check format bench clean venv
+.PHONY: demo test unit integration fixtures check format bench clean venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the main job on real input"
 	@echo "make test    run all tests"
+	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling"
 	@echo "make bench   run all benchmarks"
 	@echo "make clean   remove everything that make made"
@@ -32,6 +33,9 @@ integration: venv
 
 test: venv
 	$(UNIT_THREADS) $(BIN)/python -m pytest
+
+fixtures: venv
+	$(UNIT_THREADS) $(BIN)/python -m tests.fixtures_check $(or $(DIR),tests/data)
 
 check: venv
 	$(BIN)/ruff check .

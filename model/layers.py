@@ -45,7 +45,8 @@ class Attention(nn.Module):
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         """Split the width into heads: B, L, D to B, H, L, d."""
-        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1).transpose(1, 2)
+        head_width = x_BLD.shape[-1] // self.num_heads
+        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, head_width).transpose(1, 2)
 
     def attend(self, query_BLD: Tensor, memory: KeysValues, mask: Tensor | None = None) -> Tensor:
         """Return the attention's context, B, L, D; `mask` is True where attending is allowed."""

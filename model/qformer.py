@@ -51,8 +51,9 @@ class ImageNorm(nn.LayerNorm):
         return F.linear(standardised_IPC, linear.weight * self.weight, bias)
 
     def standardise(self, image_IPC: Tensor) -> Tensor:
-        """Return the features with mean 0 and variance 1, in fp32, detached."""
-        return F.layer_norm(image_IPC.detach().float(), self.normalized_shape, eps=self.eps)
+        """Return the features with mean 0 and variance 1, in at least fp32, detached."""
+        image_IPC = image_IPC.detach().to(torch.promote_types(image_IPC.dtype, torch.float32))
+        return F.layer_norm(image_IPC, self.normalized_shape, eps=self.eps)
 
 
 class LanguageHead(nn.Module):

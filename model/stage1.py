@@ -63,9 +63,9 @@ class Encoded:
     memory: ImageMemory
     states: QueryStates
     image_BQE: Tensor
-    """Unit vectors, fp32."""
+    """Unit vectors, at least fp32."""
     text_BE: Tensor
-    """Unit vectors, fp32."""
+    """Unit vectors, at least fp32."""
 
 
 class Stage1Model(nn.Module):
@@ -124,8 +124,8 @@ class Stage1Model(nn.Module):
         return Encoded(
             memory,
             states,
-            F.normalize(self.image_projection(states.hidden_BQD).float(), dim=-1),
-            F.normalize(self.text_projection(text_BD).float(), dim=-1),
+            _unit_vectors(self.image_projection(states.hidden_BQD)),
+            _unit_vectors(self.text_projection(text_BD)),
         )
 
     def match(self, ids_MT: Tensor, mask_MT: Tensor, memory: ImageMemory) -> Tensor:
@@ -169,6 +169,10 @@ class Stage1Model(nn.Module):
     def list_tokens(self, ids_BT: Tensor, mask_BT: Tensor) -> TextRows:
         """List a batch of texts for the Q-Former's passes."""
         return list_tokens(ids_BT, mask_BT, packed=self.qformer.savings.pack_text)
+
+
+def _unit_vectors(x: Tensor) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _check_shapes(batch: Stage1Inputs) -> None:

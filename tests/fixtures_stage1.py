@@ -1,0 +1,274 @@
+"""The stage-1 part of `make fixtures`: a folder with weights, inputs and results of the original code against ours.
+
+Dimensions come from config.json and the tensors' shapes. The allowed deviation of gradients is 1e-4 + 1e-4 of the
+reference's value (the fixture's README); the deviation shown is what is left after the relative part.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.config import QFormerConfig, Stage1LossConfig
+from model.exchange import Exchange, LocalExchange, ProcessGroupExchange
+from model.lavis_format import lavis_names, load_lavis
+from model.losses import choose_hardest
+from model.qformer import QFormer
+from model.savings import PLAIN, Savings
+from model.stage1 import Stage1Inputs, Stage1Model
+from tests.ranks import run_ranks
+
+LOSS_TOLERANCE, INTERMEDIATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5, 1e-4
+# A parameter after six steps of AdamW with learning rate 1e-3: rounding is amplified where the gradient is nearly zero.
+PARAMETER_TOLERANCE = 2e-5
+# The reference's own logits (up to 30) are 2.6e-5 off what the same maths gives in double: a few units of fp32.
+RELATIVE_ROUNDING = 1e-6
+LOSSES = {"itc": "loss_itc", "itm": "loss_itm", "itg": "loss_lm"}
+SAVINGS = {"fast": Savings(), "plain": PLAIN}
+
+
+class Deviation(NamedTuple):
+    case: str
+    deviation: float
+    allowed: float
+
+
+def is_stage1(folder: Path) -> bool:
+    """Tell whether the folder is a stage-1 fixture."""
+    return (folder / "config.json").exists() and "num_query_tokens" in json.loads((folder / "config.json").read_text())
+
+
+class Reference:
+    """A fixture folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.results = json.loads((folder / "results.json").read_text())
+        self.inputs = self.tensors("inputs")
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def model(self, savings: Savings | None = None, **loss: Any) -> Stage1Model:
+        sizes = self.config
+        config = QFormerConfig(
+            hidden_size=sizes["hidden_size"],
+            num_layers=sizes["num_hidden_layers"],
+            num_heads=sizes["num_attention_heads"],
+            intermediate_size=sizes["intermediate_size"],
+            cross_attention_every=sizes["cross_attention_frequency"],
+            num_queries=sizes["num_query_tokens"],
+            vocab_size=sizes["vocab_size"],
+            max_positions=sizes["max_position_embeddings"],
+            layer_norm_eps=sizes["layer_norm_eps"],
+            image_norm_eps=sizes["vision_layer_norm_eps"],
+            projection_size=sizes["projection_dim"],
+            dropout=0.0,
+        )
+        loss_config = Stage1LossConfig(label_smoothing=sizes["label_smoothing"], **loss)
+        qformer = QFormer(config, sizes["vision_width"], savings=savings)
+        model = Stage1Model(None, qformer, loss_config, choose_hardest)
+        load_lavis(model, self.tensors("weights"))
+        return model
+
+    def rows(self, rows: list[int] | None = None, *, image_ids: bool = False) -> Stage1Inputs:
+        rows_B = torch.arange(self.inputs["input_ids"].shape[0]) if rows is None else torch.tensor(rows)
+        return Stage1Inputs(
+            input_ids_BT=self.inputs["input_ids"][rows_B],
+            attention_mask_BT=self.inputs["attention_mask"][rows_B],
+            valid_B=torch.ones_like(rows_B, dtype=torch.bool),
+            rows_B=rows_B,
+            image_ids_B=self.inputs["image_id"][rows_B] if image_ids else None,
+            image_BPD=self.inputs["image_features"][rows_B],
+        )
+
+
+def in_double(inputs: Stage1Inputs) -> Stage1Inputs:
+    """Return the same rows in double precision, where the way of working shows and rounding does not."""
+    return replace(inputs, image_BPD=None if inputs.image_BPD is None else inputs.image_BPD.double())
+
+
+def losses_and_gradients(
+    model: Stage1Model, inputs: Stage1Inputs, size: int, exchange: Exchange | None = None, calls: list | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the losses and the gradients of this rank under the original's names; list the backward calls."""
+    model.zero_grad()
+    calls = [] if calls is None else calls
+    output = model.loss_and_backward(
+        inputs,
+        seed=0,
+        step=0,
+        micro_batch_size=size,
+        exchange=exchange or LocalExchange(),
+        backward=lambda loss: calls.append(loss.backward()),
+    )
+    parameters = model.trainable_parameters()
+    gradients = {
+        theirs: torch.zeros_like(parameters[ours]) if parameters[ours].grad is None else parameters[ours].grad.clone()
+        for ours, theirs in lavis_names(model).items()
+    }
+    return {LOSSES[name]: float(value) for name, value in output.parts.items()}, gradients
+
+
+def check_stage1(folder: Path) -> Iterator[Deviation | str]:
+    """Yield the largest deviation of every case, and the names of cases whose files are absent."""
+    reference = Reference(folder)
+    cases: dict[str, tuple[tuple[str, ...], Callable[[Reference], Iterator[Deviation]]]] = {
+        "case 1: intermediates": (("case1_intermediates.safetensors",), _intermediates),
+        "case 1: losses and gradients": (("case1_grads.safetensors",), _case1),
+        "case 1: gradients per loss": (("case1_grads_per_loss.safetensors",), _per_loss),
+        "case 1: gradient to both sides of the contrast": (("itc_full_gradient.safetensors",), _full_contrast),
+        "case 2: two ranks": (("case2_grads_rank_mean.safetensors",), _case2),
+        "case 3: image ids": (("case3_grads.safetensors",), _case3),
+        "case 4: six AdamW steps": (
+            ("case4_adamw_trajectory.json", "case4_params_after_6_steps.safetensors"),
+            _case4,
+        ),
+    }
+    for name, (files, check) in cases.items():
+        absent = [file for file in files if not reference.has(file)]
+        if absent:
+            yield f"{name}: left out, no {', '.join(absent)}"
+        else:
+            yield from check(reference)
+
+
+@torch.no_grad()
+def _intermediates(reference: Reference) -> Iterator[Deviation]:
+    expected, inputs = reference.tensors("case1_intermediates"), reference.rows()
+    results = reference.results["case1_world1"]
+    for kind, savings in SAVINGS.items():
+        model = reference.model(savings)
+        found = intermediates(model, inputs, *(torch.tensor(results[f"neg_{x}_idx"]) for x in ("image", "text")))
+        for name, value in found.items():
+            if name in expected:
+                yield Deviation(f"case 1 {kind}: {name}", _largest(value, expected[name]), INTERMEDIATE_TOLERANCE)
+        text = model.list_tokens(inputs.input_ids_BT, inputs.attention_mask_BT)
+        memory = model.encode(inputs.image_BPD, inputs.input_ids_BT, inputs.attention_mask_BT).states.memory
+        states = model.qformer.causal_pass(text, memory)
+        real_BT = inputs.attention_mask_BT.bool()
+        before_BT = torch.cat([real_BT[:, 1:], torch.zeros_like(real_BT[:, :1])], dim=1)
+        logits_KV = expected["lm_logits"][before_BT]
+        deviation = _largest(model.qformer.target_logits(states), logits_KV)
+        yield Deviation(f"case 1 {kind}: lm_logits", deviation, INTERMEDIATE_TOLERANCE)
+
+
+def intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, text_B: Tensor) -> dict[str, Tensor]:
+    """Return the reference's intermediate values with the given negatives."""
+    ids_BT, mask_BT = inputs.input_ids_BT, inputs.attention_mask_BT
+    encoded = model.encode(inputs.image_BPD, ids_BT, mask_BT)
+    similarity_BQB = encoded.image_BQE @ encoded.text_BE.T / model.temperature
+    own_B = torch.arange(len(ids_BT))
+    texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
+    memory = encoded.memory._replace(index_B=images_M)
+    hidden = model.qformer.multimodal_pass(model.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory)
+    return {
+        "query_hidden": encoded.states.hidden_BQD,
+        "text_cls_hidden": model.qformer.text_pass(model.list_tokens(ids_BT, mask_BT)),
+        "image_feats": encoded.image_BQE,
+        "text_feat": encoded.text_BE,
+        "sim_i2t": similarity_BQB.amax(dim=1),
+        "sim_t2i": similarity_BQB.amax(dim=1).T,
+        "itm_query_hidden": hidden,
+        "itm_logits": model.match(ids_BT[texts_M], mask_BT[texts_M], memory),
+    }
+
+
+def _case1(reference: Reference) -> Iterator[Deviation]:
+    expected = reference.tensors("case1_grads")
+    rows = len(reference.inputs["input_ids"])
+    for kind, savings in SAVINGS.items():
+        for size in (rows, max(1, rows // 3), 1):
+            losses, gradients = losses_and_gradients(reference.model(savings), reference.rows(), size)
+            case = f"case 1 {kind}, micro-batches of {size}"
+            yield _losses(case, losses, reference.results["case1_world1"]["losses"])
+            yield gradient_deviation(case, gradients, expected)
+
+
+def _per_loss(reference: Reference) -> Iterator[Deviation]:
+    expected = reference.tensors("case1_grads_per_loss")
+    for part, theirs in LOSSES.items():
+        weights = {f"{other}_weight": float(other == part) for other in LOSSES}
+        _, gradients = losses_and_gradients(reference.model(**weights), reference.rows(), 2)
+        wanted = {name.removeprefix(f"{theirs}/"): x for name, x in expected.items() if name.startswith(f"{theirs}/")}
+        yield gradient_deviation(f"case 1, only {part}", gradients, wanted)
+
+
+def _full_contrast(reference: Reference) -> Iterator[Deviation]:
+    model = reference.model(itc_grad="full", itm_weight=0.0, itg_weight=0.0)
+    _, gradients = losses_and_gradients(model, reference.rows(), 2)
+    yield gradient_deviation("contrast, both sides", gradients, reference.tensors("itc_full_gradient"))
+
+
+def _case3(reference: Reference) -> Iterator[Deviation]:
+    losses, gradients = losses_and_gradients(reference.model(), reference.rows(image_ids=True), 2)
+    yield _losses("case 3, image ids", losses, reference.results["case3_image_id"]["losses"])
+    yield gradient_deviation("case 3, image ids", gradients, reference.tensors("case3_grads"))
+
+
+def _case2(reference: Reference) -> Iterator[Deviation]:
+    """Compare two ranks; the original's LM mean is per rank, so that part is put together from the ranks' own means."""
+    ranks = reference.config["rank_rows"]
+    results = reference.results["case2_world2"]
+    outputs = run_ranks(two_ranks, len(ranks), str(reference.folder))
+    losses, gradients = outputs[0][0], {name: torch.from_numpy(x) for name, x in outputs[0][1].items()}
+    for name in ("loss_itc", "loss_itm"):
+        mean = sum(results[f"rank{rank}_losses"][name] for rank in range(len(ranks))) / len(ranks)
+        yield Deviation(f"case 2, {name}", abs(losses[name] - mean), LOSS_TOLERANCE)
+    for rank, rows in enumerate(ranks):
+        model = reference.model(itc_weight=0.0, itm_weight=0.0)
+        found, part = losses_and_gradients(model, reference.rows(rows), len(rows))
+        gradients = {name: gradients[name] + part[name] / len(ranks) for name in gradients}
+        wanted = results[f"rank{rank}_losses"]["loss_lm"]
+        yield Deviation(f"case 2, loss_lm of rank {rank}", abs(found["loss_lm"] - wanted), LOSS_TOLERANCE)
+    yield gradient_deviation("case 2", gradients, reference.tensors("case2_grads_rank_mean"))
+
+
+def two_ranks(rank: int, world_size: int, folder: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the contrast and matching losses and the gradients summed over the ranks."""
+    del world_size
+    reference, exchange = Reference(Path(folder)), ProcessGroupExchange()
+    rows = reference.config["rank_rows"][rank]
+    losses, gradients = losses_and_gradients(reference.model(itg_weight=0.0), reference.rows(rows), len(rows), exchange)
+    return losses, {name: exchange.all_reduce_sum(value).numpy() for name, value in gradients.items()}
+
+
+def _case4(reference: Reference) -> Iterator[Deviation]:
+    trajectory = json.loads((reference.folder / "case4_adamw_trajectory.json").read_text())
+    model = reference.model()
+    parameters = {theirs: model.trainable_parameters()[ours] for ours, theirs in lavis_names(model).items()}
+    groups = [
+        {"params": [parameters[name] for name in group["names"]], "weight_decay": group["weight_decay"]}
+        for group in trajectory["param_groups"]
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for step, wanted in enumerate(trajectory["trajectory"]):
+        losses, _ = losses_and_gradients(model, reference.rows(), 6)
+        yield _losses(f"case 4, before step {step}", losses, wanted)
+        optimizer.step()
+    for name, value in reference.tensors("case4_params_after_6_steps").items():
+        yield Deviation(f"case 4, {name}", _largest(parameters[name].detach(), value), PARAMETER_TOLERANCE)
+
+
+def _losses(case: str, losses: dict[str, float], expected: dict[str, float]) -> Deviation:
+    return Deviation(f"{case}: losses", max(abs(losses[name] - expected[name]) for name in losses), LOSS_TOLERANCE)
+
+
+def gradient_deviation(case: str, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> Deviation:
+    """Return the largest difference beyond 1e-4 of the expected value."""
+    left = [((gradients[n] - x).abs() - 1e-4 * x.abs()).clamp_min(0).max() for n, x in expected.items()]
+    return Deviation(f"{case}: {len(expected)} gradients", float(max(left)), GRADIENT_TOLERANCE)
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(((found - expected).abs() - RELATIVE_ROUNDING * expected.abs()).clamp_min(0).max())

@@ -1,0 +1,120 @@
+"""Stage 1 against the numbers of the original code, and the same numbers however the work is done."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.savings import PLAIN, Savings
+from tests.fixtures_stage1 import (
+    LOSSES,
+    Reference,
+    _case1,
+    _case3,
+    _case4,
+    _full_contrast,
+    _intermediates,
+    _per_loss,
+    in_double,
+    losses_and_gradients,
+)
+
+pytestmark = pytest.mark.unit
+TOLERANCE = 1e-6  # losses are reported in fp32
+ROOT = Path(__file__).parents[3]
+SHARED = ROOT.parent / "shared" / "fixtures" / "stage1_reference"
+FOLDER = SHARED if SHARED.exists() else ROOT / "tests" / "data" / "stage1_reference"
+reference = Reference(FOLDER)
+
+
+@pytest.mark.parametrize("check", [_intermediates, _case1, _per_loss, _full_contrast, _case3, _case4])
+def test_equals_the_original(check):
+    found = list(check(reference))
+    assert found
+    assert [x for x in found if x.deviation > x.allowed] == []
+
+
+# Equality of ways of working is tested in double precision, so that rounding cannot hide a difference.
+def in_double_run(model, inputs, size):
+    return losses_and_gradients(model.double(), in_double(inputs), size)
+
+
+def difference(found, expected):
+    (losses, gradients), (losses_0, gradients_0) = found, expected
+    relative = [float((gradients[name] - x).abs().max()) for name, x in gradients_0.items()]
+    return max(abs(losses[name] - losses_0[name]) for name in LOSSES.values()), max(relative)
+
+
+@pytest.mark.parametrize("saving", [field.name for field in fields(Savings)])
+def test_each_saving_changes_nothing(saving):
+    expected = in_double_run(reference.model(PLAIN), reference.rows(), 6)
+    found = in_double_run(reference.model(replace(PLAIN, **{saving: True})), reference.rows(), 6)
+    assert max(difference(found, expected)) < TOLERANCE
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = reference.model()
+    expected = in_double_run(model, reference.rows(), 6)
+    model.qformer.config = model.qformer.config.model_copy(update={"activation_checkpointing": True})
+    assert max(difference(in_double_run(model, reference.rows(), 6), expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize("itc_grad", ["anchor", "full"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_change_nothing(size, itc_grad):
+    expected = in_double_run(reference.model(itc_grad=itc_grad), reference.rows(), 6)
+    found = in_double_run(reference.model(itc_grad=itc_grad), reference.rows(), size)
+    assert max(difference(found, expected)) < TOLERANCE
+
+
+def test_holes_take_no_part():
+    inputs = reference.rows()
+    expected = in_double_run(reference.model(), inputs.at(torch.tensor([0, 2, 3, 5])), 6)
+    holes = torch.tensor([True, False, True, True, False, True])
+    mask = inputs.attention_mask_BT.masked_fill(~holes[:, None], 0)
+    features = inputs.image_BPD.masked_fill(~holes[:, None, None], float("nan"))
+    masked = replace(inputs, valid_B=holes, attention_mask_BT=mask, image_BPD=features)
+    for size in (6, 2, 1):
+        assert max(difference(in_double_run(reference.model(), masked, size), expected)) < TOLERANCE
+
+
+def test_one_valid_row_and_none():
+    inputs = reference.rows()
+    for valid in ([3], []):
+        mask = torch.zeros(6, dtype=torch.bool)
+        mask[valid] = True
+        for size in (6, 2):
+            losses, gradients = in_double_run(reference.model(), replace(inputs, valid_B=mask), size)
+            assert all(torch.isfinite(x).all() for x in gradients.values())
+            assert (losses["loss_lm"] > 0) == bool(valid)
+
+
+def test_batch_of_one_row():
+    losses, gradients = in_double_run(reference.model(), reference.rows([2]), 1)
+    assert losses["loss_itc"] == 0.0
+    assert losses["loss_itm"] > 0
+    assert all(torch.isfinite(x).all() for x in gradients.values())
+
+
+def test_dropout_is_a_function_of_the_place_and_the_same_in_both_halves():
+    model = reference.model()
+    model.qformer.config = model.qformer.config.model_copy(update={"dropout": 0.5})
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    # Only the contrast: with micro-batches its gradient is taken on features of the first half.
+    model.config = model.config.model_copy(update={"itm_weight": 0.0, "itg_weight": 0.0})
+    first = in_double_run(model, reference.rows(), 2)
+    torch.manual_seed(99)
+    again = in_double_run(model, reference.rows(), 2)
+    assert first[0] == again[0]
+    assert all(torch.equal(first[1][name], x) for name, x in again[1].items())
+    seen = []
+    encode = model.encode
+    model.encode = lambda *inputs: seen.append(encode(*inputs)) or seen[-1]
+    in_double_run(model, reference.rows(), 2)
+    for half, other in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(half.image_BQE, other.image_BQE.detach(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(half.text_BE, other.text_BE.detach(), atol=1e-9, rtol=0)
+    assert not torch.equal(seen[0].image_BQE, seen[1].image_BQE)
