@@ -5,6 +5,7 @@ encoders go to our own format (model/own_format.py). Tensor names inside the fil
 models' own folders, so frozen weights are copied here; only our own format can link them.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from model.tensor_files import read_json
 from model.vision import image_statistics
 from model.weight_writer import Source, file_tensors, write_tensors
 
+logger = logging.getLogger(__name__)
+HF_IMAGE_NORM_EPS = 1e-6
 HF_VISION_TYPES = ("blip-2", "blip_2_vision_model")
 IMAGE_TOKEN = "<image>"  # noqa: S105 - the placeholder's name in transformers
 
@@ -60,7 +63,7 @@ def export_captioner(
         ModelError: transformers cannot hold this encoder, or tensors are missing.
     """
     language_config, language_folder = language
-    vision_config = _vision_config(vision[1])
+    vision_config = _vision_config(vision[1], qformer)
     with torch.device("meta"):
         skeleton = build_language(language_config, language_folder)
     encoder = LanguageEncoder(language_folder, language_config)
@@ -107,7 +110,7 @@ def export_retriever(
     Raises:
         ModelError: transformers cannot hold this encoder, or tensors are missing.
     """
-    vision_config = _vision_config(vision[1])
+    vision_config = _vision_config(vision[1], qformer)
     processor = _processor(vision, AutoTokenizer.from_pretrained(tokenizer_folder), None)
     config = Blip2Config(
         vision_config=vision_config,
@@ -149,7 +152,7 @@ def _is_query_side(name: str) -> bool:
     )
 
 
-def _vision_config(folder: Path) -> dict[str, Any]:
+def _vision_config(folder: Path, qformer: QFormerConfig) -> dict[str, Any]:
     content = read_json(folder / "config.json")
     if content.get("model_type") not in HF_VISION_TYPES:
         raise ModelError(
@@ -158,6 +161,12 @@ def _vision_config(folder: Path) -> dict[str, Any]:
         )
     inner = content.get("vision_config", content)
     assert isinstance(inner, dict)
+    eps = inner.get("layer_norm_eps", HF_IMAGE_NORM_EPS)
+    if eps != qformer.image_norm_eps:
+        logger.warning(
+            "export: ln_vision was trained with eps %g, transformers computes it with the encoder's %g; outputs differ "
+            "in the sixth digit. Set model.qformer.image_norm_eps=%g in future runs", qformer.image_norm_eps, eps, eps,
+        )  # fmt: skip
     return inner
 
 

@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from model.assemble import load_captioner
 from model.config import QFormerConfig
 from model.errors import ModelError
 from model.exchange import LocalExchange
@@ -242,3 +243,26 @@ def test_evaluation_without_gradient_leaves_the_mode(root):
         parts.inputs(), seed=0, step=0, micro_batch_size=4, exchange=LocalExchange(), backward=None
     )
     assert not output.total.requires_grad
+
+
+def test_a_transformers_folder_becomes_an_own_export_that_answers(exported, root):
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from cluster.cli.model import app
+
+    parts, folder, _, _ = exported
+    own = root / f"own-{folder.name}"
+    picture = root / "picture.png"
+    Image.new("RGB", (30, 20), (200, 30, 30)).save(picture)
+    run = CliRunner()
+    assert run.invoke(app, ["import", str(folder), str(own)]).exit_code == 0
+    fresh, encoder = load_captioner(own)
+    images = parts.inputs().images_BCHW
+    assert caption(fresh, encoder, images, decoding=FEW) == caption(parts.model, parts.encoder, images, decoding=FEW)
+    shown = run.invoke(app, ["caption", str(own), str(picture), "--beams", "1", "--max-new-tokens", "4"])
+    processor = Blip2Processor.from_pretrained(folder)
+    pixels = processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+    expected = caption(parts.model, parts.encoder, pixels, decoding=Decoding(max_new_tokens=4, num_beams=1))[0]
+    assert shown.output.rstrip("\n") == expected
+    assert run.invoke(app, ["ask", str(own), str(picture), "what colour"]).exit_code == 0
