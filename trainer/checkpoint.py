@@ -17,6 +17,7 @@ from trainer.checkpoint_format import (
     MANIFEST,
     FileEntry,
     Manifest,
+    NewerFormatError,
     canonical_json,
     entry_of,
     parse_json,
@@ -24,7 +25,7 @@ from trainer.checkpoint_format import (
     state_name,
     step_name,
 )
-from trainer.checkpoint_reader import SavedCheckpoint, committed
+from trainer.checkpoint_reader import SavedCheckpoint, scan
 from trainer.checkpoint_writer import WriterLostError, WriterProcess
 from trainer.config import CheckpointConfig
 from trainer.context import Rank
@@ -131,9 +132,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are some, but none can be trusted, or one is of a newer release.
         """
-        candidates = from_main_rank(
-            lambda: [(saved.url, saved.manifest) for saved in committed(self._url, self._store)]
-        )
+        candidates, damaged = from_main_rank(self._candidates)
         for url, manifest in candidates:
             saved = SavedCheckpoint(url, self._store, manifest)
             problems = gather_lists(self._check(saved))
@@ -145,10 +144,10 @@ class CheckpointManager:
                 raise CheckpointError(f"{url}: cannot be read to verify it: {'; '.join(text for _, text in problems)}")
             if self._rank.is_main:
                 logger.error("%s is DAMAGED and passed over: %s", url, "; ".join(text for _, text in problems))
-        if candidates:
+        if candidates or damaged:
             raise CheckpointError(
-                f"{self._url}: none of {len(candidates)} committed checkpoints is intact; restore the files named in "
-                "the log from a copy, or delete the folder to begin the stage anew"
+                f"{self._url}: none of {len(candidates) + len(damaged)} committed checkpoints is intact; "
+                "restore the files named in the log from a copy, or delete the folder to begin the stage anew"
             )
         return None
 
@@ -190,6 +189,10 @@ class CheckpointManager:
             self._snapshot.close()
         self._snapshot = Snapshot(fragments)
         return self._snapshot
+
+    def _candidates(self) -> tuple[list[tuple[str, Manifest]], list[str]]:
+        found, damaged = scan(self._url, self._store)
+        return [(saved.url, saved.manifest) for saved in found], damaged
 
     def _check(self, saved: SavedCheckpoint) -> list[tuple[bool, str]]:
         """Verify this rank's share of the files; (True, text): it could not be told."""
@@ -275,7 +278,7 @@ class CheckpointManager:
             there = self._store.get(url)
             if there == data:
                 return
-            if Manifest.from_bytes(there, url).token > self._token:
+            if _token_of(there, url) > self._token:
                 raise LeaseError(f"{url}: was committed by a later owner of the run; this writer has lost it") from None
             logger.warning("%s: replaces a manifest of an earlier attempt, from which training did not go on", url)
             self._store.compare_and_swap(url, data, version)
@@ -287,3 +290,14 @@ class CheckpointManager:
             prune(self._url, self._store, self._config)
         except (CheckpointError, DataError, OSError) as error:
             logger.warning("old checkpoints were not deleted, the next save tries again: %s", error)
+
+
+def _token_of(manifest: bytes, url: str) -> int:
+    """Return the fencing token of a manifest, which may be damaged."""
+    try:
+        return Manifest.from_bytes(manifest, url).token
+    except NewerFormatError:
+        raise
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return -1

@@ -1,6 +1,7 @@
 """Reading checkpoints: finding, verifying, any range of any tensor at any world size."""
 
 import hashlib
+import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from trainer.checkpoint_format import (
     MANIFEST,
     FileEntry,
     Manifest,
+    NewerFormatError,
     Piece,
     entry_of,
     header_end,
@@ -29,6 +31,7 @@ from trainer.errors import CheckpointError
 from trainer.fragments import KINDS
 from trainer.state import TrainState
 
+logger = logging.getLogger(__name__)
 IN_USE = "in-use"
 _BLOCKS_KEPT = 10
 _BLOCKS_AHEAD = 4
@@ -124,7 +127,7 @@ class SavedCheckpoint:
         result = torch.empty(length, dtype=torch.float32)
         if length == 0:
             return result
-        target = memoryview(result.numpy()).cast("B")
+        target = result.numpy().data.cast("B")
         done = offset
         for reader, piece in self._index[0].get((name, kind), ()):
             begin, end = max(done, piece.offset), min(offset + length, piece.offset + piece.length)
@@ -162,7 +165,7 @@ class SavedCheckpoint:
         for name in sorted(self.shapes()):
             for kind in sorted(KINDS):
                 digest.update(f"{name}\0{kind}\0".encode())
-                digest.update(memoryview(self.full(name, kind).contiguous().numpy()).cast("B"))
+                digest.update(self.full(name, kind).reshape(-1).numpy().data.cast("B"))
         return digest.hexdigest()
 
     @contextmanager
@@ -226,7 +229,12 @@ def folders(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
 
 
 def committed(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
-    """Return the checkpoints that count, newest first.
+    """Return the checkpoints that count, newest first; see `scan`."""
+    return scan(folder_url, store)[0]
+
+
+def scan(folder_url: str, store: ObjectStore) -> tuple[list[SavedCheckpoint], list[str]]:
+    """Return the checkpoints that count, newest first, and the URLs of manifests that are damaged.
 
     One with a lower fencing token than a checkpoint of an earlier step was committed late by a writer that had lost the
     run: its line of training was not continued, and it does not count.
@@ -234,14 +242,20 @@ def committed(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
     Raises:
         CheckpointError: one was written by a newer release.
     """
-    found = []
-    highest = -1
+    found: list[SavedCheckpoint] = []
+    damaged = []
     for files in folders(folder_url, store).values():
         manifest = next((info.url for info in files if info.url.endswith(f"/{MANIFEST}")), None)
         if manifest is None:
             continue
-        saved = SavedCheckpoint.open(manifest.rpartition("/")[0], store)
-        if saved.manifest.token >= highest:
-            highest = saved.manifest.token
+        try:
+            saved = SavedCheckpoint.open(manifest.rpartition("/")[0], store)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            logger.error("DAMAGED and passed over: %s", error)  # noqa: TRY400 - the operator needs the line
+            damaged.append(manifest)
+            continue
+        if not found or saved.manifest.token >= found[-1].manifest.token:
             found.append(saved)
-    return found[::-1]
+    return found[::-1], damaged

@@ -140,7 +140,7 @@ def _verify(saved: SavedCheckpoint) -> None:
     problems = saved.problems()
     if problems:
         raise CheckpointError(
-            f"{saved.url}: is damaged ({'; '.join(problems)}); delete it, so that stage 1 ends again from the one before"
+            f"{saved.url}: is damaged ({'; '.join(problems)}); delete it: stage 1 then ends again from the one before"
         )
 
 
@@ -158,7 +158,7 @@ class _Export:
     def __init__(self, url: str, data: bytes) -> None:
         self.url = url
         self._sha256 = hashlib.sha256(data).hexdigest()
-        self._tensors = load_safetensors(data)
+        self._tensors: dict[str, Tensor] = load_safetensors(data)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

@@ -61,10 +61,6 @@ def test_fault_at_every_write(tmp_path, kind):
             checkpoints.save(step, fragments_of(step), state_of(step))
             checkpoints.wait()
         checkpoints.close()
-        if kind == "truncate" and write == 2 * WRITES_PER_SAVE - 1:
-            with pytest.raises(CheckpointError, match="MANIFEST.json: is not JSON"):
-                committed(str(folder), ObjectStore())
-            continue
         assert check_after(folder) == (1 if kind == "truncate" else 2)
 
 
