@@ -266,3 +266,21 @@ def test_a_transformers_folder_becomes_an_own_export_that_answers(exported, root
     expected = caption(parts.model, parts.encoder, pixels, decoding=Decoding(max_new_tokens=4, num_beams=1))[0]
     assert shown.output.rstrip("\n") == expected
     assert run.invoke(app, ["ask", str(own), str(picture), "what colour"]).exit_code == 0
+
+
+def test_the_documented_script_needs_transformers_only(exported, root, monkeypatch, capsys):
+    from pathlib import Path
+
+    from PIL import Image
+
+    parts, folder, _, _ = exported
+    text = (Path(__file__).parents[3] / "docs" / "export-format.md").read_text()
+    script = text.split("```python\n")[1].split("```")[0]
+    picture = root / "script.png"
+    Image.new("RGB", (30, 20), (20, 90, 30)).save(picture)
+    monkeypatch.setattr("sys.argv", ["script", str(folder), str(picture)])
+    capsys.readouterr()
+    exec(compile(script, "export-format.md", "exec"), {})
+    processor = Blip2Processor.from_pretrained(folder)
+    pixels = processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+    assert capsys.readouterr().out.strip() == caption(parts.model, parts.encoder, pixels)[0]
