@@ -63,7 +63,7 @@ def contrastive_loss(logits_BN: Tensor, positive_BN: Tensor, smoothing: float) -
     """Return the summed cross-entropy against targets spread evenly over the positives, then smoothed over all N."""
     positive_BN = positive_BN.to(logits_BN.dtype)
     spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True)
-    target_BN = (1 - smoothing) * spread_BN + smoothing / logits_BN.shape[1]
+    target_BN = (1 - smoothing) * spread_BN + smoothing / max(logits_BN.shape[1], 1)
     return -(target_BN * F.log_softmax(logits_BN, dim=1)).sum()
 
 
