@@ -68,7 +68,7 @@ def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) 
 def accumulate(engine: Engine, step: int, num_micro_batches: int = 2) -> None:
     """Backward of this rank's rows in micro-batches."""
     rank, world = engine.rank.rank, engine.rank.world_size
-    x, y = (t[rank * BATCH // world : (rank + 1) * BATCH // world] for t in batch_of(step))
+    x, y = (t[rank * BATCH // world : (rank + 1) * BATCH // world].to(engine.device) for t in batch_of(step))
     for x_part, y_part in zip(x.chunk(num_micro_batches), y.chunk(num_micro_batches), strict=True):
         engine.backward(engine.module.loss(x_part, y_part))
 

@@ -1,0 +1,159 @@
+"""Stage 2 with one DeepSpeed engine (everything ZeRO-3) or two (language model ZeRO-3, trainable part ZeRO-1).
+
+Two gloo ranks, random OPT, a trainable transformer in front. Per rank, after warm-up: CPU seconds, collectives and the
+bytes in them per step, peak growth of anonymous memory.
+Run: OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.engine_layout
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.frozen_load import Watched
+from data_pipeline.object_store import ObjectStore
+from model.config import LanguageConfig
+from tests.engine_toys import make_engine
+from tests.ranks import run_ranks
+from trainer.context import LocalContext
+
+WIDTH, LAYERS, HEAD_WIDTH, STEPS = 256, 8, 256, 6
+ZERO = {"stage3_param_persistence_threshold": 1000, "reduce_bucket_size": 5000000, "overlap_comm": False}
+
+
+class Bridge(nn.Module):
+    """A small transformer and a projection in front of a language model."""
+
+    def __init__(self, language: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(HEAD_WIDTH, 4, 4 * HEAD_WIDTH, dropout=0.0, batch_first=True)
+        self.head = nn.TransformerEncoder(layer, 4)
+        self.projection = nn.Linear(HEAD_WIDTH, WIDTH)
+        self.language = language
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """All but the language model's."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, x: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Return the language model's loss."""
+        loss: Tensor = self.language(self.projection(self.head(x)), tokens)
+        return loss
+
+
+def make_model(folder: Path) -> None:
+    """Write the random language model."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=2000, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        ffn_dim=4 * WIDTH, max_position_embeddings=128, dropout=0.0,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+
+
+def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, Any]:
+    """Train a few steps in one layout."""
+    from trainer.frozen_weights import frozen_language
+    from trainer.process_group import join_process_group, let_gloo_settle
+
+    torch.set_num_threads(1)
+    join_process_group(LocalContext().rank, 60)
+    template = Path(folder) / f"{layout}.json"
+    template.write_text(json.dumps({"zero_optimization": {"stage": 1, **ZERO}}))
+    language = frozen_language(LanguageConfig(path=folder), folder, ObjectStore(), LocalContext().rank, str(template))
+    bridge = Bridge(language)
+    ids = torch.randint(5, 1900, (4, 16), generator=torch.Generator().manual_seed(rank))
+    x, tokens = torch.ones(4, 8, HEAD_WIDTH), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    backward, step, close = _two(bridge, str(template)) if layout == "two engines" else _one(bridge, language)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            for row in range(2):
+                part = slice(2 * row, 2 * row + 2)
+                backward(bridge(x[part], {name: t[part] for name, t in tokens.items()}))
+            step()
+
+    run()
+    counts = _count_collectives()
+    watched = Watched(run)
+    close()
+    let_gloo_settle()
+    return {
+        "CPU seconds per step": watched.figures["CPU seconds"] / STEPS,
+        "wall seconds per step": watched.figures["wall seconds"] / STEPS,
+        "collectives per step": counts["calls"] / STEPS,
+        "collective MB per step": counts["bytes"] / STEPS / 1e6,
+        "anonymous peak MB": watched.figures["anonymous peak MB"],
+    }
+
+
+def _two(bridge: Bridge, template: str) -> Any:
+    engine = make_engine(template, model=bridge)
+    return engine.backward, lambda: engine.step(1e-4), engine.close
+
+
+def _one(bridge: Bridge, language: Any) -> Any:
+    """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
+    from trainer.deepspeed_config import load_template
+    from trainer.process_group import load_deepspeed
+
+    language.partitioning.destroy()
+    template = Path(tempfile.mkdtemp()) / "one.json"
+    template.write_text(json.dumps({"zero_optimization": {"stage": 3, **ZERO, "memory_efficient_linear": False}}))
+    trainable = list(bridge.trainable_parameters().values())
+    config = load_template(str(template))
+    engine, *_ = load_deepspeed().initialize(model=bridge, optimizer=torch.optim.AdamW(trainable), config=config)
+    stack: list[Any] = []
+
+    def backward(loss: Tensor) -> None:
+        if not stack:
+            stack.append(engine.coalesce_grad_reduction())
+            stack[0].__enter__()
+        engine.backward(loss)
+
+    def step() -> None:
+        stack.pop().__exit__(None, None, None)
+        engine.step()
+
+    return backward, step, engine.destroy
+
+
+def _count_collectives() -> dict[str, int]:
+    """Count calls of torch.distributed and the bytes of their largest tensor from here on."""
+    counts = {"calls": 0, "bytes": 0}
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts["calls"] += 1
+            counts["bytes"] += max((t.nbytes for t in args if isinstance(t, Tensor)), default=0)
+            return function(*args, **kwargs)
+
+        return call
+
+    from deepspeed import comm
+
+    for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce", "reduce_scatter_tensor", "broadcast"):
+        setattr(dist, name, counted(getattr(dist, name)))
+    comm.cdb.all_gather_function = dist.all_gather_into_tensor
+    comm.comm.cdb.all_gather_function = dist.all_gather_into_tensor
+    return counts
+
+
+def main() -> None:
+    """Print both layouts as JSON, rank 0 first."""
+    with tempfile.TemporaryDirectory() as root:
+        make_model(Path(root))
+        results = {
+            layout: run_ranks(measure, 2, root, layout, timeout_seconds=200) for layout in ("two engines", "one")
+        }
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
