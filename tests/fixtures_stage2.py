@@ -36,8 +36,12 @@ def is_stage2(folder: Path) -> bool:
     return results.exists() and "text_config" in json.loads(results.read_text())
 
 
-def check_stage2(folder: Path) -> Iterator[Deviation]:
-    """Yield the largest deviation of every case."""
+def check_stage2(folder: Path) -> Iterator[Deviation | str]:
+    """Yield the largest deviation of every case; a case whose files are absent as a line that says so."""
+    absent = [name for name in ("weights", "inputs", "intermediates") if not (folder / f"{name}.safetensors").exists()]
+    if absent:
+        yield f"all of stage 2: {', '.join(f'{name}.safetensors' for name in absent)} absent"
+        return
     results = json.loads((folder / "results.json").read_text())
     weights, inputs = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs"))
     with tempfile.TemporaryDirectory() as place:
@@ -55,6 +59,9 @@ def check_stage2(folder: Path) -> Iterator[Deviation]:
             batch, seed=0, step=0, micro_batch_size=size, exchange=LocalExchange(), backward=lambda x: x.backward()
         ).total
         yield Deviation(f"loss, micro-batches of {size}", abs(float(loss) - results["loss"]), LOSS_TOLERANCE)
+        if not (folder / "grads.safetensors").exists():
+            yield "gradients: grads.safetensors absent"
+            continue
         yield _compare_gradients(model, folder, size, GRADIENT_TOLERANCE[seq2seq])
 
 
