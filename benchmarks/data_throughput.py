@@ -76,7 +76,7 @@ def s3_copy(folder: Path, shards: list[Path]) -> Iterator[tuple[str, str, list[s
     from cluster.local_s3 import local_s3
 
     with local_s3(folder / "s3", "bench") as server:
-        store = ObjectStore(server.store_config())
+        store = ObjectStore(server.store_config)
         for shard in shards:
             store.put_file(f"s3://bench/{shard.name}", shard)
         manifest = index_shards([f"s3://bench/{shard.name}" for shard in shards], "s3://bench/manifest", store)
