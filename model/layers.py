@@ -4,7 +4,7 @@ Letters: B rows, Q queries, P patches, T text tokens, N listed text tokens (mode
 H heads, d width of a head, K listed tokens that are read.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import QFormerConfig
 from model.packing import Packing
+from model.savings import Savings
 
 
 class KeysValues(NamedTuple):
@@ -27,6 +28,8 @@ class ImageMemory(NamedTuple):
     layers: list[KeysValues]
     index_B: Tensor | None = None
     """Which image each row attends to; none: row b attends to image b."""
+    num_shared: int = 0
+    """The first and the last so many rows both attend to the images 0, 1, 2, ...: for these nothing is copied."""
 
 
 class Attention(nn.Module):
@@ -66,11 +69,29 @@ class Attention(nn.Module):
         return normalised
 
 
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone and computes gelu(x) again in backward: the widest activation is held once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        d_weight = rows.T @ F.gelu(inputs)
+        d_x = torch.ops.aten.gelu_backward(grad @ weight, x)
+        return d_x, d_weight, rows.sum(dim=0)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with GELU (erf), residual and post-LayerNorm."""
 
-    def __init__(self, config: QFormerConfig) -> None:
+    def __init__(self, config: QFormerConfig, *, recompute_gelu: bool) -> None:
         super().__init__()
+        self.recompute_gelu = recompute_gelu
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -78,8 +99,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same shape."""
-        y: Tensor = self.layer_norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        y: Tensor = self.layer_norm(x + F.dropout(self._down(self.up(x)), self.dropout, self.training))
         return y
+
+    def _down(self, wide: Tensor) -> Tensor:
+        if not self.recompute_gelu or torch.is_autocast_enabled(wide.device.type):
+            return cast("Tensor", self.down(F.gelu(wide)))
+        return cast("Tensor", _GeluLinear.apply(wide, self.down.weight, self.down.bias))  # type: ignore[no-untyped-call]
 
 
 class Rows(NamedTuple):
@@ -119,12 +145,14 @@ class Reads(NamedTuple):
 class Layer(nn.Module):
     """One transformer layer; cross-attention only where `cross`, text feed-forward only where `with_text`."""
 
-    def __init__(self, config: QFormerConfig, image_width: int, *, cross: bool, with_text: bool) -> None:
+    def __init__(
+        self, config: QFormerConfig, image_width: int, *, cross: bool, with_text: bool, savings: Savings
+    ) -> None:
         super().__init__()
         self.attention = Attention(config, config.hidden_size)
         self.cross_attention = Attention(config, image_width) if cross else None
-        self.query_ffn = FeedForward(config)
-        self.text_ffn = FeedForward(config) if with_text else None
+        self.query_ffn = FeedForward(config, recompute_gelu=savings.recompute_gelu)
+        self.text_ffn = FeedForward(config, recompute_gelu=savings.recompute_gelu) if with_text else None
 
     def forward(
         self,
@@ -169,11 +197,8 @@ class Layer(nn.Module):
         if query_BQD is None:
             return None
         if self.cross_attention is not None and image is not None:
-            memory = image.layers[0]
-            if image.index_B is not None:
-                memory = KeysValues(*(part.index_select(0, image.index_B) for part in memory))
             cross = self.cross_attention
-            query_BQD = cross.add(query_BQD, cross.attend(cross.query(query_BQD), memory))
+            query_BQD = cross.add(query_BQD, _look(cross, cross.query(query_BQD), image))
         after: Tensor = self.query_ffn(query_BQD)
         return after
 
@@ -182,6 +207,23 @@ class Layer(nn.Module):
             return None
         after: Tensor = self.text_ffn(text_ND)
         return after
+
+
+def _look(cross: Attention, query_BQD: Tensor, image: ImageMemory) -> Tensor:
+    """Return each row's context of its image; rows of the same image attend together, so nothing is copied for them."""
+    memory = image.layers[0]
+    if image.index_B is None:
+        return cross.attend(query_BQD, memory)
+    shared = image.num_shared
+    own = KeysValues(memory.keys_BHLd[:shared], memory.values_BHLd[:shared])
+    parts = [cross.attend(torch.cat([query_BQD[:shared], query_BQD[-shared:]], dim=1), own)] if shared else []
+    rest = image.index_B[shared : len(image.index_B) - shared]
+    other = KeysValues(*(part.index_select(0, rest) for part in memory))
+    middle = cross.attend(query_BQD[shared : len(query_BQD) - shared], other)
+    if not shared:
+        return middle
+    queries = query_BQD.shape[1]
+    return torch.cat([parts[0][:, :queries], middle, parts[0][:, queries:]])
 
 
 def _list_context(context_BLD: Tensor, rows: Rows, packing: Packing | None) -> Tensor:

@@ -96,7 +96,13 @@ class QFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(
-            Layer(config, image_width, cross=i % config.cross_attention_every == 0, with_text=with_text)
+            Layer(
+                config,
+                image_width,
+                cross=i % config.cross_attention_every == 0,
+                with_text=with_text,
+                savings=self.savings,
+            )
             for i in range(config.num_layers)
         )
         if with_text:
@@ -227,7 +233,7 @@ class QFormer(nn.Module):
         for i, layer in enumerate(self.layers):
             extra: dict[str, Any] = {"past": past[i] if past else None}
             if image and layer.cross_attention is not None:
-                extra["image"] = ImageMemory([next(images)], image.index_B)
+                extra["image"] = image._replace(layers=[next(images)])
             if i == len(self.layers) - 1:
                 extra["reads"] = reads
             if self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -17,6 +17,8 @@ class Savings:
     """The last layer computes only rows that are read afterwards."""
     fold_image_norm: bool = True
     """The affine part of ln_vision goes into the key and value weights, so image features need no gradient."""
+    recompute_gelu: bool = True
+    """Memory instead of work: the feed-forward networks keep their widest activation once. Not under autocast."""
 
 
 PLAIN = Savings(
@@ -25,4 +27,5 @@ PLAIN = Savings(
     target_logits_only=False,
     prune_last_layer=False,
     fold_image_norm=False,
+    recompute_gelu=False,
 )

@@ -202,7 +202,7 @@ class Stage1Step:
                     KeysValues(*(torch.cat(pair) for pair in zip(*both, strict=True)))
                     for both in zip(layers, extra, strict=True)
                 ]
-            memory = ImageMemory(layers, pairs.image_index_M)
+            memory = ImageMemory(layers, pairs.image_index_M, known)
         labels_M = torch.arange(len(ids_MT), device=ids_MT.device) < len(part.rows_B)
         return model.match(ids_MT, mask_MT, memory), labels_M.long()
 
