@@ -1,0 +1,102 @@
+"""`isthmus runs` and `isthmus checkpoints` over a run in a local folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.cli import checkpoints, runs
+from cluster.errors import ClusterError
+from data_pipeline.object_store import ObjectStore
+from tests.saved_states import fragments_of, manager, state_of
+from tests.unit.trainer.test_run_store import open_run
+
+pytestmark = pytest.mark.unit
+STEPS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = open_run(tmp_path_factory.mktemp("runs"))
+    saver = manager(run.checkpoints_url("stage1"), keep_last=9)
+    for step in STEPS:
+        saver.save(step, fragments_of(step), state_of(step, metrics={"eval/r1": 1 / step}))
+        saver.wait()
+    saver.close()
+    first = f"{run.checkpoints_url('stage1')}/step-000000001"
+    run.record(handoffs={"stage2": {"url": first, "taken": ["a"], "dropped": []}})
+    run.close()
+    return run.url
+
+
+def call(app: object, *arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def answer(app: object, *arguments: str, code: int = 0) -> object:
+    result = call(app, *arguments, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.output)
+
+
+def at(run_folder: str, step: int) -> str:
+    return f"{run_folder}/stage1/checkpoints/step-{step:09d}"
+
+
+def test_runs_ls_and_show(run_folder):
+    (run,) = answer(runs.app, "ls", str(Path(run_folder).parent))
+    assert run == {"name": "night", "url": run_folder, "holder": "free", "attempts": 1, "stages": {"stage1": [1, 2, 3]}}
+    assert "night  free  stage1 step 3" in call(runs.app, "ls", str(Path(run_folder).parent)).output
+    shown = call(runs.app, "show", run_folder).output
+    assert "attempt 1: ann" in shown
+    assert "stage2 began with 1 tensors" in shown
+
+
+def test_ls(run_folder):
+    found = answer(checkpoints.app, "ls", run_folder)
+    assert [(item["step"], item["metrics"]) for item in found] == [(step, {"eval/r1": 1 / step}) for step in (3, 2, 1)]
+    assert "stage1 step 3" in call(checkpoints.app, "ls", run_folder).output
+
+
+def test_verify_says_what_is_damaged(run_folder):
+    part = next(Path(at(run_folder, 2)).glob("part-*"))
+    good = part.read_bytes()
+    part.write_bytes(good[:-1] + b"?")
+    try:
+        found = {item["url"]: item for item in answer(checkpoints.app, "verify", run_folder, code=2)}
+        assert "sha256" in found[at(run_folder, 2)]["problems"][0]
+        assert found[at(run_folder, 3)]["problems"] == []
+        assert "DAMAGED" in call(checkpoints.app, "verify", at(run_folder, 2)).output
+    finally:
+        part.write_bytes(good)
+    assert "intact" in call(checkpoints.app, "verify", at(run_folder, 2)).output
+
+
+def test_diff(run_folder):
+    assert answer(checkpoints.app, "diff", at(run_folder, 1), at(run_folder, 1)) == []
+    found = answer(checkpoints.app, "diff", at(run_folder, 1), at(run_folder, 2), code=1)
+    assert {"name": "qformer.a", "kind": "param", "difference": "35 of 35 elements differ, by at most 100"} in found
+    assert "state.step: 1 against 2" in call(checkpoints.app, "diff", at(run_folder, 1), at(run_folder, 2)).output
+
+
+def test_cp(run_folder, tmp_path):
+    target = str(tmp_path / "copy" / "step-000000003")
+    call(checkpoints.app, "cp", at(run_folder, 3), target)
+    assert answer(checkpoints.app, "diff", at(run_folder, 3), target) == []
+    refused = call(checkpoints.app, "cp", at(run_folder, 2), target)
+    assert "another checkpoint is there" in str(refused.exception)
+
+
+def test_prune_spares_what_was_handed_over(run_folder, tmp_path):
+    dry = answer(checkpoints.app, "prune", run_folder, "--dry-run")
+    assert dry[0]["steps"] == []
+    folder = str(tmp_path / "c")
+    for info in ObjectStore().list(f"{run_folder}/stage1/checkpoints"):
+        ObjectStore().put(folder + info.url.split("checkpoints")[-1], ObjectStore().get(info.url))
+    assert answer(checkpoints.app, "prune", folder)[0]["steps"] == [1]
+    assert [item["step"] for item in answer(checkpoints.app, "ls", folder)] == [3, 2]
+
+
+def test_folder_without_checkpoints(tmp_path):
+    assert isinstance(call(checkpoints.app, "ls", str(tmp_path)).exception, ClusterError)
