@@ -99,8 +99,6 @@ class CheckpointConfig(Config):
     """Metric whose best checkpoint is kept, such as eval/r1; larger is better unless the name ends in loss."""
     save_timeout_seconds: float = Field(600.0, gt=0)
     """The run stops when no save has succeeded for this long after one was due."""
-    peer_memory_every_steps: int = Field(0, ge=0)
-    """Steps between snapshots held in the memory of another node; 0: off."""
 
 
 class LoggingConfig(Config):
