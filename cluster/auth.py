@@ -3,8 +3,10 @@
 The token itself is read by Ray from RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
 """
 
+import importlib
 import os
 import secrets
+import sys
 from pathlib import Path
 
 MODE_VARIABLE = "RAY_AUTH_MODE"
@@ -37,12 +39,17 @@ def use_tokens(*, create: bool) -> None:
     """Turn token authentication on for this process and its children, unless RAY_AUTH_MODE says otherwise.
 
     With `create`, a process that has no token gets a fresh one, for the embedded cluster that it is about to start.
-    Call it before Ray is imported: Ray reads the mode once.
     """
-    if os.environ.get(MODE_VARIABLE, "token") != "token":
-        return
-    if has_token():
+    if os.environ.get(MODE_VARIABLE, "token") == "token" and (create or has_token()):
         os.environ[MODE_VARIABLE] = "token"
-    elif create:
-        os.environ[MODE_VARIABLE] = "token"
-        os.environ[TOKEN_VARIABLE] = secrets.token_hex(32)
+        if not has_token():
+            os.environ[TOKEN_VARIABLE] = secrets.token_hex(32)
+    if "ray" in sys.modules:
+        reread()
+
+
+def reread() -> None:
+    """Make Ray look at the environment again: it reads mode and token once, when it is imported."""
+    raylet = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -57,6 +57,7 @@ def drive(config: JobConfig, job: str | None) -> Outcome:
 def run_local(config: JobConfig) -> Outcome:
     """Start an embedded Ray on this machine, drive the run there and stop Ray again; see `drive`."""
     with embedded_ray(config):
+        use_json_logs(sys.stderr, run=config.run.name)
         return drive(config, None)
 
 

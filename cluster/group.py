@@ -93,7 +93,7 @@ class WorkerGroup:
         master = (self.members[0].host.address, self.members[0].host.port)
         for member in self.members:
             assignment = Assignment(config, stage, member.rank, master, run_token, entry)
-            member.result = member.actor.run.options(name=member.name).remote(assignment)
+            member.result = member.actor.run.remote(assignment)
             member.answered_at = time.monotonic()
 
     def update(self, wait_seconds: float) -> None:
@@ -176,7 +176,9 @@ def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> lis
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, bundle),
         }
-        actors.append(ray.remote(TrainWorker).options(**options).remote(f"train-{rank}", config))
+        # Ray titles processes by class: `ray::train-3` is what ps and the dashboard shall show.
+        titled = type(f"train-{rank}", (TrainWorker,), {})
+        actors.append(ray.remote(titled).options(**options).remote(f"train-{rank}", config))
     hosts: list[Host] = ray.get([actor.host.remote() for actor in actors], timeout=START_TIMEOUT_SECONDS)
     local: dict[str, int] = {}
     members = []

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any, TextIO
 
 PLACE_KEYS = ("run", "stage", "step", "rank", "node")
 """Keys of the place; present in a line once they are known."""
+
+FORMAT_VARIABLE, PLAIN = "ISTHMUS_LOGS", "plain"
 
 _place: dict[str, Any] = {}
 
@@ -38,10 +41,21 @@ def set_place(**place: Any) -> None:
             _place[key] = value
 
 
+class PlainFormatter(JsonFormatter):
+    """Formats a record as one readable line, for a person at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, with the traceback below it where there is one."""
+        return render_line(json.loads(super().format(record)))
+
+
 def use_json_logs(stream: TextIO | None = None, level: int = logging.INFO, **place: Any) -> None:
-    """Send every log record of this process as JSON lines to `stream` (stderr), replacing other root handlers."""
+    """Send every log record of this process as JSON lines to `stream` (stderr), replacing other root handlers.
+
+    With ISTHMUS_LOGS=plain in the environment the lines are for people.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(PlainFormatter() if os.environ.get(FORMAT_VARIABLE) == PLAIN else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

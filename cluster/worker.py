@@ -26,6 +26,8 @@ from trainer.context import Rank, StopReason
 
 logger = logging.getLogger(__name__)
 
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Progress bars and reports of libraries have no place in a job's log; the environment may say otherwise."""
 CONCURRENT_CALLS = 4
 """One for `run`, the rest for short answers."""
 
@@ -133,6 +135,8 @@ class TrainWorker:
         self._early_stop: StopReason | None = None
         if not config.cluster.workers.gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        for variable, value in QUIET.items():
+            os.environ.setdefault(variable, value)
         faulthandler.enable()
         use_json_logs(run=config.run.name)
         watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))

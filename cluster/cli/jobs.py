@@ -261,7 +261,7 @@ def open_jobs(address: str | None) -> "Jobs":
     """Connect to a cluster's Jobs API with token authentication."""
     from cluster.auth import use_tokens
 
-    use_tokens(create=False)  # before Ray is imported: it reads the mode once
+    use_tokens(create=False)
     from cluster.jobs import Jobs
 
     return Jobs(address)

@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster import auth
+
 OBJECT_STORE_BYTES = 80 << 20
 ROOT = Path(__file__).parents[3]
 FIRST_PORT = 20000  # Ray gives 10002-19999 to its workers
@@ -32,14 +34,15 @@ def environment(folder: str) -> dict[str, str]:
 
 
 class Raylets:
-    """Head without CPUs and some nodes with one CPU each."""
+    """Head without CPUs and some nodes with a few logical CPUs each."""
 
-    def __init__(self, num_nodes: int, *, dashboard: bool = False) -> None:
+    def __init__(self, num_nodes: int, *, num_cpus: int = 1, dashboard: bool = False) -> None:
         self.folder = tempfile.mkdtemp(prefix="r")
         (Path(self.folder) / "ray").mkdir()
         self._saved = dict(os.environ)
+        self._num_cpus = num_cpus
         os.environ.update(environment(self.folder))
-        reset_token()
+        auth.reread()
         head = {
             "num_cpus": 0,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -56,8 +59,8 @@ class Raylets:
         self.nodes = [self.add() for _ in range(num_nodes)]
 
     def add(self):
-        """Start a node with one CPU."""
-        return self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+        """Start a node."""
+        return self.cluster.add_node(num_cpus=self._num_cpus, object_store_memory=OBJECT_STORE_BYTES)
 
     def remove(self, node) -> None:
         """Kill a raylet without notice."""
@@ -76,15 +79,7 @@ class Raylets:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.environ.clear()
         os.environ.update(self._saved)
-        reset_token()
-
-
-def reset_token() -> None:
-    """Make Ray read the environment's token and mode again; it reads them once per process."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        auth.reread()
 
 
 def free_port() -> int:

@@ -1,0 +1,202 @@
+"""A real run through the Jobs API: submitted, disturbed, stopped, resumed; it ends with the bits of an undisturbed one.
+
+SeaweedFS is the object store, two raylets the cluster, token authentication is on, readers are Ray actors.
+"""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli.jobs import app
+from cluster.config import JobConfig
+from cluster.jobs import Jobs
+from cluster.tiny.assets import write_tiny_assets
+from data_pipeline.object_store import ObjectStore, join
+from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
+from tests.seaweed import BUCKET
+from trainer.checkpoint_reader import committed
+from trainer.config_io import load_config, to_yaml
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+LIMIT = 120.0
+STEPS = 90
+
+
+@pytest.fixture(scope="module")
+def raylets(seaweed):
+    raylets = Raylets(2, num_cpus=2, dashboard=True)
+    yield raylets
+    raylets.close()
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    write_tiny_assets(folder, 200, 8)
+    return folder
+
+
+class Operator:
+    """Someone at a terminal, and what that person can see in the bucket."""
+
+    def __init__(self, raylets, seaweed, assets, folder):
+        self.raylets, self.seaweed, self.assets, self.folder = raylets, seaweed, assets, folder
+
+    def recipe(self, name):
+        overrides = [
+            f"run.name={name}",
+            f"run.url=s3://{BUCKET}/runs",
+            f"store.endpoint_url={self.seaweed.endpoint_url}",
+            f"data.sources.0.manifest={self.assets}/train",
+            "data.backend=ray",
+            "data.readers=2",
+            f"model.vision.path={self.assets}/vision",
+            f"model.qformer.tokenizer={self.assets}/bert",
+            "model.language=null",
+            "stage2=null",
+            f"stage1.steps={STEPS}",
+            "stage1.global_batch_size=16",
+            "stage1.micro_batch_size=8",
+            "checkpoint.every_steps=5",
+            "checkpoint.keep_last=2",
+            "evaluation.manifest=null",
+            "cluster.workers={min: 2, max: 2, cpus: 0.5}",
+            "cluster.stop_grace_seconds=60",
+            "logging.every_steps=2",
+        ]
+        config = load_config(ROOT / "recipes" / "tiny.yaml", overrides, JobConfig)
+        path = self.folder / f"{name}.yaml"
+        path.write_text(to_yaml(config))
+        return str(path)
+
+    def isthmus(self, *arguments):
+        result = CliRunner().invoke(app, [*arguments, "--address", self.raylets.dashboard_url])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    def status(self, name):
+        return json.loads(self.isthmus("status", name, "--json"))[0]
+
+    def checkpoints(self, name):
+        return committed(f"s3://{BUCKET}/runs/{name}/stage1/checkpoints", ObjectStore(self.config.store))
+
+    @property
+    def config(self):
+        return load_config(next(self.folder.glob("*.yaml")), [], JobConfig)
+
+    def wait_for_checkpoint(self, name, step):
+        def reached():
+            found = [checkpoint.step for checkpoint in self.checkpoints(name)]
+            return max(found, default=0) if found and max(found) >= step else None
+
+        try:
+            return wait_for(reached, LIMIT, f"checkpoint {step} of {name}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.isthmus('logs', name)[-6000:]}") from None
+
+    def wait_for_end(self, name):
+        jobs = Jobs(self.raylets.dashboard_url)
+        try:
+            wait_for(lambda: jobs.latest(name).is_over, LIMIT, f"end of {name}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.isthmus('logs', name)[-6000:]}") from None
+
+    def kill(self, title):
+        """SIGKILL the first process below our raylets whose command line holds `title`."""
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            for process in psutil.process_iter(["cmdline", "environ"]):
+                environment = process.info["environ"] or {}
+                if environment.get("RAY_TMPDIR") == self.raylets.folder and title in " ".join(
+                    process.info["cmdline"] or []
+                ):
+                    os.kill(process.pid, signal.SIGKILL)
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"no process {title}")
+
+
+@pytest.fixture(scope="module")
+def operator(raylets, seaweed, assets, tmp_path_factory):
+    return Operator(raylets, seaweed, assets, tmp_path_factory.mktemp("recipes"))
+
+
+def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator):
+    operator.isthmus("submit", operator.recipe("undisturbed"))
+    operator.wait_for_end("undisturbed")
+    assert operator.status("undisturbed")["state"] == "finished"
+
+    output = operator.isthmus("submit", operator.recipe("disturbed"))
+    assert "submitted as job disturbed-1" in output
+    assert "isthmus logs -f disturbed" in output
+    assert "already at work as job disturbed-1" in operator.isthmus("submit", operator.recipe("disturbed"))
+
+    operator.wait_for_checkpoint("disturbed", 5)
+    operator.kill("ray::ReaderActor")
+    operator.kill("ray::train-1")
+    killed_at = operator.wait_for_checkpoint("disturbed", 15)
+    operator.kill("cluster.driver")
+    operator.wait_for_end("disturbed")
+    view = operator.status("disturbed")
+    assert view["state"] == "failed"
+
+    assert "job disturbed-2" in operator.isthmus("resume", "disturbed")
+    stopped_at = operator.wait_for_checkpoint("disturbed", killed_at + 10)
+    output = operator.isthmus("stop", "disturbed")
+    assert "disturbed: stopped" in output
+    assert "isthmus resume disturbed" in output
+    view = operator.status("disturbed")
+    assert view["state"] == "stopped"
+    assert stopped_at <= view["step"] < STEPS
+
+    operator.isthmus("resume", "disturbed")
+    operator.wait_for_end("disturbed")
+    view = operator.status("disturbed")
+    assert (view["state"], view["stage"], view["world_size"]) == ("finished", "stage1", 2)
+    assert "lost process" in {restart["kind"] for restart in view["restarts"]}
+
+    first, second = (
+        max(operator.checkpoints(name), key=lambda saved: saved.step) for name in ("undisturbed", "disturbed")
+    )
+    assert first.step == second.step == STEPS
+    assert first.shapes() == second.shapes()
+    for name in first.shapes():
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert (first.full(name, kind) == second.full(name, kind)).all(), (name, kind)
+
+
+def test_logs_are_structured_and_hold_no_secret(operator, seaweed):
+    lines = operator.isthmus("logs", "disturbed", "--rank", "1", "--json").splitlines()
+    assert lines
+    for line in map(json.loads, lines):
+        assert (line["run"], line["rank"]) == ("disturbed", 1)
+    jobs = Jobs(operator.raylets.dashboard_url)
+    text = "".join(jobs.logs(job) for job in jobs.all()) + repr(jobs._client.list_jobs())
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
+    assert os.environ["RAY_AUTH_TOKEN"] not in text
+
+
+def test_every_run_is_listed_and_can_be_read_without_the_cluster(operator, monkeypatch):
+    states = {view["run"]: view["state"] for view in json.loads(operator.isthmus("ls", "--json"))}
+    assert states == {"undisturbed": "finished", "disturbed": "finished"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", operator.seaweed.endpoint_url)
+    url = join(f"s3://{BUCKET}/runs", "disturbed")
+    result = CliRunner().invoke(app, ["status", url, "--json"])
+    assert json.loads(result.stdout)[0]["state"] == "finished"
+
+
+def test_a_full_cluster_is_said_at_once(operator):
+    path = operator.recipe("large")
+    began = time.monotonic()
+    output = CliRunner().invoke(
+        app,
+        ["submit", path, "cluster.workers={min: 4, max: 4, cpus: 2}", "--address", operator.raylets.dashboard_url],
+    )
+    assert time.monotonic() - began < 15
+    assert "waiting: needs 4 x {CPU: 2} and 4 readers" in output.output
+    operator.isthmus("stop", "large")
