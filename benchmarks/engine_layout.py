@@ -21,7 +21,7 @@ from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
 from trainer.context import LocalContext
 
-WIDTH, LAYERS, HEAD_WIDTH, STEPS = 256, 8, 256, 6
+WIDTH, LAYERS, HEAD_WIDTH, STEPS = 256, 4, 256, 3
 ZERO = {"stage3_param_persistence_threshold": 1000, "reduce_bucket_size": 5000000, "overlap_comm": False}
 
 
