@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -38,7 +38,7 @@ EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerErro
 USER_ERROR = 2
 
 
-def drive(config: JobConfig, job: str | None) -> Outcome:
+def drive(config: JobConfig, job: str | None, allow_change: Sequence[str] = ()) -> Outcome:
     """Drive a run to its end on the connected Ray cluster.
 
     Raises:
@@ -46,7 +46,8 @@ def drive(config: JobConfig, job: str | None) -> Outcome:
     """
     store = ObjectStore(config.store)
     check_secrets()
-    run = RunStore.open(config, store, owner=f"{job or 'local'} on {socket.gethostname()} (pid {os.getpid()})")
+    owner = f"{job or 'local'} on {socket.gethostname()} (pid {os.getpid()})"
+    run = RunStore.open(config, store, owner=owner, allow_change=allow_change)
     try:
         board = StatusBoard(join(config.run.url, config.run.name), store, config.run.name, job)
         return _drive_leased(config, run, board)
@@ -54,22 +55,25 @@ def drive(config: JobConfig, job: str | None) -> Outcome:
         run.close()
 
 
-def run_local(config: JobConfig) -> Outcome:
+def run_local(config: JobConfig, allow_change: Sequence[str] = ()) -> Outcome:
     """Start an embedded Ray on this machine, drive the run there and stop Ray again; see `drive`."""
     with embedded_ray(config):
         use_json_logs(sys.stderr, run=config.run.name)
-        return drive(config, None)
+        return drive(config, None, allow_change)
 
 
-def main(path: str) -> int:
-    """Drive the run of a configuration file inside a Ray job; return the exit code."""
+def main(path: str, *allow_change: str) -> int:
+    """Drive the run of a configuration file inside a Ray job; return the exit code.
+
+    `allow_change` are keys that may differ from the run's earlier starts.
+    """
     use_json_logs(sys.stdout)
     use_tokens(create=False)
     try:
         config = load_config(path, [], JobConfig)
         use_json_logs(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
-        return drive(config, os.environ.get("ISTHMUS_JOB")).exit_code
+        return drive(config, os.environ.get("ISTHMUS_JOB"), allow_change).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
         return USER_ERROR
@@ -115,4 +119,4 @@ def _stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

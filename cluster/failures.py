@@ -97,6 +97,8 @@ class Decision:
     stop: str | None
     """Message with which the run stops; none: it starts again."""
     pause_seconds: float = 0.0
+    repeated: bool = False
+    """It stops because the same step failed again and again: its samples are to be named."""
 
 
 @dataclass
@@ -136,7 +138,8 @@ class RestartPolicy:
             self.node_failures[failure.node] += 1
         if self.num_at_last_place >= self.config.max_failures_at_same_step:
             return Decision(
-                stop=f"{failure}; {self.num_at_last_place} failures in a row at step {place[1]} of {place[0]}"
+                stop=f"{failure}; {self.num_at_last_place} failures in a row at step {place[1]} of {place[0]}",
+                repeated=True,
             )
         limit = self.config.max_failures
         if self.num_failures > limit:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,20 @@ class Jobs:
         check_reachable(self.address)
         self._client = JobSubmissionClient(self.address)
 
-    def submit(self, config: JobConfig) -> tuple[Job, bool]:
-        """Submit a run; a run that is already at work is returned as it is. The bool says whether it is new."""
+    def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
+        """Submit a run; a run that is already at work is returned as it is. The bool says whether it is new.
+
+        `allow_change` are keys that may differ from the run's earlier starts.
+        """
         name = config.run.name
         jobs = self.of_run(name)
         active = next((job for job in jobs if not job.is_over), None)
         if active:
             return active, False
         job_id = f"{name}-{len(jobs) + 1}"
-        is_new = self._send(config, job_id, "cluster.driver", job_metadata(config))  # else another one came first
+        is_new = self._send(
+            config, job_id, "cluster.driver", job_metadata(config), allow_change
+        )  # else another came first
         return self.get(job_id), is_new
 
     def run_to_end(self, config: JobConfig, module: str) -> list[str]:
@@ -107,7 +112,9 @@ class Jobs:
             raise ClusterError(f"{self.address}: {job_id} failed: {lines[-1] if lines else status}")
         return lines
 
-    def _send(self, config: JobConfig, job_id: str, module: str, metadata: dict[str, str]) -> bool:
+    def _send(
+        self, config: JobConfig, job_id: str, module: str, metadata: dict[str, str], arguments: Sequence[str] = ()
+    ) -> bool:
         """Ship the code and start a module with the configuration; False: a job of that id exists already."""
         # A cluster on this machine has this Python, another one its image's.
         python = sys.executable if urlsplit(self.address).hostname in LOOPBACK else "python"
@@ -115,7 +122,7 @@ class Jobs:
             package = build_package(config, Path(folder))
             try:
                 self._client.submit_job(
-                    entrypoint=f"{shlex.quote(python)} -m {module} {CONFIG_NAME}",
+                    entrypoint=shlex.join([python, "-m", module, CONFIG_NAME, *arguments]),
                     submission_id=job_id,
                     runtime_env={"working_dir": str(package), "env_vars": job_environment(config, job_id)},
                     metadata=metadata,

@@ -19,13 +19,17 @@ from cluster.logs import set_place
 from cluster.metrics import DRIVER_GAUGES, Gauges
 from cluster.placement import Placer
 from cluster.recovery import Recovery
+from cluster.sample_keys import sample_keys
 from cluster.status import Restart, RunState, StatusBoard
+from data_pipeline.errors import DataError
+from data_pipeline.object_store import ObjectStore
 from trainer.config import StageName
 from trainer.context import StopReason
 
 logger = logging.getLogger(__name__)
 
 ENTRY = "cluster.rank"
+NAMED_SAMPLES = 4
 
 
 class Supervisor:
@@ -139,12 +143,24 @@ class Supervisor:
         logger.warning("attempt %d ended at step %d: %s", self._num_attempts, step, cause)
         if failure:
             decision = self._policy.decide(failure, stage, step)
+            if decision.repeated:
+                raise ClusterError(f"{decision.stop}; {self._describe_samples(stage, step)}")
             if decision.stop:
                 raise ClusterError(decision.stop)
             self._pause(decision.pause_seconds)
         restart = Restart(at=time.time(), kind=kind, cause=cause, stage=stage, step=step, world_size=world_size)
         self._board.add_restart(restart)
         self._gauges.set({"restarts": float(len(self._board.status.restarts))})
+
+    def _describe_samples(self, stage: StageName, step: int) -> str:
+        """Name the samples of a step: all in the log, some in the returned text."""
+        try:
+            keys = sample_keys(self._config, ObjectStore(self._config.store), stage, step)
+        except (DataError, OSError) as error:
+            return f"its samples cannot be told: {error}"
+        logger.error("samples of step %d of %s: %s", step, stage, " ".join(keys))
+        named = ", ".join(keys[:NAMED_SAMPLES])
+        return f"its {len(keys)} samples are in the log, the first: {named}"
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

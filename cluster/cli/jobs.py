@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,13 +37,16 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show what would be sent; send nothing.")
     ] = False,
+    allow_change: Annotated[
+        list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")
+    ] = None,
 ) -> None:
     """Submit a run to a Ray cluster; one that is already at work is left as it is."""
     resolved = load_config(config, overrides or [], JobConfig)
     if dry_run:
         _show_dry_run(resolved)
     else:
-        _submit(resolved, address or resolved.cluster.address, watch=watch)
+        _submit(resolved, address or resolved.cluster.address, watch=watch, allow_change=allow_change or [])
 
 
 @app.command()
@@ -140,9 +143,9 @@ def stop(
     typer.echo(f"  isthmus resume {run}{_option(address)}")
 
 
-def _submit(config: JobConfig, address: str | None, *, watch: bool) -> None:
+def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = ()) -> None:
     jobs = open_jobs(address)
-    job, is_new = jobs.submit(config)
+    job, is_new = jobs.submit(config, allow_change)
     name = config.run.name
     typer.echo(f"{name}: {'submitted' if is_new else 'already at work'} as job {job.id} at {jobs.address}")
     if is_new:

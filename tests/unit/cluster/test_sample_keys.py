@@ -1,0 +1,33 @@
+"""The driver names a step's samples exactly as the loader does."""
+
+import pytest
+
+from cluster.sample_keys import sample_keys
+from cluster.tiny.assets import write_corpus
+from data_pipeline.loader import open_loader
+from data_pipeline.object_store import ObjectStore
+
+from .configs import job_config
+
+pytestmark = pytest.mark.unit
+
+
+def no_text(captions, _seeds):
+    import torch
+
+    return {"length": torch.tensor([len(caption) for caption in captions])}
+
+
+def test_keys_are_those_of_the_batch(tmp_path):
+    manifest = write_corpus(tmp_path, "train", 24)
+    data = {"sources": [{"manifest": manifest}], "lanes": 4, "readers": 0}
+    config = job_config(str(tmp_path), data=data)
+    store = ObjectStore()
+    loader = open_loader(
+        config.data, store, no_text, image_size_pixels=32, global_batch_size=8, seed=0, rank=0, world_size=1
+    )
+    try:
+        for batch in loader.batches(2, 2):
+            assert sample_keys(config, store, "stage1", batch.step) == batch.keys
+    finally:
+        loader.close()
