@@ -136,12 +136,11 @@ def _count_collectives() -> dict[str, int]:
 
         return call
 
-    from deepspeed import comm
+    from deepspeed.comm import comm
 
     for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce", "reduce_scatter_tensor", "broadcast"):
         setattr(dist, name, counted(getattr(dist, name)))
     comm.cdb.all_gather_function = dist.all_gather_into_tensor
-    comm.comm.cdb.all_gather_function = dist.all_gather_into_tensor
     return counts
 
 
