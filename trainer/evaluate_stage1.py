@@ -24,9 +24,11 @@ from trainer.gather import gather_lists
 from trainer.metrics import Pictures
 from trainer.pictures import Picture, attention_map, sample_grid, similarity_matrix
 from trainer.retrieval import candidate_pairs, recalls, relevance, rerank
+from trainer.samples import Example, Examples, thumbnail
 
 SHOWN = 16
 IMAGES_AT_A_TIME = 16
+EXAMPLES, FOUND = 8, 4
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,17 @@ class RetrievalEvaluation:
     @torch.no_grad()
     def run(
         self, batches: Iterable[Batch], inputs_of: Callable[[Batch], Stage1Inputs]
-    ) -> tuple[dict[str, float], Pictures, list[dict[str, str]]]:
-        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before, pictures, and the best text per image."""
+    ) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
+        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before, pictures, texts, examples."""
         shown: list[Picture] = []
+        thumbnails: list[bytes] = []
         texts: list[dict[str, str]] = []
-        rows = self._encode(self._kept(batches, inputs_of, shown, texts))
+        rows = self._encode(self._kept(batches, inputs_of, shown, thumbnails, texts))
         own = rows.image_nQE.shape[0]
         texts = gather_lists(texts)
         gather = self._exchange.all_gather
         image_IQE, text_TE, ids_I = gather(rows.image_nQE), gather(rows.text_nE), gather(rows.image_ids_n)
-        scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in image_IQE.split(256)])
+        scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in torch.split(image_IQE, 256)])
         captions = [text["caption"] for text in texts]
         relevant_IT = relevance(ids_I.cpu(), captions).to(scores_IT.device)
         figures = recalls(scores_IT, relevant_IT, "eval/itc_")
@@ -71,21 +74,24 @@ class RetrievalEvaluation:
         figures |= recalls(scores_IT, relevant_IT, "eval/")
         for text, best in zip(texts, scores_IT.argmax(dim=1).tolist(), strict=True):
             text["retrieved"] = captions[best]
-        return figures, self._pictures(rows, shown, texts, self._own(own)), texts
+        place = self._own(own)
+        return figures, self._pictures(rows, shown, texts, place), texts, _examples(scores_IT, thumbnails, place.start)
 
     def _kept(
         self,
         batches: Iterable[Batch],
         inputs_of: Callable[[Batch], Stage1Inputs],
         shown: list[Picture],
+        thumbnails: list[bytes],
         texts: list[dict[str, str]],
     ) -> Iterator[Stage1Inputs]:
         for batch in batches:
             self._beat()
             valid = batch.valid_B.nonzero().flatten().tolist()
             texts += [{"key": batch.keys[row], "caption": batch.captions[row]} for row in valid]
-            for row in valid[: SHOWN - len(shown)]:
-                shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
+            pictures = [batch.images_BCHW[row].permute(1, 2, 0).numpy() for row in valid]
+            shown += pictures[: SHOWN - len(shown)]
+            thumbnails += map(thumbnail, pictures)
             if valid:
                 inputs = inputs_of(batch)
                 yield inputs.at(inputs.valid_B)
@@ -102,7 +108,9 @@ class RetrievalEvaluation:
             assert part.image_ids_B is not None
             image_ids.append(part.image_ids_B)
             kept.append(part)
-        return _Rows(*(torch.cat(column) for column in (images, texts, ids, masks, image_ids)), inputs=kept)
+        return _Rows(
+            torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept
+        )
 
     def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
         ids_TL = self._exchange.all_gather(rows.input_ids_nT)
@@ -128,7 +136,7 @@ class RetrievalEvaluation:
         """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
         memory = self._model.qformer.image_memory(self._model.features(inputs))
         found = []
-        for part in pairs.split(4 * IMAGES_AT_A_TIME):
+        for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
             index_M, texts_M = part[:, 0] - first, part[:, 1]
             longest = int(mask_TL[texts_M].sum(dim=1).max())
             logits_M2 = self._model.match(
@@ -157,6 +165,19 @@ class RetrievalEvaluation:
             "similarity": similarity_matrix(similarity_IT, captions),
             "attention": attention_map(shown[0], weights_QP, captions[0]),
         }
+
+
+def _examples(scores_IT: Tensor, thumbnails: list[bytes], first: int) -> Examples:
+    """Return some pairs, evenly spread, with what is found for each; thumbnails are those from place `first` on."""
+    places = sorted({i * len(scores_IT) // EXAMPLES for i in range(EXAMPLES)}) if len(scores_IT) else []
+    count = min(FOUND, len(scores_IT))
+    shown = [
+        Example(i, scores_IT[i].topk(count).indices.tolist(), scores_IT[:, i].topk(count).indices.tolist())
+        for i in places
+    ]
+    needed = sorted({index for example in shown for index in (example.index, *example.images)})
+    own = [(index, thumbnails[index - first]) for index in needed if first <= index < first + len(thumbnails)]
+    return Examples(shown, dict(gather_lists(own)))
 
 
 def _widened(tokens_BT: Tensor, length: int) -> Tensor:

@@ -12,6 +12,7 @@ from trainer.config import EvaluationConfig
 from trainer.gather import gather_lists
 from trainer.metrics import Pictures
 from trainer.pictures import Picture, attention_map, sample_grid
+from trainer.samples import Example, Examples, thumbnail
 
 SHOWN = 16
 
@@ -23,8 +24,8 @@ def evaluate_captions(
     images_of: Callable[[Batch], Any],
     config: EvaluationConfig,
     beat: Callable[[], None],
-) -> tuple[dict[str, float], Pictures, list[dict[str, str]]]:
-    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact`, pictures, and key, caption and generated text per sample.
+) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
+    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact`, pictures, texts per sample, examples.
 
     Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
     """
@@ -49,7 +50,8 @@ def evaluate_captions(
     scores = score_captions({t["key"]: t["generated"] for t in texts}, {t["key"]: [t["caption"]] for t in texts})
     pictures = {"samples": grid, "attention": attention}
     kept = {name: picture for name, picture in pictures.items() if picture is not None}
-    return {f"eval/{name}": value for name, value in scores.items()}, kept, texts
+    examples = Examples([Example(i) for i in range(len(shown))], {i: thumbnail(shown[i]) for i in range(len(shown))})
+    return {f"eval/{name}": value for name, value in scores.items()}, kept, texts, examples
 
 
 def attention_of(model: Any, images_BCHW: Any, batch: Batch, titles: list[str]) -> Picture:

@@ -8,7 +8,6 @@ from trainer.config import EvaluationConfig
 from trainer.context import Rank
 from trainer.engine import Engine
 from trainer.goodput import Activity
-from trainer.metrics import Pictures
 from trainer.task import Measured, Task
 from trainer.watch import Watch
 
@@ -26,11 +25,10 @@ class Evaluation:
         every = self._config.every_steps
         return self._loader is not None and every > 0 and step % every == 0
 
-    def run(self, watch: Watch) -> tuple[dict[str, float], Pictures]:
-        """Evaluate; return figures and pictures. Collective."""
+    def run(self, watch: Watch) -> Measured:
+        """Evaluate in the middle of training. Collective."""
         with watch.ledger.spending(Activity.EVALUATION):
-            measured = self.measure(watch)
-        return measured.figures, measured.pictures
+            return self.measure(watch)
 
     def measure(self, watch: Watch | None = None) -> Measured:
         """Evaluate outside of training too. Collective."""

@@ -8,7 +8,7 @@ from trainer.checkpoint import CheckpointManager
 from trainer.config import StageConfig
 from trainer.context import Outcome, RunContext
 from trainer.engine import Engine
-from trainer.evaluation import Evaluation
+from trainer.evaluation import NOTHING, Evaluation
 from trainer.garbage import collected_at_steps
 from trainer.optim import learning_rate
 from trainer.state import TrainState
@@ -47,13 +47,13 @@ def fit(
             agreed = agree(watch.measured(nonfinite=not result.applied), engine.device)
             watch.stepped(step, losses, agreed, {"optim/lr": lr, "optim/grad_norm": result.grad_norm})
             strikes.count(batch, losses, agreed)
-            measured = {}
+            measured = NOTHING
             if evaluation.due(step) or last:
-                measured, pictures = evaluation.run(watch)
-                watch.evaluated(step, measured, pictures)
+                measured = evaluation.run(watch)
+                watch.evaluated(step, measured)
             if last or agreed.stop or checkpoints.due(step, agreed.step_seconds):
                 with watch.saving(step):
-                    checkpoints.save(step, engine.fragments(), state_at(step, measured))
+                    checkpoints.save(step, engine.fragments(), state_at(step, measured.figures))
             collect(step)
             if agreed.stop:
                 break

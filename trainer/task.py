@@ -18,6 +18,7 @@ from trainer.engine import Engine
 from trainer.evaluate_stage1 import RetrievalEvaluation
 from trainer.evaluate_stage2 import evaluate_captions
 from trainer.metrics import Pictures
+from trainer.samples import Examples
 from trainer.seeds import seed_step, stage_seed
 
 Beat = Callable[[], None]
@@ -32,13 +33,16 @@ class Measured(NamedTuple):
     pictures: Pictures
     texts: list[dict[str, str]]
     """One entry per sample: key, caption, and what was generated or retrieved."""
+    examples: Examples = Examples()
+    """Some of the samples with their pictures."""
 
 
 class Task(Protocol):
     """A stage's forward pass and losses; the loop and the evaluation know nothing else of a stage."""
 
     name: StageName
-    model: nn.Module
+    model: Any
+    """The module, with `trainable_parameters`."""
 
     def inputs(self, batch: Batch) -> Any:
         """Return the model's inputs on the device: flipped, normalised."""
@@ -165,6 +169,7 @@ def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
     return (images_BCHW.float() / 255.0 - mean_C11) / std_C11
 
 
-def device_of_model(model: nn.Module) -> torch.device:
+def device_of_model(model: Any) -> torch.device:
     """Return where the trainable part is."""
-    return next(iter(model.trainable_parameters().values())).device  # type: ignore[operator]
+    parameters: dict[str, nn.Parameter] = model.trainable_parameters()
+    return next(iter(parameters.values())).device

@@ -19,9 +19,11 @@ from trainer.config import StageConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
 from trainer.goodput import Activity, GoodputLedger
-from trainer.metrics import Pictures, Position, Sink
+from trainer.metrics import Position, Sink
 from trainer.mirror import Mirror
 from trainer.quarantine_log import QuarantineLog
+from trainer.samples import write_samples
+from trainer.task import Measured
 from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -115,12 +117,15 @@ class Watch:
         if time.monotonic() - self._written_at > WRITE_EVERY_SECONDS:
             self.flush()
 
-    def evaluated(self, step: int, figures: Mapping[str, float], pictures: Pictures) -> None:
-        """Write the figures and pictures of an evaluation."""
+    def evaluated(self, step: int, measured: Measured) -> None:
+        """Write the figures, pictures and samples of an evaluation."""
         self._watchdog.beat()
+        figures, pictures = measured.figures, measured.pictures
         for sink in self._outlets.sinks:
             sink.write(self._position(step), figures)
             sink.pictures(self._position(step), pictures)
+        if self._outlets.mirror and measured.texts:
+            write_samples(self._outlets.mirror, step, measured.texts, measured.examples, pictures)
         if self._outlets.sinks and figures:
             logger.info("%s step %d | %s", self._name, step, " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
 
