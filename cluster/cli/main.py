@@ -6,7 +6,20 @@ from typing import NoReturn
 
 import typer
 
-from cluster.cli import assets, config, data, doctor, estimate, jobs, manifests, model, preflight, train
+from cluster.cli import (
+    assets,
+    checkpoints,
+    config,
+    data,
+    doctor,
+    estimate,
+    jobs,
+    manifests,
+    model,
+    preflight,
+    runs,
+    train,
+)
 from cluster.errors import ClusterError
 from data_pipeline.errors import DataError
 from model.errors import ModelError
@@ -23,10 +36,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 something for you to mend, 75 stopped early: start again.",
 )
-for verbs in (train.app, jobs.app, preflight.app, manifests.app, doctor.app, model.app):
+for verbs in (train.app, jobs.app, model.app, preflight.app, manifests.app, doctor.app):
     app.add_typer(verbs)
 app.command()(estimate.estimate)
 app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
+app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(assets.app, name="assets")
 app.add_typer(data.app, name="data")
 app.add_typer(assets.app, name="assets")
 
