@@ -74,6 +74,8 @@ class Supervisor:
                 break
             end = self._attempt(group, stage)
             if end.finished:
+                steps = self._config.stage(stage).steps
+                self._board.update(step=steps, committed_step=steps, now=True)
                 return True
             if end.stop is StopReason.OPERATOR:
                 break
