@@ -74,6 +74,8 @@ class VisionEncoder(nn.Module):
                 "make model.vision.image_size_pixels and the data's image size equal"
             )
         dtype = getattr(torch, self.config.dtype)
+        if images_BCHW.shape[0] == 0:
+            return images_BCHW.new_zeros(0, self.num_patches, self.width, dtype=dtype)
         with torch.autocast(images_BCHW.device.type, enabled=False):
             parts = [
                 self._features(self.network, part.to(dtype))

@@ -1,4 +1,4 @@
-"""A small image encoder trained to say which coloured shapes of which size are in a picture: the frozen eye of the tests.
+"""A small image encoder trained to say which coloured shapes and sizes are in a picture: the frozen eye of the tests.
 
 It learns from labels alone (a list of things per picture, no text, no order), as an image classifier does.
 """

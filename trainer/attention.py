@@ -31,4 +31,5 @@ def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
     query_BHQd = cross.heads(queries[-1]).float()
     keys_BHPd = memory.layers[-1].keys_BHLd.float()
     scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
-    return scores_BHQP.softmax(dim=-1).mean(dim=1)
+    weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
+    return weights_BQP

@@ -34,23 +34,24 @@ def rehearse(task: Task, engine: Engine, batch: Batch, encoder: TextEncoder) -> 
             task.rehearse(batch, engine)
     except torch.OutOfMemoryError as error:
         raise TrainerError(
-            f"{task.name}: the first batch does not fit into the device's memory; lower {task.name}.micro_batch_size or "
-            f"model.vision.micro_batch_size (neither changes the result), or set activation_checkpointing ({error})"
+            f"{task.name}: the first batch does not fit into the device's memory; lower {task.name}.micro_batch_size "
+            "or model.vision.micro_batch_size (neither changes the result), or set activation_checkpointing "
+            f"({error})"
         ) from error
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-    return counter.flops / size
+    return float(counter.flops / size)
 
 
-class FlopCount(TorchDispatchMode):
+class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class is not annotated
     """Counts the floating-point operations of matrix products, convolutions and attention while it is active.
 
     PyTorch's own `FlopCounterMode` also tracks modules through gradient hooks, which forbid `autograd.grad`.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and add its count, if it has one."""

@@ -108,9 +108,7 @@ class RetrievalEvaluation:
             assert part.image_ids_B is not None
             image_ids.append(part.image_ids_B)
             kept.append(part)
-        return _Rows(
-            torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept
-        )
+        return _Rows(torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept)
 
     def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
         ids_TL = self._exchange.all_gather(rows.input_ids_nT)

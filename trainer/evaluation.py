@@ -35,7 +35,7 @@ class Evaluation:
         if self._loader is None:
             return NOTHING
         plan = self._loader.plan
-        available = sum(manifest.num_samples for manifest in plan.manifests)
+        available = sum(plan.epoch_samples)
         steps = -(-min(self._config.num_samples, available) // plan.global_batch_size)
         beat = watch.beat if watch else lambda: None
         return self._task.evaluate(self._loader.batches(0, steps), self._engine, self._config, beat)

@@ -19,17 +19,17 @@ from trainer.stage import run_stage
 logger = logging.getLogger(__name__)
 
 
-def train_here(config: TrainConfig) -> Outcome:
+def train_here(config: TrainConfig, context: LocalContext | None = None) -> Outcome:
     """Run the stages of a run one after the other; go on where an earlier start left off.
 
     The first SIGTERM or SIGINT asks for a checkpoint and an early end, a second one has its usual effect.
     """
-    context = LocalContext()
+    context = context or LocalContext()
     store = ObjectStore(config.store)
     owner = f"{socket.gethostname()} process {os.getpid()}"
     with ExitStack() as stack:
         stack.enter_context(context.catch_signals())
-        stack.enter_context(_process_group(context.rank, config.safety.collective_timeout_seconds))
+        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
         run = RunStore.open(config, store, owner=owner)
         stack.callback(run.close)
         for stage in config.stages:
@@ -39,15 +39,16 @@ def train_here(config: TrainConfig) -> Outcome:
 
 
 @contextmanager
-def _process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
+def process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
     """Hold one process group over all stages: of torchrun's ranks, or of this process alone."""
     if dist.is_initialized():
         yield
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    meeting = {"store": dist.HashStore()} if rank.world_size == 1 else {}
+    # One process alone needs no place to meet.
+    store = torch._C._distributed_c10d.HashStore() if rank.world_size == 1 else None
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, **meeting)
+    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, store=store)
     try:
         yield
     finally:

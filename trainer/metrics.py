@@ -16,11 +16,13 @@ import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import summary
+from torch.utils.tensorboard import summary as _summary
 
 from trainer.mirror import Mirror
 
 MAX_EVENT_FILE_BYTES = 8 << 20
+SUMMARY: Any = _summary
+"""torch's makers of TensorBoard records, which are not annotated."""
 BY_SAMPLES = "by_samples/"
 PLOTTED_BY_SAMPLES = ("loss/", "eval/")
 Pictures = Mapping[str, "np.ndarray[Any, np.dtype[np.uint8]]"]
@@ -121,16 +123,16 @@ class TensorBoardSink:
 
     def write(self, at: Position, values: Mapping[str, float]) -> None:
         """Add scalars."""
-        self._add(at.step, [summary.scalar(name, value) for name, value in values.items()])
+        self._add(at.step, [SUMMARY.scalar(name, value) for name, value in values.items()])
         by_samples = {name: value for name, value in values.items() if name.startswith(PLOTTED_BY_SAMPLES)}
-        self._add(at.samples, [summary.scalar(BY_SAMPLES + name, value) for name, value in by_samples.items()])
+        self._add(at.samples, [SUMMARY.scalar(BY_SAMPLES + name, value) for name, value in by_samples.items()])
         if self._file.tell() > MAX_EVENT_FILE_BYTES:
             self._records.close()
             self._open(at.step)
 
     def pictures(self, at: Position, pictures: Pictures) -> None:
         """Add images."""
-        images = (summary.image(name, image, dataformats="HWC") for name, image in pictures.items())
+        images = (SUMMARY.image(name, image, dataformats="HWC") for name, image in pictures.items())
         self._add(at.step, list(images))
 
     def _add(self, step: int, summaries: Sequence[Any]) -> None:

@@ -147,8 +147,7 @@ class _Stage:
     def _rehearse(self, parts: Parts, engine: Engine, loader: Loader, step: int) -> float:
         if step >= self._stage.steps:
             return 0.0
-        with closing(loader.batches(step, 1)) as batches:
-            flops = rehearse(parts.task, engine, next(batches), parts.encoder)
+        flops = rehearse(parts.task, engine, next(iter(loader.batches(step, 1))), parts.encoder)
         self._watchdog.beat()
         return flops
 

@@ -164,6 +164,12 @@ def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
     images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
     flip_B111 = batch.flip_B.to(device)[:, None, None, None]
     images_BCHW = torch.where(flip_B111, images_BCHW.flip(-1), images_BCHW)
+    return standardised(images_BCHW, vision)
+
+
+def standardised(images_BCHW: Tensor, vision: Any) -> Tensor:
+    """Return uint8 images as floats in the encoder's normalisation."""
+    device = images_BCHW.device
     mean_C11 = torch.as_tensor(vision.image_mean, device=device, dtype=torch.float32).reshape(-1, 1, 1)
     std_C11 = torch.as_tensor(vision.image_std, device=device, dtype=torch.float32).reshape(-1, 1, 1)
     return (images_BCHW.float() / 255.0 - mean_C11) / std_C11

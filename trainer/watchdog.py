@@ -41,7 +41,7 @@ class Watchdog:
         self._deadline = now + self._timeout
         if now - self._armed_at > min(1.0, self._timeout / 10):
             self._armed_at = now
-            faulthandler.dump_traceback_later(self._timeout + HANDOVER_SECONDS, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._timeout + HANDOVER_SECONDS, exit=True, file=sys.__stderr__ or 2)
 
     def __enter__(self) -> Self:
         self.beat()

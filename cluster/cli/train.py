@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,17 +36,22 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run (local or s3://).")],
     data: Annotated[str, typer.Argument(help="Manifest of held-out pairs, or a .jsonl of questions about images.")],
     out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
-    stage: Annotated[str | None, typer.Option("--stage", help="stage1 or stage2 [default: the last with any]")] = None,
+    stage: Annotated[
+        Literal["stage1", "stage2"] | None,
+        typer.Option("--stage", help="stage1 or stage2 [default: the last with any]"),
+    ] = None,
     num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint."""
+    from data_pipeline.object_store import ObjectStore, join
+    from trainer.config_io import check_config, parse_yaml
     from trainer.report import evaluate_run
 
-    from cluster.stored_config import stored_config
-
     log_to_terminal(logging.WARNING)
-    report = evaluate_run(stored_config(run), run.rstrip("/"), data, out, stage=stage, num_samples=num_samples)
+    url = join(run.rstrip("/"), "config.yaml")
+    config = check_config(parse_yaml(ObjectStore().get(url).decode(), url), JobConfig, url)
+    report = evaluate_run(config, run.rstrip("/"), data, out, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
     typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
 

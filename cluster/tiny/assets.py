@@ -14,6 +14,7 @@ CHUNK_BYTES = 64 << 10
 
 def write_tiny_assets(folder: Path, num_train: int, num_held_out: int) -> None:
     """Write shards and manifests of both splits, a vision encoder, a WordPiece vocabulary, an OPT and a T5."""
+    folder = folder.resolve()  # shards stand in the manifest by their full path
     texts = [make_scene(0, "train", number)[0].caption for number in range(CAPTIONS_READ)]
     write_tiny_vision(folder / "vision")
     write_tiny_vocabulary(folder / "bert", texts)

@@ -81,6 +81,7 @@ def make_scene(seed: int, split: str, number: int, kinds: Sequence[str] = KINDS)
     rng = random.Random(f"scenes/{seed}/{split}/{number}")  # noqa: S311 - pictures, not secrets
     kind = rng.choice(list(kinds))
     colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    things: tuple[Thing, ...]
     if kind == "one":
         things = (Thing(colours[0], shapes[0], rng.choice(list(SIZES))),)
     elif kind == "count":

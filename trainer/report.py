@@ -1,0 +1,141 @@
+"""`isthmus eval`: what a run's newest checkpoint can do on held-out data, as a table, JSON and a gallery."""
+
+import json
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from data_pipeline.object_store import ObjectStore, join
+from data_pipeline.transforms import decode_image, resize_square
+from model.generate import answer, evaluating
+from model.tokenize import LanguageEncoder
+from trainer.build import Parts, build_parts
+from trainer.captioning_scores import exact_match
+from trainer.checkpoint_reader import committed
+from trainer.config import StageName, TrainConfig
+from trainer.context import LocalContext
+from trainer.engine import Engine, build_engine
+from trainer.errors import TrainerError
+from trainer.evaluation import Evaluation, held_out_loader
+from trainer.local import process_group
+from trainer.pictures import sample_grid, to_png
+from trainer.task import Measured, standardised
+
+QUESTIONS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one checkpoint on one data set."""
+
+    checkpoint: str
+    data: str
+    figures: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"checkpoint": self.checkpoint, "data": self.data, "figures": self.figures}
+
+    def table(self) -> str:
+        """Return lines of text."""
+        lines = [f"  {name.removeprefix('eval/'):<14}{value:8.3f}" for name, value in self.figures.items()]
+        return "\n".join([f"{self.checkpoint} on {self.data}", *lines])
+
+
+def evaluate_run(
+    config: TrainConfig, run_url: str, data: str, out: Path, *, stage: StageName | None, num_samples: int | None
+) -> Report:
+    """Measure the newest checkpoint of a run's last stage and write report.json, samples.jsonl and PNGs into `out`.
+
+    Args:
+        config: The run's configuration.
+        run_url: Its folder.
+        data: Manifest of held-out pairs, or a .jsonl with image, question and answers (stage 2).
+        out: Local folder.
+        stage: Which stage; none: the last that has a checkpoint.
+        num_samples: Samples; none: as configured.
+
+    Raises:
+        TrainerError: there is no checkpoint, or questions are asked of stage 1.
+    """
+    store, context = ObjectStore(config.store), LocalContext()
+    name, saved = _newest(config, run_url, store, stage)
+    with ExitStack() as stack:
+        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
+        parts = build_parts(config, name, context.rank, store)
+        engine = build_engine(parts.task.model, config.stage(name), config, context)
+        stack.callback(engine.close)
+        engine.restore(saved, saved.step)
+        if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
+            measured = _ask(parts, engine, config, data, store)
+        else:
+            evaluation = config.evaluation.model_copy(update={"num_samples": num_samples} if num_samples else {})
+            loader = held_out_loader(
+                data,
+                config.data,
+                store,
+                parts.encoder,
+                image_size_pixels=config.model.vision.image_size_pixels,
+                global_batch_size=config.stage(name).global_batch_size,
+                rank=context.rank,
+            )
+            stack.enter_context(closing(loader))
+            measured = Evaluation(parts.task, engine, evaluation, loader).measure()
+    report = Report(saved.url, data, measured.figures)
+    _write(report, measured, out)
+    return report
+
+
+def _newest(config: TrainConfig, run_url: str, store: ObjectStore, stage: StageName | None) -> tuple[StageName, Any]:
+    for name in reversed(config.stages) if stage is None else (stage,):
+        found = committed(join(run_url, name, "checkpoints"), store)
+        if found:
+            return name, found[0]
+    raise TrainerError(
+        f"{run_url}: no committed checkpoint of {stage or 'any stage'}; give the folder that holds run.json"
+    )
+
+
+def _ask(parts: Parts, engine: Engine, config: TrainConfig, data: str, store: ObjectStore) -> Measured:
+    """Answer the questions of a file: one object per line with image (path beside the file), question, answers."""
+    if parts.task.name != "stage2":
+        raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
+    lines = [json.loads(line) for line in store.get(data).decode().splitlines() if line.strip()]
+    folder = data.rpartition("/")[0] or "."
+    side = config.model.vision.image_size_pixels
+    model, encoder = parts.task.model, cast(LanguageEncoder, parts.encoder)
+    answers: list[str] = []
+    shown: list[Any] = []
+    with engine.autocast(), evaluating(model):
+        for start in range(0, len(lines), QUESTIONS_AT_A_TIME):
+            part = lines[start : start + QUESTIONS_AT_A_TIME]
+            images = [_square(store.get(join(folder, line["image"])), side, config) for line in part]
+            shown += images[: 16 - len(shown)]
+            pixels_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(engine.device)
+            images_BCHW = standardised(pixels_BCHW, model.vision)
+            answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
+    accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
+    texts = [
+        {"key": line["image"], "caption": f"{line['question']} {right[0]}", "generated": text}
+        for line, right, text in zip(lines, accepted, answers, strict=True)
+    ]
+    grid = sample_grid(shown, [t["caption"] for t in texts], [t["generated"] for t in texts])
+    return Measured({"eval/vqa_exact": exact_match(answers, accepted)}, {"samples": grid}, texts)
+
+
+def _square(data: bytes, side: int, config: TrainConfig) -> Any:
+    """Decode a whole image and bring it to the encoder's size, as held-out pairs are."""
+    image = decode_image(data, config.data.max_image_pixels)
+    return resize_square(image, (0, 0, *image.shape[:2]), side)
+
+
+def _write(report: Report, measured: Measured, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report.as_json(), indent=1))
+    (out / "samples.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in measured.texts))
+    for name, picture in measured.pictures.items():
+        (out / ("gallery.png" if name == "samples" else f"{name}.png")).write_bytes(to_png(picture))
