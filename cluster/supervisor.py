@@ -65,7 +65,12 @@ class Supervisor:
         """
         set_place(stage=stage)
         self._board.update(
-            RunState.STARTING, stage=stage, step=0, num_steps=self._config.stage(stage).steps, message=""
+            RunState.STARTING,
+            stage=stage,
+            step=0,
+            committed_step=None,
+            num_steps=self._config.stage(stage).steps,
+            message="",
         )
         request_resources(bundles=[dict(self._placer.demand.worker)] * max(self._config.world_sizes))
         while not self._stop:
@@ -122,8 +127,9 @@ class Supervisor:
         if step is None:
             return
         state = None if self._board.status.state is RunState.STOPPING else RunState.RUNNING
-        committed = metrics.get("committed_step", self._board.status.committed_step)
-        self._board.update(state, step=step, metrics=metrics, message="", committed_step=committed)
+        committed = metrics.get("committed_step")
+        saved = self._board.status.committed_step if committed is None else int(committed)
+        self._board.update(state, step=step, metrics=metrics, message="", committed_step=saved)
         if self._recovery and self._recovery.reached(step):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
             logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)

@@ -209,6 +209,22 @@ def test_a_drain_notice_gives_a_checkpoint_before_the_deadline_and_work_elsewher
     raylets.nodes.append(raylets.add())
 
 
+def test_prometheus_sees_the_run(raylets, supervise):
+    import ray
+    import requests
+
+    run = supervise()
+    run.join()
+    ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
+
+    def exported():
+        text = "".join(requests.get(f"http://{host}:{port}/metrics", timeout=5).text for host, port in ports)
+        wanted = ("ray_isthmus_world_size", "ray_isthmus_step", "ray_isthmus_seconds_per_step")
+        return all(name in text for name in wanted) and 'run="demo"' in text
+
+    wait_for(exported, 30, "the run's gauges")
+
+
 def test_without_resources_the_run_says_what_it_waits_for(raylets, supervise):
     run = supervise(workers={"min": 8, "max": 8}, wait_seconds=1)
     wait_for(lambda: run.board.status.state is RunState.WAITING, 10, "waiting")
