@@ -17,6 +17,7 @@ from cluster.cli import (
     manifests,
     model,
     preflight,
+    report,
     runs,
     train,
 )
@@ -36,15 +37,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 something for you to mend, 75 stopped early: start again.",
 )
-for verbs in (train.app, jobs.app, model.app, preflight.app, manifests.app, doctor.app):
+for verbs in (train.app, jobs.app, model.app, preflight.app, manifests.app, doctor.app, report.app):
     app.add_typer(verbs)
 app.command()(estimate.estimate)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
-app.add_typer(assets.app, name="assets")
-app.add_typer(data.app, name="data")
 app.add_typer(assets.app, name="assets")
 
 

@@ -1,0 +1,194 @@
+"""What a run's folder holds, read for its report. What is missing or damaged is noted, never fatal."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.status import RunStatus, read_status
+from data_pipeline.errors import DataError
+from data_pipeline.object_store import NotFoundError, ObjectStore, join
+from trainer.checkpoint_reader import committed
+from trainer.errors import CheckpointError
+from trainer.goodput import Account
+from trainer.metrics import read_jsonl
+from trainer.run_store import CONFIG, read_run
+from trainer.samples import FOLDER, INDEX
+from trainer.stage import GOODPUT_NAME
+from trainer.state import TrainState
+
+logger = logging.getLogger(__name__)
+STAGES = ("stage1", "stage2")
+METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The newest evaluation's samples."""
+
+    step: int
+    texts: list[dict[str, str]]
+    examples: list[dict[str, Any]]
+    pictures: dict[str, bytes]
+    """By file name: thumbnails and drawings."""
+
+    def thumbnail(self, index: int) -> bytes | None:
+        """Return the small picture of a sample, if it was kept."""
+        return self.pictures.get(f"{index:05d}.jpg")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The newest committed checkpoint."""
+
+    step: int
+    size_bytes: int
+    state: TrainState
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What is known of a stage."""
+
+    name: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    samples: Samples | None = None
+    quarantined: int = 0
+    checkpoint: Saved | None = None
+
+    def series(self, figure: str) -> list[tuple[float, float]]:
+        """Return (step, value) of a figure over the stage."""
+        points = ((record["step"], record.get(figure)) for record in self.records)
+        return [(step, float(value)) for step, value in points if isinstance(value, int | float)]
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the names of figures that begin so, in order of appearance."""
+        found = {name for record in self.records for name in record if name.startswith(prefix)}
+        return sorted(found, key=lambda name: (not name.endswith("/total"), name))
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """Return the newest value of each figure that begins so."""
+        series = {name: self.series(name) for name in self.names(prefix)}
+        return {name: points[-1][1] for name, points in series.items() if points}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run."""
+
+    url: str
+    record: dict[str, Any]
+    """run.json."""
+    config: dict[str, Any]
+    status: RunStatus | None
+    goodput: Account | None
+    stages: dict[str, StageFacts]
+    frozen_bytes: dict[str, int]
+    """Size of the weight files of the frozen parts that can be seen from here."""
+    problems: list[str]
+
+    def setting(self, path: str) -> Any:
+        """Return a configured value by its dotted path; none where there is none."""
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def read_folder(url: str, store: ObjectStore) -> RunFacts:
+    """Read a run's folder, local or remote.
+
+    Raises:
+        TrainerError: it is no run's folder.
+    """
+    url = url.rstrip("/")
+    reader = _Reader(url, store)
+    record = read_run(url, store)
+    config = reader.parsed(CONFIG, yaml.safe_load)
+    config = config if isinstance(config, dict) else {}
+    stages = {name: reader.stage(name) for name in STAGES if reader.has(name) or config.get(name)}
+    return RunFacts(
+        url,
+        record,
+        config,
+        reader.guarded("status.json", lambda: read_status(url, store)),
+        reader.parsed(GOODPUT_NAME, Account.model_validate_json),
+        stages,
+        {part: size for part in ("vision", "language") if (size := reader.weight_bytes(config, part))},
+        reader.problems,
+    )
+
+
+class _Reader:
+    def __init__(self, url: str, store: ObjectStore) -> None:
+        self._url, self._store = url, store
+        self.problems: list[str] = []
+
+    def guarded(self, what: str, read: Callable[[], T | None]) -> T | None:
+        """Return what can be read; a problem is noted."""
+        try:
+            return read()
+        except NotFoundError:
+            return None
+        except (DataError, CheckpointError, ValidationError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            self.problems.append(f"{what} could not be read: {line}")
+            return None
+
+    def parsed(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+        return self.guarded(name, lambda: parse(self._store.get(join(self._url, name))))
+
+    def has(self, stage: str) -> bool:
+        return any(True for _ in self._store.list(join(self._url, stage)))
+
+    def stage(self, name: str) -> StageFacts:
+        bad = self.parsed(f"{name}/{QUARANTINE}", lambda data: len(data.splitlines()))
+        return StageFacts(
+            name,
+            self.parsed(f"{name}/{METRICS}", lambda data: read_jsonl(data.decode())) or [],
+            self._samples(name),
+            bad or 0,
+            self.guarded(f"{name}/checkpoints", lambda: self._newest(join(self._url, name, "checkpoints"))),
+        )
+
+    def _newest(self, folder: str) -> Saved | None:
+        found = committed(folder, self._store)
+        if not found:
+            return None
+        with closing(found[0]) as saved:
+            return Saved(saved.step, saved.size_bytes, saved.state)
+
+    def weight_bytes(self, config: dict[str, Any], part: str) -> int:
+        folder = ((config.get("model") or {}).get(part) or {}).get("path")
+        if not isinstance(folder, str):
+            return 0
+        sizes = self.guarded(
+            f"model.{part}.path",
+            lambda: [info.size for info in self._store.list(folder) if info.url.endswith(".safetensors")],
+        )
+        return sum(sizes or [])
+
+    def _samples(self, stage: str) -> Samples | None:
+        prefix = join(self._url, stage, FOLDER)
+        names = [info.url.removeprefix(prefix).lstrip("/") for info in self._store.list(prefix)]
+        newest = max((name for name in names if name.endswith(f"/{INDEX}")), default=None)
+        if newest is None:
+            return None
+        folder = f"{stage}/{FOLDER}/{newest.removesuffix(f'/{INDEX}')}"
+        index = self.parsed(f"{folder}/{INDEX}", json.loads)
+        if not isinstance(index, dict):
+            return None
+        return self.guarded(f"{folder}/{INDEX}", lambda: self._with_pictures(folder, index))
+
+    def _with_pictures(self, folder: str, index: dict[str, Any]) -> Samples:
+        wanted = {number for example in index["examples"] for number in (example["index"], *example["images"])}
+        files = [*(f"{int(number):05d}.jpg" for number in sorted(wanted)), *map(str, index["pictures"])]
+        found = {file: self.parsed(f"{folder}/{file}", bytes) for file in files}
+        pictures = {file: data for file, data in found.items() if data}
+        return Samples(int(index["step"]), index["texts"], index["examples"], pictures)

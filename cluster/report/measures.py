@@ -1,0 +1,80 @@
+"""The result table: what evaluation measured, with what chance and simple guesses reach on the same samples."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cluster.report.folder import StageFacts
+
+K_OF_RECALL = {f"{way}_r{k}": k for way in ("i2t", "t2i") for k in (1, 5, 10)}
+LABELS = {
+    "i2t_r{}": "image to text, recall@{}",
+    "t2i_r{}": "text to image, recall@{}",
+}
+CAPTION_LABELS = {
+    "cider_d": "captions, CIDEr-D",
+    "bleu4": "captions, BLEU-4",
+    "exact": "captions, word for word right",
+}
+
+
+class Baseline(NamedTuple):
+    """What something simpler reaches in the same measure."""
+
+    name: str
+    value: float
+
+
+class Measure(NamedTuple):
+    """One line of the table."""
+
+    label: str
+    value: float
+    baselines: list[Baseline]
+    contrast: float | None = None
+    """Recall before matching has re-ranked."""
+
+
+Given = Mapping[str, list[Baseline]]
+"""Baselines known from elsewhere, by name of the figure, such as eval/i2t_r1."""
+
+
+def retrieval(stage: StageFacts, given: Given) -> list[Measure]:
+    """Return the recalls of stage 1; chance is that of a random order, one right partner for each."""
+    figures = stage.last("eval/")
+    count = len(stage.samples.texts) if stage.samples else 0
+    found = []
+    for name, k in K_OF_RECALL.items():
+        if f"eval/{name}" in figures:
+            chance = [Baseline("chance", min(1.0, k / count))] if count else []
+            label = LABELS[name.replace(str(k), "{}")].format(k)
+            baselines = [*chance, *given.get(f"eval/{name}", [])]
+            found.append(Measure(label, figures[f"eval/{name}"], baselines, figures.get(f"eval/itc_{name}")))
+    return found
+
+
+def captioning(stage: StageFacts, given: Given) -> list[Measure]:
+    """Return the caption scores of stage 2, with those of guesses that do not look at the image."""
+    figures = stage.last("eval/")
+    guesses = _guesses(stage.samples.texts) if stage.samples else {}
+    found = []
+    for name, value in figures.items():
+        short = name.removeprefix("eval/")
+        baselines = [Baseline(guess, scores[short]) for guess, scores in guesses.items() if short in scores]
+        found.append(Measure(CAPTION_LABELS.get(short, short), value, [*baselines, *given.get(name, [])]))
+    return found
+
+
+def _guesses(texts: list[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """Score the most frequent caption, and the captions generated for the next image, against the true ones."""
+    from trainer.captioning_scores import score_captions  # noqa: PLC0415 - slow to import, and only needed here
+
+    pairs = [(text["caption"], text["generated"]) for text in texts if "generated" in text and "caption" in text]
+    if len(pairs) < 2:
+        return {}
+    frequent = Counter(caption for caption, _ in pairs).most_common(1)[0][0]
+    truth = {str(i): [caption] for i, (caption, _) in enumerate(pairs)}
+    return {
+        "most frequent caption": score_captions(dict.fromkeys(truth, frequent), truth),
+        "caption of another image": score_captions({str(i): pairs[i - 1][1] for i in range(len(pairs))}, truth),
+    }

@@ -1,0 +1,134 @@
+"""One HTML file about a run: no script, no network, everything inside."""
+
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.report import sections
+from cluster.report.folder import RunFacts, read_folder
+from cluster.report.markup import Html, h, join, table
+from cluster.report.measures import Given
+from cluster.report.style import CSS
+from data_pipeline.object_store import ObjectStore
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What whoever writes the report knows beyond the run's folder."""
+
+    baselines: Given = field(default_factory=dict)
+    sections: Mapping[str, Html] = field(default_factory=dict)
+    """Further sections, title -> content."""
+
+
+def write_report(url: str, store: ObjectStore, out: Path, extra: Extra | None = None) -> Path:
+    """Write the report of a run's folder, local or remote, to a file, replacing it.
+
+    Raises:
+        TrainerError: the folder is no run's.
+        DataError: the object store refuses access.
+    """
+    page = render(read_folder(url, store), extra or Extra())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    return out
+
+
+def render(facts: RunFacts, extra: Extra) -> str:
+    """Return the page."""
+    parts: dict[str, Html] = {
+        "Results": sections.results(facts, extra.baselines),
+        "Losses": sections.curves(facts),
+        "Retrieval": sections.retrieval_examples(facts),
+        "Captions": sections.gallery(facts),
+        "Attention": join(h("p", ATTENTION, class_="note"), sections.drawings(facts, "attention")),
+        "Similarity": join(h("p", SIMILARITY, class_="note"), sections.drawings(facts, "similarity")),
+        "Goodput": sections.goodput(facts),
+        "Restarts": sections.restarts(facts),
+        "Memory": sections.memory(facts),
+        **extra.sections,
+        "Going on": h("pre", commands(facts)),
+        "Identity": identity(facts),
+    }
+    name = str(facts.record.get("name", facts.url.rpartition("/")[2]))
+    links = (h("a", title, href=f"#{_anchor(title)}") for title in parts)
+    body = (h("section", h("h2", title, id=_anchor(title)), content) for title, content in parts.items())
+    head = h(
+        "head",
+        h("meta", charset="utf-8"),
+        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        h("title", f"{name}: isthmus run"),
+        h("style", Html(CSS)),
+    )
+    page = h("html", head, h("body", heading(facts, name), h("nav", *links), *body), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+ATTENTION = (
+    "Where the queries of the Q-Former look, in its last cross-attention: one image, all queries together, then those "
+    "that look hardest at one place."
+)
+SIMILARITY = "Cosine of each image's best query with each caption, for the first samples; true pairs: the diagonal."
+
+
+def heading(facts: RunFacts, name: str) -> Html:
+    """Return the title, how the run stands, and what could not be read."""
+    status = facts.status
+    state = h("span", str(status.state), class_=f"state {status.state}") if status else None
+    told = [facts.url, f"written {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"]
+    if status and status.world_size:
+        told.append(f"{status.world_size} ranks")
+    message = h("p", status.message) if status and status.message else None
+    problems = (h("p", problem, class_="missing") for problem in facts.problems)
+    title = h("h1", name, " ", state)
+    return h("header", title, h("p", " · ".join(told), class_="lead"), message, *problems)
+
+
+def identity(facts: RunFacts) -> Html:
+    """Return what was trained on what with which versions, as the newest checkpoints say."""
+    attempts = facts.record.get("attempts") or [{}]
+    rows = [["created", str(facts.record.get("created", "unknown"))], ["attempts", str(len(attempts))]]
+    rows.append(["configuration", str(attempts[-1].get("config_hash", "unknown"))])
+    for name, stage in facts.stages.items():
+        if stage.checkpoint is None:
+            rows.append([name, "no checkpoint"])
+            continue
+        state = stage.checkpoint.state
+        rows.append([name, f"newest checkpoint at step {stage.checkpoint.step}"])
+        rows.append([f"{name}: sample order", state.data_identity])
+        rows += [[f"{name}: frozen {part}", digest] for part, digest in state.frozen_identity.items()]
+        rows.append([f"{name}: versions", ", ".join(f"{what} {version}" for what, version in state.versions.items())])
+        rows.append([f"{name}: bad samples left out", str(stage.quarantined)])
+    return table(["", ""], [[row[0], h("code", row[1])] for row in rows])
+
+
+def commands(facts: RunFacts) -> str:
+    """Return what to type next."""
+    url = shlex.quote(facts.url)
+    manifest = facts.setting("evaluation.manifest") or "MANIFEST"
+    endpoint = facts.setting("store.endpoint_url")
+    lines = [f"export AWS_ENDPOINT_URL={shlex.quote(str(endpoint))}   # and credentials"] if endpoint else []
+    if "://" in facts.url and not facts.url.startswith("file://"):
+        lines.append(f"aws s3 cp --recursive {url}/export export")
+        export, curves = "export", "tensorboard"
+        lines += [f"aws s3 cp --recursive {url}/{s}/tensorboard {curves}/{s}" for s in facts.stages]
+    else:
+        export, curves = f"{url}/export", url
+    lines += [
+        f"isthmus caption {export} PICTURE.jpg",
+        f'isthmus ask {export} PICTURE.jpg "what is this?"',
+        f"isthmus eval {url} {shlex.quote(str(manifest))}",
+        f"isthmus resume {url}",
+        f"isthmus report {url} --out report.html",
+        f"tensorboard --logdir {curves}",
+    ]
+    return os.linesep.join(lines)
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")

@@ -1,0 +1,58 @@
+"""The page's style sheet."""
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #5d6873; --paper: #fbfbf9; --card: #ffffff; --rule: #dfe2e4;
+  --good: #1f7a4d; --warn: #a15c00; --c0: #2563b8; --c1: #c8701e; --c2: #2a8a5f; --c3: #9a3f8d; --c4: #75808a;
+  --c5: #b83a3a; --c6: #8a7428; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #98a3ad; --paper: #14181c; --card: #1c2227;
+  --rule: #323a42; --good: #5cc490; --warn: #e2a44f; --c0: #6ba2ee; --c1: #eb9a52; --c2: #57bf90; --c3: #cf82c4;
+  --c4: #9aa5af; --c5: #e57373; --c6: #cdb45c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; font-weight: 650; }
+h2 { font-size: 1.25rem; margin: 2.8rem 0 .7rem; padding-top: .9rem; border-top: 1px solid var(--rule); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+a { color: var(--c0); }
+.lead, .note, figcaption, .legend { color: var(--soft); }
+.note, figcaption { font-size: .875rem; }
+.missing { color: var(--warn); }
+nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
+.state { display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
+  vertical-align: middle; color: var(--soft); }
+.state.finished { color: var(--good); } .state.failed { color: var(--c5); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th { color: var(--soft); font-weight: 550; } .numbers td:not(:first-child) { white-space: nowrap; }
+td:first-child { min-width: 9rem; }
+code, pre { font: .85rem/1.5 ui-monospace, monospace; }
+pre { background: var(--card); border: 1px solid var(--rule); border-radius: .4rem; padding: .8rem 1rem;
+  overflow-x: auto; overflow-wrap: normal; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: .6rem 0; }
+.chart, .card { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; }
+.chart { padding: .8rem; margin: 0; } .chart svg { width: 100%; height: auto; display: block; margin-top: .4rem; }
+svg text { font-size: 11px; fill: var(--soft); } .grid { stroke: var(--rule); stroke-width: 1; }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.mark { stroke: var(--c5); stroke-width: 1.2; stroke-dasharray: 4 4; } svg .mark-text { fill: var(--c5); }
+.key { margin-right: .8rem; white-space: nowrap; }
+.dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .35em; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .9rem; }
+.gallery { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.card { padding: .8rem; font-size: .875rem; }
+.card img { width: 100%; max-width: 9rem; display: block; border-radius: .3rem;
+  margin: 0 auto .5rem; background: #fff; } .card ol { margin: .3rem 0 0; padding-left: 1.3rem; }
+.strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem; margin-top: .5rem; }
+.card .strip img { margin: 0; border: 2px solid transparent; } .card .strip img.right { border-color: var(--good); }
+.right { color: var(--good); } .truth { color: var(--soft); }
+.drawing img { max-width: 100%; height: auto; border-radius: .4rem; background: #fff; }
+.bar { display: flex; height: 1.9rem; border-radius: .35rem; overflow: hidden; margin: .6rem 0; }
+.size { display: grid; grid-template-columns: minmax(8rem, 16rem) 1fr; gap: .2rem 1rem; align-items: center;
+  font-size: .9rem; }
+.size i { display: block; height: 1rem; border-radius: .2rem; min-width: 2px; }
+""" + "".join(
+    f".stroke{n} {{ stroke: var(--c{n}); }} .fill{n} {{ fill: var(--c{n}); }} .back{n} {{ background: var(--c{n}); }}\n"
+    for n in range(7)
+)
