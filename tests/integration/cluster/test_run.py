@@ -6,12 +6,14 @@ SeaweedFS is the object store, two raylets the cluster, token authentication is 
 import json
 import os
 import signal
+import tarfile
 import time
 
 import psutil
 import pytest
 from typer.testing import CliRunner
 
+from cluster.cli import doctor
 from cluster.cli.jobs import app
 from cluster.config import JobConfig
 from cluster.jobs import Jobs
@@ -158,7 +160,10 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator):
     operator.wait_for_end("disturbed")
     view = operator.status("disturbed")
     assert (view["state"], view["stage"], view["world_size"]) == ("finished", "stage1", 2)
-    assert "lost process" in {restart["kind"] for restart in view["restarts"]}
+    lost = next(restart for restart in view["restarts"] if restart["kind"] == "lost process")
+    assert lost["lost_steps"] is not None
+    assert lost["recovery_seconds"] < LIMIT
+    assert set(lost["phases"]) == {"clear", "pause", "place", "start", "step"}
 
     first, second = (
         max(operator.checkpoints(name), key=lambda saved: saved.step) for name in ("undisturbed", "disturbed")
@@ -177,6 +182,21 @@ def test_logs_are_structured_and_hold_no_secret(operator, seaweed):
         assert (line["run"], line["rank"]) == ("disturbed", 1)
     jobs = Jobs(operator.raylets.dashboard_url)
     text = "".join(jobs.logs(job) for job in jobs.all()) + repr(jobs._client.list_jobs())
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
+    assert os.environ["RAY_AUTH_TOKEN"] not in text
+
+
+def test_doctor_collects_a_run_without_secrets(operator, tmp_path):
+    out = tmp_path / "disturbed.tar.gz"
+    arguments = ["disturbed", "--out", str(out), "--address", operator.raylets.dashboard_url]
+    result = CliRunner().invoke(doctor.app, arguments)
+    assert result.exit_code == 0, result
+    with tarfile.open(out) as archive:
+        files = {entry.name: archive.extractfile(entry).read().decode() for entry in archive}
+    assert {"doctor/job.log", "doctor/facts.json", "doctor/run/config.yaml", "doctor/run/status.json"} <= set(files)
+    facts = json.loads(files["doctor/facts.json"])
+    assert len(facts["nodes"]) == 3
+    text = "".join(files.values())
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
     assert os.environ["RAY_AUTH_TOKEN"] not in text
 
