@@ -11,6 +11,7 @@ from tests.ranks import run_ranks
 from tests.stage2_parts import CAPTIONS, picture, stage2_parts
 
 pytestmark = pytest.mark.integration
+KINDS = ("opt", "t5")
 
 
 def losses_and_gradients(model, inputs, micro_batch_size, exchange):
@@ -27,6 +28,10 @@ def losses_and_gradients(model, inputs, micro_batch_size, exchange):
     return float(output.total), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
+def both_kinds(rank, world_size, function, root):
+    return [function(rank, world_size, root, kind) for kind in KINDS]
+
+
 def rank_losses(rank, world_size, root, kind):
     parts = stage2_parts(Path(root), kind)
     exchange = ProcessGroupExchange()
@@ -39,17 +44,19 @@ def rank_losses(rank, world_size, root, kind):
     return results
 
 
-@pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path, kind):
-    parts = stage2_parts(tmp_path, kind)
-    total, gradients = losses_and_gradients(parts.model, parts.inputs(), 4, LocalExchange())
-    for results in run_ranks(rank_losses, 2, str(tmp_path), kind):
-        for rank_total, rank_gradients in results:
-            assert rank_total == pytest.approx(total, abs=1e-5)
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(
-                    torch.as_tensor(rank_gradients[name]), torch.as_tensor(gradient), atol=1e-5, rtol=1e-4
-                )
+def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path):
+    expected = []
+    for kind in KINDS:
+        parts = stage2_parts(tmp_path, kind)
+        expected.append(losses_and_gradients(parts.model, parts.inputs(), 4, LocalExchange()))
+    for kinds in run_ranks(both_kinds, 2, rank_losses, str(tmp_path)):
+        for results, (total, gradients) in zip(kinds, expected, strict=True):
+            for rank_total, rank_gradients in results:
+                assert rank_total == pytest.approx(total, abs=1e-5)
+                for name, gradient in gradients.items():
+                    torch.testing.assert_close(
+                        torch.as_tensor(rank_gradients[name]), torch.as_tensor(gradient), atol=1e-5, rtol=1e-4
+                    )
 
 
 def partitioned_captions(rank, world_size, root, kind):
