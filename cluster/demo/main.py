@@ -60,7 +60,7 @@ def main(recipe: str = RECIPE) -> int:
 
 
 def _demo(recipe: str, began: float) -> int:
-    from cluster.demo.report import write_report  # noqa: PLC0415 - imports torch, not needed to fail early
+    from cluster.demo.report import curve_verdict, write_report  # noqa: PLC0415 - imports torch, not needed to fail early
 
     models = _prepare()
     with local_s3(CACHE / "s3", BUCKET) as server:
@@ -80,6 +80,7 @@ def _demo(recipe: str, began: float) -> int:
         _isthmus(server, "eval", run_url, f"s3://{BUCKET}/data/test_concept", "--out", str(CACHE / "unseen"))
         _step("7/7", "report")
         report = write_report(config, ObjectStore(server.store_config), CACHE)
+        console.print("  " + curve_verdict(config, ObjectStore(server.store_config)), markup=False)
     minutes = (time.monotonic() - began) / 60
     console.print(f"[bold green]done[/] in {minutes:.1f} min: {report} (open it in a browser)")
     console.print(f"curves: .venv/bin/tensorboard --logdir {CACHE / 'tensorboard'}")

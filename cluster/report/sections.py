@@ -53,7 +53,9 @@ def curves(facts: RunFacts) -> Html:
     for stage in facts.stages.values():
         restarts = facts.status.restarts if facts.status else []
         marks = [Mark(r.step, f"restart: {r.kind}") for r in restarts if r.stage == stage.name]
-        lines = {name.removeprefix("loss/"): stage.series(name) for name in stage.names("loss/")}
+        names = stage.names("loss/")
+        names = names[:1] if len(names) == 2 else names  # a single part is the total
+        lines = {name.removeprefix("loss/"): stage.series(name) for name in names}
         charts.append(line_chart(lines, title=f"{stage.name} losses", x_label="step", marks=marks))
         measured = {name: points for name in stage.names("eval/") if len(points := stage.series(name)) > 1}
         if measured:

@@ -1,0 +1,91 @@
+"""The demo's report: the page of its run, with what simpler ways reach, unseen concepts, reference curves, credits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster.config import JobConfig
+from cluster.demo.curves import load_band, verdict
+from cluster.demo.packages import EVERYTHING
+from cluster.report.folder import read_folder
+from cluster.report.markup import Html, h, table
+from cluster.report.measures import Baseline
+from cluster.report.page import Extra, render
+from data_pipeline.object_store import ObjectStore, join
+
+REPORT = "report.html"
+BANDS = Path("docs/curves")
+PLAIN = "pooled features, MLP to frozen MiniLM (6,000 pairs, 648 captions)"
+BASELINES = {
+    "eval/i2t_r1": [Baseline(PLAIN, 0.375)],
+    "eval/i2t_r5": [Baseline(PLAIN, 0.597)],
+    "eval/i2t_r10": [Baseline(PLAIN, 0.659)],
+}
+UNSEEN_CHANCE = "Chance at recall@k is k divided by the number of captions."
+
+
+def write_report(config: JobConfig, store: ObjectStore, cache: Path) -> Path:
+    """Write the report into the run's folder and the cache; fetch the curves for TensorBoard; return the local file."""
+    url = join(config.run.url, config.run.name)
+    facts = read_folder(url, store)
+    extra = Extra(
+        BASELINES,
+        {
+            "Unseen concepts": _unseen(cache),
+            "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
+            "Credits": _credits(),
+        },
+    )
+    page = render(facts, extra).encode()
+    store.put(join(url, REPORT), page)
+    path = cache / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{REPORT}.part")
+    partial.write_bytes(page)
+    partial.replace(path)
+    _fetch_curves(url, store, cache / "tensorboard" / config.run.name)
+    return path
+
+
+def curve_verdict(config: JobConfig, store: ObjectStore) -> str:
+    """Say whether the run lies inside the committed reference band."""
+    facts = read_folder(join(config.run.url, config.run.name), store)
+    return verdict(load_band(_band_of(config.run.name)), facts)
+
+
+def _band_of(run: str) -> Path:
+    """Return the band of a run's recipe: later runs of `demo` are called demo-2, demo-3."""
+    stem, _, number = run.rpartition("-")
+    return BANDS / f"{stem if number.isdigit() else run}.json"
+
+
+def _unseen(cache: Path) -> Html:
+    """Return what `isthmus eval` measured on concepts that were never seen: cache/unseen*/report.json."""
+    files = sorted(cache.glob("unseen*/report.json"))
+    rows = [row for file in files for row in _rows(file)]
+    if not rows:
+        return h("p", "Nothing was measured on unseen concepts.", class_="missing")
+    return h("div", table(["measure", "value", "of"], rows, "numbers"), h("p", UNSEEN_CHANCE, class_="note"))
+
+
+def _rows(file: Path) -> list[list[str]]:
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        figures = report["figures"].items()
+        return [[name.removeprefix("eval/"), f"{value:.3f}", str(report["checkpoint"])] for name, value in figures]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [[str(file), "could not be read", str(error)]]
+
+
+def _credits() -> Html:
+    rows = [[package.name, package.version, package.licence, package.role] for package in EVERYTHING]
+    told = "Fetched from the package registries at run time, unchanged; nothing of them is redistributed."
+    return h("div", h("p", told), table(["package", "version", "licence", "used for"], rows))
+
+
+def _fetch_curves(url: str, store: ObjectStore, folder: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        for info in store.list(join(url, stage, "tensorboard")):
+            target = folder / stage / info.url.rpartition("/")[2]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            store.download(info.url, target)
