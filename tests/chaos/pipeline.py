@@ -1,0 +1,329 @@
+"""A small two-stage run under a schedule: its ranks are started, disturbed from outside and started again."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import JobConfig
+from cluster.local_s3 import LocalS3, kill_hard
+from cluster.tiny.assets import write_tiny_assets
+from data_pipeline.index_build import IndexOptions, build_manifest, run_in_processes
+from data_pipeline.object_store import ObjectStore, join
+from tests.chaos.proxy import Proxy
+from tests.chaos.schedule import Fault, Schedule
+from tests.chaos.start import start
+from trainer.checkpoint_reader import committed
+from trainer.config_io import load_config
+from trainer.context import Rank
+
+ROOT = Path(__file__).parents[2]
+BUCKET = "chaos"
+STEPS = {"stage1": 8, "stage2": 6}
+NUM_SAMPLES = 64
+"""Four batches of 16: stage 1 sees two epochs."""
+MAX_ATTEMPTS = 14
+ATTEMPT_SECONDS = 240.0
+"""An attempt that lasts longer hangs."""
+GRACE_SECONDS = 75.0
+"""When a rank has ended, the others end within this time: the collective's limit and the last save."""
+STOPPED_GRACE_SECONDS = 3.0
+SHORT = [
+    *(f"{stage}.steps={steps}" for stage, steps in STEPS.items()),
+    *(f"{stage}.{key}" for stage in STEPS for key in ("global_batch_size=16", "micro_batch_size=8")),
+    "checkpoint.every_steps=2",
+    "logging.every_steps=1",
+    "evaluation.manifest=null",
+    "run.export=true",
+    "model.qformer.num_layers=2",
+    "safety.step_timeout_seconds=60",
+    "safety.collective_timeout_seconds=20",
+    "checkpoint.save_timeout_seconds=60",
+    "store.stall_timeout_seconds=2",
+    "data.reader_timeout_seconds=30",
+]
+
+
+@dataclass
+class Place:
+    """Where the assets and runs of a campaign are."""
+
+    folder: Path
+    server: LocalS3 | None = None
+    proxy: Proxy | None = None
+    bucket_ready: bool = False
+
+    def prepare(self) -> None:
+        """Write models and shards into the folder."""
+        if not (self.folder / "assets" / "ready").exists():
+            write_tiny_assets(self.folder / "assets", NUM_SAMPLES, 4)
+            (self.folder / "assets" / "ready").touch()
+
+    def prepare_bucket(self) -> None:
+        """Copy the shards into the bucket and index them there."""
+        if self.bucket_ready or self.server is None:
+            return
+        store = ObjectStore(self.server.store_config)
+        shards = sorted((self.folder / "assets" / "shards").glob("train*.tar"))
+        urls = [store.put_file(join(f"s3://{BUCKET}/shards", path.name), path).url for path in shards]
+        build_manifest(urls, f"s3://{BUCKET}/train", store, IndexOptions(64 << 10), run_in_processes(1))
+        self.bucket_ready = True
+
+    def config(self, schedule: Schedule, name: str, run_folder: Path) -> JobConfig:
+        """Return the run's configuration."""
+        assets = self.folder / "assets"
+        places: dict[str, Any] = {
+            "run.name": name,
+            "run.url": f"s3://{BUCKET}/runs" if schedule.s3 else run_folder / "runs",
+            "data.sources.0.manifest": f"s3://{BUCKET}/train" if schedule.s3 else assets / "train",
+            "data.readers": schedule.readers,
+            "model.vision.path": assets / "vision",
+            "model.qformer.tokenizer": assets / "bert",
+            "model.language.path": assets / "opt",
+            "model.qformer.dropout": 0.0 if schedule.elastic else 0.1,
+        }
+        if schedule.cache:
+            places |= {"data.cache_dir": run_folder / "cache", "data.cache_bytes": 1 << 20}
+        if schedule.s3 and self.server:
+            port = self.proxy.port if self.proxy else None
+            endpoint = f"http://127.0.0.1:{port}" if port else self.server.endpoint_url
+            places |= {"store.endpoint_url": endpoint, "store.region": "us-east-1"}
+        overrides = [f"{key}={value}" for key, value in places.items()]
+        return load_config(ROOT / "recipes" / "tiny.yaml", [*overrides, *SHORT], JobConfig)
+
+
+@dataclass
+class Attempt:
+    """How one start of the run went."""
+
+    number: int
+    world: int
+    began: float
+    ended: float = 0.0
+    codes: list[int | None] = field(default_factory=list)
+    disturbed: list[str] = field(default_factory=list)
+    hung: list[int] = field(default_factory=list)
+    """Ranks that did not end by themselves although nobody had stopped them."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rank ended well."""
+        return all(code == 0 for code in self.codes)
+
+
+@dataclass
+class Run:
+    """A run from its first start to its end."""
+
+    place: Place
+    schedule: Schedule
+    folder: Path
+    name: str
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for part in ("logs", "steps", "tmp"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        self.config = self.place.config(self.schedule, self.name, self.folder)
+        self.url = join(self.config.run.url, self.config.run.name)
+
+    @property
+    def store(self) -> ObjectStore:
+        """A store for looking at the run, without faults."""
+        server = self.place.server
+        return ObjectStore(server.store_config) if self.schedule.s3 and server else ObjectStore(self.config.store)
+
+    def drive(self) -> None:
+        """Start the run again and again until it is finished, or too often."""
+        for number in range(MAX_ATTEMPTS):
+            self._damage(number)
+            if self.place.proxy:
+                faults = [f for f in self.schedule.faults if f.attempt == number and f.kind.startswith("http_")]
+                self.place.proxy.arm(faults)
+            attempt = _Attempt(self, number).go()
+            self.attempts.append(attempt)
+            if attempt.finished:
+                return
+
+    def _damage(self, number: int) -> None:
+        """Flip bytes in what an earlier start has left behind."""
+        for index, fault in enumerate(self.schedule.faults):
+            marker = self.folder / f"happened-{index}"
+            if fault.attempt > number or marker.exists():
+                continue
+            if (fault.kind == "damage_cache" and _flip_cache(self.folder / "cache")) or (
+                fault.kind == "damage_checkpoint" and self._flip_checkpoint()
+            ):
+                marker.touch()
+
+    def _flip_checkpoint(self) -> bool:
+        """Damage the newest checkpoint of a stage that has an older one to fall back to."""
+        for stage, steps in STEPS.items():
+            found = committed(join(self.url, stage, "checkpoints"), self.store)
+            if len(found) > 1 and found[0].step < steps:
+                url = join(found[0].url, found[0].manifest.parts[-1].name)
+                data = bytearray(self.store.get(url))
+                data[len(data) // 2] ^= 1
+                self.store.put(url, data)
+                return True
+        return False
+
+
+class _Attempt:
+    """One start of all ranks, watched to its end."""
+
+    def __init__(self, run: Run, number: int) -> None:
+        self._run, self._number = run, number
+        self._result = Attempt(number, run.schedule.world(number), time.monotonic())
+        self._ranks = self._start("rank")
+        self._second: list[BaseProcess] = []
+        self._stopped: set[int] = set()
+        self._outside = [
+            (index, fault)
+            for index, fault in enumerate(run.schedule.faults)
+            if fault.attempt <= number and not fault.point and not (run.folder / f"happened-{index}").exists()
+        ]
+
+    def _start(self, name: str) -> list[BaseProcess]:
+        context = multiprocessing.get_context("forkserver")
+        world, port, faults = self._result.world, _free_port(), self._run.schedule.faults
+        ranks = []
+        for rank in range(world):
+            arguments = (
+                self._run.config,
+                self._run.folder,
+                self._number,
+                faults if name == "rank" else (),
+                Rank(rank, world, rank),
+                port,
+                name,
+            )
+            ranks.append(context.Process(target=start, args=arguments, daemon=False))
+        for process in ranks:
+            process.start()
+        return ranks
+
+    def go(self) -> Attempt:
+        """Wait until all ranks have ended or must be ended; disturb them meanwhile."""
+        deadline = self._result.began + ATTEMPT_SECONDS
+        first_end: float | None = None
+        while any(rank.is_alive() for rank in self._ranks):
+            now = time.monotonic()
+            self._note_stopped()
+            if first_end is None and (len(self._alive()) < len(self._ranks) or self._all_stopped()):
+                first_end = now
+            if now > deadline or (first_end and now > first_end + GRACE_SECONDS):
+                self._result.hung = [i for i in self._alive() if i not in self._stopped]
+                break
+            if first_end and now > first_end + STOPPED_GRACE_SECONDS and set(self._alive()) <= self._stopped:
+                break
+            self._disturb(now - self._result.began)
+            wait([rank.sentinel for rank in self._ranks if rank.is_alive()], timeout=0.1)
+        return self._end()
+
+    def _alive(self) -> list[int]:
+        return [i for i, rank in enumerate(self._ranks) if rank.is_alive()]
+
+    def _all_stopped(self) -> bool:
+        return set(self._alive()) <= self._stopped
+
+    def _note_stopped(self) -> None:
+        for i, rank in enumerate(self._ranks):
+            if i not in self._stopped and rank.pid and rank.is_alive() and _status(rank.pid) == psutil.STATUS_STOPPED:
+                self._stopped.add(i)
+
+    def _disturb(self, age: float) -> None:
+        for index, fault in list(self._outside):
+            if fault.kind.startswith(("http_", "damage_")) or fault.kind == "skew":
+                self._outside.remove((index, fault))
+            elif age >= fault.seconds or fault.kind.startswith("s3_"):
+                if fault.kind.startswith("s3_") and age < 2 + fault.hit * 4:
+                    continue
+                if self._do(fault):
+                    (self._run.folder / f"happened-{index}").touch()
+                    self._outside.remove((index, fault))
+
+    def _do(self, fault: Fault) -> bool:
+        """Let a fault from outside happen; False: it cannot happen yet."""
+        server = self._run.place.server
+        victim = self._ranks[fault.rank % len(self._ranks)]
+        number = {"kill_at": signal.SIGKILL, "stop_at": signal.SIGSTOP, "term_at": signal.SIGTERM}.get(fault.kind)
+        if number is not None and victim.pid and victim.is_alive():
+            os.kill(victim.pid, number)
+        elif fault.kind == "kill_reader":
+            return self._kill_reader(victim)
+        elif fault.kind == "second_driver":
+            self._second = self._start("second")
+        elif fault.kind == "s3_kill" and server:
+            kill_hard(server)
+            time.sleep(fault.seconds)
+            server.restart()
+        elif fault.kind == "s3_stop" and server:
+            os.kill(server.process.pid, signal.SIGSTOP)
+            time.sleep(fault.seconds)
+            os.kill(server.process.pid, signal.SIGCONT)
+        self._result.disturbed.append(fault.kind)
+        return True
+
+    def _kill_reader(self, rank: BaseProcess) -> bool:
+        try:
+            children = psutil.Process(rank.pid).children()
+        except psutil.NoSuchProcess:
+            return False
+        for child in children:
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+                return True
+        return False
+
+    def _end(self) -> Attempt:
+        for process in (*self._ranks, *self._second):
+            if process in self._second:
+                process.join(GRACE_SECONDS)
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+        self._result.codes = [rank.exitcode for rank in self._ranks]
+        self._result.ended = time.monotonic()
+        return self._result
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the processes that a run's ranks have started and that still live."""
+    attributes = ["pid", "cmdline", "environ"]
+    return [
+        f"{process.info['pid']} {' '.join(process.info['cmdline'] or [])[:120]}"
+        for process in psutil.process_iter(attributes)
+        if (process.info["environ"] or {}).get("CHAOS_FOLDER") == str(folder)
+    ]
+
+
+def _flip_cache(folder: Path) -> bool:
+    files = list(folder.glob("*.chunk")) if folder.exists() else []
+    for path in files:
+        data = bytearray(path.read_bytes())
+        for place in range(600, len(data), 997):
+            data[place] ^= 0x55
+        path.write_bytes(data)
+    return bool(files)
+
+
+def _status(pid: int) -> str:
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

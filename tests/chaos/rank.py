@@ -1,0 +1,110 @@
+"""One rank of a run under chaos: the product's own `train_here` and export, with faults, and a record of each step."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import JobConfig
+from tests.chaos.faults import ChaosStore, Points, install, skew_clock
+from tests.chaos.schedule import Fault
+from trainer import local, task
+from trainer.context import Outcome, Rank
+from trainer.export import export_run
+from trainer.process_group import load_deepspeed
+from trainer.run_store import RunStore
+
+BEAT_SECONDS = 1.0
+FAILED = 1
+
+load_deepspeed()  # paid once: ranks are forked from a process that has imported this module
+
+
+def main(
+    config: JobConfig, folder: Path, attempt: int, faults: tuple[Fault, ...], place: Rank, port: int, name: str
+) -> None:
+    """Train, export on rank 0, and end the process with the outcome's exit code."""
+    _prepare(folder, attempt, place, port, name)
+    points = Points(folder, attempt, place.rank, faults)
+    store = ChaosStore(config.store, points)
+    local.ObjectStore = lambda _config: store  # type: ignore[attr-defined]
+    RunStore.open = staticmethod(partial(RunStore.open, beat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
+    install(points)
+    record_steps(folder / "steps" / f"{attempt:02d}-{name}-{place.rank}.jsonl", attempt)
+    for fault in faults:
+        if fault.kind == "skew" and fault.attempt == attempt:
+            skew_clock(fault.seconds)
+    code = FAILED
+    try:
+        outcome = local.train_here(config)
+        code = outcome.exit_code
+        if outcome is Outcome.FINISHED and place.is_main:
+            _export(config, store, points)
+    except BaseException:
+        logging.getLogger(__name__).exception("ended")
+        code = FAILED
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(code)
+
+
+def _prepare(folder: Path, attempt: int, place: Rank, port: int, name: str) -> None:
+    log = os.open(folder / "logs" / f"{attempt:02d}-{name}-{place.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    temporary = folder / "tmp" / f"{attempt:02d}-{name}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(temporary)
+    os.environ.update(
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TMPDIR=str(temporary),
+        CHAOS_FOLDER=str(folder),
+    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", force=True)
+    torch.set_num_threads(1)
+
+
+def _export(config: JobConfig, store: ChaosStore, points: Points) -> None:
+    run = RunStore.open(config, store, owner=f"export {os.getpid()}")
+    try:
+        export_run(config, store, run)
+        points.pass_by("exported")
+    finally:
+        run.close()
+
+
+def record_steps(path: Path, attempt: int) -> None:
+    """Append a line for every step that is trained: when, which samples, in which epochs."""
+    train_step = task._StageTask.train_step
+    path.parent.mkdir(exist_ok=True)
+
+    def recording(self: Any, batch: Any, engine: Any) -> Any:
+        line = {
+            "attempt": attempt,
+            "stage": self.name,
+            "step": batch.step,
+            "rows": batch.rows_B.tolist(),
+            "keys": batch.keys,
+            "valid": batch.valid_B.tolist(),
+            "positions": batch.positions,
+            "time": time.monotonic(),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return train_step(self, batch, engine)
+
+    task._StageTask.train_step = recording  # type: ignore[method-assign]

@@ -1,0 +1,178 @@
+"""`python -m tests.chaos.run`: run schedules of faults, replay one, go on with a long soak, write the report.
+
+python -m tests.chaos.run --seed 17               replay one schedule, with its log folder kept
+python -m tests.chaos.run --schedules 100         the next ones of a soak of 100; started again it goes on
+python -m tests.chaos.run --report                write the soak's result into docs/reliability.md
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.local_s3 import local_s3
+from tests.chaos import report
+from tests.chaos.pipeline import BUCKET, ROOT, Place, Run
+from tests.chaos.proxy import proxy
+from tests.chaos.schedule import Schedule, draw
+from tests.chaos.verify import Ending, ending, figures, problems
+
+RESULTS = ROOT / ".cache" / "chaos" / "results.jsonl"
+KEPT = ROOT / ".cache" / "chaos" / "failed"
+
+
+class Campaign:
+    """Runs schedules one after the other against undisturbed runs that are made once."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._expected: dict[bool, Ending] = {}
+
+    def undisturbed(self, *, elastic: bool) -> Ending:
+        """Return how a run ends to which nothing happens."""
+        if elastic not in self._expected:
+            worlds = (2, 1) if elastic else (2,)
+            calm = Schedule(-1, (), s3=False, readers=0, cache=False, worlds=worlds)
+            run = Run(self._place, calm, self._place.folder / f"calm-{elastic}", "calm")
+            run.drive()
+            if len(run.attempts) != 1 or not run.attempts[0].finished:
+                raise RuntimeError(f"the undisturbed run failed: {run.attempts}; see {run.folder}/logs")
+            self._expected[elastic] = ending(run)
+        return self._expected[elastic]
+
+    def go(self, seed: int, *, elastic: bool) -> dict[str, Any]:
+        """Run a schedule; return what came of it."""
+        schedule = draw(seed, elastic=elastic)
+        expected = self.undisturbed(elastic=elastic)
+        if schedule.s3:
+            self._place.prepare_bucket()
+        name = f"{'elastic' if elastic else 'seed'}-{seed}"
+        run = Run(self._place, schedule, self._place.folder / name, name)
+        began = time.monotonic()
+        run.drive()
+        found = problems(run, expected)
+        result = {
+            "seed": seed,
+            "elastic": elastic,
+            "survived": not found,
+            "problems": found,
+            "faults": [f"{fault.kind} {fault.point}".strip() for fault in schedule.faults],
+            "happened": len(list(run.folder.glob("happened-*"))),
+            "schedule": schedule.describe(),
+            "codes": [attempt.codes for attempt in run.attempts],
+            "wall_seconds": time.monotonic() - began,
+            **figures(run),
+        }
+        if found:
+            KEPT.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(run.folder, KEPT / name, dirs_exist_ok=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
+        return result
+
+
+@contextmanager
+def campaign(*, s3: bool = True) -> Iterator[Campaign]:
+    """Start what schedules need: assets, an S3 server behind a proxy, a process from which ranks are forked."""
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.chaos.rank"])
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        place = Place(folder)
+        if s3:
+            place.server = stack.enter_context(local_s3(folder / "seaweed", BUCKET))
+            port = int(place.server.endpoint_url.rsplit(":", 1)[1])
+            place.proxy = stack.enter_context(proxy(port))
+        place.prepare()
+        yield Campaign(place)
+
+
+def replay_command(result: dict[str, Any]) -> str:
+    """Return the command that runs a schedule again."""
+    return f"python -m tests.chaos.run --seed {result['seed']}{' --elastic' if result['elastic'] else ''}"
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a schedule's result, and for a failure how to replay it."""
+    word = "survived" if result["survived"] else "FAILED"
+    place = "s3" if result["schedule"]["s3"] else "file"
+    print(
+        f"{word} seed {result['seed']}{' elastic' if result['elastic'] else ''} ({place}): "
+        f"{', '.join(result['faults'])}; {result['happened']} happened; {result['starts']} starts, "
+        f"{result['lost_steps']} steps repeated, {result['wall_seconds']:.0f} s, exit codes {result['codes']}"
+    )
+    for problem in result["problems"]:
+        print(f"    {problem}")
+    if not result["survived"]:
+        print(f"    replay: {replay_command(result)}")
+    sys.stdout.flush()
+
+
+def done_before(commit: str) -> list[dict[str, Any]]:
+    """Return the results of this commit's soak so far."""
+    if not RESULTS.exists():
+        return []
+    return [r for line in RESULTS.read_text().splitlines() if (r := json.loads(line))["commit"] == commit]
+
+
+def soak(wanted: list[tuple[int, bool]], seconds: float) -> int:
+    """Run the schedules that have not been run for this commit yet, as long as there is time; return failures."""
+    commit = report.commit()
+    done = {(result["seed"], result["elastic"]) for result in done_before(commit)}
+    left = [item for item in wanted if item not in done]
+    print(f"{len(wanted) - len(left)} of {len(wanted)} schedules were run before; {len(left)} to go")
+    failures, deadline = 0, time.monotonic() + seconds
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    if not left:
+        return 0
+    with campaign() as running:
+        for seed, elastic in left:
+            if time.monotonic() > deadline:
+                break
+            result = running.go(seed, elastic=elastic)
+            show(result)
+            failures += not result["survived"]
+            line = {**result, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    return failures
+
+
+def main() -> int:
+    """Run what the command line asks for; 1: a schedule was not survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, nargs="*", help="run these schedules and no others")
+    parser.add_argument("--elastic", action="store_true", help="with changing world sizes")
+    parser.add_argument("--schedules", type=int, default=0, help="length of the soak; a fifth is added, elastic")
+    parser.add_argument("--first", type=int, default=0, help="first seed of the soak")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no schedule after this time")
+    parser.add_argument("--json", type=Path, help="write the results of --seed there")
+    parser.add_argument("--report", action="store_true", help="write the soak's result into docs/reliability.md")
+    asked = parser.parse_args()
+    failures = 0
+    if asked.seed:
+        with campaign(s3=any(draw(seed, elastic=asked.elastic).s3 for seed in asked.seed)) as running:
+            results = [running.go(seed, elastic=asked.elastic) for seed in asked.seed]
+        for result in results:
+            show(result)
+        if asked.json:
+            asked.json.write_text(json.dumps(results))
+        failures = sum(not result["survived"] for result in results)
+    if asked.schedules:
+        same = [(seed, False) for seed in range(asked.first, asked.first + asked.schedules)]
+        other = [(seed, True) for seed in range(asked.first, asked.first + asked.schedules // 5)]
+        failures += soak([*same, *other] if not asked.elastic else other, 60 * asked.minutes)
+    if asked.report:
+        report.write(done_before(report.commit()))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

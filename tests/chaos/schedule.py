@@ -1,0 +1,143 @@
+"""What goes wrong and when, as a pure function of a seed."""
+
+import random
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+VERSION = 1
+"""Part of the seed: a change of the catalogue changes every schedule."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong in one start of the run.
+
+    `kind` is what happens, `point` where. Points inside a rank or its writer are listed in faults.py; the kinds
+    `s3_*`, `*_at`, `second_driver` and `damage_*` are done from outside (pipeline.py), `http_*` by the proxy.
+    """
+
+    kind: str
+    point: str = ""
+    attempt: int = 0
+    """First start of the run, from 0, in which it may happen."""
+    rank: int = 0
+    hit: int = 0
+    """Passages of the point, from 0, that are let through before."""
+    seconds: float = 0.0
+    """When, or for how long."""
+    count: int = 1
+    """How many requests in a row."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run's misfortunes and its circumstances."""
+
+    seed: int
+    faults: tuple[Fault, ...]
+    s3: bool
+    """The run's folder and data are in the S3 server; else in a local folder."""
+    readers: int
+    cache: bool
+    worlds: tuple[int, ...] = (2,)
+    """World size of each start; the last one holds for all later starts."""
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the world size changes: then losses are compared, not bits."""
+        return len(set(self.worlds)) > 1
+
+    def world(self, attempt: int) -> int:
+        """Return the world size of a start."""
+        return self.worlds[min(attempt, len(self.worlds) - 1)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+# Where a rank may be when it is killed or stopped, with the number of passages in the first start.
+RANK_POINTS = {
+    "build": 1,
+    "resume": 1,
+    "restored": 1,
+    "fetch": 6,
+    "step": 12,
+    "backward": 30,
+    "collective": 60,
+    "update": 12,
+    "snapshot": 6,
+    "half_snapshot": 6,
+    "handoff": 1,
+    "handed_over": 1,
+    "metrics": 12,
+}
+# Where the process that writes may be: rank 0 for manifests, the writer process for parts.
+STORE_POINTS = {
+    "put_part": 5,
+    "part_done": 5,
+    "put_state": 4,
+    "put_manifest": 5,
+    "manifest_done": 5,
+    "delete": 8,
+    "lease": 10,
+    "record": 4,
+    "export": 3,
+    "exported": 1,
+}
+HTTP = ("http_503", "http_cut", "http_slow", "http_stall", "http_lost", "http_stale_list")
+KILLS = ("kill", "stop", "kill_at", "stop_at", "term_at")
+
+
+def _catalogue() -> list[tuple[str, str]]:
+    found = [("kill", point) for point in (*RANK_POINTS, *STORE_POINTS)]
+    found += [("stop", point) for point in ("fetch", "collective", "update", "handoff")]
+    found += [("kill_writer", "put_part"), ("kill_writer", "part_done"), ("stop_writer", "put_part")]
+    found += [("refuse", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
+    found += [("lose", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
+    found += [("enospc", "metrics"), ("enospc", "cache"), ("enospc", "put_part"), ("flip", "read_shard")]
+    found += [(kind, "") for kind in ("kill_at", "stop_at", "term_at", "kill_reader", "skew")]
+    found += [(kind, "") for kind in ("s3_kill", "s3_stop", "second_driver", "damage_checkpoint", "damage_cache")]
+    return found + [(kind, "") for kind in HTTP]
+
+
+CATALOGUE = _catalogue()
+NEEDS_S3 = ("s3_", "http_")
+
+
+def draw(seed: int, *, elastic: bool = False) -> Schedule:
+    """Return the schedule of a seed. The first fault goes through the catalogue in order, the others are drawn."""
+    rng = random.Random(f"chaos/{VERSION}/{seed}/{elastic}")
+    kinds = [CATALOGUE[seed % len(CATALOGUE)], *rng.choices(CATALOGUE, k=rng.randint(0, 2))]
+    if elastic:
+        kinds = [("kill", rng.choice(("step", "backward", "update", "put_manifest"))), *kinds]
+    rng.shuffle(kinds)
+    faults, attempt = [], 0
+    for kind, point in kinds:
+        fault = _fault(rng, kind, point, attempt)
+        faults.append(fault)
+        attempt += kind in KILLS
+        if (kind.startswith("damage") or point == "restored") and attempt == 0:  # needs an earlier start
+            faults.append(Fault("kill", "step", 0, rng.randrange(2), rng.randint(5, 7)))
+            faults[-2] = replace(fault, attempt=1)
+            attempt = 1 + (kind in KILLS)
+    worlds = tuple(rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1)))) if elastic else (2,)
+    s3 = any(kind.startswith(NEEDS_S3) for kind, _ in kinds) or rng.random() < 0.5
+    readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.15)
+    cache = any(kind == "damage_cache" or point == "cache" for kind, point in kinds) or rng.random() < 0.3
+    return Schedule(seed, tuple(faults), s3, readers, cache, worlds)
+
+
+def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
+    rank = 0 if point in ("put_manifest", "manifest_done", "delete", "lease", "record", "export", "exported",
+                          "put_state", "metrics", "handoff", "handed_over") else rng.randrange(2)  # fmt: skip
+    passages = {**RANK_POINTS, **STORE_POINTS, "cache": 3, "read_shard": 3, "": 5}.get(point, 1)
+    seconds = {
+        "skew": rng.choice((-1, 1)) * rng.uniform(60, 7200),
+        "s3_kill": rng.uniform(0.5, 3.0),
+        "s3_stop": rng.uniform(1.0, 6.0),
+        "http_stall": 3.0,
+        "http_slow": 0.3,
+    }.get(kind, rng.uniform(2.0, 12.0))
+    hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(passages)
+    return Fault(kind, point, attempt, rank, hit, round(seconds, 2), rng.randint(1, 4))
