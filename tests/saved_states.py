@@ -15,6 +15,7 @@ from trainer.checkpoint import CheckpointManager
 from trainer.config import CheckpointConfig
 from trainer.context import Rank
 from trainer.fragments import KINDS, Fragment
+from trainer.peer_memory import PeerMemory
 from trainer.state import TrainState
 
 SHAPES = {"qformer.a": (7, 5), "qformer.temperature": (), "projection.b": (11,)}
@@ -50,12 +51,13 @@ def manager(
     rank: Rank | None = None,
     fence: Callable[[], None] = lambda: None,
     token: int = 1,
+    peers: PeerMemory | None = None,
     **config: Any,
 ) -> CheckpointManager:
     settings = {"save_timeout_seconds": 20.0, **config}
-    return CheckpointManager(
-        folder, store or ObjectStore(), CheckpointConfig(**settings), rank or Rank(0, 1), fence, token=token
-    )
+    place = rank or Rank(0, 1)
+    chosen = CheckpointConfig(**settings)
+    return CheckpointManager(folder, store or ObjectStore(), chosen, place, fence, token=token, peers=peers)
 
 
 def holds(saved: Any, step: int) -> bool:

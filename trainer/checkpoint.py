@@ -33,6 +33,8 @@ from trainer.errors import CheckpointError, LeaseError
 from trainer.fragments import Fragment
 from trainer.gather import gather_lists
 from trainer.interval import DEFAULT_SECONDS_BETWEEN_FAILURES, Interval
+from trainer.peer_memory import PeerMemory
+from trainer.peer_snapshots import PeerSnapshots
 from trainer.ranks_agree import from_main_rank
 from trainer.retention import prune
 from trainer.snapshot import Snapshot, layout_of
@@ -69,6 +71,7 @@ class CheckpointManager:
         fence: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
         token: Fencing token of the run's owner; written into each manifest.
         seconds_between_failures: As observed; used by the automatic interval on rank 0.
+        peers: Memory of other nodes for snapshots between the checkpoints; none: there is none.
     """
 
     def __init__(
@@ -81,18 +84,37 @@ class CheckpointManager:
         *,
         token: int = 0,
         seconds_between_failures: float = DEFAULT_SECONDS_BETWEEN_FAILURES,
+        peers: PeerMemory | None = None,
     ) -> None:
         self.last_committed: Committed | None = None
         self._url, self._store, self._config, self._rank = folder_url, store, config, rank
         self._fence, self._token = fence, token
         self._session, between = from_main_rank(lambda: (uuid.uuid4().hex[:12], seconds_between_failures))
         self._interval = Interval(config, between)
+        self._peers: PeerSnapshots | None = None
+        if peers is not None and config.peer_memory_every_steps:
+            self._peers = PeerSnapshots(peers, config.peer_memory_every_steps, self._session, rank, fence)
         self._snapshot: Snapshot | None = None
+        self._preparation: threading.Thread | None = None
         self._writer: WriterProcess | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._closing = threading.Event()
         self._cost_seconds: float | None = None
+
+    def prepare(self, fragments: list[Fragment]) -> None:
+        """Allocate the memory of the saves to come, on a thread, so that the first stalls no longer than others."""
+
+        def allocate() -> None:
+            try:
+                self._allocate(fragments)
+                if self._peers is not None:
+                    self._peers.prepare(fragments)
+            except (CheckpointError, OSError) as error:
+                logger.warning("memory for checkpoints is not ready yet, the first save tries again: %s", error)
+
+        self._preparation = threading.Thread(target=allocate, name="prepare-saves", daemon=True)
+        self._preparation.start()
 
     def due(self, step: int, seconds_per_step: float) -> bool:
         """Count a step that took `seconds_per_step`, a figure equal on all ranks; return whether to save after it.
@@ -114,7 +136,8 @@ class CheckpointManager:
         began = time.monotonic()
         self.wait()
         self._interval.saved(from_main_rank(lambda: self._cost_seconds))
-        snapshot = self._snapshot_for(fragments)
+        self._join_preparation()
+        snapshot = self._allocate(fragments)
         snapshot.fill(fragments)
         self._thread = threading.Thread(
             target=self._save, args=(step, state, snapshot, began), name=f"save-{step}", daemon=True
@@ -123,6 +146,32 @@ class CheckpointManager:
         stall = time.monotonic() - began
         self._cost_seconds = stall
         return stall
+
+    def hold_due(self, step: int) -> bool:
+        """Return whether a snapshot is to be held in peers' memory after a step at which no checkpoint is saved."""
+        return self._peers is not None and self._peers.due(step)
+
+    def hold(self, fragments: list[Fragment], state: TrainState) -> float:
+        """Copy the state, begin to send it to peers' memory, and return the seconds of standstill. Collective.
+
+        That it did not get there is no error: the newest checkpoint stands behind it.
+        """
+        assert self._peers is not None
+        self._join_preparation()
+        return self._peers.take(fragments, state)
+
+    def newest(self) -> SavedCheckpoint | None:
+        """Return the newest intact state: a snapshot in peers' memory if it is ahead of `latest()`. Collective."""
+        saved = self.latest()
+        held = self._peers.newest() if self._peers is not None else None
+        if held is None or (saved is not None and held.step <= saved.step):
+            return saved
+        problems = gather_lists(self._check(held))
+        if not problems:
+            return held
+        if self._rank.is_main:
+            logger.error("%s is passed over: %s", held.url, "; ".join(text for _, text in problems))
+        return saved
 
     def latest(self) -> SavedCheckpoint | None:
         """Return the newest committed checkpoint whose every byte is as it was written; none: nothing was committed.
@@ -167,6 +216,9 @@ class CheckpointManager:
     def close(self) -> None:
         """End what runs in the background; a save that only needs a moment more gets it."""
         self._closing.set()
+        self._join_preparation()
+        if self._peers is not None:
+            self._peers.close()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
         if self._writer is not None:
@@ -179,7 +231,15 @@ class CheckpointManager:
         if self._error is not None:
             raise self._error
 
-    def _snapshot_for(self, fragments: list[Fragment]) -> Snapshot:
+    def _join_preparation(self) -> None:
+        if self._preparation is None:
+            return
+        self._preparation.join(self._config.save_timeout_seconds)
+        if self._preparation.is_alive():
+            raise CheckpointError(f"{self._url}: memory for a snapshot is not there after the save limit; free memory")
+        self._preparation = None
+
+    def _allocate(self, fragments: list[Fragment]) -> Snapshot:
         if self._snapshot is not None and self._snapshot.layout == layout_of(fragments):
             return self._snapshot
         if self._writer is not None:

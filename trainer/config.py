@@ -97,6 +97,8 @@ class CheckpointConfig(Config):
     """Checkpoints at multiples of this are kept for ever."""
     keep_best: str | None = None
     """Metric whose best checkpoint is kept, such as eval/r1; larger is better unless the name ends in loss."""
+    peer_memory_every_steps: int = Field(0, ge=0)
+    """Steps between snapshots held in the memory of other nodes (Ray only, twice the state per copy); 0: off."""
     save_timeout_seconds: float = Field(600.0, gt=0)
     """The run stops when no save has succeeded for this long after one was due."""
 

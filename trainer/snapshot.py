@@ -1,6 +1,7 @@
 """A copy of this rank's state in host memory, laid out as the part file it becomes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ Layout = tuple[tuple[str, str, tuple[int, ...], int, int], ...]
 
 class Snapshot:
     """Memory for one part; pinned when the state is on a GPU, and used again for every save.
+
+    All of it is touched at once, so that no later copy waits for the system to hand out pages.
 
     Args:
         fragments: What is to be held; later ones must have the same layout.
@@ -31,6 +34,7 @@ class Snapshot:
         self._values = self._view()
         if any(f.data.is_cuda for f in fragments):
             _pin(self._values)
+        self._values.zero_()  # without the interpreter's lock, unlike populating by mmap
 
     def fill(self, fragments: Sequence[Fragment]) -> None:
         """Copy the present values; returns when they are all there."""
@@ -51,7 +55,7 @@ class Snapshot:
     def close(self) -> None:
         """Give the memory back."""
         if self._num_elements and self._values.is_pinned():
-            torch.cuda.cudart().cudaHostUnregister(self._values.data_ptr())
+            _cuda_runtime().cudaHostUnregister(self._values.data_ptr())
         self.memory.close()
 
     def _view(self) -> Tensor:
@@ -68,9 +72,13 @@ def layout_of(fragments: Sequence[Fragment]) -> Layout:
 
 
 def _pin(values: Tensor) -> None:
-    error = torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.numel() * values.element_size(), 0)
+    error = _cuda_runtime().cudaHostRegister(values.data_ptr(), values.numel() * values.element_size(), 0)
     if int(error):
         raise CheckpointError(
             f"cannot pin {values.numel() * values.element_size()} bytes of host memory for a snapshot (CUDA error "
             f"{int(error)}); raise the limit of locked memory (ulimit -l) or free host memory"
         )
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from trainer.handoff import hand_over
 from trainer.loop import fit
 from trainer.metrics import JsonlSink, Position, Sink, TensorBoardSink, WandbSink
 from trainer.mirror import Mirror
+from trainer.peer_memory import PeerMemory
 from trainer.quarantine_log import QuarantineLog
 from trainer.run_store import RunStore
 from trainer.state import TrainState, versions
@@ -33,16 +34,23 @@ logger = logging.getLogger(__name__)
 GOODPUT_NAME = "goodput.json"
 
 
-def run_stage(config: TrainConfig, stage: StageName, context: RunContext, store: ObjectStore, run: RunStore) -> Outcome:
+def run_stage(
+    config: TrainConfig,
+    stage: StageName,
+    context: RunContext,
+    store: ObjectStore,
+    run: RunStore,
+    peers: PeerMemory | None = None,
+) -> Outcome:
     """Train a stage from its newest checkpoint, or from its start, to its end or to a stop request.
 
-    Every rank calls it, inside a process group where there are several.
+    Every rank calls it, inside a process group where there are several. `peers` holds snapshots between checkpoints.
 
     Raises:
         TrainerError, DataError, ModelError: for the operator; the last committed checkpoint is intact.
     """
     with ExitStack() as stack:
-        return _Stage(config, stage, context, store, run, stack).train()
+        return _Stage(config, stage, context, store, run, stack, peers).train()
 
 
 class _Stage:
@@ -56,10 +64,11 @@ class _Stage:
         store: ObjectStore,
         run: RunStore,
         stack: ExitStack,
+        peers: PeerMemory | None,
     ) -> None:
         self._config, self._name, self._context, self._store, self._run = config, name, context, store, run
         self._stage, self._url = config.stage(name), run.stage_url(name)
-        self._stack = stack
+        self._stack, self._peers = stack, peers
         self._mirror = Mirror(self._url, store) if context.rank.is_main else None
         goodput = StoreLedger(join(run.url, GOODPUT_NAME), store) if context.rank.is_main else MemoryLedger()
         self._ledger = GoodputLedger(goodput)
@@ -68,7 +77,7 @@ class _Stage:
     def train(self) -> Outcome:
         """Build, restore, rehearse, fit, check; a stage that is finished already is left as it is."""
         checkpoints = self._stack.enter_context(closing(self._open_checkpoints()))
-        saved = checkpoints.latest()
+        saved = checkpoints.newest()
         if saved is not None and saved.step >= self._stage.steps:
             logger.info("%s is finished: %s", self._name, saved.url)
             return Outcome.FINISHED
@@ -83,6 +92,7 @@ class _Stage:
         self._stack.callback(engine.close)
         loader = self._stack.enter_context(closing(self._open_loader(parts)))
         start_step = self._restore(engine, saved, parts, loader)
+        checkpoints.prepare(engine.fragments())
         flops_per_sample = self._rehearse(parts, engine, loader, start_step)
         watch = self._open_watch(engine, loader, checkpoints, start_step, flops_per_sample)
         outcome = fit(
@@ -124,6 +134,7 @@ class _Stage:
             self._before_commit,
             token=self._run.token.number,
             seconds_between_failures=self._run.seconds_between_failures(),
+            peers=self._peers,
         )
 
     def _before_commit(self) -> None:

@@ -1,0 +1,178 @@
+"""Snapshots in peers' memory: which of them count, what survives the loss of a node, and when they are used."""
+
+import hashlib
+import time
+import zlib
+
+import pytest
+
+from tests.local_peers import LocalPeers
+from tests.saved_states import fragments_of, holds, manager, state_of
+from trainer.checkpoint_format import FileEntry
+from trainer.context import Rank
+from trainer.errors import CheckpointError, LeaseError
+from trainer.peer_memory import HeldPart, Shelf, SnapshotId, newest_complete
+from trainer.peer_snapshots import PeerSnapshots, held_checkpoint
+
+pytestmark = pytest.mark.unit
+
+
+def part(step, rank=0, world_size=1, session="a", data=b"12345678"):
+    entry = FileEntry(f"part-{rank}", len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data))
+    return HeldPart(SnapshotId(session, step), rank, world_size, entry, b"{}")
+
+
+def put(shelf, held, keep=None, data=b"12345678"):
+    shelf.begin(held, keep)
+    shelf.write(held.key, 0, data)
+    shelf.complete(held.key)
+
+
+def take(memory, step, rank=0, world_size=1, session="a", fence=lambda: None):
+    """Hold a state for one rank and wait for it."""
+    snapshots = PeerSnapshots(memory, 1, session, Rank(rank, world_size), fence)
+    snapshots.take(fragments_of(step, rank, world_size), state_of(step))
+    snapshots.wait()
+    snapshots.close()
+
+
+def test_newest_complete_needs_every_rank_of_one_attempt():
+    whole = [part(10, 0, 2), part(10, 1, 2)]
+    torn = [part(20, 0, 2), part(15, 1, 2), part(20, 1, 2, session="b")]
+    assert newest_complete([*torn, *reversed(whole)]) == tuple(whole)
+    assert newest_complete(torn) == ()
+    assert newest_complete([*whole, part(12, session="b")]) == (part(12, session="b"),)
+
+
+def test_part_counts_when_all_of_it_arrived():
+    shelf, held = Shelf(), part(1)
+    shelf.begin(held, None)
+    shelf.write(held.key, 0, b"1234")
+    assert shelf.parts() == []
+    with pytest.raises(KeyError):
+        shelf.read(held.key, 0, 4)
+    with pytest.raises(CheckpointError, match="not held"):
+        shelf.complete(held.key)
+    shelf.write(held.key, 4, b"5678")
+    shelf.complete(held.key)
+    assert shelf.parts() == [held]
+    assert shelf.read(held.key, 2, 4) == b"3456"
+
+
+def test_a_shelf_keeps_the_last_whole_snapshot_until_the_next_is_whole():
+    shelf = Shelf()
+    put(shelf, part(1))
+    put(shelf, part(2), keep=SnapshotId("a", 1))
+    assert [held.snapshot.step for held in shelf.parts()] == [1, 2]
+    shelf.begin(part(3), keep=SnapshotId("a", 2))
+    assert [held.snapshot.step for held in shelf.parts()] == [2]
+    put(shelf, part(3, rank=1, world_size=2), keep=SnapshotId("a", 2))
+    assert {held.snapshot.step for held in shelf.parts()} == {2, 3}
+    assert len(shelf._parts) == 3
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_loss_of_one_node_leaves_the_whole_state(world_size, lost):
+    nodes = [Shelf() for _ in range(world_size)]
+    for rank in range(world_size):
+        take(LocalPeers(nodes, [nodes[rank], nodes[(rank + 1) % world_size]]), 7, rank, world_size)
+    left = [shelf for node, shelf in enumerate(nodes) if node != lost]
+    memory = LocalPeers(left, [])
+    saved = held_checkpoint(memory, memory.offer)
+    assert saved.problems() == []
+    assert saved.state == state_of(7)
+    assert holds(saved, 7)
+
+
+def test_used_only_when_ahead_of_the_newest_checkpoint(tmp_path):
+    shelf = Shelf()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=2)
+    assert [step for step in range(1, 6) if checkpoints.hold_due(step)] == [2, 4]
+    checkpoints.prepare(fragments_of(4))
+    checkpoints.save(4, fragments_of(4), state_of(4))
+    checkpoints.wait()
+    for step in (4, 6):
+        checkpoints.hold(fragments_of(step), state_of(step))
+        checkpoints._peers.wait()
+        again = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=2)
+        found = again.newest()
+        assert holds(found, step)
+        assert found.url.startswith("peers:") == (step == 6)
+        again.close()
+    checkpoints.close()
+    off = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]))
+    assert (off.newest().step, off.hold_due(6)) == (4, False)
+    off.close()
+
+
+def test_same_bytes_as_a_checkpoint_of_that_step(tmp_path):
+    shelf = Shelf()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    checkpoints.save(3, fragments_of(3), state_of(3))
+    checkpoints.wait()
+    checkpoints.hold(fragments_of(3), state_of(3))
+    checkpoints.close()
+    memory = LocalPeers([shelf], [])
+    held, saved = held_checkpoint(memory, memory.offer), checkpoints.latest()
+    assert held.manifest.files == saved.manifest.files
+    assert held.digest() == saved.digest()
+
+
+def test_damaged_memory_falls_back_to_the_checkpoint(tmp_path, caplog):
+    shelf = Shelf()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    checkpoints.wait()
+    checkpoints.hold(fragments_of(2), state_of(2))
+    checkpoints.close()
+    ((_, data),) = shelf._parts.values()
+    data[-1] ^= 1
+    again = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    assert holds(again.newest(), 1)
+    again.close()
+    assert "passed over" in caplog.text
+
+
+def test_shelves_that_vanish_after_the_offer_fall_back_to_the_checkpoint(tmp_path):
+    shelf = Shelf()
+    take(LocalPeers([shelf], [shelf]), 2)
+    memory = LocalPeers([shelf], [])
+    memory.shelves = []
+    checkpoints = manager(str(tmp_path), peers=memory, peer_memory_every_steps=1)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    checkpoints.wait()
+    assert holds(checkpoints.newest(), 1)
+    checkpoints.close()
+
+
+def test_no_shelf_is_a_warning_and_no_error(caplog):
+    take(LocalPeers([], []), 2)
+    assert "training goes on" in caplog.text
+
+
+def test_owner_that_lost_the_run_holds_nothing():
+    def fence():
+        raise LeaseError("held by another")
+
+    shelf = Shelf()
+    take(LocalPeers([shelf], [shelf]), 2, fence=fence)
+    assert shelf.parts() == []
+
+
+def test_a_snapshot_under_way_is_not_overtaken():
+    shelf = Shelf()
+
+    class Slow(LocalPeers):
+        def hold(self, part, data, keep):
+            time.sleep(0.3)
+            super().hold(part, data, keep)
+
+    snapshots = PeerSnapshots(Slow([shelf], [shelf]), 1, "a", Rank(0, 1), lambda: None)
+    for step in (1, 2):
+        snapshots.take(fragments_of(step), state_of(step))
+    snapshots.wait()
+    assert [held.snapshot.step for held in shelf.parts()] == [1]
+    snapshots.take(fragments_of(3), state_of(3))
+    snapshots.close()
+    assert [held.snapshot.step for held in shelf.parts()] == [1, 3]
