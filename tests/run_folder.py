@@ -41,7 +41,7 @@ def write_run(url: str, store: ObjectStore) -> JobConfig:
     _restart(board)
     _stage2(run.stage_url("stage2"), store)
     _goodput(run.url, store)
-    board.update(RunState.FINISHED, stage="stage2", step=20, num_steps=20, world_size=2)
+    board.update(RunState.FINISHED, message="", stage="stage2", step=20, num_steps=20, world_size=2)
     run.close()
     return config
 

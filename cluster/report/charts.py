@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from cluster.report.markup import Html, h
 
-WIDTH, HEIGHT = 640, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 36
+WIDTH, HEIGHT = 460, 240
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 36
 COLOURS = 7
 
 

@@ -104,7 +104,7 @@ def identity(facts: RunFacts) -> Html:
         rows += [[f"{name}: frozen {part}", digest] for part, digest in state.frozen_identity.items()]
         rows.append([f"{name}: versions", ", ".join(f"{what} {version}" for what, version in state.versions.items())])
         rows.append([f"{name}: bad samples left out", str(stage.quarantined)])
-    return table(["", ""], [[row[0], h("code", row[1])] for row in rows])
+    return table(["fact", "value"], [[row[0], h("code", row[1])] for row in rows])
 
 
 def commands(facts: RunFacts) -> str:

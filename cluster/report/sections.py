@@ -141,7 +141,8 @@ def goodput(facts: RunFacts) -> Html:
         for n, activity, seconds in parts
     ]
     share = facts.goodput.seconds.get(Activity.COMPUTE, 0.0) / total
-    told = f"{share:.1%} of {duration(total)} was training, over {facts.goodput.starts} starts of the training process."
+    starts = "one start" if facts.goodput.starts == 1 else f"{facts.goodput.starts} starts"
+    told = f"{share:.1%} of {duration(total)} was training, over {starts} of the training process."
     return join(h("p", told), h("div", *shares, class_="bar"), table(["spent on", "time", "share"], rows, "numbers"))
 
 

@@ -25,7 +25,8 @@ nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-spac
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { color: var(--soft); font-weight: 550; } .numbers td:not(:first-child) { white-space: nowrap; }
+th { color: var(--soft); font-weight: 550; overflow-wrap: normal; }
+.numbers td:nth-child(2), .numbers td:nth-child(3) { white-space: nowrap; }
 td:first-child { min-width: 9rem; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: .4rem; padding: .8rem 1rem;
