@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -39,6 +40,8 @@ STOP_MARGIN_SECONDS = 30
 RUN_TO_END_SECONDS = 300.0
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
 JOB_VARIABLE = "ISTHMUS_JOB"
+USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
+"""A line such as `1.5/2.0 CPU` of the dashboard's summary."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RUN_KEY, URL_KEY, STORE_KEY = "isthmus_run", "isthmus_url", "isthmus_store"
 FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -186,6 +189,19 @@ class Jobs:
         answer = _ask(f"{self.address}/nodes?view=summary")
         summary = answer.json().get("data", {}).get("summary", [])
         return [{key: node.get(key) for key in NODE_KEYS} for node in summary]
+
+    def resources(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Return free and total resources of every live node, as the dashboard last heard."""
+        data = _ask(f"{self.address}/nodes?view=summary").json().get("data", {})
+        used = data.get("nodeLogicalResources", {})
+        free, total = [], []
+        for raylet in (node.get("raylet", {}) for node in data.get("summary", [])):
+            if raylet.get("state") == "ALIVE":
+                has = {key: float(amount) for key, amount in raylet.get("resourcesTotal", {}).items()}
+                taken = {name: float(amount) for amount, name in USED.findall(used.get(raylet.get("nodeId"), ""))}
+                total.append(has)
+                free.append({key: amount - taken.get(key, 0.0) for key, amount in has.items()})
+        return free, total
 
     def logs(self, job: Job) -> str:
         """Return what the job has written so far."""

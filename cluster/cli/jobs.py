@@ -148,13 +148,26 @@ def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change
     job, is_new = jobs.submit(config, allow_change)
     name = config.run.name
     typer.echo(f"{name}: {'submitted' if is_new else 'already at work'} as job {job.id} at {jobs.address}")
-    if is_new:
+    if is_new and not _report_full_cluster(jobs, config):
         _report_first_sign(jobs, job)
     for verb in (f"status {name} --watch", f"logs -f {name}", f"stop {name}", f"resume {name}"):
         typer.echo(f"  isthmus {verb}{_option(address)}")
     if watch:
         _watch(lambda: _views(name, address))
         _fail_if_failed(_view(jobs.get(job.id)))
+
+
+def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
+    """Say what is lacking where no allowed group fits at the moment; return whether that is so."""
+    from cluster.demand import Demand, lacking, largest_world_size
+
+    demand = Demand.of(config)
+    free, total = jobs.resources()
+    if largest_world_size(config.world_sizes, demand, free) is not None:
+        return False
+    text = lacking(min(config.world_sizes), demand, free, total)
+    typer.secho(f"{config.run.name}: waiting: {text}; add nodes, end other jobs, or lower cluster.workers", err=True)
+    return True
 
 
 def _report_first_sign(jobs: "Jobs", job: "Job") -> None:

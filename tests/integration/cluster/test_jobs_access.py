@@ -8,12 +8,14 @@ import threading
 import time
 
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from cluster.auth import PATH_VARIABLE, TOKEN_VARIABLE
 from cluster.cli.jobs import app
 from cluster.errors import ClusterError
-from tests.integration.cluster.raylets import Raylets, free_port
+from cluster.jobs import Jobs
+from tests.integration.cluster.raylets import Raylets, free_port, wait_for
 
 pytestmark = pytest.mark.integration
 LIMIT = 10.0
@@ -41,6 +43,23 @@ def test_with_the_token_the_cluster_answers(raylets):
     result = CliRunner().invoke(app, ["ls", "--address", raylets.dashboard_url, "--json"])
     assert result.exit_code == 0, result
     assert json.loads(result.stdout) == []
+
+
+def test_free_and_total_resources_are_known(raylets):
+    node = raylets.cluster.add_node(num_cpus=3, object_store_memory=80 << 20)
+    jobs = Jobs(raylets.dashboard_url)
+    wait_for(lambda: 3.0 in [has.get("CPU") for has in jobs.resources()[1]], 20, "the new node")
+    raylets.connect("resources")
+    holder = ray.remote(Holder).options(num_cpus=2).remote()
+    ray.get(holder.answer.remote())
+    wait_for(lambda: 1.0 in [has.get("CPU") for has in jobs.resources()[0]], 30, "2 of 3 CPUs taken")
+    ray.shutdown()
+    raylets.remove(node)
+
+
+class Holder:
+    def answer(self):
+        return 1
 
 
 def test_no_token(raylets, monkeypatch, tmp_path):

@@ -1,0 +1,46 @@
+"""A stand-in for cluster.rank whose state goes through the real checkpoints and peers' memory, without an engine."""
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline.object_store import ObjectStore, join
+from tests.saved_states import fragments_of, holds, state_of
+from trainer.checkpoint import CheckpointManager
+
+STEP_SECONDS = 0.05
+
+
+def train(assignment, context):
+    """Go on from the newest state, note which that was, and take steps until stopped."""
+    config, rank = assignment.config, context.rank
+    folder = Path(config.run.url)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    url = join(str(folder), "checkpoints")
+    checkpoints = CheckpointManager(url, ObjectStore(), config.checkpoint, rank, lambda: None, peers=assignment.peers)
+    saved = checkpoints.newest()
+    step = saved.step if saved else 0
+    started = {"world": rank.world_size, "step": step, "url": saved.url if saved else "", "pid": os.getpid()}
+    started["whole"] = saved is None or holds(saved, step)
+    with (folder / f"starts-{rank.rank}.jsonl").open("a") as log:
+        log.write(json.dumps(started) + "\n")
+    while step < config.stage(assignment.stage).steps:
+        stops = [None] * rank.world_size
+        dist.all_gather_object(stops, context.stop_request())
+        if any(stops):
+            break
+        context.begin_step(step)
+        time.sleep(STEP_SECONDS)
+        step += 1
+        if checkpoints.due(step, STEP_SECONDS):
+            checkpoints.save(step, fragments_of(step, rank.rank, rank.world_size), state_of(step))
+        elif checkpoints.hold_due(step):
+            checkpoints.hold(fragments_of(step, rank.rank, rank.world_size), state_of(step))
+        context.report({"step": float(step), "seconds_per_step": STEP_SECONDS})
+    checkpoints.close()
+    dist.destroy_process_group()
+    return "finished" if step == config.stage(assignment.stage).steps else "stopped"
