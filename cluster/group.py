@@ -16,6 +16,7 @@ from cluster.config import JobConfig
 from cluster.demand import Demand
 from cluster.failures import Failure, FailureKind
 from cluster.nodes import draining_nodes
+from cluster.peer_memory import RayPeers
 from cluster.worker import CONCURRENT_CALLS, Assignment, Ended, Host, Progress, TrainWorker
 from trainer.config import StageName
 from trainer.context import Rank, StopReason
@@ -88,11 +89,17 @@ class WorkerGroup:
         """Nodes on which the group lives."""
         return {member.host.node for member in self.members}
 
-    def launch(self, config: JobConfig, stage: StageName, run_token: Any, entry: str) -> None:
-        """Let every process run the stage; `entry` is the module with `train(assignment, context)`."""
+    def launch(
+        self, config: JobConfig, stage: StageName, run_token: Any, entry: str, peers: list[RayPeers] | None = None
+    ) -> None:
+        """Let every process run the stage.
+
+        `entry` is the module with `train(assignment, context)`; `peers` is each rank's memory on other nodes.
+        """
         master = (self.members[0].host.address, self.members[0].host.port)
         for member in self.members:
-            assignment = Assignment(config, stage, member.rank, master, run_token, entry)
+            memory = peers[member.rank.rank] if peers else None
+            assignment = Assignment(config, stage, member.rank, master, run_token, entry, memory)
             member.result = member.actor.run.remote(assignment)
             member.answered_at = time.monotonic()
 

@@ -1,11 +1,10 @@
 """Train one stage as one rank: join the process group, open the run under the driver's lease, run the stage."""
 
-from trainer.run_store import RunStore
-
 from cluster.worker import Assignment
 from data_pipeline.object_store import ObjectStore
 from trainer.context import RunContext
 from trainer.process_group import join_process_group, leave_process_group
+from trainer.run_store import RunStore
 from trainer.stage import run_stage
 
 
@@ -16,6 +15,6 @@ def train(assignment: Assignment, context: RunContext) -> str:
     join_process_group(context.rank, config.safety.collective_timeout_seconds)
     try:
         run = RunStore.attach(config, store, assignment.run_token)
-        return str(run_stage(config, assignment.stage, context, store, run))
+        return str(run_stage(config, assignment.stage, context, store, run, assignment.peers))
     finally:
         leave_process_group()

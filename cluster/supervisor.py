@@ -17,6 +17,7 @@ from cluster.failures import Failure, FailureKind, RestartPolicy
 from cluster.group import WorkerGroup
 from cluster.logs import set_place
 from cluster.metrics import DRIVER_GAUGES, Gauges
+from cluster.peer_memory import Shelves
 from cluster.placement import Placer
 from cluster.recovery import Recovery
 from cluster.sample_keys import sample_keys
@@ -44,6 +45,7 @@ class Supervisor:
         self._policy = RestartPolicy(config.cluster.restart)
         self._placer = Placer(config)
         self._recovery: Recovery | None = None
+        self._shelves: Shelves | None = None
         self._stop = False
         self._gauges = Gauges(config.run.name, "", DRIVER_GAUGES)
         self._num_attempts = 0
@@ -73,6 +75,16 @@ class Supervisor:
             message="",
         )
         request_resources(bundles=[dict(self._placer.demand.worker)] * max(self._config.world_sizes))
+        if not self._config.checkpoint.peer_memory_every_steps:
+            return self._attempts(stage)
+        self._shelves = Shelves()
+        try:
+            return self._attempts(stage)
+        finally:
+            self._shelves.close()
+            self._shelves = None
+
+    def _attempts(self, stage: StageName) -> bool:
         while not self._stop:
             group = self._placer.place(self._policy.bad_nodes, self._on_waiting, lambda: self._stop)
             if group is None:
@@ -104,7 +116,8 @@ class Supervisor:
             on_progress=self._on_progress,
         )
         try:
-            group.launch(self._config, stage, self._run_token, self._entry)
+            peers = self._shelves.for_group([member.host.node for member in group.members]) if self._shelves else None
+            group.launch(self._config, stage, self._run_token, self._entry, peers)
             end = attempt.run()
         finally:
             ended_at = time.monotonic()

@@ -21,6 +21,7 @@ from cluster.config import JobConfig
 from cluster.failures import Failure, classify, on_rank
 from cluster.logs import set_place, use_json_logs
 from cluster.metrics import Gauges
+from cluster.peer_memory import RayPeers
 from trainer.config import StageName
 from trainer.context import Rank, StopReason
 
@@ -45,6 +46,8 @@ class Assignment:
     """What `RunStore.attach` needs to write under the driver's lease."""
     entry: str = "cluster.rank"
     """Module whose `train(assignment, context)` trains the stage."""
+    peers: RayPeers | None = None
+    """This rank's memory on other nodes; none: off."""
 
 
 @dataclass(frozen=True)
