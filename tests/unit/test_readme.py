@@ -1,0 +1,52 @@
+"""The README names tests, verbs, recipes and pages that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from cluster.cli.main import app
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_promise_has_a_test_that_exists():
+    rows = re.findall(r"^\| \*\*(P\d)\*\* .*?\| (.*) \|$", README, re.MULTILINE)
+    assert [promise for promise, _ in rows] == [f"P{number}" for number in range(1, 9)]
+    for promise, kept_by in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", kept_by)
+        assert tests, promise
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{promise}: {path}::{name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md", "docs/curves/README.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_recipes_and_benchmarks_exist():
+    names = re.findall(r"`((?:blip2|siglip2)-[\w.-]+)`", README)
+    assert len(set(names)) == 8
+    assert all((ROOT / "recipes" / f"{name}.yaml").exists() for name in names)
+    assert all((ROOT / path).exists() for path in re.findall(r"`(benchmarks/\w+\.py)`", README))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+def test_verbs_and_options_exist(page):
+    known = typer.main.get_command(app)
+    shown = re.findall(r"```\n.*?```|`[^`\n]+`", (ROOT / page).read_text(), re.DOTALL)
+    lines = re.findall(r"isthmus ([a-z][^`#&|\n]*)", "\n".join(shown))
+    assert len(lines) > 10
+    for line in lines:
+        words, command = line.split(), known
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, f"{page}: isthmus {line}"
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        used = {word for word in words if word.startswith("-")}
+        assert used <= options, f"{page}: isthmus {line}"
