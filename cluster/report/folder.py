@@ -1,14 +1,14 @@
 """What a run's folder holds, read for its report. What is missing or damaged is noted, never fatal."""
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from math import isfinite
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError, model_validator
 
 from cluster.status import RunStatus, read_status
 from data_pipeline.errors import DataError
@@ -28,13 +28,36 @@ METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
 T = TypeVar("T")
 
 
+class Entry(BaseModel):
+    """One example of an evaluation: places in its list of texts."""
+
+    index: int
+    texts: list[int]
+    images: list[int]
+
+
+class Index(BaseModel):
+    """`samples.json`, checked."""
+
+    step: int
+    texts: list[dict[str, str]]
+    examples: list[Entry]
+    pictures: list[Annotated[str, StringConstraints(pattern=r"^\w+\.png$")]]
+
+    @model_validator(mode="after")
+    def _places_exist(self) -> Self:
+        if any(not 0 <= place < len(self.texts) for entry in self.examples for place in _places(entry)):
+            raise ValueError(f"an example lies beyond the {len(self.texts)} texts")
+        return self
+
+
 @dataclass(frozen=True)
 class Samples:
     """The newest evaluation's samples."""
 
     step: int
     texts: list[dict[str, str]]
-    examples: list[dict[str, Any]]
+    examples: list[Entry]
     pictures: dict[str, bytes]
     """By file name: thumbnails and drawings."""
 
@@ -64,8 +87,8 @@ class StageFacts:
 
     def series(self, figure: str) -> list[tuple[float, float]]:
         """Return (step, value) of a figure over the stage."""
-        points = ((record["step"], record.get(figure)) for record in self.records)
-        return [(step, float(value)) for step, value in points if isinstance(value, int | float)]
+        points = ((int(record["step"]), record.get(figure)) for record in self.records)
+        return [(step, float(value)) for step, value in points if isinstance(value, int | float) and isfinite(value)]
 
     def names(self, prefix: str) -> list[str]:
         """Return the names of figures that begin so, in order of appearance."""
@@ -95,10 +118,7 @@ class RunFacts:
 
     def setting(self, path: str) -> Any:
         """Return a configured value by its dotted path; none where there is none."""
-        value: Any = self.config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return _setting(self.config, path)
 
 
 def read_folder(url: str, store: ObjectStore) -> RunFacts:
@@ -137,8 +157,7 @@ class _Reader:
         except NotFoundError:
             return None
         except (DataError, CheckpointError, ValidationError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            self.problems.append(f"{what} could not be read: {line}")
+            self.problems.append(f"{what} could not be read: {_line(error)}")
             return None
 
     def parsed(self, name: str, parse: Callable[[bytes], T]) -> T | None:
@@ -165,7 +184,7 @@ class _Reader:
             return Saved(saved.step, saved.size_bytes, saved.state)
 
     def weight_bytes(self, config: dict[str, Any], part: str) -> int:
-        folder = ((config.get("model") or {}).get(part) or {}).get("path")
+        folder = _setting(config, f"model.{part}.path")
         if not isinstance(folder, str):
             return 0
         sizes = self.guarded(
@@ -181,14 +200,29 @@ class _Reader:
         if newest is None:
             return None
         folder = f"{stage}/{FOLDER}/{newest.removesuffix(f'/{INDEX}')}"
-        index = self.parsed(f"{folder}/{INDEX}", json.loads)
-        if not isinstance(index, dict):
-            return None
-        return self.guarded(f"{folder}/{INDEX}", lambda: self._with_pictures(folder, index))
+        index = self.parsed(f"{folder}/{INDEX}", Index.model_validate_json)
+        return None if index is None else self._with_pictures(folder, index)
 
-    def _with_pictures(self, folder: str, index: dict[str, Any]) -> Samples:
-        wanted = {number for example in index["examples"] for number in (example["index"], *example["images"])}
-        files = [*(f"{int(number):05d}.jpg" for number in sorted(wanted)), *map(str, index["pictures"])]
+    def _with_pictures(self, folder: str, index: Index) -> Samples:
+        wanted = sorted({number for entry in index.examples for number in (entry.index, *entry.images)})
+        files = [*(f"{number:05d}.jpg" for number in wanted), *index.pictures]
         found = {file: self.parsed(f"{folder}/{file}", bytes) for file in files}
         pictures = {file: data for file, data in found.items() if data}
-        return Samples(int(index["step"]), index["texts"], index["examples"], pictures)
+        return Samples(index.step, index.texts, index.examples, pictures)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(detail["msg"] for detail in error.errors()[:3])
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _setting(config: dict[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _places(entry: Entry) -> tuple[int, ...]:
+    return (entry.index, *entry.texts, *entry.images)

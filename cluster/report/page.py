@@ -91,9 +91,9 @@ def heading(facts: RunFacts, name: str) -> Html:
 
 def identity(facts: RunFacts) -> Html:
     """Return what was trained on what with which versions, as the newest checkpoints say."""
-    attempts = facts.record.get("attempts") or [{}]
+    attempts = [attempt for attempt in facts.record.get("attempts") or [] if isinstance(attempt, dict)]
     rows = [["created", str(facts.record.get("created", "unknown"))], ["attempts", str(len(attempts))]]
-    rows.append(["configuration", str(attempts[-1].get("config_hash", "unknown"))])
+    rows.append(["configuration", str(attempts[-1].get("config_hash", "unknown")) if attempts else "unknown"])
     for name, stage in facts.stages.items():
         if stage.checkpoint is None:
             rows.append([name, "no checkpoint"])

@@ -2,10 +2,9 @@
 
 import time
 from datetime import timedelta
-from typing import Any
 
 from cluster.report.charts import COLOURS, Mark, line_chart
-from cluster.report.folder import RunFacts, Samples, StageFacts
+from cluster.report.folder import Entry, RunFacts, Samples, StageFacts
 from cluster.report.markup import Html, h, join, picture, table
 from cluster.report.measures import Given, Measure, captioning, retrieval
 from trainer.goodput import Activity
@@ -69,8 +68,8 @@ def retrieval_examples(facts: RunFacts) -> Html:
     samples = _samples(facts, "stage1")
     if samples is None:
         return missing(NO_EVALUATION)
-    with_texts = [_image_to_texts(samples, example) for example in samples.examples if example["texts"]]
-    with_images = [_text_to_images(samples, example) for example in samples.examples if example["images"]]
+    with_texts = [_image_to_texts(samples, example) for example in samples.examples if example.texts]
+    with_images = [_text_to_images(samples, example) for example in samples.examples if example.images]
     return join(
         h("h3", "An image, and the captions found for it"),
         h("div", *with_texts, class_="cards") if with_texts else missing("No examples were kept."),
@@ -79,18 +78,18 @@ def retrieval_examples(facts: RunFacts) -> Html:
     )
 
 
-def _image_to_texts(samples: Samples, example: dict[str, Any]) -> Html:
-    truth = samples.texts[example["index"]].get("caption", "")
-    found = [samples.texts[index].get("caption", "") for index in example["texts"]]
+def _image_to_texts(samples: Samples, example: Entry) -> Html:
+    truth = samples.texts[example.index].get("caption", "")
+    found = [samples.texts[index].get("caption", "") for index in example.texts]
     items = [h("li", text, class_="right" if text == truth else None) for text in found]
-    image = _thumbnail(samples, example["index"], truth)
+    image = _thumbnail(samples, example.index, truth)
     return h("div", image, h("span", truth, class_="truth"), h("ol", *items), class_="card")
 
 
-def _text_to_images(samples: Samples, example: dict[str, Any]) -> Html:
-    truth = samples.texts[example["index"]].get("caption", "")
+def _text_to_images(samples: Samples, example: Entry) -> Html:
+    truth = samples.texts[example.index].get("caption", "")
     strip = []
-    for index in example["images"]:
+    for index in example.images:
         caption = samples.texts[index].get("caption", "")
         strip.append(_thumbnail(samples, index, caption, "right" if caption == truth else None))
     return h("div", h("b", truth), h("div", *strip, class_="strip"), class_="card")
@@ -103,10 +102,10 @@ def gallery(facts: RunFacts) -> Html:
         return missing(NO_EVALUATION if "stage2" in facts.stages else "Stage 2 was not part of this run.")
     cards = []
     for example in samples.examples[:GALLERY]:
-        text = samples.texts[example["index"]]
+        text = samples.texts[example.index]
         truth, generated = text.get("caption", ""), text.get("generated", "")
         right = "right" if generated.strip().lower() == truth.strip().lower() else None
-        image = _thumbnail(samples, example["index"], truth)
+        image = _thumbnail(samples, example.index, truth)
         cards.append(h("div", image, h("b", generated or "(nothing)", class_=right), h("br"),
                        h("span", truth, class_="truth"), class_="card"))  # fmt: skip
     return join(

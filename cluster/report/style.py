@@ -27,7 +27,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { color: var(--soft); font-weight: 550; overflow-wrap: normal; }
 .numbers td:nth-child(2), .numbers td:nth-child(3) { white-space: nowrap; }
-td:first-child { min-width: 9rem; }
+td:first-child { min-width: 8rem; }
+.numbers td:nth-child(4) { min-width: 9rem; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: .4rem; padding: .8rem 1rem;
   overflow-x: auto; overflow-wrap: normal; }

@@ -107,6 +107,30 @@ def test_a_damaged_file_is_named_in_place(tmp_path, damaged, told):
     assert page.titles[: len(SECTIONS)] == SECTIONS
 
 
+SAMPLES = "stage1/samples/step-000000040/samples.json"
+BEYOND = '{"step": 1, "texts": [], "examples": [{"index": 9, "texts": [], "images": []}], "pictures": []}'
+ELSEWHERE = '{"step": 1, "texts": [], "examples": [], "pictures": ["../../../run.json"]}'
+NO_NUMBERS = '{"step": "5", "loss/total": NaN}\n{"step": 6, "loss/total": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("stage1/metrics.jsonl", NO_NUMBERS, "nothing was recorded"),
+        ("config.yaml", "model: [1]\nstage1: yes", "No memory figures|largest rank"),
+        ("run.json", '{"version": 1, "attempts": null, "name": 3}', "unknown"),
+        (SAMPLES, BEYOND, "lies beyond the 0 texts"),
+        (SAMPLES, ELSEWHERE, "should match pattern"),
+    ],
+)
+def test_nonsense_never_breaks_the_page(tmp_path, file, content, told):
+    _, url = local_run(tmp_path)
+    (tmp_path / "demo" / file).write_text(content)
+    page = Page(write_report(url, ObjectStore(), tmp_path / "report.html").read_text())
+    assert re.search(told, page.text)
+    assert page.titles[: len(SECTIONS)] == SECTIONS
+
+
 def test_a_folder_with_a_run_record_only_says_what_is_missing(tmp_path):
     _, url = local_run(tmp_path)
     for file in (tmp_path / "demo").rglob("*"):
