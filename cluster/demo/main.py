@@ -38,6 +38,7 @@ NUM_CPUS = 6
 """Logical: two workers, a reader, the driver and room for tasks; the machine may have fewer."""
 KILL_AT_FRACTION = 0.6
 POLL_SECONDS = 2.0
+LINE_EVERY_STEPS = 10
 RUN_TIMEOUT_SECONDS = 3 * 3600
 USER_ERROR, INTERRUPTED = 2, 75
 
@@ -156,16 +157,17 @@ def _watch(config: JobConfig, store: ObjectStore, head: RayHead) -> RunStatus:
     url = join(config.run.url, config.run.name)
     victim_step = int(KILL_AT_FRACTION * config.stage1.steps) if config.stage1 else 0
     killed = bool((status := read_status(url, store)) and (status.restarts or status.stage == "stage2"))
-    shown, deadline = "", time.monotonic() + RUN_TIMEOUT_SECONDS
+    shown: object = None
+    deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
         status = read_status(url, store)
         if status is None:
             continue
-        line = _line(status)
-        if line != shown:
-            console.print(f"  {line}", markup=False)
-            shown = line
+        news = (status.state, status.stage, status.step // LINE_EVERY_STEPS, len(status.restarts))
+        if news != shown:
+            console.print(f"  {_line(status)}", markup=False)
+            shown = news
         if status.state.is_final and time.time() - status.updated_at < RUN_TIMEOUT_SECONDS:
             return status
         due = status.stage == "stage1" and status.step >= victim_step and status.committed_step

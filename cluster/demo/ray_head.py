@@ -15,11 +15,11 @@ import psutil
 
 from cluster.auth import use_tokens
 from cluster.errors import ClusterError
+from cluster.loopback import HOST, free_ports
 
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 300 << 20
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[RayHead]:
     """
     use_tokens(create=True)
     folder = tempfile.mkdtemp(prefix="isthmus-r")
-    port, dashboard_port, client_port = _free_ports(3)
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--node-ip-address={LOOPBACK}"]
-    command += [f"--port={port}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
+    port, dashboard_port, client_port = free_ports(3)
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--node-ip-address={HOST}"]
+    command += [f"--port={port}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard_port}"]
     command += [f"--ray-client-server-port={client_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -58,7 +58,7 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[RayHead]:
         process = psutil.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         _wait_until_ready(process, dashboard_port, log)
-        yield RayHead(f"http://{LOOPBACK}:{dashboard_port}", process)
+        yield RayHead(f"http://{HOST}:{dashboard_port}", process)
     finally:
         _stop(process)
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[RayHead]:
 def _wait_until_ready(process: psutil.Popen, port: int, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return
         time.sleep(0.5)
     raise ClusterError(f"Ray: no dashboard after {START_TIMEOUT_SECONDS} s; see {log}")
@@ -84,15 +84,3 @@ def _stop(head: psutil.Popen) -> None:
             with contextlib.suppress(psutil.Error):
                 getattr(process, ask)()
         _, processes = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_SECONDS)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports outside the range from which Ray takes its workers' ports."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            held = stack.enter_context(socket.socket())
-            held.bind((LOOPBACK, 0))
-            if held.getsockname()[1] >= 20000:
-                ports.append(held.getsockname()[1])
-        return ports
