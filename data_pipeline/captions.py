@@ -50,7 +50,7 @@ def choose_caption(captions: list[str], *parts: int | str) -> str:
 def _parse(data: bytes | memoryview) -> dict[str, object]:
     try:
         document = json.loads(_decode(data))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
         raise BadSample("bad_json", str(error)) from error
     return document if isinstance(document, dict) else {}
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.captions import read_captions
 from data_pipeline.errors import DataError, StoreError
+from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.object_store import ObjectStore
 from data_pipeline.quarantine import BadSample
@@ -132,7 +133,7 @@ def contact_sheet(samples: Sequence[Drawn], columns: int = 6) -> bytes:
     draw = ImageDraw.Draw(sheet)
     for i, sample in enumerate(samples):
         left, top = i % columns * _TILE_PIXELS, i // columns * height
-        with Image.open(io.BytesIO(sample.image)) as image:
+        with Image.open(io.BytesIO(sample.image), formats=PILLOW_FORMATS) as image:
             tile = image.convert("RGB")
             tile.thumbnail((_TILE_PIXELS - 8, _TILE_PIXELS - 8))
         sheet.paste(tile, (left + (_TILE_PIXELS - tile.width) // 2, top + (_TILE_PIXELS - tile.height) // 2))

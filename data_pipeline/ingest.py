@@ -19,6 +19,7 @@ from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from data_pipeline.errors import DataError, NotFoundError
+from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.ingest_sources import Record
 from data_pipeline.object_store import ObjectStore, join
 
@@ -157,7 +158,7 @@ def _sample(record: Record, number: int, store: ObjectStore) -> dict[str, Any]:
 
 def _extension(data: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             return _EXTENSIONS[image.format or ""]
     except KeyError:
         raise _Unusable(f"image format {image.format} is not supported") from None

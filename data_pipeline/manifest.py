@@ -75,7 +75,7 @@ class Manifest:
             raise NotFoundError(f"there is no manifest at {file_url}; make it with `isthmus data index`") from error
         try:
             return _parse(data, file_url.rpartition("/")[0])
-        except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise DataError(f"{file_url}: {error}") from error
             raise DataError(f"{file_url} is damaged ({error!r}); run `isthmus data index` again") from error

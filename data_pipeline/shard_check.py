@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 from PIL import Image
 
 from data_pipeline.captions import read_captions
+from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.quarantine import BadSample
 from data_pipeline.shard_index import Member, Sample
 from data_pipeline.tar_walk import MAX_MEMBER_BYTES, ArchiveFault, ObjectStream, TarMember, walk
@@ -136,7 +137,7 @@ def _check_image(run: _Run, extension: str, data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 if min(image.size) < 1:
                     run.blame("undecodable_image", f".{extension}: no pixels")
     except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.quarantine import BadSample
 
 UInt8Array = NDArray[np.uint8]
@@ -90,7 +91,7 @@ def _is_rotated(data: bytes | memoryview) -> bool:
     if b"Exif" not in bytes(data[:_EXIF_SEARCH_BYTES]):
         return False
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             return bool(image.getexif().get(_EXIF_ORIENTATION, 1) != 1)
     except (OSError, ValueError, SyntaxError):
         return True
@@ -98,7 +99,7 @@ def _is_rotated(data: bytes | memoryview) -> bool:
 
 def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> UInt8Array:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
             return np.asarray(_to_rgb(_upright(image)))
     except Image.DecompressionBombError as error:

@@ -21,6 +21,7 @@ BYTES_PER_ELEMENT = 4
 MAX_HEADER_BYTES = 100 << 20
 HASH_BLOCK_BYTES = 8 << 20
 _STEP = re.compile(r"^step-(\d{9,})$")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")
 _HEADER_LENGTH_BYTES = 8
 
 
@@ -85,9 +86,26 @@ class Manifest:
             )
         try:
             parts = tuple(FileEntry(**part) for part in raw["parts"])
-            return Manifest(raw["step"], raw["token"], raw["world_size"], parts, FileEntry(**raw["state"]))
-        except (KeyError, TypeError) as error:
+            found = Manifest(raw["step"], raw["token"], raw["world_size"], parts, FileEntry(**raw["state"]))
+            _check_fields(found)
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{url}: is a damaged manifest ({error})") from error
+        return found
+
+
+def _check_fields(manifest: Manifest) -> None:
+    """Make sure that a manifest, which may come from anywhere, names files of its own folder and counts in integers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    numbers = [manifest.step, manifest.token, manifest.world_size]
+    for entry in manifest.files:
+        if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
+            raise ValueError(f"{entry.name!r:.100} is no name of a file in this folder")
+        numbers += [entry.size, entry.crc32]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("sizes and steps must be whole numbers")
 
 
 class NewerFormatError(CheckpointError):
@@ -154,22 +172,26 @@ def header_end(prefix: bytes, url: str) -> int:
     return _HEADER_LENGTH_BYTES + size
 
 
-def parse_header(data: bytes, url: str) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
-    """Return the pieces of a part and the shapes of the full tensors from its first bytes.
+def parse_header(data: bytes, size: int, url: str) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
+    """Return the pieces of a part of `size` bytes and the shapes of the full tensors from its first bytes.
 
     Raises:
         CheckpointError: the header is damaged.
     """
     raw = parse_json(data[_HEADER_LENGTH_BYTES:], url)
     try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(raw.pop("__metadata__")["shapes"]).items()}
+        described = parse_json(raw.pop("__metadata__")["shapes"], url)
+        shapes = {name: tuple(int(side) for side in shape) for name, shape in described.items()}
         pieces = []
         for key, entry in raw.items():
             kind, _, rest = key.partition("/")
             name, _, offset = rest.rpartition("@")
-            (length,), begin = entry["shape"], entry["data_offsets"][0]
+            (length,), (begin, end) = entry["shape"], entry["data_offsets"]
+            held = length * BYTES_PER_ELEMENT if type(length) is int else -1
+            if not 0 <= begin <= end <= size - len(data) or end - begin != held:
+                raise ValueError(f"{key}: bytes {begin} to {end} do not hold {length} elements of this file")
             pieces.append(Piece(name, kind, int(offset), length, len(data) + begin))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{url}: the header of this part is damaged ({error})") from error
     return pieces, shapes
 
@@ -187,7 +209,7 @@ def parse_json(data: bytes, url: str) -> dict[str, Any]:
     """
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{url}: is not JSON ({error}); it is damaged") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{url}: holds {type(raw).__name__}, not an object; it is damaged")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -149,6 +150,9 @@ class SavedCheckpoint:
         shape = self.shapes().get(name)
         if shape is None:
             raise CheckpointError(f"{self.url}: has no tensor {name}; it is of another model")
+        here = sum(piece.length for _, piece in self._index[0].get((name, kind), ()))
+        if here != math.prod(shape):  # before memory is asked for
+            raise CheckpointError(f"{self.url}: {kind} of {name} has {here} elements, its shape {shape} tells others")
         return self.read(name, kind, 0, torch.Size(shape).numel()).reshape(shape)
 
     def identity(self) -> str:
@@ -193,7 +197,7 @@ class SavedCheckpoint:
             reader.read_into(0, memoryview(prefix))
             header = bytearray(min(header_end(bytes(prefix), url), entry.size))
             reader.read_into(0, memoryview(header))
-            pieces, here = parse_header(bytes(header), url)
+            pieces, here = parse_header(bytes(header), entry.size, url)
             shapes.update(here)
             for piece in pieces:
                 found.setdefault((piece.name, piece.kind), []).append((reader, piece))

@@ -48,7 +48,7 @@ class LeaseState:
         """
         try:
             return LeaseState(**json.loads(data))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise LeaseError(
                 f"{url}: is damaged ({error}); make sure that nobody writes to the run, delete it"
             ) from error

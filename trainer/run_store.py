@@ -153,7 +153,7 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
         version = run["version"]
     except NotFoundError as error:
         raise TrainerError(f"{run_file}: absent, so this is no run's folder; list them with isthmus runs ls") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainerError(f"{run_file}: is damaged ({error}); restore it from a copy") from error
     if version > VERSION:
         raise TrainerError(f"{run_file}: has version {version}, newer than {VERSION}; use the release that wrote it")

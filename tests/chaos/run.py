@@ -159,9 +159,10 @@ def main() -> int:
     failures = 0
     if asked.seed:
         with campaign(s3=any(draw(seed, elastic=asked.elastic).s3 for seed in asked.seed)) as running:
-            results = [running.go(seed, elastic=asked.elastic) for seed in asked.seed]
-        for result in results:
-            show(result)
+            results = []
+            for seed in asked.seed:
+                results.append(running.go(seed, elastic=asked.elastic))
+                show(results[-1])
         if asked.json:
             asked.json.write_text(json.dumps(results))
         failures = sum(not result["survived"] for result in results)

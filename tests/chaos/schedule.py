@@ -75,6 +75,7 @@ RANK_POINTS = {
 # Where the process that writes may be: rank 0 for manifests, the writer process for parts.
 STORE_POINTS = {
     "put_part": 5,
+    "in_upload": 5,
     "part_done": 5,
     "put_state": 4,
     "put_manifest": 5,
@@ -92,7 +93,12 @@ KILLS = ("kill", "stop", "kill_at", "stop_at", "term_at")
 def _catalogue() -> list[tuple[str, str]]:
     found = [("kill", point) for point in (*RANK_POINTS, *STORE_POINTS)]
     found += [("stop", point) for point in ("fetch", "collective", "update", "handoff")]
-    found += [("kill_writer", "put_part"), ("kill_writer", "part_done"), ("stop_writer", "put_part")]
+    found += [
+        ("kill_writer", "put_part"),
+        ("kill_writer", "in_upload"),
+        ("kill_writer", "part_done"),
+        ("stop_writer", "put_part"),
+    ]
     found += [("refuse", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
     found += [("lose", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
     found += [("enospc", "metrics"), ("enospc", "cache"), ("enospc", "put_part"), ("flip", "read_shard")]
@@ -102,7 +108,7 @@ def _catalogue() -> list[tuple[str, str]]:
 
 
 CATALOGUE = _catalogue()
-NEEDS_S3 = ("s3_", "http_")
+NEEDS_S3 = ("s3_", "http_", "in_upload")
 
 
 def draw(seed: int, *, elastic: bool = False) -> Schedule:
@@ -122,7 +128,7 @@ def draw(seed: int, *, elastic: bool = False) -> Schedule:
             faults[-2] = replace(fault, attempt=1)
             attempt = 1 + (kind in KILLS)
     worlds = tuple(rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1)))) if elastic else (2,)
-    s3 = any(kind.startswith(NEEDS_S3) for kind, _ in kinds) or rng.random() < 0.5
+    s3 = any((point or kind).startswith(NEEDS_S3) for kind, point in kinds) or rng.random() < 0.5
     readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.15)
     cache = any(kind == "damage_cache" or point == "cache" for kind, point in kinds) or rng.random() < 0.3
     return Schedule(seed, tuple(faults), s3, readers, cache, worlds)
