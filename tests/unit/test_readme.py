@@ -50,3 +50,35 @@ def test_verbs_and_options_exist(page):
         options = {option for parameter in command.params for option in parameter.opts}
         used = {word for word in words if word.startswith("-")}
         assert used <= options, f"{page}: isthmus {line}"
+
+
+def test_the_table_of_recipes_is_what_the_estimate_says():
+    rows = re.findall(r"^\| `blip2-.*\|$", README, re.MULTILINE)
+    expected = [_estimated(path) for path in sorted((ROOT / "recipes").glob("blip2-*.yaml"), key=_by_paper)]
+    assert rows == expected, "the table should be\n" + "\n".join(expected)
+
+
+def _by_paper(path):
+    return ("flan" in path.stem, "vitg" in path.stem, len(path.stem), path.stem)
+
+
+def _estimated(path):
+    from cluster.config import JobConfig
+    from trainer.config_io import load_config
+    from trainer.estimate import report
+    from trainer.estimate.architectures import load_parts
+    from trainer.estimate.hardware import Assumptions, find_gpu
+    from trainer.estimate.step import Cluster, estimate_stage
+
+    config = load_config(path, [], JobConfig)
+    parts, _ = load_parts(config)
+    cells = [f"`{path.stem}`", " / ".join(f"{config.stage(stage).global_batch_size:,}" for stage in config.stages)]
+    for gpu, gpus in (("h100", 8), ("a100-40g", 16)):
+        cluster = Cluster(find_gpu(gpu), gpus, 8)
+        found = [
+            report.as_json(estimate_stage(config, stage, parts, cluster, Assumptions.with_overrides({})), None)
+            for stage in config.stages
+        ]
+        cells.append(" / ".join(f"{stage['memory']['total'] / 1e9:.1f}" for stage in found))
+        cells.append(f"{sum(stage['days'] for stage in found):.1f}")
+    return f"| {' | '.join(cells)} |"
