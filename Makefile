@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-slow unit integration fixtures check format bench clean venv
+.PHONY: chaos help demo test test-slow unit integration fixtures check format bench clean venv
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    run all tests"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling"
+	@echo "make chaos N=100  run, or go on with, N schedules of faults; result in docs/reliability.md"
 	@echo "make bench   run all benchmarks"
 	@echo "make clean   remove everything that make made"
 
@@ -54,6 +55,9 @@ format: venv
 
 demo: venv
 	$(BIN)/python -m cluster.demo.main
+
+chaos: venv
+	$(UNIT_THREADS) $(BIN)/python -m tests.chaos.run --schedules $(or $(N),100) --report
 
 bench: venv
 	$(BIN)/python benchmarks/run_all.py
