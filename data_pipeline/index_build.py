@@ -16,6 +16,7 @@ from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.object_store import ObjectInfo, ObjectStore, join
 from data_pipeline.shard_check import DEFAULT_POLICY, Action, Drop, Fault, check_shard
 from data_pipeline.shard_index import ShardIndex, index_hash
+from data_pipeline.shard_urls import absolute
 from data_pipeline.tar_walk import ObjectStream
 
 CHUNK_BYTES = 16 << 20
@@ -114,6 +115,8 @@ def build_manifest(
     Raises:
         DataError: a fault whose policy is to fail, or no sample is left. What is done stays done for the next call.
     """
+    # A manifest is read from any working directory.
+    urls, folder_url = [absolute(url) for url in urls], absolute(folder_url)
     records: dict[str, ShardRecord] = {}
     for record in run(IndexShard(store, folder_url, options), urls):
         records[record.shard["url"]] = record

@@ -97,8 +97,13 @@ class RetrievalEvaluation:
                 yield inputs.at(inputs.valid_B)
 
     def _encode(self, parts: Iterable[Stage1Inputs]) -> _Rows:
-        images, texts, ids, masks, image_ids, kept = [], [], [], [], [], []
-        length = self._model.config.max_text_tokens
+        config, device = self._model.config, self._model.temperature.device
+        length, queries = config.max_text_tokens, self._model.qformer.config
+        # A rank may have no valid row at all; its empty part still meets the others'.
+        images = [torch.zeros(0, queries.num_queries, queries.projection_size, device=device)]
+        texts = [torch.zeros(0, queries.projection_size, device=device)]
+        ids, masks = ([torch.zeros(0, length, dtype=torch.long, device=device)] for _ in range(2))
+        image_ids, kept = [torch.zeros(0, dtype=torch.long, device=device)], []
         for part in parts:
             encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
             images.append(encoded.image_BQE)

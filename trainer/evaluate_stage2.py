@@ -41,22 +41,22 @@ def evaluate_captions(
             texts.append({"key": batch.keys[row], "caption": batch.captions[row], "generated": generated[row]})
             if len(shown) < SHOWN:
                 shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
-        if attention is None and shown:
+        if attention is None:  # on every rank, rows or not: the bridge may be sharded
             attention = attention_of(model, images_BCHW, batch, generated)
     own = texts[: len(shown)]
     grid = sample_grid(shown, [text["caption"] for text in own], [text["generated"] for text in own]) if shown else None
     texts = gather_lists(texts)
     # Captions of one image are one entry each: keys are unique, references are those of the same key.
     scores = score_captions({t["key"]: t["generated"] for t in texts}, {t["key"]: [t["caption"]] for t in texts})
-    pictures = {"samples": grid, "attention": attention}
+    pictures = {"samples": grid, "attention": attention if shown else None}
     kept = {name: picture for name, picture in pictures.items() if picture is not None}
     examples = Examples([Example(i) for i in range(len(shown))], {i: thumbnail(shown[i]) for i in range(len(shown))})
     return {f"eval/{name}": value for name, value in scores.items()}, kept, texts, examples
 
 
 def attention_of(model: Any, images_BCHW: Any, batch: Batch, titles: list[str]) -> Picture:
-    """Return the heat map of the first valid row."""
-    row = int(batch.valid_B.nonzero()[0])
+    """Return the heat map of the first valid row, or of a hole where there is none."""
+    row = int(batch.valid_B.int().argmax())
     features_BPD = model.encode(images_BCHW[row : row + 1])
     weights_QP = query_attention(model.qformer, features_BPD)[0].cpu().numpy()
     return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])

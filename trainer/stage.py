@@ -18,7 +18,6 @@ from trainer.errors import CheckpointError
 from trainer.evaluation import Evaluation, held_out_loader
 from trainer.frozen_identity import FrozenGuard
 from trainer.goodput import GoodputLedger, MemoryLedger, StoreLedger
-from trainer.handoff import hand_over
 from trainer.loop import fit
 from trainer.metrics import JsonlSink, Position, Sink, TensorBoardSink, WandbSink
 from trainer.mirror import Mirror
@@ -84,8 +83,6 @@ class _Stage:
         parts = build_parts(self._config, self._name, self._context.rank, self._store)
         if saved is None:
             parts.begin(self._run)
-        if saved is None and self._name == "stage2":
-            hand_over(self._config, self._run, self._store, parts.task.model.trainable_parameters())
         guard = FrozenGuard(parts.task.model)
         self._watchdog.beat()
         engine = build_engine(parts.task.model, self._stage, self._config, self._context)

@@ -77,6 +77,7 @@ class Watch:
         self._window = Window()
         self._wait_seconds = 0.0
         self._stall_seconds = 0.0
+        self._void_steps = 0
         self._step_began = self._written_at = time.monotonic()
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -112,6 +113,7 @@ class Watch:
         self._window.steps += 1
         self._window.seconds += agreed.step_seconds
         self._window.wait_seconds += agreed.wait_seconds
+        self._void_steps += agreed.nonfinite
         if step % self._every == 0 or step == self._stage.steps:
             self._record(step, losses, agreed, figures)
         if time.monotonic() - self._written_at > WRITE_EVERY_SECONDS:
@@ -204,6 +206,7 @@ class Watch:
         seconds = self.ledger.seconds
         figures = {
             "checkpoint/stall_seconds": self._stall_seconds,
+            "optim/void_steps": float(self._void_steps),
             "goodput/fraction": seconds[Activity.COMPUTE] / max(self.ledger.total_seconds, 1e-9),
         }
         committed = self._checkpoints.last_committed

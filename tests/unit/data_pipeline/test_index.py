@@ -42,6 +42,17 @@ def test_every_member_is_found_where_it_lies(tmp_path):
     assert not dropped
 
 
+def test_a_manifest_of_relative_paths_is_read_from_anywhere(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", [3])
+    monkeypatch.chdir(tmp_path)
+    build("manifest", ["shards/00000.tar"])
+    monkeypatch.chdir("/")
+    (shard,) = Manifest.load(str(tmp_path / "manifest"), STORE).shards
+    index = ShardIndex.load(shard, STORE)
+    assert STORE.head(shard.url).size == shard.size_bytes
+    assert index.total_samples == shard.num_samples
+
+
 def test_chunks_are_contiguous_cover_all_samples_and_keep_to_their_size(tmp_path):
     (path,) = write_shards(tmp_path, [9])
     manifest, _ = build(tmp_path / "m", [path], chunk_bytes=6000)
