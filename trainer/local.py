@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -19,8 +19,10 @@ from trainer.stage import run_stage
 logger = logging.getLogger(__name__)
 
 
-def train_here(config: TrainConfig, context: LocalContext | None = None) -> Outcome:
+def train_here(config: TrainConfig, context: LocalContext | None = None, allow_change: Sequence[str] = ()) -> Outcome:
     """Run the stages of a run one after the other; go on where an earlier start left off.
+
+    `allow_change` are keys that may differ from the run's earlier starts.
 
     The first SIGTERM or SIGINT asks for a checkpoint and an early end, a second one has its usual effect.
     """
@@ -30,7 +32,7 @@ def train_here(config: TrainConfig, context: LocalContext | None = None) -> Outc
     with ExitStack() as stack:
         stack.enter_context(context.catch_signals())
         stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
-        run = RunStore.open(config, store, owner=owner)
+        run = RunStore.open(config, store, owner=owner, allow_change=allow_change)
         stack.callback(run.close)
         for stage in config.stages:
             if run_stage(config, stage, context, store, run) is Outcome.STOPPED:

@@ -49,7 +49,10 @@ def run_stage(
         TrainerError, DataError, ModelError: for the operator; the last committed checkpoint is intact.
     """
     with ExitStack() as stack:
-        return _Stage(config, stage, context, store, run, stack, peers).train()
+        outcome = _Stage(config, stage, context, store, run, stack, peers).train()
+    if context.rank.is_main:
+        run.record(stages={stage: str(outcome)})
+    return outcome
 
 
 class _Stage:

@@ -14,6 +14,9 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe file (
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, such as stage1.steps=100.")
 ]
+AllowChange = Annotated[
+    list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.config import ConfigPath, Json, Overrides
+from cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
 from cluster.config import JobConfig
 from cluster.errors import ClusterError
 from trainer.config_io import check_config, load_config, parse_yaml
@@ -37,9 +37,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show what would be sent; send nothing.")
     ] = False,
-    allow_change: Annotated[
-        list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")
-    ] = None,
+    allow_change: AllowChange = None,
 ) -> None:
     """Submit a run to a Ray cluster; one that is already at work is left as it is."""
     resolved = load_config(config, overrides or [], JobConfig)

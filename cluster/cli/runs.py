@@ -58,7 +58,10 @@ def show(
             + (f"; changed {changes}" if changes else "")
         )
     for stage, steps in found["stages"].items():
-        typer.echo(f"  {stage}: checkpoints at {', '.join(map(str, steps)) or 'none'}")
+        outcome = found["record"].get("stages", {}).get(stage)
+        typer.echo(
+            f"  {stage}{f' {outcome}' if outcome else ''}: checkpoints at {', '.join(map(str, steps)) or 'none'}"
+        )
     for stage, record in found["record"].get("handoffs", {}).items():
         typer.echo(f"  {stage} began with {len(record['taken'])} tensors of {record['url']}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.cli.config import ConfigPath, Json, Overrides
+from cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
 from cluster.config import JobConfig
 from trainer.config_io import load_config
 
@@ -18,17 +18,19 @@ Here = Annotated[bool, typer.Option("--local", help="In this one process, withou
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, local: Here = False) -> None:
+def train(
+    config: ConfigPath, overrides: Overrides = None, local: Here = False, allow_change: AllowChange = None
+) -> None:
     """Train a run on this machine, or go on with it; the first Ctrl-C saves a checkpoint and stops."""
     resolved = load_config(config, overrides or [], JobConfig)
     if local:
         from trainer.local import train_here
 
         log_to_terminal()
-        raise typer.Exit(train_here(resolved).exit_code)
+        raise typer.Exit(train_here(resolved, allow_change=allow_change or []).exit_code)
     from cluster.driver import run_local
 
-    raise typer.Exit(run_local(resolved).exit_code)
+    raise typer.Exit(run_local(resolved, allow_change or []).exit_code)
 
 
 @app.command("eval")

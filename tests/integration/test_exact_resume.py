@@ -1,37 +1,81 @@
 """Ten steps and ten more after a restart are the same bytes as twenty, through the real engine and the real files."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.object_store import ObjectStore, join
 from tests.engine_toys import make_engine, train
+from tests.local_peers import LocalPeers
 from tests.ranks import run_ranks
 from tests.saved_states import manager, state_of
 from trainer.checkpoint_format import step_name
 from trainer.checkpoint_reader import SavedCheckpoint
-from trainer.context import Rank
+from trainer.engine import Engine
+from trainer.gather import gather_lists
+from trainer.peer_memory import PeerMemory, Shelf
+from trainer.peer_snapshots import PeerSnapshots
 
 pytestmark = pytest.mark.integration
 TEMPLATES = ("stage1_zero1", "stage1_zero2", "stage2_zero3")
 
 
-def train_and_save(rank: int, world_size: int, folder: str, template: str, stops: tuple[int, ...]) -> list[float]:
-    """Train to each stop in a new engine that goes on from the checkpoint of the one before."""
-    norms = []
-    for _, stop in pairwise((0, *stops)):
-        checkpoints = manager(folder, rank=Rank(rank, world_size))
-        engine = make_engine(template)
-        saved = checkpoints.latest()
-        if saved is not None:
-            engine.restore(saved, saved.step)
-        norms += train(engine, saved.step if saved else 0, stop)
-        checkpoints.save(stop, engine.fragments(), state_of(stop))
-        checkpoints.wait()
-        checkpoints.close()
+WAYS = ("checkpoint", "memory")
+END = 20
+
+
+def save(folder: str, engine: Engine, step: int) -> None:
+    checkpoints = manager(folder, rank=engine.rank)
+    checkpoints.save(step, engine.fragments(), state_of(step))
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def resume(folder: str, template: str, peers: PeerMemory | None = None) -> tuple[Engine, int]:
+    """Make a new engine that goes on from the newest state."""
+    engine = make_engine(template)
+    checkpoints = manager(folder, rank=engine.rank, peers=peers, peer_memory_every_steps=10)
+    saved = checkpoints.newest()
+    if saved is not None:
+        engine.restore(saved, saved.step)
+    checkpoints.close()
+    return engine, saved.step if saved else 0
+
+
+def go_on(_rank: int, _world_size: int, folder: str, template: str, stop: int) -> list[float]:
+    """Train from the newest checkpoint to `stop` and save."""
+    engine, start = resume(folder, template)
+    norms = train(engine, start, stop)
+    save(folder, engine, stop)
+    engine.close()
+    return norms
+
+
+def train_thrice(folder: str, template: str) -> list[float]:
+    """Train to the end in one go, and from half-way on in new engines: from a checkpoint and from peers' memory."""
+    engine, start = resume(f"{folder}/through", template)
+    norms = train(engine, start, END // 2)
+    save(f"{folder}/checkpoint", engine, END // 2)
+    shelf = Shelf()
+    snapshots = PeerSnapshots(LocalPeers([shelf], [shelf]), 10, "one", engine.rank, lambda: None)
+    snapshots.take(engine.fragments(), state_of(END // 2))
+    norms += train(engine, END // 2, END)
+    save(f"{folder}/through", engine, END)
+    snapshots.wait(60)
+    snapshots.close()
+    engine.close()
+    memory = LocalPeers(gather_lists([shelf]), [])
+    for way in WAYS:
+        engine, start = resume(f"{folder}/{way}", template, memory if way == "memory" else None)
+        assert start == END // 2
+        train(engine, start, END)
+        save(f"{folder}/{way}", engine, END)
         engine.close()
     return norms
+
+
+def all_templates(_rank: int, _world_size: int, folder: str) -> dict[str, list[float]]:
+    return {template: train_thrice(f"{folder}/{template}", template) for template in TEMPLATES}
 
 
 def files(folder: Path, step: int) -> dict[str, bytes]:
@@ -42,26 +86,25 @@ def digest(folder: Path, step: int) -> str:
     return SavedCheckpoint.open(join(str(folder), step_name(step)), ObjectStore()).digest()
 
 
-def all_templates(rank: int, world_size: int, folder: str) -> None:
+def assert_identical(folder: Path, world_size: int) -> None:
     for template in TEMPLATES:
-        train_and_save(rank, world_size, f"{folder}/{template}/through", template, (20,))
-        train_and_save(rank, world_size, f"{folder}/{template}/resumed", template, (10, 20))
+        through = folder / template / "through"
+        assert len(files(through, END)) == world_size
+        for way in WAYS:
+            assert files(folder / template / way, END) == files(through, END)
+            assert digest(folder / template / way, END) == digest(through, END)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_same_world_size_bit_identical(tmp_path, world_size):
-    run_ranks(all_templates, world_size, str(tmp_path))
-    for template in TEMPLATES:
-        through, resumed = files(tmp_path / template / "through", 20), files(tmp_path / template / "resumed", 20)
-        assert len(through) == world_size
-        assert through == resumed
-        assert digest(tmp_path / template / "through", 20) == digest(tmp_path / template / "resumed", 20)
-
-
-def test_other_world_sizes_and_zero_stages_go_on(tmp_path):
-    (through,) = run_ranks(train_and_save, 1, str(tmp_path / "through"), "stage1_zero1", (15,))
+def test_one_rank_bit_identical_and_other_world_sizes_go_on(tmp_path):
+    (norms,) = run_ranks(all_templates, 1, str(tmp_path))
+    assert_identical(tmp_path, 1)
     folder = str(tmp_path / "mixed")
-    norms = []
+    mixed = []
     for world_size, template, stop in ((2, "stage1_zero1", 5), (1, "stage2_zero3", 10), (3, "stage1_zero2", 15)):
-        norms += run_ranks(train_and_save, world_size, folder, template, (stop,))[0]
-    assert norms == pytest.approx(through, rel=1e-5)
+        mixed += run_ranks(go_on, world_size, folder, template, stop)[0]
+    assert mixed == pytest.approx(norms["stage1_zero1"][:15], rel=1e-5)
+
+
+def test_two_ranks_bit_identical(tmp_path):
+    run_ranks(all_templates, 2, str(tmp_path))
+    assert_identical(tmp_path, 2)

@@ -25,6 +25,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         saver.wait()
     saver.close()
     first = f"{run.checkpoints_url('stage1')}/step-000000001"
+    run.record(stages={"stage1": "finished"})
     run.record(handoffs={"stage2": {"url": first, "taken": ["a"], "dropped": []}})
     run.close()
     return run.url

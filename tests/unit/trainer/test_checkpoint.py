@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -176,9 +177,9 @@ def test_failing_store_is_retried(tmp_path, caplog):
 
 def test_saves_that_never_succeed_stop_the_run(tmp_path):
     store = FaultyStore(StoreConfig(), tmp_path / "journal", Fault("refuse", 0, num_writes=1000))
-    checkpoints = manager(str(tmp_path / "c"), store, save_timeout_seconds=6.0)
+    checkpoints = manager(str(tmp_path / "c"), store, save_timeout_seconds=2.0)
     checkpoints.save(1, fragments_of(1), state_of(1))
-    with pytest.raises(CheckpointError, match=r"no save of step 1 succeeded within 6 s.*503.*intact"):
+    with pytest.raises(CheckpointError, match=r"no save of step 1 succeeded within 2 s.*503.*intact"):
         checkpoints.wait()
     with pytest.raises(CheckpointError):
         checkpoints.due(2, 0.1)
@@ -188,12 +189,46 @@ def test_saves_that_never_succeed_stop_the_run(tmp_path):
 def test_place_that_cannot_be_written_leaves_the_last_good_one(tmp_path):
     save(str(tmp_path), 1)
     (tmp_path / step_name(2)).write_text("a file where the folder should be")
-    checkpoints = manager(str(tmp_path), save_timeout_seconds=6.0)
+    checkpoints = manager(str(tmp_path), save_timeout_seconds=2.0)
     checkpoints.save(2, fragments_of(2), state_of(2))
     with pytest.raises(CheckpointError, match="step-000000002"):
         checkpoints.wait()
     checkpoints.close()
     (tmp_path / step_name(2)).unlink()
+    assert holds(newest(str(tmp_path)), 1)
+
+
+def test_folder_without_permission_to_write_is_one_clear_error():
+    checkpoints = manager("/sys/isthmus", save_timeout_seconds=1.0)  # refused to root as well
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    with pytest.raises(CheckpointError, match=r"/sys/isthmus.*(not permitted|Permission denied|Read-only)"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def test_full_disk_is_one_clear_error_and_the_last_good_one_stays(tmp_path):
+    """The uploading process may write no file of more than 100 bytes, which fails as a full disk does: in mid-write."""
+    checkpoints = manager(str(tmp_path), save_timeout_seconds=1.0)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    checkpoints.wait()
+    resource.prlimit(checkpoints._writer._process.pid, resource.RLIMIT_FSIZE, (100, 100))
+    checkpoints.save(2, fragments_of(2), state_of(2))
+    with pytest.raises(CheckpointError, match=r"no save of step 2 succeeded.*File too large.*intact"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert not list((tmp_path / step_name(2)).glob("part-*"))
+    assert holds(newest(str(tmp_path)), 1)
+
+
+def test_prepared_memory_is_the_one_that_is_used(tmp_path):
+    checkpoints = manager(str(tmp_path))
+    checkpoints.prepare(fragments_of(0))
+    checkpoints._join_preparation()
+    memory = checkpoints._snapshot.memory
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    checkpoints.wait()
+    assert checkpoints._snapshot.memory is memory
+    checkpoints.close()
     assert holds(newest(str(tmp_path)), 1)
 
 
