@@ -123,6 +123,8 @@ class EvaluationConfig(Config):
     """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)
     """Candidates re-ranked by ITM; 0: none."""
+    caption_samples: int = Field(1000, gt=0)
+    """Samples captioned in stage 2, at most num_samples: writing is slow; rounded up to whole batches."""
     max_new_tokens: int = Field(30, gt=0)
     """Longest generated caption, in tokens."""
     num_beams: int = Field(1, gt=0)

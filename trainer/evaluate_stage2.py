@@ -1,6 +1,7 @@
 """Captions of held-out images by the frozen language model, scored against the true ones."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from data_pipeline.batch import Batch
@@ -22,10 +23,11 @@ def evaluate_captions(
     encoder: LanguageEncoder,
     batches: Iterable[Batch],
     images_of: Callable[[Batch], Any],
+    losses_of: Callable[[Batch], dict[str, float]],
     config: EvaluationConfig,
     beat: Callable[[], None],
 ) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
-    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact`, pictures, texts per sample, examples.
+    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact` and mean losses, pictures, texts per sample, examples.
 
     Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
     """
@@ -33,7 +35,11 @@ def evaluate_captions(
     texts: list[dict[str, str]] = []
     shown: list[Picture] = []
     attention: Picture | None = None
+    losses: Counter[str] = Counter()
+    num_batches = 0
     for batch in batches:
+        num_batches += 1
+        losses.update(losses_of(batch))
         images_BCHW = images_of(batch)
         generated = caption(model, encoder, images_BCHW, decoding=decoding)
         beat()
@@ -51,7 +57,19 @@ def evaluate_captions(
     pictures = {"samples": grid, "attention": attention if shown else None}
     kept = {name: picture for name, picture in pictures.items() if picture is not None}
     examples = Examples([Example(i) for i in range(len(shown))], {i: thumbnail(shown[i]) for i in range(len(shown))})
-    return {f"eval/{name}": value for name, value in scores.items()}, kept, texts, examples
+    figures = {f"eval/{name}": value for name, value in scores.items()}
+    figures |= {f"eval/{name}": total / num_batches for name, total in losses.items()}
+    return figures, kept, texts, examples
+
+
+def first_samples(batches: Iterable[Batch], num_samples: int, world_size: int) -> Iterator[Batch]:
+    """Yield batches until the ranks together have had `num_samples` rows."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch.rows_B) * world_size
+        if seen >= num_samples:
+            return
 
 
 def attention_of(model: Any, images_BCHW: Any, batch: Batch, titles: list[str]) -> Picture:

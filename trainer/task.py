@@ -1,6 +1,7 @@
 """What is trained: a task joins a batch of the data pipeline with a model and its losses."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from model.stage2 import Stage2Inputs, Stage2Model
 from trainer.config import EvaluationConfig, StageName
 from trainer.engine import Engine
 from trainer.evaluate_stage1 import RetrievalEvaluation
-from trainer.evaluate_stage2 import evaluate_captions
+from trainer.evaluate_stage2 import evaluate_captions, first_samples
 from trainer.metrics import Pictures
 from trainer.samples import Examples
 from trainer.seeds import seed_step, stage_seed
@@ -150,13 +151,38 @@ class Stage2Task(_StageTask):
         )
 
     def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
-        """Measure captions: CIDEr-D, BLEU-4 and the share that is exactly right. Collective."""
+        """Measure captions: CIDEr-D, BLEU-4, the share that is exactly right, and what the image does for the loss.
+
+        `eval/loss` is the loss with each caption's own image, `eval/loss_wrong_image` with its neighbour's: the
+        difference is what the visual tokens carry. Collective.
+        """
 
         def images_of(batch: Batch) -> Tensor:
             return normalised(batch, self.model.vision, engine.device)
 
+        few = first_samples(batches, config.caption_samples, self._exchange.world_size)
         with engine.autocast(), evaluating(self.model):
-            return Measured(*evaluate_captions(self.model, self._encoder, batches, images_of, config, beat))
+            return Measured(
+                *evaluate_captions(self.model, self._encoder, few, images_of, self._held_out_losses, config, beat)
+            )
+
+    def _held_out_losses(self, batch: Batch) -> dict[str, float]:
+        inputs = self.inputs(batch)
+        assert inputs.images_BCHW is not None
+        swapped = replace(inputs, images_BCHW=inputs.images_BCHW.roll(1, dims=0))
+        return {"loss": self._loss(inputs), "loss_wrong_image": self._loss(swapped)}
+
+    def _loss(self, inputs: Stage2Inputs) -> float:
+        """Return the mean over the global batch's tokens, without gradient."""
+        output: LossOutput = self.model.loss_and_backward(
+            inputs,
+            seed=0,
+            step=0,
+            micro_batch_size=self._micro_batch_size,
+            exchange=self._exchange,
+            backward=None,
+        )
+        return float(output.total)
 
 
 def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
