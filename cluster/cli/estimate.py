@@ -30,9 +30,9 @@ def estimate(
 ) -> None:
     """Predict memory per GPU, step time, days and cost of a run."""
     from trainer.estimate.architectures import load_parts
-    from trainer.estimate.hardware import find_gpu
+    from trainer.estimate.hardware import Cluster, find_gpu
     from trainer.estimate.report import draw, draw_sweep
-    from trainer.estimate.step import Cluster, estimate_stage
+    from trainer.estimate.step import estimate_stage
 
     resolved = load_config(config, overrides or [], JobConfig)
     assumptions = _assumptions(assume or [])

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.object_store import ObjectStore, join
-
 from data_pipeline.errors import DataError
+from data_pipeline.object_store import ObjectStore, join
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.estimate.shapes import language_shape, vision_shape

@@ -19,6 +19,18 @@ class Text:
     padded: float = 32.0
     prefix: float = 4.0
     """Real tokens of a prefix-LM prefix; the decoder then writes `real` - `prefix` + 2."""
+    longest: float | None = None
+    """Longest caption of a micro-batch, to which stage 2 pads; none: all captions are alike."""
+
+    @property
+    def stretch(self) -> float:
+        """Rows of stage 2 per real token."""
+        return (self.longest or self.real) / self.real
+
+    @property
+    def suffix(self) -> float:
+        """Tokens that a decoder writes after the prefix."""
+        return self.real - self.prefix + 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,12 @@ def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, original: 
     return Work(vision_flops(vision), trained + projections)
 
 
+def foreign_image_flops(q: QFormerConfig, vision: VisionShape) -> float:
+    """Work of one negative image from outside the micro-batch in stage 1: its keys and values, and their gradient."""
+    crossed = -(-q.num_layers // q.cross_attention_every)
+    return 2 * 4 * vision.width * q.hidden_size * vision.num_tokens * crossed
+
+
 def feature_pass_flops(q: QFormerConfig, vision: VisionShape, text: Text) -> float:
     """Forward work that micro-batches repeat in stage 1: the features of the whole batch are needed before any loss."""
     width, queries = q.hidden_size, q.num_queries
@@ -103,21 +121,22 @@ def stage2_work(q: QFormerConfig, vision: VisionShape, language: LanguageShape, 
 def language_flops(shape: LanguageShape, queries: int, text: Text, *, original: bool) -> float:
     """Forward work of the frozen language model for one sample."""
     if shape.is_encoder_decoder:
-        prefix = text.padded / 2 if original else text.prefix
-        suffix = text.padded if original else text.real - text.prefix + 2
-        return _encoder_decoder_flops(shape, queries + prefix, suffix)
-    length = text.padded if original else text.real
-    rows = queries + length
+        if original:
+            return _encoder_decoder_flops(shape, queries + text.padded / 2, text.padded, text.padded)
+        return _encoder_decoder_flops(
+            shape, queries + text.prefix * text.stretch, text.suffix * text.stretch, text.suffix
+        )
+    rows = queries + (text.padded if original else text.real * text.stretch)
     layers = 2 * shape.decoder_layer_parameters * rows + 4 * rows**2 * shape.attention_width
-    predicted = rows if original else length
+    predicted = rows if original else text.real
     return shape.decoder_layers * layers + 2 * shape.head_parameters * predicted
 
 
-def _encoder_decoder_flops(shape: LanguageShape, read: float, written: float) -> float:
+def _encoder_decoder_flops(shape: LanguageShape, read: float, written: float, predicted: float) -> float:
     encoder = 2 * shape.encoder_layer_parameters * read + 4 * read**2 * shape.attention_width
     own = 2 * (shape.attention_parameters + shape.feed_forward_parameters) * written
     own += 4 * written**2 * shape.attention_width
     cross = 2 * shape.width * (2 * shape.attention_width * written + 2 * shape.key_value_width * read)
     cross += 4 * written * read * shape.attention_width
-    head = 2 * shape.head_parameters * written
+    head = 2 * shape.head_parameters * predicted
     return shape.encoder_layers * encoder + shape.decoder_layers * (own + cross) + head

@@ -60,9 +60,15 @@ class Assumptions:
     network_efficiency: float = 0.7
     """Fraction of a link's bandwidth that collectives reach."""
     overlap: float = 0.7
-    """Fraction of communication hidden behind compute."""
+    """Fraction of compute behind which ZeRO-3's gathers can hide; gradients and negatives never do."""
     real_text_tokens: float = 12.0
     """Mean caption length in tokens, special tokens included."""
+    longest_text_tokens: float = 24.0
+    """Longest caption of a micro-batch, to which stage 2 pads."""
+    memory_efficiency: float = 0.7
+    """Fraction of memory bandwidth that elementwise work and the optimizer reach."""
+    storage_bandwidth: float = 10e9
+    """Bytes per second from the object store to all readers together."""
     sample_bytes: float = 80e3
     """Mean size of a sample in its shard."""
     reader_cpu_seconds: float = 0.0026
@@ -90,3 +96,23 @@ class Assumptions:
         if unknown:
             raise ConfigError(f"assumption {unknown[0]}: not known; known are {', '.join(sorted(known))}")
         return cls(**overrides)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The hardware of an estimate."""
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int = 8
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, the last one perhaps not full."""
+        return -(-self.num_gpus // self.gpus_per_node)
+
+    def link_bandwidth(self, assumptions: Assumptions) -> float:
+        """Bytes per second that a ring over all GPUs reaches: the slowest link on it."""
+        peer = self.gpu.peer_bandwidth
+        slowest = peer if self.num_nodes == 1 else min(peer, assumptions.network_bandwidth)
+        return slowest * assumptions.network_efficiency

@@ -1,22 +1,21 @@
 """Bytes on one GPU, by what they hold.
 
-Activations are counted for what autograd keeps, in bytes per unit of width, row and layer of a trained transformer:
-34 in half precision (Korthikanti et al. 2022, section 4.1), 50 where autocast adds its copies (three casts before the
-projections, norms in single precision); 7 bytes per attention score under autocast, none with fused attention.
-A frozen layer keeps less, since no product needs its input: norms, queries, keys, values, and the activation.
+Activations are counted tensor by tensor as the modules keep them for backward: operands of matrix products in the
+compute type, inputs of norms in fp32, dropout masks in bytes; fused attention keeps no scores. A frozen layer keeps no
+operands, since no weight needs a gradient. test_estimate_truth.py holds the counts against autograd.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from model.config import QFormerConfig
+from model.config import Dtype, QFormerConfig
 from trainer.estimate.flops import Text
 from trainer.estimate.shapes import LanguageShape, VisionShape
 
 FP32, HALF = 4, 2
-SAVED_BYTES_PER_UNIT = 34
-SAVED_BYTES_PER_UNIT_AUTOCAST = 50
-SCORE_BYTES_AUTOCAST = 7
-LOGIT_BYTES_ORIGINAL, LOGIT_BYTES = 12, 8
+DTYPE_BYTES: dict[Dtype, int] = {"float32": FP32, "bfloat16": HALF, "float16": HALF}
+PREFETCHED_PARAMETERS = 5e7
+REUSED_PARAMETERS = 1e9
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,53 @@ class Memory:
         return float(sum(vars(self).values()))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes per element that autograd keeps in the trainable part."""
+
+    operand: int
+    casts: int
+    """Copies of what several projections read: autocast casts it for each of them."""
+    wide: int
+    """Of the feed-forward network's wide activation: under autocast before and after GELU, else before it only."""
+    mask: int
+
+    @classmethod
+    def of(cls, precision: Literal["fp32", "bf16", "fp16"], dropout: float) -> "Kept":
+        """Return the sizes for a stage's compute type."""
+        half = precision != "fp32"
+        return cls(
+            operand=HALF if half else FP32,
+            casts=3 if half else 1,
+            wide=2 * HALF if half else FP32,
+            mask=1 if dropout else 0,
+        )
+
+    def layer(self, q: QFormerConfig) -> float:
+        """Bytes per row of a layer: inputs, query, key, value, context twice, two norms, the feed-forward network."""
+        return (
+            (5 + self.casts) * self.operand + 2 * FP32 + 2 * self.mask
+        ) * q.hidden_size + self.wide * q.intermediate_size
+
+    def cross(self, q: QFormerConfig) -> float:
+        """Bytes per query row of a layer's cross-attention, without its keys and values."""
+        return (4 * self.operand + FP32 + self.mask) * q.hidden_size
+
+    def image(self, q: QFormerConfig, vision: VisionShape) -> float:
+        """Bytes per image: standardised features; under autocast a cast of them for each key and value projection."""
+        copies = 1 if self.casts == 1 else 2 * _crossed(q)
+        return vision.num_tokens * vision.width * copies * self.operand
+
+    def keys_values(self, q: QFormerConfig, vision: VisionShape) -> float:
+        """Bytes of one copy of an image's keys and values in all layers."""
+        return _crossed(q) * 2 * vision.num_tokens * q.hidden_size * self.operand
+
+
 def trainable_parameters(q: QFormerConfig, vision_width: int, *, stage2: bool) -> int:
     """Parameters that a stage optimises, without stage 2's projection: 186.7M and 105.1M at full size with ViT-g."""
     width, inner = q.hidden_size, q.intermediate_size
     attention = 4 * (width**2 + width) + 2 * width
-    crossed = -(-q.num_layers // q.cross_attention_every)
+    crossed = _crossed(q)
     cross = 2 * (width**2 + width) + 2 * (vision_width + 1) * width + 2 * width
     feed_forward = 2 * width * inner + inner + width + 2 * width
     layers = q.num_layers * (attention + feed_forward) + crossed * cross
@@ -55,71 +96,76 @@ def trainable_parameters(q: QFormerConfig, vision_width: int, *, stage2: bool) -
     return layers + shared + text + head + projections
 
 
-def qformer_rows(q: QFormerConfig, text: Text, *, original: bool) -> tuple[float, float, float]:
-    """Return rows per sample, attention scores per sample and layer, and query rows that cross-attend, in stage 1."""
-    length = text.padded if original else text.real
-    queries = q.num_queries
-    both = queries + length
-    rows = queries + length + 3 * both + length
-    scores = q.num_heads * (queries**2 + length**2 + 3 * both**2 + length * both)
-    return rows, scores, 4 * queries
+def stage1_activations(
+    q: QFormerConfig, vision: VisionShape, text: Text, kept: Kept, *, outside: float = 0.0, checkpointed: bool = False
+) -> float:
+    """Bytes that autograd keeps per sample in stage 1.
 
-
-def stage1_activations(q: QFormerConfig, vision: VisionShape, text: Text, *, original: bool) -> float:
-    """Bytes that autograd keeps per sample in stage 1, half precision."""
-    rows, scores, crossing = qformer_rows(q, text, original=original)
-    crossed = -(-q.num_layers // q.cross_attention_every)
-    per_unit = SAVED_BYTES_PER_UNIT_AUTOCAST if original else SAVED_BYTES_PER_UNIT
-    units = rows * q.num_layers * per_unit * q.hidden_size + crossing * crossed * 12 * q.hidden_size
-    image_passes = 4 if original else 1
-    keys_values = image_passes * crossed * 2 * vision.num_tokens * q.hidden_size * HALF
-    head = (text.padded * LOGIT_BYTES_ORIGINAL if original else text.real * LOGIT_BYTES) * q.vocab_size
-    features = vision.num_tokens * vision.width * (FP32 * 4 if original else HALF)
-    stored_scores = 0.0
-    if original:
-        stored = scores * q.num_layers + crossing * vision.num_tokens * q.num_heads * crossed
-        stored_scores = SCORE_BYTES_AUTOCAST * stored
-    return units + keys_values + head + features + stored_scores
+    `outside`: share of the negatives from outside the micro-batch, whose features and keys come on top.
+    `checkpointed`: layers are computed again in backward, so each keeps its input and one of them everything.
+    """
+    both = q.num_queries + text.real
+    rows = q.num_queries + 2 * text.real + 3 * both
+    pruned = 4 * text.real - 1  # text rows that are only keys and values in the last layer
+    layer = kept.layer(q)
+    past = 2 * kept.operand * q.num_queries * q.hidden_size
+    crossing = 4 * q.num_queries * kept.cross(q)
+    whole = rows * q.num_layers * layer - pruned * (layer - 3 * kept.operand * q.hidden_size)
+    whole += q.num_layers * past + _crossed(q) * crossing
+    if checkpointed:
+        whole = rows * (q.num_layers * FP32 * q.hidden_size + layer) + past + crossing
+    images = (1 + outside) * (kept.image(q, vision) + 2 * kept.keys_values(q, vision))
+    logits = (text.real - 1) * FP32 * q.vocab_size
+    return whole + images + logits
 
 
 def stage2_activations(
-    q: QFormerConfig, vision: VisionShape, language: LanguageShape, text: Text, *, original: bool, checkpointed: bool
+    q: QFormerConfig,
+    vision: VisionShape,
+    language: LanguageShape,
+    text: Text,
+    kept: Kept,
+    *,
+    language_element: int = HALF,
+    checkpointed: bool = False,
 ) -> float:
-    """Bytes that autograd keeps per sample in stage 2, half precision; `checkpointed`: language layers recomputed."""
-    crossed = -(-q.num_layers // q.cross_attention_every)
-    per_unit = SAVED_BYTES_PER_UNIT_AUTOCAST if original else SAVED_BYTES_PER_UNIT
-    qformer = q.num_queries * per_unit * q.hidden_size * q.num_layers
-    qformer += crossed * 2 * vision.num_tokens * q.hidden_size * HALF
-    qformer += vision.num_tokens * vision.width * (FP32 if original else HALF)
-    read, written = _language_rows(q, language, text, original=original)
-    layer = HALF * language.width if checkpointed else _frozen_layer_bytes(language, original=original)
-    kept = layer * (read * language.encoder_layers + written * language.decoder_layers)
-    if original:
-        heads = language.attention_width / 80
-        scores = language.encoder_layers * read**2 + language.decoder_layers * written**2
-        kept += SCORE_BYTES_AUTOCAST * heads * scores
-    length = text.padded if original else text.real
-    predicted = written if original else length
-    return qformer + kept + predicted * language.vocabulary * (LOGIT_BYTES_ORIGINAL if original else LOGIT_BYTES)
+    """Bytes that autograd keeps per sample in stage 2; `checkpointed`: language layers are computed again."""
+    bridge = q.num_queries * (q.num_layers * kept.layer(q) + _crossed(q) * kept.cross(q))
+    bridge += kept.image(q, vision) + kept.keys_values(q, vision)
+    read, written = _language_rows(q, language, text)
+    attention = 2 * (language.attention_width + language.key_value_width) * language_element
+    wide = (3 if language.gated else 1) * language.intermediate * language_element
+    encoder = read * (2 * FP32 * language.width + attention + wide)
+    decoder = written * (2 * FP32 * language.width + attention + wide)
+    if language.is_encoder_decoder:
+        decoder += written * (2 * language.attention_width * language_element + FP32 * language.width)
+        decoder += read * 2 * language.key_value_width * language_element
+    layers = language.encoder_layers * encoder + language.decoder_layers * decoder
+    if checkpointed:
+        rows = read * language.encoder_layers + written * language.decoder_layers
+        layers = language_element * language.width * rows + max(encoder if read else 0.0, decoder)
+    predicted = text.suffix if language.is_encoder_decoder else text.real
+    return bridge + layers + predicted * language.vocabulary * FP32
 
 
-def _language_rows(q: QFormerConfig, language: LanguageShape, text: Text, *, original: bool) -> tuple[float, float]:
-    """Return rows per sample in the encoder and in the decoder."""
-    length = text.padded if original else text.real
+def _language_rows(q: QFormerConfig, language: LanguageShape, text: Text) -> tuple[float, float]:
+    """Return rows per sample in the encoder and in the decoder, padding included."""
     if not language.is_encoder_decoder:
-        return 0.0, q.num_queries + length
-    prefix = text.padded / 2 if original else text.prefix
-    return q.num_queries + prefix, length if original else length - text.prefix + 2
+        return 0.0, q.num_queries + text.real * text.stretch
+    return q.num_queries + text.prefix * text.stretch, text.suffix * text.stretch
 
 
-def _frozen_layer_bytes(language: LanguageShape, *, original: bool) -> float:
-    """Bytes that one frozen layer keeps per row."""
-    norms_and_masks = (2 * FP32 + 3 if original else 2 * HALF) * language.width
-    attention = HALF * (2 * language.attention_width + 2 * language.key_value_width)
-    return norms_and_masks + attention + HALF * (3 if language.gated else 1) * language.intermediate
+def _crossed(q: QFormerConfig) -> int:
+    """Layers with cross-attention."""
+    return -(-q.num_layers // q.cross_attention_every)
 
 
-def gathered_working_set(language: LanguageShape, prefetch_layers: int = 2) -> float:
-    """Bytes of frozen weights that are whole on a GPU at once under ZeRO-3: a few layers, or the vocabulary table."""
-    largest = max(language.decoder_layer_parameters, language.encoder_layer_parameters)
-    return HALF * max(language.head_parameters, prefetch_layers * largest)
+def reused_parameters(language: LanguageShape) -> float:
+    """Frozen parameters that stay gathered from forward to backward (stage3_max_reuse_distance)."""
+    return min(float(language.num_parameters), REUSED_PARAMETERS / 2)
+
+
+def gathered_working_set(language: LanguageShape, element: int = HALF) -> float:
+    """Bytes of frozen weights that are whole on a GPU at once under ZeRO-3: reused, prefetched, the largest matrix."""
+    wanted = reused_parameters(language) + PREFETCHED_PARAMETERS + language.head_parameters
+    return element * min(wanted, float(language.num_parameters))

@@ -18,13 +18,14 @@ def rows(estimate: StageEstimate, price_per_gpu_hour: float | None) -> list[tupl
         f"{field.name.replace('_', ' ')} {getattr(memory, field.name) / GIB:.2f}" for field in fields(memory)
     )
     seconds = ", ".join(f"{part} {value:.3f}" for part, value in estimate.seconds.items())
+    traffic = ", ".join(f"{kind} {value / GIGA:.2f}" for kind, value in vars(estimate.traffic).items())
     table = [
         ("memory per GPU", f"{memory.total / GIB:.1f} GiB at micro-batch {estimate.micro_batch}"),
         ("  of it (GiB)", parts),
         ("  with activation checkpointing", f"{estimate.memory_checkpointed.total / GIB:.1f} GiB"),
         ("largest micro-batch that fits", str(estimate.largest_micro_batch)),
         ("work per sample", f"{estimate.work.total / GIGA:.1f} GFLOP, of it vision {estimate.work.vision / GIGA:.1f}"),
-        ("received per rank and step", f"{estimate.traffic.total / GIGA:.2f} GB"),
+        ("received per rank and step", f"{estimate.traffic.total / GIGA:.2f} GB ({traffic})"),
         ("step", f"{estimate.step_seconds:.3f} s ({seconds}); bottleneck: {estimate.bottleneck}"),
         ("throughput", f"{estimate.samples_per_second:.0f} images/s, {estimate.mfu:.0%} of peak"),
         ("duration", f"{estimate.days:.2f} days, {estimate.gpu_hours:,.0f} GPU hours"),
@@ -64,8 +65,8 @@ def draw(estimates: Sequence[StageEstimate], path: Path) -> None:
     stages = [estimate.stage for estimate in estimates]
     _stack(memory_axis, stages, [{k: v / GIB for k, v in vars(e.memory).items()} for e in estimates])
     memory_axis.set(title="Memory per GPU", ylabel="GiB")
-    _stack(time_axis, stages, [e.seconds for e in estimates])
-    time_axis.set(title="Step time before overlap", ylabel="seconds")
+    _side_by_side(time_axis, stages, [e.seconds for e in estimates])
+    time_axis.set(title="Step time, each part alone", ylabel="seconds")
     figure.savefig(path, dpi=120)
 
 
@@ -93,4 +94,13 @@ def _stack(axis: Any, stages: Sequence[str], parts: Sequence[dict[str, float]]) 
         heights = [part[name] for part in parts]
         axis.bar(stages, heights, bottom=bottom, label=name.replace("_", " "))
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axis.legend(fontsize=7)
+
+
+def _side_by_side(axis: Any, stages: Sequence[str], parts: Sequence[dict[str, float]]) -> None:
+    width = 0.8 / len(parts[0])
+    for i, name in enumerate(parts[0]):
+        places = [stage - 0.4 + (i + 0.5) * width for stage in range(len(stages))]
+        axis.bar(places, [part[name] for part in parts], width=width, label=name)
+    axis.set_xticks(range(len(stages)), stages)
     axis.legend(fontsize=7)

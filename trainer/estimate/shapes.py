@@ -42,6 +42,8 @@ class LanguageShape:
     vocabulary: int
     tied_head: bool
     positions: int
+    small_parameters: int
+    """Biases, norms and tables of relative positions."""
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -76,11 +78,11 @@ class LanguageShape:
 
     @property
     def num_parameters(self) -> int:
-        """All matrices; within 1% of the file (biases and norms are left out)."""
+        """All parameters, each once."""
         layers = self.encoder_layers * self.encoder_layer_parameters
         layers += self.decoder_layers * self.decoder_layer_parameters
         tables = self.head_parameters * (1 if self.tied_head else 2) + self.positions * self.width
-        return layers + tables
+        return layers + tables + self.small_parameters
 
 
 def vision_shape(config: Mapping[str, Any], image_size_pixels: int) -> VisionShape:
@@ -121,33 +123,46 @@ def language_shape(config: Mapping[str, Any]) -> LanguageShape:
 
 def _t5_shape(config: Mapping[str, Any]) -> LanguageShape:
     attention = config["num_heads"] * config["d_kv"]
+    encoder_layers = config["num_layers"]
+    decoder_layers = config.get("num_decoder_layers") or encoder_layers
+    norms = (2 * encoder_layers + 3 * decoder_layers + 2) * config["d_model"]
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
     return LanguageShape(
-        encoder_layers=config["num_layers"],
-        decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         width=config["d_model"],
         attention_width=attention,
         key_value_width=attention,
         intermediate=config["d_ff"],
-        gated=str(config.get("feed_forward_proj", "relu")).startswith("gated"),
+        gated=gated,
         vocabulary=config["vocab_size"],
-        tied_head=bool(config.get("tie_word_embeddings", True)),
+        # Gated models (v1.1, Flan) have a head of their own, whatever their config.json says after a conversion.
+        tied_head=bool(config.get("tie_word_embeddings", True)) and not gated,
         positions=0,
+        small_parameters=norms + 2 * config.get("relative_attention_num_buckets", 32) * config["num_heads"],
     )
 
 
 def _decoder_shape(config: Mapping[str, Any], kind: str) -> LanguageShape:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_width = config.get("head_dim") or width // heads
-    is_opt = kind == "opt"
+    layers, is_opt = config["num_hidden_layers"], kind == "opt"
+    key_value_width = (config.get("num_key_value_heads") or heads) * head_width
+    if is_opt:  # biases of four projections, of both feed-forward matrices, of two norms; then the norms' weights
+        small = layers * (9 * width + config["ffn_dim"]) + 2 * width
+    else:
+        biases = heads * head_width + 2 * key_value_width if kind == "qwen2" else 0
+        small = layers * (2 * width + biases) + width
     return LanguageShape(
         encoder_layers=0,
-        decoder_layers=config["num_hidden_layers"],
+        decoder_layers=layers,
         width=width,
         attention_width=heads * head_width,
-        key_value_width=(config.get("num_key_value_heads") or heads) * head_width,
+        key_value_width=key_value_width,
         intermediate=config["ffn_dim"] if is_opt else config["intermediate_size"],
         gated=not is_opt,
         vocabulary=config["vocab_size"],
         tied_head=bool(config.get("tie_word_embeddings", is_opt)),
         positions=config["max_position_embeddings"] + 2 if is_opt else 0,
+        small_parameters=small,
     )

@@ -3,13 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from trainer.config import Stage2Config, StageName, TrainConfig
+from trainer.config import StageName, TrainConfig
+from trainer.deepspeed_config import load_template
 from trainer.errors import ConfigError
-from trainer.estimate.flops import Text, Work, feature_pass_flops, stage1_work, stage2_work
-from trainer.estimate.hardware import Assumptions, Gpu
+from trainer.estimate.flops import Text, Work, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
+from trainer.estimate.hardware import Assumptions, Cluster
 from trainer.estimate.memory import (
+    DTYPE_BYTES,
     FP32,
     HALF,
+    Kept,
     Memory,
     gathered_working_set,
     stage1_activations,
@@ -17,42 +20,10 @@ from trainer.estimate.memory import (
     trainable_parameters,
 )
 from trainer.estimate.shapes import LanguageShape, VisionShape
+from trainer.estimate.traffic import Traffic, distinct_share, stage_traffic
 
 SECONDS_PER_DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The hardware of an estimate."""
-
-    gpu: Gpu
-    num_gpus: int
-    gpus_per_node: int = 8
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes, the last one perhaps not full."""
-        return -(-self.num_gpus // self.gpus_per_node)
-
-    def link_bandwidth(self, assumptions: Assumptions) -> float:
-        """Bytes per second that a ring over all GPUs reaches: the slowest link on it."""
-        peer = self.gpu.peer_bandwidth
-        slowest = peer if self.num_nodes == 1 else min(peer, assumptions.network_bandwidth)
-        return slowest * assumptions.network_efficiency
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one rank receives per step."""
-
-    gathers: float
-    gradients: float
-    negatives: float
-
-    @property
-    def total(self) -> float:
-        """All kinds."""
-        return self.gathers + self.gradients + self.negatives
+MOMENTS_AND_MASTER = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +38,7 @@ class StageEstimate:
     largest_micro_batch: int
     traffic: Traffic
     seconds: dict[str, float]
+    """Roofline: compute, memory, network, data; each as if it were alone."""
     step_seconds: float
     samples_per_second: float
     mfu: float
@@ -80,7 +52,7 @@ class StageEstimate:
 
     @property
     def bottleneck(self) -> str:
-        """The largest share of the step."""
+        """The largest part of the roofline."""
         return max(self.seconds, key=lambda part: self.seconds[part])
 
 
@@ -98,142 +70,227 @@ def estimate_stage(
     """Estimate one stage of a run.
 
     Raises:
-        ConfigError: the global batch is not divisible by the number of GPUs, or not even one sample fits.
+        ConfigError: the global batch is not divisible by the number of GPUs.
     """
-    chosen = config.stage(stage)
-    if chosen.global_batch_size % cluster.num_gpus:
-        raise ConfigError(
-            f"{stage}.global_batch_size: {chosen.global_batch_size} is not divisible by {cluster.num_gpus} GPUs; "
-            "change either"
+    return _Stage(config, stage, parts, cluster, assumptions).estimate()
+
+
+class _Stage:
+    """What the parts of an estimate share; used once."""
+
+    def __init__(
+        self, config: TrainConfig, stage: StageName, parts: Parts, cluster: Cluster, assumptions: Assumptions
+    ) -> None:
+        chosen = config.stage(stage)
+        if chosen.global_batch_size % cluster.num_gpus:
+            raise ConfigError(
+                f"{stage}.global_batch_size: {chosen.global_batch_size} is not divisible by {cluster.num_gpus} GPUs; "
+                "change either"
+            )
+        self.config, self.stage, self.parts, self.cluster, self.assumptions = config, stage, parts, cluster, assumptions
+        self.chosen, self.q = chosen, config.model.qformer
+        self.local = chosen.global_batch_size // cluster.num_gpus
+        self.micro = min(chosen.micro_batch_size, self.local)
+        self.zero = load_template(chosen.deepspeed)["zero_optimization"]
+        self.text = Text(real=assumptions.real_text_tokens, longest=assumptions.longest_text_tokens)
+        self.kept = Kept.of(chosen.precision, self.q.dropout)
+        self.vision_element = DTYPE_BYTES[config.model.vision.dtype]
+        language = config.model.language
+        self.language_element = DTYPE_BYTES[language.dtype] if language else HALF
+        self.trainable = trainable_parameters(self.q, parts.vision.width, stage2=stage == "stage2")
+        if self.language is not None:
+            self.trainable += (self.q.hidden_size + 1) * self.language.width
+
+    @property
+    def language(self) -> LanguageShape | None:
+        """The language model, in stage 2."""
+        return self.parts.language if self.stage == "stage2" else None
+
+    def estimate(self) -> StageEstimate:
+        """Put the parts together."""
+        chosen, assumptions, cluster = self.chosen, self.assumptions, self.cluster
+        fixed, largest = self.fixed_memory(), self.largest_micro_batch()
+        work = self.work()
+        traffic = self.traffic()
+        seconds = self.roofline(work, traffic)
+        device = max(seconds["compute"], seconds["memory"])
+        step = max(device + self.exposed_network(traffic, device), seconds["data"])
+        samples = chosen.steps * chosen.global_batch_size
+        return StageEstimate(
+            stage=self.stage,
+            work=work,
+            memory=_with_activations(fixed, self.micro * self.activations(self.micro)),
+            memory_checkpointed=_with_activations(fixed, self.micro * self.activations(self.micro, checkpointed=True)),
+            micro_batch=self.micro,
+            largest_micro_batch=largest,
+            traffic=traffic,
+            seconds=seconds,
+            step_seconds=step,
+            samples_per_second=chosen.global_batch_size / step,
+            mfu=work.total * self.local / step / cluster.gpu.peak_flops,
+            days=chosen.steps * step / SECONDS_PER_DAY,
+            gpu_hours=chosen.steps * step * cluster.num_gpus / 3600,
+            reader_cores=chosen.global_batch_size / step * assumptions.reader_cpu_seconds,
+            storage_bytes=samples * assumptions.sample_bytes,
+            storage_requests=samples * assumptions.sample_bytes / assumptions.chunk_bytes,
+            checkpoint_interval_seconds=math.sqrt(
+                2 * assumptions.mean_hours_between_failures * 3600 * assumptions.save_stall_seconds
+            ),
+            recommendation="; ".join(self.advice(largest, traffic, seconds)),
         )
-    local = chosen.global_batch_size // cluster.num_gpus
-    text = Text(real=assumptions.real_text_tokens)
-    per_sample = _activations(config, stage, parts, text, checkpointed=False)
-    fixed = _fixed_memory(config, stage, parts, cluster, assumptions)
-    room = cluster.gpu.memory_bytes * (1 - assumptions.fragmentation) - fixed.total
-    largest = max(0, min(local, math.floor(room / per_sample)))
-    micro = min(chosen.micro_batch_size, local)
-    work = _work(config, stage, parts, text)
-    if micro < local and stage == "stage1":
-        extra = feature_pass_flops(config.model.qformer, parts.vision, text)
-        work = Work(work.vision, work.qformer + extra, work.language)
-    traffic = _traffic(config, stage, parts, cluster, local, -(-local // micro))
-    seconds = _seconds(work, traffic, local, cluster, assumptions)
-    compute = sum(seconds[part] for part in ("vision", "qformer", "language"))
-    step = compute + max(0.0, seconds["network"] - assumptions.overlap * compute)
-    samples = chosen.steps * chosen.global_batch_size
-    return StageEstimate(
-        stage=stage,
-        work=work,
-        memory=_with_activations(fixed, per_sample * micro),
-        memory_checkpointed=_with_activations(
-            fixed, micro * _activations(config, stage, parts, text, checkpointed=True)
-        ),
-        micro_batch=micro,
-        largest_micro_batch=largest,
-        traffic=traffic,
-        seconds=seconds,
-        step_seconds=step,
-        samples_per_second=chosen.global_batch_size / step,
-        mfu=work.total * local / step / cluster.gpu.peak_flops,
-        days=chosen.steps * step / SECONDS_PER_DAY,
-        gpu_hours=chosen.steps * step * cluster.num_gpus / 3600,
-        reader_cores=chosen.global_batch_size / step * assumptions.reader_cpu_seconds,
-        storage_bytes=samples * assumptions.sample_bytes,
-        storage_requests=samples * assumptions.sample_bytes / assumptions.chunk_bytes,
-        checkpoint_interval_seconds=math.sqrt(
-            2 * assumptions.mean_hours_between_failures * 3600 * assumptions.save_stall_seconds
-        ),
-        recommendation=_recommendation(stage, parts, cluster, largest, micro),
-    )
 
+    def work(self) -> Work:
+        """Operations per sample, with what micro-batches repeat."""
+        if self.language is not None:
+            return stage2_work(self.q, self.parts.vision, self.language, self.text, original=False)
+        work = stage1_work(self.q, self.parts.vision, self.text, original=False)
+        foreign = self.outside(self.micro) * foreign_image_flops(self.q, self.parts.vision)
+        again = feature_pass_flops(self.q, self.parts.vision, self.text) if self.micro < self.local else 0.0
+        return Work(work.vision, work.qformer + foreign + again)
 
-def _work(config: TrainConfig, stage: StageName, parts: Parts, text: Text) -> Work:
-    if stage == "stage1":
-        return stage1_work(config.model.qformer, parts.vision, text, original=False)
-    assert parts.language is not None
-    return stage2_work(config.model.qformer, parts.vision, parts.language, text, original=False)
+    def outside(self, micro: int) -> float:
+        """Negative images per row that do not belong to the micro-batch."""
+        total = self.chosen.global_batch_size
+        return (1 - micro / total) * distinct_share(micro, total)
 
+    def activations(self, micro: int, *, checkpointed: bool | None = None) -> float:
+        """Bytes per sample of a micro-batch; `checkpointed` none: as the configuration says."""
+        if self.language is not None:
+            options = self.config.model.language
+            recompute = options is not None and options.activation_checkpointing
+            return stage2_activations(
+                self.q, self.parts.vision, self.language, self.text, self.kept,
+                language_element=self.language_element,
+                checkpointed=recompute if checkpointed is None else checkpointed,
+            )  # fmt: skip
+        recompute = self.q.activation_checkpointing
+        return stage1_activations(
+            self.q, self.parts.vision, self.text, self.kept,
+            outside=self.outside(micro), checkpointed=recompute if checkpointed is None else checkpointed,
+        )  # fmt: skip
 
-def _activations(config: TrainConfig, stage: StageName, parts: Parts, text: Text, *, checkpointed: bool) -> float:
-    q = config.model.qformer
-    if stage == "stage1":
-        whole = stage1_activations(q, parts.vision, text, original=False)
-        return whole / q.num_layers * 2 if checkpointed else whole
-    assert parts.language is not None
-    return stage2_activations(q, parts.vision, parts.language, text, original=False, checkpointed=checkpointed)
+    def fixed_memory(self) -> Memory:
+        """Everything but activations: trainable part in fp32 with its cast, master and moments partitioned (ZeRO)."""
+        world, vision = self.cluster.num_gpus, self.parts.vision
+        cast = HALF if self.chosen.precision != "fp32" else 0
+        features = self.local * vision.num_tokens * vision.width * self.vision_element if self.stage == "stage1" else 0
+        partition = 0.0
+        if self.language is not None:
+            whole = self.language_element * self.language.num_parameters
+            partition = whole / world + (whole / min(self.hpz, world) if self.hpz > 1 else 0)
+        return Memory(
+            frozen_partition=self.vision_element * vision.num_parameters + partition,
+            gathered=gathered_working_set(self.language, self.language_element) if self.language and world > 1 else 0.0,
+            trainable=(FP32 + cast) * self.trainable,
+            gradients=FP32 * self.trainable * (1 + 1 / world),
+            optimizer=MOMENTS_AND_MASTER * FP32 * self.trainable / world,
+            activations=0.0,
+            buffers=features + FP32 * min(self.trainable, self.zero.get("reduce_bucket_size", 5e8)),
+            context=self.assumptions.cuda_context_bytes,
+        )
 
+    @property
+    def hpz(self) -> int:
+        """Ranks over which a second copy of the frozen model is partitioned; 1: none."""
+        return int(self.zero.get("zero_hpz_partition_size", 1))
 
-def _num_trainable(config: TrainConfig, stage: StageName, parts: Parts) -> int:
-    q = config.model.qformer
-    count = trainable_parameters(q, parts.vision.width, stage2=stage == "stage2")
-    if stage == "stage2" and parts.language is not None:
-        count += (q.hidden_size + 1) * parts.language.width
-    return count
+    def largest_micro_batch(self) -> int:
+        """Return how many samples fit at a time."""
+        usable = self.cluster.gpu.memory_bytes * (1 - self.assumptions.fragmentation)
+        room = usable - self.fixed_memory().total
 
+        def fits(micro: int) -> bool:
+            return micro * self.activations(micro) <= room
 
-def _fixed_memory(
-    config: TrainConfig, stage: StageName, parts: Parts, cluster: Cluster, assumptions: Assumptions
-) -> Memory:
-    """Everything but activations: trainable part in half precision, fp32 master and moments partitioned (ZeRO)."""
-    trainable = _num_trainable(config, stage, parts)
-    language = parts.language if isinstance(config.stage(stage), Stage2Config) else None
-    frozen_language = HALF * language.num_parameters / cluster.num_gpus if language else 0.0
-    return Memory(
-        frozen_partition=HALF * parts.vision.num_parameters + frozen_language,
-        gathered=gathered_working_set(language) if language else 0.0,
-        trainable=HALF * trainable,
-        gradients=HALF * trainable,
-        optimizer=3 * FP32 * trainable / cluster.num_gpus,
-        activations=0.0,
-        buffers=HALF * min(trainable, 5e8),
-        context=assumptions.cuda_context_bytes,
-    )
+        low, high = 0, self.local
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    def traffic(self) -> Traffic:
+        """Bytes that a rank receives per step."""
+        return stage_traffic(
+            self.q, self.parts.vision, self.language,
+            trainable=self.trainable, world_size=self.cluster.num_gpus, local=self.local, micro=self.micro,
+            vision_element=self.vision_element, language_element=self.language_element,
+            reuse_distance=float(self.zero.get("stage3_max_reuse_distance", 1e9)),
+        )  # fmt: skip
+
+    def roofline(self, work: Work, traffic: Traffic) -> dict[str, float]:
+        """Seconds per step of each part alone."""
+        assumptions, gpu = self.assumptions, self.cluster.gpu
+        compute = work.vision / assumptions.vision_efficiency
+        compute += work.qformer / assumptions.trainable_efficiency
+        compute += work.language / assumptions.language_efficiency
+        network = sum(self.network_seconds(traffic, self.hpz))
+        stored = self.chosen.global_batch_size * assumptions.sample_bytes / assumptions.storage_bandwidth
+        read = self.chosen.global_batch_size * assumptions.reader_cpu_seconds / self.given_reader_cores()
+        return {
+            "compute": compute * self.local / gpu.peak_flops,
+            "memory": self.memory_traffic() / (gpu.memory_bandwidth * assumptions.memory_efficiency),
+            "network": network,
+            "data": max(stored, read),
+        }
+
+    def memory_traffic(self) -> float:
+        """Bytes through the GPU's memory: activations written and read, frozen weights, gradients, the optimizer.
+
+        Intermediate results of norms and dropout are as much again as what is kept. AdamW reads gradient, weight and
+        moments of the partition and writes three of them; the whole gradient is zeroed and added to.
+        """
+        micro_batches = -(-self.local // self.micro)
+        frozen = self.vision_element * self.parts.vision.num_parameters
+        if self.language is not None:
+            frozen += 2 * self.language_element * self.language.num_parameters
+        optimizer = FP32 * self.trainable * (3 * micro_batches + 7 / self.cluster.num_gpus)
+        return 3 * self.local * self.activations(self.micro) + micro_batches * frozen + optimizer
+
+    def network_seconds(self, traffic: Traffic, hpz: int) -> tuple[float, float]:
+        """Return seconds of what can hide behind compute (gathers), and of what cannot."""
+        link = self.cluster.link_bandwidth(self.assumptions)
+        peer = self.cluster.gpu.peer_bandwidth * self.assumptions.network_efficiency
+        return traffic.gathers / (peer if hpz > 1 else link), (traffic.total - traffic.gathers) / link
+
+    def exposed_network(self, traffic: Traffic, device: float) -> float:
+        """Seconds in which the GPU waits: gradients and negatives move when nothing is left to compute."""
+        hidden, bare = self.network_seconds(traffic, self.hpz)
+        return bare + max(0.0, hidden - self.assumptions.overlap * device)
+
+    def given_reader_cores(self) -> int:
+        """Return CPU cores that read: reader actors in all, or processes of each worker."""
+        data = self.config.data
+        return max(1, data.readers) if data.backend == "ray" else max(1, data.readers) * self.cluster.num_gpus
+
+    def advice(self, largest: int, traffic: Traffic, seconds: dict[str, float]) -> list[str]:
+        """Return what to set."""
+        if largest < 1:
+            return ["does not fit: use more GPUs, activation checkpointing, or CPU offload of the frozen partition"]
+        advice = [f"set {self.stage}.micro_batch_size to at most {largest}"] if self.micro > largest else []
+        advice.append(self.partitioning_advice(traffic) if self.language is not None else "ZeRO-1")
+        device = max(seconds["compute"], seconds["memory"]) + self.exposed_network(traffic, seconds["compute"])
+        if seconds["data"] > device:
+            needed = math.ceil(self.chosen.global_batch_size / device * self.assumptions.reader_cpu_seconds)
+            each = 1 if self.config.data.backend == "ray" else self.cluster.num_gpus
+            advice.append(f"data holds the GPUs up: data.readers at least {-(-needed // each)}")
+        return advice
+
+    def partitioning_advice(self, traffic: Traffic) -> str:
+        """Compare ZeRO-3 over all ranks with a second copy of the frozen model in each node (hpZ)."""
+        assert self.language is not None
+        cluster = self.cluster
+        whole = self.language_element * self.language.num_parameters
+        if cluster.num_gpus == 1:
+            return "one GPU holds the whole language model: ZeRO-3 saves nothing here"
+        flat, within = (self.network_seconds(traffic, hpz)[0] for hpz in (1, cluster.gpus_per_node))
+        more = whole / cluster.gpus_per_node
+        if cluster.num_nodes == 1 or more > 0.3 * cluster.gpu.memory_bytes or within >= flat:
+            return "ZeRO-3 over all ranks"
+        return (
+            f"ZeRO-3 with hpZ (stage2_zero3_hpz): gathers take {within:.2f} s of a step instead of {flat:.2f} s, "
+            f"for {more / 1e9:.1f} GB more per GPU"
+        )
 
 
 def _with_activations(fixed: Memory, activations: float) -> Memory:
     return Memory(**{**vars(fixed), "activations": activations})
-
-
-def _traffic(
-    config: TrainConfig, stage: StageName, parts: Parts, cluster: Cluster, local: int, micro_batches: int
-) -> Traffic:
-    """Bytes received per rank: ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch."""
-    share = (cluster.num_gpus - 1) / cluster.num_gpus
-    gradients = 2 * share * HALF * _num_trainable(config, stage, parts)
-    if stage == "stage1":
-        features = parts.vision.num_tokens * parts.vision.width * HALF
-        return Traffic(0.0, gradients, share * local * features)
-    assert parts.language is not None
-    gathers = 2 * micro_batches * share * HALF * parts.language.num_parameters
-    return Traffic(gathers, gradients, 0.0)
-
-
-def _seconds(work: Work, traffic: Traffic, local: int, cluster: Cluster, assumptions: Assumptions) -> dict[str, float]:
-    peak = cluster.gpu.peak_flops
-    return {
-        "vision": work.vision * local / (peak * assumptions.vision_efficiency),
-        "qformer": work.qformer * local / (peak * assumptions.trainable_efficiency),
-        "language": work.language * local / (peak * assumptions.language_efficiency),
-        "network": traffic.total / cluster.link_bandwidth(assumptions) if cluster.num_gpus > 1 else 0.0,
-    }
-
-
-def _recommendation(stage: StageName, parts: Parts, cluster: Cluster, largest: int, micro: int) -> str:
-    """Return one sentence on what to set."""
-    if largest < 1:
-        return "does not fit: use more GPUs, activation checkpointing, or CPU offload of the frozen partition"
-    advice = []
-    if micro > largest:
-        advice.append(f"set {stage}.micro_batch_size to at most {largest}")
-    if stage == "stage2" and parts.language is not None:
-        whole = HALF * parts.language.num_parameters
-        if cluster.num_gpus == 1:
-            advice.append("one GPU holds the whole language model: ZeRO-3 saves nothing here")
-        elif cluster.num_nodes > 1 and whole / cluster.gpus_per_node < 0.3 * cluster.gpu.memory_bytes:
-            advice.append("ZeRO-3 with hpZ: each node can hold the frozen model once, so gathers stay inside it")
-        else:
-            advice.append("ZeRO-3 over all ranks")
-    else:
-        advice.append("ZeRO-1")
-    return "; ".join(advice)

@@ -10,10 +10,11 @@ from trainer.config_io import load_config
 from trainer.errors import ConfigError
 from trainer.estimate.architectures import BUNDLED, bundled_config
 from trainer.estimate.flops import Text, stage1_work, stage2_work, vision_flops
-from trainer.estimate.hardware import GIB, Assumptions, find_gpu
-from trainer.estimate.memory import FP32, HALF, stage1_activations, stage2_activations, trainable_parameters
+from trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu
+from trainer.estimate.memory import FP32, HALF, trainable_parameters
+from trainer.estimate.original import original_stage1_activations, original_stage2_activations
 from trainer.estimate.shapes import language_shape, vision_shape
-from trainer.estimate.step import Cluster, Parts, estimate_stage
+from trainer.estimate.step import Parts, estimate_stage
 
 pytestmark = pytest.mark.unit
 
@@ -67,10 +68,10 @@ def test_peak_memory_of_the_public_runs_is_within_a_fifth():
     fixed = HALF * vision.num_parameters + 1.2e9
     per_parameter = FP32 + FP32 + 2 * FP32 + FP32 + HALF  # weight, gradient, moments, bucket, cast copy
     gathered_features = 2 * 8 * LOG_BATCH * vision.num_tokens * vision.width * FP32
-    stage1 = LOG_BATCH * stage1_activations(Q, vision, Text(), original=True) + gathered_features
+    stage1 = LOG_BATCH * original_stage1_activations(Q, vision, Text()) + gathered_features
     stage1 += per_parameter * 186_705_470 + fixed
     assert stage1 / (1 << 20) == pytest.approx(37_493, rel=0.2)
-    stage2 = LOG_BATCH * stage2_activations(Q, vision, language, Text(), original=True, checkpointed=False)
+    stage2 = LOG_BATCH * original_stage2_activations(Q, vision, language, Text())
     stage2 += per_parameter * 107_133_696 + fixed + HALF * language.num_parameters
     assert stage2 / (1 << 20) == pytest.approx(37_363, rel=0.2)
 

@@ -1,0 +1,65 @@
+"""Bytes that one rank receives per optimizer step; a ring's all-reduce is a reduce-scatter and an all-gather."""
+
+from dataclasses import dataclass
+
+from model.config import QFormerConfig
+from trainer.estimate.memory import FP32
+from trainer.estimate.shapes import LanguageShape, VisionShape
+
+LABEL_BYTES = 16
+"""Row and image id of a sample."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank receives per step."""
+
+    gathers: float
+    """Frozen weights under ZeRO-3."""
+    gradients: float
+    """Gradients, and the updated weights from their owners."""
+    contrast: float
+    """Projected features of all rows."""
+    negatives: float
+    """Image features of chosen rows."""
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return self.gathers + self.gradients + self.contrast + self.negatives
+
+
+def stage_traffic(
+    q: QFormerConfig,
+    vision: VisionShape,
+    language: LanguageShape | None,
+    *,
+    trainable: int,
+    world_size: int,
+    local: int,
+    micro: int,
+    vision_element: int,
+    language_element: int,
+    reuse_distance: float,
+) -> Traffic:
+    """Count a step of stage 1 (`language` none) or 2, trainable part in fp32 under ZeRO-1.
+
+    ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch, but for the last ones of the
+    forward pass, which backward needs again within `reuse_distance` parameters.
+    """
+    share = (world_size - 1) / world_size
+    gradients = 3 * share * FP32 * trainable
+    if language is None:
+        total = local * world_size
+        features = vision.num_tokens * vision.width * vision_element
+        projected = LABEL_BYTES + FP32 * (q.num_queries + 1) * q.projection_size
+        chosen = local * distinct_share(local, total)
+        return Traffic(0.0, gradients, share * total * projected, share * chosen * features)
+    reused = min(float(language.num_parameters), reuse_distance / 2)
+    gathered = share * language_element * (2 * language.num_parameters - reused)
+    return Traffic(-(-local // micro) * gathered, gradients, 0.0, 0.0)
+
+
+def distinct_share(draws: int, rows: int) -> float:
+    """Return which share of `draws` among `rows` is distinct on average, each row being equally likely."""
+    return rows * (1 - (1 - 1 / rows) ** draws) / draws
