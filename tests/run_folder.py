@@ -66,7 +66,10 @@ def _stage2(url: str, store: ObjectStore) -> None:
     sink = JsonlSink(mirror, Position(0, 0))
     for step in range(5, 21, 5):
         sink.write(Position(step, step * BATCH), {"loss/total": 5 - step / 10, "loss/lm": 5 - step / 10})
-    sink.write(Position(20, 20 * BATCH), {"eval/cider_d": 1.5, "eval/exact": 0.4})
+    sink.write(
+        Position(20, 20 * BATCH),
+        {"eval/cider_d": 1.5, "eval/exact": 0.4, "eval/loss": 2.0, "eval/loss_wrong_image": 3.25},
+    )
     sink.close()
     answers = (CAPTIONS[0], "something else", HOSTILE, "a red star", "a blue star")
     texts = [{"key": f"k{i}", "caption": CAPTIONS[i], "generated": answers[i]} for i in range(5)]

@@ -15,7 +15,11 @@ CAPTION_LABELS = {
     "cider_d": "captions, CIDEr-D",
     "bleu4": "captions, BLEU-4",
     "exact": "captions, word for word right",
+    "loss": "caption loss, nats a token (less is better)",
 }
+
+
+WRONG_IMAGE = "eval/loss_wrong_image"
 
 
 class Baseline(NamedTuple):
@@ -58,8 +62,11 @@ def captioning(stage: StageFacts, given: Given) -> list[Measure]:
     figures = stage.last("eval/")
     guesses = _guesses(stage.samples.texts) if stage.samples else {}
     found = []
+    wrong_image = figures.pop(WRONG_IMAGE, None)
     for name, value in figures.items():
         short = name.removeprefix("eval/")
+        if short == "loss" and wrong_image is not None:
+            given = {**given, name: [Baseline("with a wrong image", wrong_image), *given.get(name, [])]}
         baselines = [Baseline(guess, scores[short]) for guess, scores in guesses.items() if short in scores]
         found.append(Measure(CAPTION_LABELS.get(short, short), value, [*baselines, *given.get(name, [])]))
     return found

@@ -78,6 +78,7 @@ def test_what_the_run_holds_never_becomes_markup(page):
 def test_figures_stand_beside_baselines(page):
     assert re.search(r"recall@5\s+0.417\s+chance: 1.000", page.text)
     assert "most frequent caption: 0.400" in page.text  # two of five are "a green star"
+    assert re.search(r"less is better\)\s+2.000\s+with a wrong image: 3.250", page.text)
     assert "80.0% of 0:01:40 was training" in page.text
     assert "restart: worker" in page.text
     assert re.search(r"stage1, step 24\s+worker train-1 was killed.*4\s+12.5 s\s+clear 0.5 s, start 12 s", page.text)
