@@ -44,9 +44,9 @@ SHORT = [
     "evaluation.manifest=null",
     "run.export=true",
     "model.qformer.num_layers=2",
-    "safety.step_timeout_seconds=60",
-    "safety.collective_timeout_seconds=20",
-    "checkpoint.save_timeout_seconds=60",
+    "safety.step_timeout_seconds=45",
+    "safety.collective_timeout_seconds=15",
+    "checkpoint.save_timeout_seconds=20",
     "store.stall_timeout_seconds=2",
     "data.reader_timeout_seconds=30",
 ]
