@@ -1,8 +1,9 @@
 """Stage-1 step of the full Q-Former: the plain path against the path that saves work without changing the maths.
 
 768 x 12, features 257 x 1408, 8 pairs, text padded to 32 with 8 to 16 real tokens, no dropout, fp32, one thread.
-Each path runs in a process of its own: peak memory is what the step adds to it (gradients included), CPU seconds are the
-lesser of two steps, FLOPs are those that torch.utils.flop_counter sees in a third.
+Each path runs in two processes of its own. One measures CPU seconds (user and system), the lesser of two steps, with
+the allocator as it is; and FLOPs as torch.utils.flop_counter sees them in a third step. The other measures peak memory:
+there every large block goes back to the system when it is freed, so the peak is of live memory, gradients included.
 
 Usage: python benchmarks/stage1_speed.py
 """
@@ -54,8 +55,8 @@ def _status_bytes(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def measure(path: str, gradients: Path) -> dict[str, Any]:
-    """Run three steps of one path; write its gradients."""
+def measure(path: str, gradients: Path | None) -> dict[str, Any]:
+    """Measure the work of one path and write its gradients, or, without a file for them, its memory."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     qformer = QFormer(QFormerConfig(dropout=0.0), 1408, savings=PATHS[path])
@@ -74,29 +75,31 @@ def measure(path: str, gradients: Path) -> dict[str, Any]:
         )
         return {name: float(value) for name, value in output.parts.items()}
 
-    before = _status_bytes("VmRSS")
+    if gradients is None:
+        before = _status_bytes("VmRSS")
+        step()
+        return {
+            "peak_bytes": _status_bytes("VmHWM") - before,
+            "gradient_bytes": sum(p.numel() * 4 for p in model.trainable_parameters().values()),
+        }
     seconds = []
     for _ in range(2):
         start = time.process_time()
         losses = step()
         seconds.append(time.process_time() - start)
-        if len(seconds) == 1:
-            peak = _status_bytes("VmHWM") - before
     torch.save({name: p.grad for name, p in model.trainable_parameters().items()}, gradients)
     with FlopCounterMode(display=False) as counter:
         step()
-    return {
-        "losses": losses,
-        "cpu_seconds": min(seconds),
-        "peak_bytes": peak,
-        "gradient_bytes": sum(p.numel() * 4 for p in model.trainable_parameters().values()),
-        "flops": counter.get_total_flops(),
-    }
+    return {"losses": losses, "cpu_seconds": min(seconds), "flops": counter.get_total_flops()}
 
 
-def _in_own_process(path: str, gradients: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
-    command = [sys.executable, __file__, "--path", path, "--gradients", str(gradients)]
+def _in_own_process(path: str, gradients: Path | None) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--path", path]
+    if gradients is None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "262144"
+    else:
+        command += ["--gradients", str(gradients)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, env=environment
     )
@@ -118,7 +121,7 @@ def main() -> None:
     """Print the comparison."""
     with tempfile.TemporaryDirectory() as folder:
         files = {path: Path(folder) / f"{path}.pt" for path in PATHS}
-        results = {path: _in_own_process(path, file) for path, file in files.items()}
+        results = {path: _in_own_process(path, file) | _in_own_process(path, None) for path, file in files.items()}
         absolute, relative = _largest_deviation(*files.values())
     for path, result in results.items():
         rate = result["flops"] / result["cpu_seconds"] / 1e9

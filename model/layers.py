@@ -21,6 +21,10 @@ class KeysValues(NamedTuple):
     keys_BHLd: Tensor
     values_BHLd: Tensor
 
+    def first(self, rows: int) -> "KeysValues":
+        """Return the first rows; all of them are the same tensors, for the gradient of a slice is a copy."""
+        return self if rows == len(self.keys_BHLd) else KeysValues(self.keys_BHLd[:rows], self.values_BHLd[:rows])
+
 
 class ImageMemory(NamedTuple):
     """What cross-attention reads: per cross-attention layer the keys and values of I images, and each row's image."""
@@ -214,16 +218,14 @@ def _look(cross: Attention, query_BQD: Tensor, image: ImageMemory) -> Tensor:
     memory = image.layers[0]
     if image.index_B is None:
         return cross.attend(query_BQD, memory)
-    shared = image.num_shared
-    own = KeysValues(memory.keys_BHLd[:shared], memory.values_BHLd[:shared])
-    parts = [cross.attend(torch.cat([query_BQD[:shared], query_BQD[-shared:]], dim=1), own)] if shared else []
+    shared, queries = image.num_shared, query_BQD.shape[1]
     rest = image.index_B[shared : len(image.index_B) - shared]
     other = KeysValues(*(part.index_select(0, rest) for part in memory))
-    middle = cross.attend(query_BQD[shared : len(query_BQD) - shared], other)
+    middle_BQD = cross.attend(query_BQD[shared : len(query_BQD) - shared], other)
     if not shared:
-        return middle
-    queries = query_BQD.shape[1]
-    return torch.cat([parts[0][:, :queries], middle, parts[0][:, queries:]])
+        return middle_BQD
+    both_BQD = cross.attend(torch.cat([query_BQD[:shared], query_BQD[-shared:]], dim=1), memory.first(shared))
+    return torch.cat([both_BQD[:, :queries], middle_BQD, both_BQD[:, queries:]])
 
 
 def _list_context(context_BLD: Tensor, rows: Rows, packing: Packing | None) -> Tensor:

@@ -155,7 +155,7 @@ class QFormer(nn.Module):
 
     def query_pass(self, image: ImageMemory, batch: int) -> QueryStates:
         """Run the queries alone against the first `batch` images."""
-        image = ImageMemory([KeysValues(kv.keys_BHLd[:batch], kv.values_BHLd[:batch]) for kv in image.layers])
+        image = ImageMemory([memory.first(batch) for memory in image.layers])
         rows, memory = self._run(Rows(self._queries(batch), None), image=image)
         assert rows.query_BQD is not None
         return QueryStates(rows.query_BQD, memory)

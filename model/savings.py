@@ -19,6 +19,8 @@ class Savings:
     """The affine part of ln_vision goes into the key and value weights, so image features need no gradient."""
     recompute_gelu: bool = True
     """Memory instead of work: the feed-forward networks keep their widest activation once. Not under autocast."""
+    match_backward_first: bool = True
+    """Memory: matching runs backward by itself, and its activations are freed before most gradients exist."""
 
 
 PLAIN = Savings(
@@ -28,4 +30,5 @@ PLAIN = Savings(
     prune_last_layer=False,
     fold_image_norm=False,
     recompute_gelu=False,
+    match_backward_first=False,
 )

@@ -144,7 +144,7 @@ class Stage1Model(nn.Module):
         exchange: Exchange,
         backward: Backward | None,
     ) -> LossOutput:
-        """Compute the losses of the global batch and call `backward` once per micro-batch. Collective.
+        """Compute the losses of the global batch and call `backward` once or twice per micro-batch. Collective.
 
         Every rank must bring the same number of rows. Over all calls and ranks the gradients add up to that of the
         global loss. Dropout masks and negatives depend on `seed`, `step` and the place in the batch alone; torch's

@@ -1,5 +1,8 @@
 """One step of stage 1 over the global batch: what `Stage1Model.loss_and_backward` does.
 
+Dropout masks are a function of (seed, step, rank, micro-batch, pass), so both halves of a step draw the same and a
+resumed run repeats its steps. Another split into ranks or micro-batches draws other masks; negatives do not change.
+
 Letters: B rows of this rank, b rows of a micro-batch, N rows of the global batch, P patches, C feature width, T text
 tokens, M = 3b pairs.
 """
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.contrast import Contrast, GlobalFeatures, contrast_step, gather_features
+from model.early_backward import CutMemory
 from model.exchange import Exchange
 from model.layers import ImageMemory, KeysValues
 from model.losses import LossOutput, NegativeDraw, generation_loss, matching_loss
@@ -162,15 +166,20 @@ class Stage1Step:
         with torch.set_grad_enabled(self._backward is not None):
             if encoded is None:
                 encoded = self._encode(i, part, all_images, grad=True)
-            self._seed_dropout(i, "match")
-            itm_logits, labels_M = self._match(part, encoded, all_images, pairs)
+            memory = self._pair_memory(encoded, all_images, pairs)
+            early = self._backward is not None and self._model.qformer.savings.match_backward_first
+            cut = CutMemory(memory) if early else None
+            itm_logits, labels_M = self._match(i, part, cut.memory if cut else memory, pairs)
             itm = matching_loss(itm_logits, labels_M, pairs.counted_M) / counts[0]
-            self._seed_dropout(i, "generate")
-            logits_KV, targets_K = self._generate(part, encoded.states)
+            rest = config.itm_weight * itm
+            if cut and self._backward is not None:
+                cut.backward(rest, self._backward)
+                rest = cut.rest()
+            logits_KV, targets_K = self._generate(i, part, encoded.states)
             itg = generation_loss(logits_KV, targets_K, config.label_smoothing) / counts[1]
             if self._backward is not None:
-                loss = config.itm_weight * itm + config.itg_weight * itg
-                self._backward(loss + config.itc_weight * self._contrast_gradient(i, encoded, contrast, rows))
+                itc = self._contrast_gradient(i, encoded, contrast, rows)
+                self._backward(rest + config.itg_weight * itg + config.itc_weight * itc)
         hits = ((itm_logits.argmax(dim=1) == labels_M) & pairs.counted_M).sum()
         itg_hits = (logits_KV.argmax(dim=1) == targets_K).sum()
         zero = torch.zeros_like(hits)
@@ -185,28 +194,29 @@ class Stage1Step:
         scalar = scalar + (encoded.text_BE * contrast.text_grad_BE[rows]).sum()
         return scalar + self._model.temperature * contrast.temperature_grad if i == 0 else scalar
 
-    def _match(
-        self, part: "Stage1Inputs", encoded: "Encoded", images_IPC: Tensor, pairs: Pairs
-    ) -> tuple[Tensor, Tensor]:
+    def _pair_memory(self, encoded: "Encoded", images_IPC: Tensor, pairs: Pairs) -> ImageMemory:
+        """Return what the pairs' queries look at: the memory of the first half, and that of images outside it."""
+        model, layers, known = self._model, encoded.memory.layers, len(encoded.image_BQE)
+        if not model.qformer.savings.share_image_keys_values:
+            return model.qformer.image_memory(images_IPC.index_select(0, pairs.image_index_M))
+        if len(images_IPC) > len(layers[0].keys_BHLd):
+            extra = model.qformer.image_memory(images_IPC[known:]).layers
+            layers = [
+                KeysValues(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+                for both in zip(layers, extra, strict=True)
+            ]
+        return ImageMemory(layers, pairs.image_index_M, known)
+
+    def _match(self, i: int, part: "Stage1Inputs", memory: ImageMemory, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Run (text, image), (text, negative image), (negative text, image)."""
-        model = self._model
+        self._seed_dropout(i, "match")
         ids_MT = torch.cat([part.input_ids_BT, part.input_ids_BT, pairs.ids_bT])
         mask_MT = torch.cat([part.attention_mask_BT, part.attention_mask_BT, pairs.mask_bT])
-        if not model.qformer.savings.share_image_keys_values:
-            memory = model.qformer.image_memory(images_IPC.index_select(0, pairs.image_index_M))
-        else:
-            layers, known = encoded.memory.layers, len(encoded.image_BQE)
-            if len(images_IPC) > len(layers[0].keys_BHLd):
-                extra = model.qformer.image_memory(images_IPC[known:]).layers
-                layers = [
-                    KeysValues(*(torch.cat(pair) for pair in zip(*both, strict=True)))
-                    for both in zip(layers, extra, strict=True)
-                ]
-            memory = ImageMemory(layers, pairs.image_index_M, known)
         labels_M = torch.arange(len(ids_MT), device=ids_MT.device) < len(part.rows_B)
-        return model.match(ids_MT, mask_MT, memory), labels_M.long()
+        return self._model.match(ids_MT, mask_MT, memory), labels_M.long()
 
-    def _generate(self, part: "Stage1Inputs", states: QueryStates) -> tuple[Tensor, Tensor]:
+    def _generate(self, i: int, part: "Stage1Inputs", states: QueryStates) -> tuple[Tensor, Tensor]:
+        self._seed_dropout(i, "generate")
         model = self._model
         text = model.list_tokens(part.input_ids_BT, part.attention_mask_BT)
         causal = model.qformer.causal_pass(text, states.memory)

@@ -5,13 +5,14 @@ reads: of CLIP the penultimate layer, of EVA-CLIP (Blip2VisionModel) the last la
 model its last hidden state; feature maps of CNNs are flattened to patches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
 
 from model.config import VisionConfig
@@ -135,11 +136,8 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         _load_strictly(network, folder, "vision_model.")
     else:
         vision_class: Any = _VISION_CLASSES.get(kind, AutoModel)
-        network, report = vision_class.from_pretrained(folder, output_loading_info=True)
-        # Heads that features do not come from may be absent.
-        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
-        if missing:
-            raise ModelError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; copy all files")
+        network, report = vision_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        _check_report(report, folder)
     network = getattr(network, "vision_model", network)
     if isinstance(network, Blip2VisionModel):
         network.post_layernorm = nn.Identity()  # what BLIP-2 trains as ln_vision stands here
@@ -147,6 +145,22 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         network.encoder.layers = network.encoder.layers[:-1]
         network.post_layernorm = nn.Identity()
     return cast("nn.Module", network)
+
+
+def _check_report(report: dict[str, Any], folder: Path) -> None:
+    """Refuse what transformers would draw at random; heads that features do not come from may be absent."""
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; copy all files")
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(_other_shape(folder, name, found, wanted))
+
+
+def _other_shape(folder: Path, name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    return (
+        f"{folder}: {name} is {tuple(found)}, config.json makes it {tuple(wanted)}; "
+        "config.json and weights are of different models"
+    )
 
 
 def _features_of(network: nn.Module, config: VisionConfig) -> Features:
@@ -187,9 +201,8 @@ def _patchified(network: nn.Module, images_BCHW: Tensor) -> Tensor:
     grid = (height // size, width // size)
     patches = images_BCHW.reshape(batch, 3, grid[0], size, grid[1], size).permute(0, 2, 4, 3, 5, 1)
     patches_BPD = patches.reshape(batch, grid[0] * grid[1], -1)
-    real_BP = torch.ones(patches_BPD.shape[:2], dtype=torch.long, device=images_BCHW.device)
     shapes_B2 = torch.tensor([grid] * batch)
-    return _as_patches(network(patches_BPD, real_BP, shapes_B2))
+    return _as_patches(network(patches_BPD, pixel_attention_mask=None, spatial_shapes=shapes_B2))
 
 
 def _feature_map(network: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -216,16 +229,25 @@ def _load_strictly(network: nn.Module, folder: Path, prefix: str) -> None:
             with safe_open(str(files[found]), "pt") as file:
                 value = file.get_tensor(found)
             if value.shape != tensor.shape:
-                raise ModelError(
-                    f"{folder}: {found} is {tuple(value.shape)}, config.json makes it {tuple(tensor.shape)}; "
-                    "config.json and weights are of different models"
-                )
+                raise ModelError(_other_shape(folder, found, value.shape, tensor.shape))
             tensor.copy_(value)
+
+
+class _Bound(nn.Module):
+    """An encoder with the way its features are read, as one module."""
+
+    def __init__(self, network: nn.Module, features: Features) -> None:
+        super().__init__()
+        self.network, self._features = network, features
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self._features(self.network, images_BCHW)
 
 
 @torch.no_grad()
 def _feature_shape(network: nn.Module, features: Features, config: VisionConfig) -> tuple[int, int]:
-    """Return patches and width of one image's features, found on a black image."""
-    network.eval()
-    size = config.image_size_pixels
-    return cast("tuple[int, int]", tuple(features(network, torch.zeros(1, 3, size, size)).shape[1:]))
+    """Return patches and width of one image's features, from shapes alone: the weights stand in as meta tensors."""
+    bound, size = _Bound(network, features).eval(), config.image_size_pixels
+    tensors = {name: tensor.to("meta") for name, tensor in (*bound.named_parameters(), *bound.named_buffers())}
+    image = torch.zeros(1, 3, size, size, dtype=torch.float32, device="meta")
+    return cast("tuple[int, int]", tuple(functional_call(bound, tensors, (image,)).shape[1:]))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.exchange import LocalExchange
 from model.savings import PLAIN, Savings
 from tests.fixtures_stage1 import (
     LOSSES,
@@ -58,6 +59,23 @@ def test_activation_checkpointing_changes_nothing():
     expected = in_double_run(model, reference.rows(), 6)
     model.qformer.config = model.qformer.config.model_copy(update={"activation_checkpointing": True})
     assert max(difference(in_double_run(model, reference.rows(), 6), expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_a_scaled_backward_scales_every_gradient(size):
+    gradients = []
+    for factor in (1.0, 65536.0 * 3):
+        model = reference.model().double()
+        model.loss_and_backward(
+            in_double(reference.rows()),
+            seed=0,
+            step=0,
+            micro_batch_size=size,
+            exchange=LocalExchange(),
+            backward=lambda loss, factor=factor: (factor * loss).backward(),
+        )
+        gradients.append({name: p.grad / factor for name, p in model.trainable_parameters().items()})
+    assert max(float((gradients[1][name] - x).abs().max()) for name, x in gradients[0].items()) < 1e-12
 
 
 @pytest.mark.parametrize("itc_grad", ["anchor", "full"])
