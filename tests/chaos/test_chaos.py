@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.chaos.schedule import CATALOGUE, draw
 from tests.chaos.pipeline import ROOT
 from tests.chaos.run import replay_command
+from tests.chaos.schedule import CATALOGUE, draw
 
 SEEDS = (8, 17, 51)
 """A kill in the snapshot and a second driver; a kill right after the manifest on S3; faulty S3 answers."""
