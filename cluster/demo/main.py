@@ -78,7 +78,9 @@ def _demo(recipe: str, began: float) -> int:
             console.print(f"run {config.run.name}: {status.state}: {status.message}", style="red", markup=False)
             return USER_ERROR
         _step("6/7", "evaluation")
-        _isthmus(server, "eval", run_url, f"s3://{BUCKET}/data/test_concept", "--out", str(CACHE / "unseen"))
+        for stage, out, samples in (("stage1", "unseen-stage1", "629"), ("stage2", "unseen", "32")):
+            options = ("--stage", stage, "--samples", samples, "--out", str(CACHE / out))
+            _isthmus(server, "eval", run_url, f"s3://{BUCKET}/data/test_concept", *options)
         _step("7/7", "report")
         report = write_report(config, ObjectStore(server.store_config), CACHE)
         console.print("  " + curve_verdict(config, ObjectStore(server.store_config)), markup=False)
