@@ -102,6 +102,15 @@ class LocalBackend:
             _path(url).unlink(missing_ok=True)
         self._metrics.count_request()
 
+    def remove_unfinished(self, url: str) -> int:
+        folder = _path(url)
+        with _explained(url), _folder_lock(folder):  # a swap in this folder writes its partial file under the lock
+            paths = list(folder.rglob(f"{_HIDDEN}*.partial"))
+            for path in paths:
+                path.unlink(missing_ok=True)
+        self._metrics.count_request()
+        return len(paths)
+
     def make_bucket(self, url: str) -> None:
         with _explained(url):
             _path(url).mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,7 @@ class _Backend(Protocol):
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo: ...
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]: ...
     def delete(self, url: str) -> None: ...
+    def remove_unfinished(self, url: str) -> int: ...
     def make_bucket(self, url: str) -> None: ...
     def download(self, url: str, path: Path, etag: str | None) -> None: ...
 
@@ -115,6 +116,13 @@ class ObjectStore:
     def delete(self, url: str) -> None:
         """Remove an object; absent is fine."""
         self._backend(url).delete(url)
+
+    def remove_unfinished(self, folder_url: str) -> int:
+        """Remove what killed writers have left half written inside a folder; return how much.
+
+        These are partial files and multipart uploads. Only for a folder in which nobody else writes.
+        """
+        return self._backend(folder_url).remove_unfinished(folder_url)
 
     def make_bucket(self, url: str) -> None:
         """Create the bucket (or local folder) of a URL; one that is ours already is fine."""

@@ -114,6 +114,27 @@ class S3Backend:
         bucket, key = split_s3_url(url)
         self._retry("delete", url, lambda: self._client().delete_object(Bucket=bucket, Key=key))
 
+    def remove_unfinished(self, url: str) -> int:
+        bucket, key = split_s3_url(url)
+        number, more = 0, True
+        marker: dict[str, str] = {}
+        while more:
+            ask = functools.partial(self._uploads_once, Bucket=bucket, Prefix=f"{key.rstrip('/')}/", **marker)
+            page = self._retry("list", url, ask)
+            for upload in page.get("Uploads", ()):
+                number += 1
+                self._abort(url, {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]})
+            more = page.get("IsTruncated", False)
+            marker = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        return number
+
+    def _uploads_once(self, **target: str) -> Any:
+        return self._client().list_multipart_uploads(**target)
+
+    def _abort(self, url: str, upload: dict[str, str]) -> None:
+        with contextlib.suppress(NotFoundError):  # it has just been completed or aborted
+            self._retry("delete", url, lambda: self._client().abort_multipart_upload(**upload))
+
     def make_bucket(self, url: str) -> None:
         bucket, _ = split_s3_url(url)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from data_pipeline.errors import DataError
 from data_pipeline.object_store import AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
 from trainer.config import TrainConfig
 from trainer.config_changes import check_changes
@@ -168,6 +169,7 @@ def _open(
     lease = Lease.take(join(url, LEASE), store, owner, beat_seconds)
     try:
         changes = _check_config(config, store, url, allow_change)
+        _clear(url, store)
         store.put(join(url, CONFIG), to_yaml(config).encode())
         attempt = {
             "token": lease.token,
@@ -182,6 +184,17 @@ def _open(
         lease.release()
         raise
     return RunStore(url, store, RunToken(lease.token), lease)
+
+
+def _clear(url: str, store: ObjectStore) -> None:
+    """Remove what an earlier owner that was killed has left half written; under the lease nobody else writes."""
+    try:
+        number = store.remove_unfinished(url)
+    except DataError as error:  # a store without this call, or without the right to make it: it only costs space
+        logger.warning("%s: unfinished uploads of earlier attempts stay: %s", url, error)
+    else:
+        if number:
+            logger.info("%s: removed %d unfinished uploads of earlier attempts", url, number)
 
 
 def _check_config(config: TrainConfig, store: ObjectStore, url: str, allow_change: Sequence[str]) -> list[Any]:

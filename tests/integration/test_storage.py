@@ -182,3 +182,16 @@ except DataError as error:
     lines = done.stdout.splitlines()
     assert lines[0] == ours.hash
     assert lines[1].startswith("NotFoundError /nowhere/x.tar does not exist")
+
+
+def test_uploads_of_killed_writers_are_removed_from_their_folder_alone(store):
+    client = store._s3._client()
+    for run in ("killed", "alive"):
+        key = f"uploads/{run}/checkpoints/part"
+        upload = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
+    assert store.remove_unfinished(f"s3://{BUCKET}/uploads/killed") == 1
+    assert store.remove_unfinished(f"s3://{BUCKET}/uploads/killed") == 0
+    left = client.list_multipart_uploads(Bucket=BUCKET, Prefix="uploads/")["Uploads"]
+    assert [entry["Key"] for entry in left] == ["uploads/alive/checkpoints/part"]
+    assert store.remove_unfinished(f"s3://{BUCKET}/uploads/alive") == 1

@@ -138,3 +138,13 @@ def test_a_store_is_picklable(tmp_path):
     copy = pickle.loads(pickle.dumps(ObjectStore()))
     copy.put(f"{tmp_path}/x", b"1")
     assert copy.metrics.requests == 1
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(store, tmp_path):
+    store.put(f"{tmp_path}/run/a/x", b"1")
+    store.compare_and_swap(f"{tmp_path}/run/a/x", b"2", store.head(f"{tmp_path}/run/a/x").etag)
+    for folder in ("run", "run/a"):
+        (tmp_path / folder / ".isthmus-0123.partial").write_bytes(b"half")
+    assert store.remove_unfinished(f"{tmp_path}/run") == 2
+    assert not list(tmp_path.rglob("*.partial"))
+    assert store.get(f"{tmp_path}/run/a/x") == b"2"
