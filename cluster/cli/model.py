@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Export = Annotated[Path, typer.Argument(help="Folder of an own export, or made by `isthmus import`.")]
+EXPORT_HELP = "Folder of an own export or made by `isthmus import`, or a run's folder (local or s3://)."
+Export = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
 Image = Annotated[Path, typer.Argument(help="Picture file.", exists=True, dir_okay=False)]
 Beams = Annotated[int, typer.Option(help="Beams; 1: greedy.", min=1)]
 
@@ -30,7 +31,7 @@ def caption(
     from model.generate import Decoding
     from model.generate import caption as write
 
-    model, encoder = load_captioner(export)
+    model, encoder = load_captioner(_folder(export))
     decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=beams)
     for path, text in zip(
         images, write(model, encoder, _pixels(images, model.vision), prompt=prompt, decoding=decoding), strict=True
@@ -44,7 +45,7 @@ def ask(export: Export, image: Image, question: Annotated[str, typer.Argument(he
     from model.assemble import load_captioner
     from model.generate import answer
 
-    model, encoder = load_captioner(export)
+    model, encoder = load_captioner(_folder(export))
     typer.echo(answer(model, encoder, _pixels([image], model.vision), [question])[0])
 
 
@@ -58,6 +59,21 @@ def import_(
 
     import_captioner(source, target)
     typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
+
+
+def _folder(place: str) -> Path:
+    """Return the local folder of an export: `place` itself, or the export of the run that `place` is."""
+    from data_pipeline.object_store import NotFoundError, ObjectStore, join
+    from trainer.export import EXPORT
+    from trainer.folders import local_folder
+    from trainer.run_store import RUN
+
+    store = ObjectStore()
+    try:
+        store.head(join(place, RUN))
+    except NotFoundError:
+        return local_folder(place.rstrip("/"), store)
+    return local_folder(join(place, EXPORT), store)
 
 
 def _pixels(paths: list[Path], vision: "VisionEncoder | None") -> "Tensor":

@@ -266,6 +266,12 @@ def test_a_transformers_folder_becomes_an_own_export_that_answers(exported, root
     expected = caption(parts.model, parts.encoder, pixels, decoding=Decoding(max_new_tokens=4, num_beams=1))[0]
     assert shown.output.rstrip("\n") == expected
     assert run.invoke(app, ["ask", str(own), str(picture), "what colour"]).exit_code == 0
+    finished = root / f"run-{folder.name}"
+    finished.mkdir()
+    (finished / "run.json").write_text("{}")
+    (finished / "export").symlink_to(own)
+    of_run = run.invoke(app, ["caption", str(finished), str(picture), "--beams", "1", "--max-new-tokens", "4"])
+    assert of_run.output == shown.output
 
 
 def test_the_documented_script_needs_transformers_only(exported, root, monkeypatch, capsys):
