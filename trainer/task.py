@@ -1,6 +1,6 @@
 """What is trained: a task joins a batch of the data pipeline with a model and its losses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -88,9 +88,8 @@ class _StageTask:
     def rehearse(self, batch: Batch, engine: Engine) -> None:
         """Compute losses and gradients of a step and forget them. Collective."""
         self.model.train()
-        parameters = list(self.model.trainable_parameters().values())
-        # Without .grad nothing is accumulated, so the engine never learns of it.
-        self._run(batch, engine, lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True))
+        parameters = self.model.trainable_parameters().values()
+        self._run(batch, engine, lambda loss: backward_beside(loss, parameters))
 
     def _run(self, batch: Batch, engine: Engine, backward: Any) -> LossOutput:
         with engine.autocast():
@@ -183,6 +182,32 @@ class Stage2Task(_StageTask):
             backward=None,
         )
         return float(output.total)
+
+
+def backward_beside(loss: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Run backward and leave gradients at all leaves but `parameters`, so that an engine that has these never learns.
+
+    Other leaves are a step's own: places where it cuts its graph and goes on from later.
+    """
+    leaves = list(_leaves(loss))
+    spared = set(map(id, parameters))
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        if id(leaf) not in spared and grad is not None:
+            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors at which the graph of `loss` ends."""
+    waiting = [loss.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
