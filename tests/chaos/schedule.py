@@ -1,7 +1,7 @@
 """What goes wrong and when, as a pure function of a seed."""
 
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 VERSION = 1
@@ -120,13 +120,11 @@ def draw(seed: int, *, elastic: bool = False) -> Schedule:
     rng.shuffle(kinds)
     faults, attempt = [], 0
     for kind, point in kinds:
-        fault = _fault(rng, kind, point, attempt)
-        faults.append(fault)
-        attempt += kind in KILLS
-        if (kind.startswith("damage") or point == "restored") and attempt == 0:  # needs an earlier start
+        if attempt == 0 and (kind.startswith("damage") or point == "restored"):  # these need an earlier start
             faults.append(Fault("kill", "step", 0, rng.randrange(2), rng.randint(5, 7)))
-            faults[-2] = replace(fault, attempt=1)
-            attempt = 1 + (kind in KILLS)
+            attempt = 1
+        faults.append(_fault(rng, kind, point, attempt))
+        attempt += kind in KILLS
     worlds = tuple(rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1)))) if elastic else (2,)
     s3 = any((point or kind).startswith(NEEDS_S3) for kind, point in kinds) or rng.random() < 0.5
     readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.15)
