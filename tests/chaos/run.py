@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -82,6 +83,7 @@ class Campaign:
 def campaign(*, s3: bool = True) -> Iterator[Campaign]:
     """Start what schedules need: assets, an S3 server behind a proxy, a process from which ranks are forked."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.chaos.rank"])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
