@@ -15,6 +15,7 @@ from model.language_tokens import LanguageEncoder
 __all__ = ["LanguageEncoder", "QFormerEncoder"]
 
 DECODER_START = "[DEC]"
+SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[PAD]")
 
 
 class QFormerEncoder:
@@ -76,11 +77,9 @@ class QFormerEncoder:
         """The loaded tokenizer, which cuts and pads to `max_tokens`."""
         if self._tokenizer is None:
             self._tokenizer = _load_tokenizer(self.folder)
-            ids = [self._tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]")]
-            if None in ids:
-                raise ModelError(f"{self.folder}: the tokenizer lacks one of [CLS], [SEP], [PAD]; use a BERT tokenizer")
             self._tokenizer.enable_truncation(self.max_tokens)
-            self._tokenizer.enable_padding(pad_id=ids[2], length=self.max_tokens)
+            pad_id = self._tokenizer.token_to_id("[PAD]")
+            self._tokenizer.enable_padding(pad_id=pad_id, length=self.max_tokens)
         return self._tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,7 +90,14 @@ class QFormerEncoder:
 
 def _load_tokenizer(folder: Path) -> Any:
     if (folder / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if (folder / "vocab.txt").exists():
-        return BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
-    raise ModelError(f"{folder}: neither tokenizer.json nor vocab.txt; copy the BERT tokenizer there")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        known = set(tokenizer.get_vocab())
+    elif (folder / "vocab.txt").exists():
+        known = set((folder / "vocab.txt").read_text(encoding="utf-8").split("\n"))
+        tokenizer = None
+    else:
+        raise ModelError(f"{folder}: neither tokenizer.json nor vocab.txt; copy the BERT tokenizer there")
+    lacking = sorted(set(SPECIAL_TOKENS) - known)
+    if lacking:
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(lacking)}; use a BERT tokenizer")
+    return tokenizer or BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
