@@ -119,6 +119,8 @@ class EvaluationConfig(Config):
     """URL of a held-out manifest; none: no evaluation and no pictures."""
     every_steps: int = Field(0, ge=0)
     """Steps between evaluations, each with its pictures; 0: only at the end of a stage."""
+    before_training: bool = False
+    """Also evaluate before a stage's first step: what the untrained parts reach."""
     num_samples: int = Field(1000, gt=0)
     """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)

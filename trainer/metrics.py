@@ -114,7 +114,7 @@ class TensorBoardSink:
         self._folder = mirror.path / self.FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         _cut_events(mirror, self.FOLDER, resumed)
-        self._open(resumed.step)
+        self._open(max(resumed.step, 0))
 
     def _open(self, step: int) -> None:
         self._file = (self._folder / f"events.out.tfevents.{step:09d}.{time.time_ns()}").open("wb")

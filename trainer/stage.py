@@ -95,6 +95,9 @@ class _Stage:
         checkpoints.prepare(engine.fragments())
         flops_per_sample = self._rehearse(parts, engine, loader, start_step)
         watch = self._open_watch(engine, loader, checkpoints, start_step, flops_per_sample)
+        evaluation = self._evaluation(parts, engine)
+        if start_step == 0 and self._config.evaluation.before_training:
+            watch.evaluated(0, evaluation.run(watch))
         outcome = fit(
             parts.task,
             engine,
@@ -105,7 +108,7 @@ class _Stage:
             self._stage,
             start_step=start_step,
             strikes=Strikes(self._config.safety.max_nonfinite_steps),
-            evaluation=self._evaluation(parts, engine),
+            evaluation=evaluation,
             state_at=self._state_at(engine, parts, loader),
         )
         guard.check()
@@ -165,7 +168,8 @@ class _Stage:
     def _open_watch(
         self, engine: Engine, loader: Loader, checkpoints: CheckpointManager, step: int, flops_per_sample: float
     ) -> Watch:
-        resumed = Position(step, step * self._stage.global_batch_size)
+        # From nothing: what an earlier try left, an evaluation at step 0 included, is done again.
+        resumed = Position(step, step * self._stage.global_batch_size) if step else Position(-1, -1)
         outlets = Outlets(quarantine=QuarantineLog(self._mirror, step))
         if self._mirror:
             sinks: list[Sink] = [JsonlSink(self._mirror, resumed), TensorBoardSink(self._mirror, resumed)]
