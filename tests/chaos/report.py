@@ -48,8 +48,8 @@ def section(results: list[dict[str, Any]]) -> str:
     failed = [result for result in results if not result["survived"]]
     lines += ["", "Not survived: " + ("none." if not failed else "")]
     for result in failed:
-        flag = " --elastic" if result["elastic"] else ""
-        lines.append(f"- `--seed {result['seed']}{flag}` ({', '.join(result['faults'])}): {result['problems'][0]}")
+        name = f"{'e' if result['elastic'] else ''}{result['seed']}"
+        lines.append(f"- `--seed {name}` ({', '.join(result['faults'])}): {result['problems'][0]}")
     return "\n".join(lines)
 
 

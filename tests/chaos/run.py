@@ -1,6 +1,6 @@
 """`python -m tests.chaos.run`: run schedules of faults, replay one, go on with a long soak, write the report.
 
-python -m tests.chaos.run --seed 17               replay one schedule, with its log folder kept
+python -m tests.chaos.run --seed 17               replay one; after a failure its logs are in .cache/chaos/failed
 python -m tests.chaos.run --schedules 100         the next ones of a soak of 100; started again it goes on
 python -m tests.chaos.run --report                write the soak's result into docs/reliability.md
 """
@@ -98,7 +98,7 @@ def campaign(*, s3: bool = True) -> Iterator[Campaign]:
 
 def replay_command(result: dict[str, Any]) -> str:
     """Return the command that runs a schedule again."""
-    return f"python -m tests.chaos.run --seed {result['seed']}{' --elastic' if result['elastic'] else ''}"
+    return f"python -m tests.chaos.run --seed {'e' if result['elastic'] else ''}{result['seed']}"
 
 
 def show(result: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def show(result: dict[str, Any]) -> None:
     word = "survived" if result["survived"] else "FAILED"
     place = "s3" if result["schedule"]["s3"] else "file"
     print(
-        f"{word} seed {result['seed']}{' elastic' if result['elastic'] else ''} ({place}): "
+        f"{word} seed {'e' if result['elastic'] else ''}{result['seed']} ({place}): "
         f"{', '.join(result['faults'])}; {result['happened']} happened; {result['starts']} starts, "
         f"{result['lost_steps']} steps repeated, {result['wall_seconds']:.0f} s, exit codes {result['codes']}"
     )
@@ -147,12 +147,23 @@ def soak(wanted: list[tuple[int, bool]], seconds: float) -> int:
     return failures
 
 
+def run_these(wanted: list[tuple[int, bool]], answer: Path | None) -> int:
+    """Run schedules by number; return failures."""
+    with campaign(s3=any(draw(seed, elastic=elastic).s3 for seed, elastic in wanted)) as running:
+        results = []
+        for seed, elastic in wanted:
+            results.append(running.go(seed, elastic=elastic))
+            show(results[-1])
+    if answer:
+        answer.write_text(json.dumps(results))
+    return sum(not result["survived"] for result in results)
+
+
 def main() -> int:
     """Run what the command line asks for; 1: a schedule was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="*", help="run these schedules and no others")
-    parser.add_argument("--elastic", action="store_true", help="with changing world sizes")
-    parser.add_argument("--schedules", type=int, default=0, help="length of the soak; a fifth is added, elastic")
+    parser.add_argument("--seed", nargs="*", default=[], help="run these and no others; e7: with changing world sizes")
+    parser.add_argument("--schedules", type=int, default=0, help="length of the soak; a fifth is added as e0, e1, ...")
     parser.add_argument("--first", type=int, default=0, help="first seed of the soak")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no schedule after this time")
     parser.add_argument("--json", type=Path, help="write the results of --seed there")
@@ -160,18 +171,12 @@ def main() -> int:
     asked = parser.parse_args()
     failures = 0
     if asked.seed:
-        with campaign(s3=any(draw(seed, elastic=asked.elastic).s3 for seed in asked.seed)) as running:
-            results = []
-            for seed in asked.seed:
-                results.append(running.go(seed, elastic=asked.elastic))
-                show(results[-1])
-        if asked.json:
-            asked.json.write_text(json.dumps(results))
-        failures = sum(not result["survived"] for result in results)
+        failures = run_these([(int(seed.removeprefix("e")), seed.startswith("e")) for seed in asked.seed], asked.json)
     if asked.schedules:
-        same = [(seed, False) for seed in range(asked.first, asked.first + asked.schedules)]
-        other = [(seed, True) for seed in range(asked.first, asked.first + asked.schedules // 5)]
-        failures += soak([*same, *other] if not asked.elastic else other, 60 * asked.minutes)
+        wanted: list[tuple[int, bool]] = []
+        for seed in range(asked.first, asked.first + asked.schedules):
+            wanted += [(seed, False), (seed // 5, True)] if seed % 5 == 0 else [(seed, False)]
+        failures += soak(wanted, 60 * asked.minutes)
     if asked.report:
         latest = json.loads(RESULTS.read_text().splitlines()[-1])["commit"] if RESULTS.exists() else report.commit()
         report.write(done_before(latest))
