@@ -46,12 +46,12 @@ class Manifest:
     def __init__(
         self, shards: Sequence[Shard], chunk_samples: Iterable[Sequence[int] | NDArray[np.int32]], chunk_bytes: int
     ) -> None:
-        self.shards = tuple(shards)
         self.chunk_bytes = chunk_bytes
         flat, starts = bytearray(), [0]  # no array per shard: there may be 100,000
         for counts in chunk_samples:
             flat += np.asarray(counts, dtype=np.int32).tobytes()
             starts.append(len(flat) // 4)
+        self.shards = tuple(shards)  # only now: a parser adds them while it yields their chunks
         self.chunk_samples: NDArray[np.int32] = np.frombuffer(bytes(flat), dtype=np.int32)
         """Samples of every chunk, shard after shard."""
         self.shard_chunk_starts: NDArray[np.int64] = np.array(starts, dtype=np.int64)
@@ -128,8 +128,7 @@ def _parse(data: bytes, folder_url: str) -> Manifest:
                 raise DataError(f"the chunks of {shards[-1].url} do not add up to its samples; index again")
             yield np.array(counts, dtype=np.int32)
 
-    flat = list(chunk_samples())
-    manifest = Manifest(shards, flat, header["chunk_bytes"])
+    manifest = Manifest(shards, chunk_samples(), header["chunk_bytes"])
     if (len(shards), manifest.hash) != (header["num_shards"], header["hash"]):
         raise DataError(
             "its content does not have the hash that its first line tells; it was cut or edited, index again"

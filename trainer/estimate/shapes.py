@@ -84,6 +84,17 @@ class LanguageShape:
         tables = self.head_parameters * (1 if self.tied_head else 2) + self.positions * self.width
         return layers + tables + self.small_parameters
 
+    @property
+    def fetched_parameters(self) -> int:
+        """Parameters fetched in a forward and backward pass where nothing is kept in between.
+
+        Matrices twice. A table of inputs once, for backward does not need it; a table that is the head too, once more.
+        """
+        twice = 2 * self.num_parameters - self.positions * self.width
+        if self.is_encoder_decoder:  # both halves look words up
+            return twice + (2 * self.head_parameters if self.tied_head else 0)
+        return twice + (self.head_parameters if self.tied_head else -self.head_parameters)
+
 
 def vision_shape(config: Mapping[str, Any], image_size_pixels: int) -> VisionShape:
     """Read a vision config.json (CLIP, SigLIP, BLIP-2's EVA-CLIP, DINOv2, ViT).

@@ -55,9 +55,10 @@ def stage_traffic(
         projected = LABEL_BYTES + FP32 * (q.num_queries + 1) * q.projection_size
         chosen = local * distinct_share(local, total)
         return Traffic(0.0, gradients, share * total * projected, share * chosen * features)
-    reused = min(float(language.num_parameters), reuse_distance / 2)
-    gathered = share * language_element * (2 * language.num_parameters - reused)
-    return Traffic(-(-local // micro) * gathered, gradients, 0.0, 0.0)
+    once = language.num_parameters
+    dropped = 1 - min(1.0, reuse_distance / 2 / once)
+    fetched = once + (language.fetched_parameters - once) * dropped
+    return Traffic(-(-local // micro) * share * language_element * fetched, gradients, 0.0, 0.0)
 
 
 def distinct_share(draws: int, rows: int) -> float:
