@@ -103,11 +103,11 @@ class CheckpointManager:
         self._cost_seconds: float | None = None
 
     def prepare(self, fragments: list[Fragment]) -> None:
-        """Allocate the memory of the saves to come, on a thread, so that the first stalls no longer than others."""
+        """Allocate the memory of the saves to come and start their process, on a thread: the first one stalls less."""
 
         def allocate() -> None:
             try:
-                self._allocate(fragments)
+                self._writer = WriterProcess(self._store, self._allocate(fragments).memory)
                 if self._peers is not None:
                     self._peers.prepare(fragments)
             except (CheckpointError, OSError) as error:
