@@ -51,6 +51,7 @@ def test_runs_ls_and_show(run_folder):
     assert "night  free  stage1 step 3" in call(runs.app, "ls", str(Path(run_folder).parent)).output
     shown = call(runs.app, "show", run_folder).output
     assert "attempt 1: ann" in shown
+    assert "stage1: finished; checkpoints at 1, 2, 3" in shown
     assert "stage2 began with 1 tensors" in shown
 
 
