@@ -58,10 +58,8 @@ def show(
             + (f"; changed {changes}" if changes else "")
         )
     for stage, steps in found["stages"].items():
-        outcome = found["record"].get("stages", {}).get(stage)
-        typer.echo(
-            f"  {stage}{f' {outcome}' if outcome else ''}: checkpoints at {', '.join(map(str, steps)) or 'none'}"
-        )
+        outcome = found["record"].get("stages", {}).get(stage, "not ended in order")
+        typer.echo(f"  {stage}: {outcome}; checkpoints at {', '.join(map(str, steps))}")
     for stage, record in found["record"].get("handoffs", {}).items():
         typer.echo(f"  {stage} began with {len(record['taken'])} tensors of {record['url']}")
 
