@@ -268,9 +268,10 @@ class _Stage:
             return ["does not fit: use more GPUs, activation checkpointing, or CPU offload of the frozen partition"]
         advice = [f"set {self.stage}.micro_batch_size to at most {largest}"] if self.micro > largest else []
         advice.append(self.partitioning_advice(traffic) if self.language is not None else "ZeRO-1")
-        device = max(seconds["compute"], seconds["memory"]) + self.exposed_network(traffic, seconds["compute"])
-        if seconds["data"] > device:
-            needed = math.ceil(self.chosen.global_batch_size / device * self.assumptions.reader_cpu_seconds)
+        device = max(seconds["compute"], seconds["memory"])
+        without_data = device + self.exposed_network(traffic, device)
+        if seconds["data"] > without_data:
+            needed = math.ceil(self.chosen.global_batch_size / without_data * self.assumptions.reader_cpu_seconds)
             each = 1 if self.config.data.backend == "ray" else self.cluster.num_gpus
             advice.append(f"data holds the GPUs up: data.readers at least {-(-needed // each)}")
         return advice

@@ -109,6 +109,43 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     assert memory_at(largest) <= room < memory_at(largest + 1)
 
 
+def test_too_few_readers_are_the_bottleneck_and_said_so():
+    config = full_size("blip2-vitg-opt6.7b", "data.readers=1")
+    parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
+    starved = estimate_stage(config, "stage1", parts, Cluster(find_gpu("h100"), 16), Assumptions())
+    assert starved.bottleneck == "data"
+    assert starved.step_seconds == pytest.approx(1680 * Assumptions().reader_cpu_seconds)
+    needed = int(starved.recommendation.rpartition(" ")[2])
+    fed = full_size("blip2-vitg-opt6.7b", f"data.readers={needed}")
+    enough = estimate_stage(fed, "stage1", parts, Cluster(find_gpu("h100"), 16), Assumptions())
+    assert enough.step_seconds > enough.seconds["data"]
+    assert "readers" not in enough.recommendation
+
+
+def test_hpz_trades_memory_for_gathers_inside_the_node():
+    parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
+    flat, within = (
+        estimate_stage(
+            full_size("blip2-vitg-opt6.7b", f"stage2.deepspeed={template}"),
+            "stage2", parts, Cluster(find_gpu("h100"), 16), Assumptions(),
+        )
+        for template in ("stage2_zero3", "stage2_zero3_hpz")
+    )  # fmt: skip
+    assert "hpZ" in flat.recommendation
+    assert within.step_seconds < flat.step_seconds
+    more = within.memory.frozen_partition - flat.memory.frozen_partition
+    assert more == pytest.approx(HALF * parts.language.num_parameters / 8)
+
+
+def test_recomputing_layers_takes_less_memory():
+    parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
+    for stage in ("stage1", "stage2"):
+        estimate = estimate_stage(
+            full_size("blip2-vitg-opt6.7b"), stage, parts, Cluster(find_gpu("h100"), 16), Assumptions()
+        )
+        assert estimate.memory_checkpointed.activations < 0.6 * estimate.memory.activations
+
+
 def test_what_cannot_be_estimated_is_said():
     config, parts = full_size("blip2-vitg-opt2.7b"), VITG_OPT
     with pytest.raises(ConfigError, match="not divisible by 11 GPUs"):
