@@ -184,7 +184,7 @@ def scale_spot(text: str) -> Iterator[Figure]:
 def truth(text: str) -> Iterator[Figure]:
     """Predicted and measured step time."""
     for row in objects(text)[0]["steps"]:
-        yield Figure(f"estimate, {row['what']}", "s predicted", row["predicted s"], "measured", row["measured s"])
+        yield Figure(f"step time, {row['what']}", "predicted / measured", row["predicted / measured"])
 
 
 def benchmarks(assets: Path) -> list[Benchmark]:
@@ -272,7 +272,7 @@ def table(result: dict[str, Any]) -> str:
         f"# Benchmarks of {result['date']}{' (quick: reduced sizes)' if result['quick'] else ''}",
         "",
         f"{facts['cpu']}, {facts['cores']} cores, load average {facts['load average']} at the start; {versions}.",
-        "All units are costs: a ratio (peer / ours) above 1 is in our favour.",
+        "Where there is a peer the unit is a cost: a ratio (peer / ours) above 1 is in our favour.",
         "",
         "| what | unit | ours | peer | peer's | ratio | command |",
         "|---|---|---|---|---|---|---|",
