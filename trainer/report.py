@@ -114,8 +114,8 @@ def _ask(parts: Parts, engine: Engine, config: TrainConfig, data: str, store: Ob
         for start in range(0, len(lines), QUESTIONS_AT_A_TIME):
             part = lines[start : start + QUESTIONS_AT_A_TIME]
             images = [_square(store.get(join(folder, line["image"])), side, config) for line in part]
-            shown += images[: 16 - len(shown)]
-            pixels_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(engine.device)
+            shown += [image.transpose(1, 2, 0) for image in images[: 16 - len(shown)]]
+            pixels_BCHW = torch.from_numpy(np.stack(images)).to(engine.device)
             images_BCHW = standardised(pixels_BCHW, model.vision)
             answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
     accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
@@ -128,7 +128,7 @@ def _ask(parts: Parts, engine: Engine, config: TrainConfig, data: str, store: Ob
 
 
 def _square(data: bytes, side: int, config: TrainConfig) -> Any:
-    """Decode a whole image and bring it to the encoder's size, as held-out pairs are."""
+    """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [3, side, side]."""
     image = decode_image(data, config.data.max_image_pixels)
     return resize_square(image, (0, 0, *image.shape[:2]), side)
 

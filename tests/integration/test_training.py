@@ -1,4 +1,7 @@
-"""Both stages of the tiny recipe on one and two gloo ranks: to the end, stopped, resumed, with a NaN on one rank."""
+"""Both stages of the tiny recipe on one and two gloo ranks: to the end, stopped, resumed, evaluated, with a NaN.
+
+Starting ranks costs more than these runs, so all runs of a world size share one start, one after the other.
+"""
 
 import json
 import logging
@@ -6,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cluster.cli.main import app
 from cluster.config import JobConfig
-from cluster.tiny.assets import write_tiny_assets
+from cluster.tiny.assets import write_corpus, write_tiny_assets
+from cluster.tiny.scenes import draw_scene, make_scene
 from data_pipeline.object_store import ObjectStore
 from tests.ranks import run_ranks
 from trainer.checkpoint_reader import committed
@@ -16,17 +22,18 @@ from trainer.config_io import load_config
 from trainer.context import LocalContext, Outcome, StopReason
 from trainer.local import train_here
 from trainer.metrics import read_jsonl
+from trainer.strikes import NonFiniteError
+from trainer.task import Stage1Task
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
-SHORT = ["stage1.steps=6", "stage2.steps=4", "checkpoint.every_steps=2", "logging.every_steps=1"]
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_assets(folder, 200, 48)
-    return folder
+SHORT = [
+    "stage1.steps=4", "stage1.global_batch_size=16", "stage1.micro_batch_size=8",
+    "stage2.steps=3", "stage2.global_batch_size=16", "stage2.micro_batch_size=8",
+    "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16",
+]  # fmt: skip
+UNMEASURED = "evaluation.manifest=null"
+VOID_STEP = 1
 
 
 def configure(assets, runs, *overrides):
@@ -34,7 +41,6 @@ def configure(assets, runs, *overrides):
         "run.url": runs,
         "data.sources": f"[{{manifest: {assets / 'train'}}}]",
         "evaluation.manifest": assets / "held-out",
-        "evaluation.num_samples": 32,
         "model.vision.path": assets / "vision",
         "model.qformer.tokenizer": assets / "bert",
         "model.language.path": assets / "opt",
@@ -57,65 +63,159 @@ class StopAt(LocalContext):
         return StopReason.OPERATOR if self._stop.is_set() else None
 
 
-def train(_rank, _world_size, config, stop=None):
+def train_stopped_and_resumed(rank, world_size, assets, folder):
+    """Run to the end; run to the last rank's wish to stop, in the third step, and on from there."""
     logging.disable(logging.INFO)
-    return str(train_here(config, StopAt(*stop) if stop else None))
+    whole = configure(assets, folder / "whole")
+    broken = configure(assets, folder / "broken", UNMEASURED)
+    outcomes = [train_here(whole), train_here(broken, StopAt(world_size - 1, 2))]
+    stopped_at = weights(folder / "broken", "stage1")[0]
+    torch.distributed.barrier()
+    return [*outcomes, train_here(broken)], stopped_at
 
 
-def run(world_size, config, *more):
-    """Train on some ranks and return their outcomes."""
-    return run_ranks(train, world_size, config, *more, timeout_seconds=280)
+def prove_alone(rank, world_size, assets, folder):
+    result = train_stopped_and_resumed(rank, world_size, assets, folder)
+    arguments = ["eval", str(folder / "whole/tiny"), str(assets / "questions.jsonl"), "--out", str(folder / "answers")]
+    return *result, CliRunner().invoke(app, arguments).output
 
 
-def weights(url):
-    """Return the newest checkpoint's trained tensors."""
-    saved = committed(url, ObjectStore())[0]
+def prove_in_pairs(rank, world_size, assets, folder):
+    result = train_stopped_and_resumed(rank, world_size, assets, folder)
+    few = [f"model.language.path={assets / 't5'}", f"evaluation.manifest={assets / 'few'}", "stage1.steps=1"]
+    other = train_here(configure(assets, folder / "other", *few))
+    void = configure(
+        assets, folder / "void", UNMEASURED, "checkpoint.every_steps=1", "checkpoint.keep_last=10",
+        "safety.max_nonfinite_steps=2", "stage2=null",
+    )  # fmt: skip
+    return *result, other, train_poisoned(rank, void, {VOID_STEP}), train_poisoned(rank, void_twice(void), {1, 2})
+
+
+def void_twice(config):
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": "twice"})})
+
+
+def train_poisoned(rank, config, steps):
+    """Train while the last rank's gradient gets a NaN in some steps; return the outcome or the error's text."""
+    honest = Stage1Task.train_step
+
+    def train_step(task, batch, engine):
+        losses = honest(task, batch, engine)
+        if rank == 1 and batch.step in steps:
+            task.model.trainable_parameters()["image_projection.weight"].grad[0, 0] = float("nan")
+        return losses
+
+    Stage1Task.train_step = train_step
+    try:
+        return train_here(config)
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        Stage1Task.train_step = honest
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_assets(folder, 120, 24)
+    write_corpus(folder, "few", 2)  # fewer than ranks have rows: one rank has none
+    lines = []
+    for number in range(3):
+        scene, rng = make_scene(0, "train", number)
+        draw_scene(scene, rng).save(folder / f"{number}.png")
+        question, right = scene.question
+        lines.append({"image": f"{number}.png", "question": question, "answers": [right]})
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(assets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run_ranks(prove_alone, 1, assets, folder, timeout_seconds=400)
+
+
+@pytest.fixture(scope="module")
+def pair(assets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, run_ranks(prove_in_pairs, 2, assets, folder, timeout_seconds=400)
+
+
+def weights(runs, stage, newest=0):
+    """Return the step and the trained tensors of a checkpoint, the newest by default."""
+    saved = committed(str(runs / "tiny" / stage / "checkpoints"), ObjectStore())[newest]
     return saved.step, {name: saved.full(name) for name in sorted(saved.shapes())}
 
 
-def records(folder, stage):
-    return read_jsonl((Path(folder) / stage / "metrics.jsonl").read_text())
+def known_losses(runs, stage):
+    """Return step -> loss as recorded; a step that was recorded twice would be seen."""
+    records = read_jsonl((runs / "tiny" / stage / "metrics.jsonl").read_text())
+    return [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
 
 
-def assert_same_weights(one, other):
-    assert one[0] == other[0]
-    assert one[1].keys() == other[1].keys()
-    for name, tensor in one[1].items():
-        assert torch.equal(tensor, other[1][name]), name
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_stopped_run_goes_on_to_the_very_same_weights(assets, tmp_path, world_size):
-    whole = configure(assets, tmp_path / "whole")
-    assert run(world_size, whole) == [Outcome.FINISHED] * world_size
-    broken = configure(assets, tmp_path / "broken")
-    stop = (world_size - 1, 2)  # the last rank asks, in its third step
-    assert run(world_size, broken, stop) == [Outcome.STOPPED] * world_size
-    assert weights(str(tmp_path / "broken/tiny/stage1/checkpoints"))[0] == 3
-    assert run(world_size, broken) == [Outcome.FINISHED] * world_size
-    for stage, steps in (("stage1", 6), ("stage2", 4)):
-        one, other = (str(tmp_path / name / "tiny" / stage / "checkpoints") for name in ("whole", "broken"))
-        assert_same_weights(weights(one), weights(other))
-        known = [record for record in records(tmp_path / "broken/tiny", stage) if "loss/total" in record]
-        assert [record["step"] for record in known] == list(range(1, steps + 1))
-        losses = [record["loss/total"] for record in records(tmp_path / "whole/tiny", stage) if "loss/total" in record]
-        assert [record["loss/total"] for record in known] == losses
-    account = json.loads((tmp_path / "broken/tiny/goodput.json").read_text())
+@pytest.mark.parametrize("ranks", ["alone", "pair"])
+def test_a_stopped_run_goes_on_to_the_very_same_weights(request, ranks):
+    folder, results = request.getfixturevalue(ranks)
+    for outcomes, stopped_at, *_ in results:
+        assert outcomes == [Outcome.FINISHED, Outcome.STOPPED, Outcome.FINISHED]
+        assert stopped_at == 3
+    for stage, steps in (("stage1", 4), ("stage2", 3)):
+        one, other = weights(folder / "whole", stage), weights(folder / "broken", stage)
+        assert one[0] == other[0] == steps
+        assert one[1].keys() == other[1].keys()
+        for name, tensor in one[1].items():
+            assert torch.equal(tensor, other[1][name]), name
+        losses = known_losses(folder / "broken", stage)
+        assert [step for step, _ in losses] == list(range(1, steps + 1))
+        assert losses == known_losses(folder / "whole", stage)
+    account = json.loads((folder / "broken/tiny/goodput.json").read_text())
     assert account["starts"] >= 2
     assert account["seconds"]["compute"] > 0
 
 
-def test_two_ranks_have_the_losses_of_one(assets, tmp_path):
-    losses = []
-    for world_size in (1, 2):
-        run(world_size, configure(assets, tmp_path / str(world_size)))
-        known = [r for stage in ("stage1", "stage2") for r in records(tmp_path / f"{world_size}/tiny", stage)]
-        losses.append([record["loss/total"] for record in known if "loss/total" in record])
-        figures = {key: value for record in known for key, value in record.items() if key.startswith("eval/")}
-        assert {"eval/r1", "eval/itc_t2i_r10", "eval/cider_d", "eval/exact"} <= figures.keys()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+def test_two_ranks_have_the_losses_and_figures_of_one(alone, pair):
+    for stage in ("stage1", "stage2"):
+        one, two = (dict(known_losses(folder / "whole", stage)) for folder, _ in (alone, pair))
+        assert two == pytest.approx(one, rel=1e-4)
+        figures = [measured(folder / "whole", stage) for folder, _ in (alone, pair)]
+        assert {"stage1": "eval/itc_t2i_r10", "stage2": "eval/cider_d"}[stage] in figures[0]
+        assert figures[1] == pytest.approx(figures[0], abs=1e-4)
 
 
-def test_the_other_language_model(assets, tmp_path):
-    config = configure(assets, tmp_path, f"model.language.path={assets / 't5'}")
-    assert run(2, config) == [Outcome.FINISHED] * 2
+def measured(runs, stage):
+    records = read_jsonl((runs / "tiny" / stage / "metrics.jsonl").read_text())
+    return {key: value for record in records for key, value in record.items() if key.startswith("eval/")}
+
+
+def test_the_other_language_model_and_a_rank_without_held_out_rows(pair):
+    folder, results = pair
+    assert [result[2] for result in results] == [Outcome.FINISHED] * 2
+    (index,) = (folder / "other/tiny/stage2/samples").glob("*/samples.json")
+    assert len(json.loads(index.read_text())["texts"]) == 2
+    assert measured(folder / "other", "stage1")["eval/i2t_r10"] == 1.0  # among two
+
+
+def test_a_nan_on_one_rank_updates_none(pair):
+    folder, results = pair
+    assert [result[3] for result in results] == [Outcome.FINISHED] * 2
+    (_, before), (_, after), (_, later) = (weights(folder / "void", "stage1", newest) for newest in (3, 2, 1))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], later[name]) for name in before)
+    records = read_jsonl((folder / "void/tiny/stage1/metrics.jsonl").read_text())
+    assert [r["optim/void_steps"] for r in records if "optim/void_steps" in r] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_several_in_a_row_end_the_run_with_their_samples(pair):
+    for result in pair[1]:
+        assert "step 2: 2 steps in a row" in result[4]
+        assert result[4].count("train-0") > 1  # keys of samples
+
+
+def test_questions_about_pictures_are_answered(alone):
+    folder, (result,) = alone
+    assert "vqa_exact" in result[2]
+    report = json.loads((folder / "answers/report.json").read_text())
+    assert 0.0 <= report["figures"]["eval/vqa_exact"] <= 1.0
+    said = [json.loads(line) for line in (folder / "answers/samples.jsonl").open()]
+    assert [text["key"] for text in said] == ["0.png", "1.png", "2.png"]
+    assert (folder / "answers/gallery.png").stat().st_size > 0
