@@ -21,7 +21,7 @@ PANELS = {
     ("stage1", "losses"): ("loss/itc", "loss/itm", "loss/itg"),
     ("stage1", "held-out recall@1"): ("eval/itc_i2t_r1", "eval/itc_t2i_r1"),
     ("stage2", "loss"): ("loss/total",),
-    ("stage2", "held-out captions exactly right"): ("eval/exact",),
+    ("stage2", "exact captions"): ("eval/exact",),
 }
 FIGURES = {"stage1": ("eval/itc_r1", "eval/r1", "eval/itc_t2i_r5"), "stage2": ("eval/exact", "eval/cider_d")}
 
@@ -62,7 +62,7 @@ def draw(runs: Path, png: Path) -> None:
             points = curve(runs, stage, name)
             axis.plot(*zip(*points, strict=True), marker="." if name.startswith("eval/") else None, label=name)
         axis.set(title=f"{stage}: {title}", xlabel="step")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0, top=1 if names[0].startswith("eval/") else None)
         axis.legend(fontsize=7)
     figure.savefig(png)
 
