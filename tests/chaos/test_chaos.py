@@ -13,7 +13,7 @@ from tests.chaos.schedule import CATALOGUE, draw
 
 SEEDS = ("17", "e1")
 """A kill before the manifest; kills at the start and in a step, with other world sizes. Both on S3."""
-LIMIT_SECONDS = 280
+LIMIT_SECONDS = 560
 
 
 @pytest.mark.chaos
