@@ -67,7 +67,7 @@ class LanguageConfig(Config):
     path: str
     """Hugging Face folder with config.json, tokenizer and *.safetensors: local path or object-store URL."""
     objective: Literal["auto", "lm", "prefix_lm"] = "auto"
-    """lm: the whole caption is the target. prefix_lm: the decoder writes what follows a prefix. auto: by architecture."""
+    """lm: the caption is the target. prefix_lm: the decoder writes what follows a prefix. auto: by architecture."""
     prompt: str = ""
     """Text put before every caption; never a target."""
     max_text_tokens: int = Field(32, gt=1)

@@ -206,7 +206,8 @@ def _isthmus(server: LocalS3, *arguments: str) -> None:
     """Run a verb as a person would, showing the command; its failure ends the demo."""
     console.print("  $ isthmus " + " ".join(arguments), style="dim", markup=False)
     command = [sys.executable, "-m", "cluster.cli.main", *arguments]
-    done = subprocess.run(command, env={**os.environ, **server.environment}, check=False)
+    environment = {**os.environ, **server.environment, "AWS_ENDPOINT_URL": server.endpoint_url}
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
