@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0
 STALE_BEATS = 4
 """A lease whose counter stands still for this many beats is stale."""
+LIVING_BEATS = 3
+"""A counter seen to move this often belongs to a living owner; one that was killed may still move it once or twice."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +186,19 @@ def _watch(url: str, store: ObjectStore, state: LeaseState, etag: str) -> tuple[
     Raises:
         LeaseError: it lives.
     """
-    deadline = time.monotonic() + STALE_BEATS * state.beat_seconds
+    deadline, moves = time.monotonic() + STALE_BEATS * state.beat_seconds, 0
     logger.info("%s is held by %s since %s; watching whether it lives", url, state.owner, state.since)
     while time.monotonic() < deadline:
         time.sleep(state.beat_seconds / 4)
         now, version = _read(url, store)
-        if version != etag:
-            if now.released:
-                return now, version
+        if version == etag:
+            continue
+        if now.released:
+            return now, version
+        moves += 1
+        if moves == LIVING_BEATS or now.token != state.token:
             raise _held(url, now)
+        state, etag, deadline = now, version, time.monotonic() + STALE_BEATS * now.beat_seconds
     logger.warning("%s of %s (since %s) is stale; taking it over", url, state.owner, state.since)
     return state, etag
 

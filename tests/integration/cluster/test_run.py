@@ -26,7 +26,7 @@ from trainer.config_io import load_config, to_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 LIMIT = 120.0
-STEPS = 90
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,8 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator):
     assert "isthmus resume disturbed" in output
     view = operator.status("disturbed")
     assert view["state"] == "stopped"
-    assert stopped_at <= view["step"] < STEPS
+    assert view["step"] < STEPS  # as last polled: it may lag behind the checkpoint that the stop has saved
+    assert max(saved.step for saved in operator.checkpoints("disturbed")) >= stopped_at
 
     operator.isthmus("resume", "disturbed")
     operator.wait_for_end("disturbed")
