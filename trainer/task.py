@@ -1,5 +1,6 @@
 """What is trained: a task joins a batch of the data pipeline with a model and its losses."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -62,7 +63,7 @@ class Task(Protocol):
         ...
 
 
-class _StageTask:
+class _StageTask(ABC):
     """What both stages share."""
 
     name: StageName
@@ -75,9 +76,9 @@ class _StageTask:
         self._run_seed = run_seed
         self._micro_batch_size = micro_batch_size
 
+    @abstractmethod
     def inputs(self, batch: Batch) -> Any:
         """Return the model's inputs on the device."""
-        raise NotImplementedError
 
     def train_step(self, batch: Batch, engine: Engine) -> LossOutput:
         """Compute the losses of the global batch and add their gradients to the engine. Collective."""
