@@ -23,7 +23,7 @@ class AttemptEnd:
     """How an attempt ended: finished, stopped for a reason, or failed."""
 
     step: int | None
-    """Last step that was being trained on all ranks; none: training did not begin."""
+    """Step that was being trained on all ranks, after a stop the saved one; none: training did not begin."""
     finished: bool = False
     stop: StopReason | None = None
     failure: Failure | None = None
@@ -66,9 +66,9 @@ class Attempt:
                 return AttemptEnd(self.step, finished=True)
             reasons = {end.stop for end in ended if end.stop}
             order = (StopReason.OPERATOR, StopReason.RESIZE, StopReason.PREEMPTION, StopReason.SIGNAL)
-            return AttemptEnd(
-                self.step, stop=next((reason for reason in order if reason in reasons), StopReason.SIGNAL)
-            )
+            reason = next((reason for reason in order if reason in reasons), StopReason.SIGNAL)
+            saved = self.group.metrics.get("committed_step")
+            return AttemptEnd(self.step if saved is None else int(saved), stop=reason)
         if time.monotonic() > self.stop_deadline:
             return self._out_of_time()
         return self._hung()

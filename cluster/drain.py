@@ -1,14 +1,18 @@
-"""`python -m cluster.drain`, run by Kubernetes before a pod ends: announce it, wait until the workers have left.
+"""`python -m cluster.drain`, run by Kubernetes before a pod ends: announce it, wait until the work has left.
 
-The node is marked as draining with a deadline. The driver sees the mark, lets the group save and stop, and starts it
-again elsewhere. Only then, or at the deadline, may the pod's processes be ended.
+A worker's node is marked as draining with a deadline: the driver sees the mark, lets the group save and stop, and
+starts it again elsewhere. The head takes the driver and the cluster with it: the driver is asked to save and stop.
+Only then, or at the deadline, may the pod's processes be ended.
 """
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -24,6 +28,7 @@ GRACE_VARIABLE = "ISTHMUS_STOP_GRACE_SECONDS"
 DEFAULT_GRACE_SECONDS = 120
 POLL_SECONDS = 0.5
 WORKER_TITLE = "ray::train-"
+DRIVER_MODULE = "cluster.driver"
 
 
 def drain_node(gcs_address: str, node_id: str, grace_seconds: float) -> None:
@@ -51,31 +56,57 @@ def _gcs_client(address: str) -> Any:
     return getattr(_raylet, "GcsClient")(address=address)  # noqa: B009 - a native class without a type
 
 
-def training_processes() -> list[int]:
-    """Return the process ids of the training workers on this host."""
+def training_processes() -> list[psutil.Process]:
+    """Return the training workers on this host."""
+    return [process for process, command in _commands() if command[0].startswith(WORKER_TITLE)]
+
+
+def drivers(gcs_address: str) -> list[psutil.Process]:
+    """Return the drivers on this host that run on the cluster whose GCS listens on that address's port."""
+    port = gcs_address.rpartition(":")[2]
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = (process.info["cmdline"] or [""])[0]
-        if title.startswith(WORKER_TITLE):
-            found.append(process.pid)
+    for process, command in _commands():
+        with contextlib.suppress(psutil.Error):
+            if DRIVER_MODULE in command and process.environ().get("RAY_ADDRESS", "").endswith(f":{port}"):
+                found.append(process)
     return found
 
 
+def leave(gcs_address: str, grace_seconds: float) -> None:
+    """Ask the drivers on this host to save and stop, or, where there is none, mark its node; wait until work is over.
+
+    Raises:
+        RuntimeError: the cluster refuses.
+    """
+    deadline = time.monotonic() + grace_seconds
+    asked = drivers(gcs_address)
+    for process in asked:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)
+    if not asked:
+        node_id = local_node_id(gcs_address)
+        if node_id is None:
+            logger.warning("no live Ray node at this host's address; nothing to drain")
+            return
+        drain_node(gcs_address, node_id, grace_seconds)
+    while (drivers(gcs_address) or training_processes()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
 def main() -> int:
-    """Drain this host's node and wait until its workers are gone; return the exit code."""
+    """Leave this host, within the grace period; return the exit code."""
     use_json_logs()
     use_tokens(create=False)
     gcs_address = os.environ.get("RAY_ADDRESS") or f"{os.environ.get('FQ_RAY_IP', '127.0.0.1')}:6379"
-    grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
-    node_id = local_node_id(gcs_address)
-    if node_id is None:
-        logger.warning("no live Ray node at this host's address; nothing to drain")
-        return 0
-    drain_node(gcs_address, node_id, grace)
-    deadline = time.monotonic() + grace
-    while training_processes() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
+    leave(gcs_address, float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS)))
     return 0
+
+
+def _commands() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Yield the processes of this host with their command lines."""
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"]:
+            yield process, process.info["cmdline"]
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@
 embedded Ray. The driver holds no state of its own: whatever it knows is in the run's folder, so a new one continues.
 """
 
+import json
 import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR  # the API tells the driver no job's id
 
 from cluster.auth import use_tokens
 from cluster.config import JobConfig
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
 USER_ERROR = 2
+LAST_LINES_SECONDS = 1.0
+"""Time for the workers' last lines, which Ray brings to the driver, to reach the job's log."""
 
 
 def drive(config: JobConfig, job: str | None, allow_change: Sequence[str] = ()) -> Outcome:
@@ -73,12 +78,20 @@ def main(path: str, *allow_change: str) -> int:
         config = load_config(path, [], JobConfig)
         use_json_logs(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
-        return drive(config, os.environ.get("ISTHMUS_JOB"), allow_change).exit_code
+        return drive(config, submission_id(), allow_change).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
         return USER_ERROR
     finally:
+        if ray.is_initialized():
+            time.sleep(LAST_LINES_SECONDS)
         ray.shutdown()
+
+
+def submission_id() -> str | None:
+    """Return the id under which Ray's job manager, asked by us or by KubeRay, started this process."""
+    described = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return described.get("metadata", {}).get("job_submission_id")  # type: ignore[no-any-return]
 
 
 def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outcome:

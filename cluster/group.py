@@ -104,14 +104,21 @@ class WorkerGroup:
             member.answered_at = time.monotonic()
 
     def update(self, wait_seconds: float) -> None:
-        """Wait for an end or for `wait_seconds`, then take in ends and progress of all processes."""
+        """Wait for an end or for `wait_seconds`, then take in ends and progress of all processes.
+
+        All answers are collected at once; each process costs the driver one call.
+        """
         running = [member for member in self.members if member.ended is None]
-        if running:
-            ray.wait([member.result for member in running], num_returns=1, timeout=wait_seconds)
+        if not running:
+            return
+        ray.wait([member.result for member in running], num_returns=1, timeout=wait_seconds)
+        ready = _ready([member.result for member in running] + [member.poll for member in running if member.poll])
+        _take_polls([member for member in running if member.poll in ready])
         for member in running:
-            self._take_result(member)
-            if member.ended is None:
-                _take_poll(member)
+            if member.result in ready:
+                _take_result(member)
+            elif member.poll is None or member.poll in ready:
+                member.poll = member.actor.poll.remote()
 
     def unresponsive(self, limit_seconds: float) -> Member | None:
         """Return a running process that has answered no poll for `limit_seconds`."""
@@ -150,22 +157,8 @@ class WorkerGroup:
         for member in self.members:
             with contextlib.suppress(RayError):
                 ray.kill(member.actor, no_restart=True)
-        deadline = time.monotonic() + CLEAR_TIMEOUT_SECONDS
-        for member in self.members:
-            _wait_until_dead(member, deadline)
+        _wait_until_dead([member.actor for member in self.members])
         remove_placement_group(self._placement)
-
-    def _take_result(self, member: Member) -> None:
-        ready, _ = ray.wait([member.result], timeout=0)
-        if not ready:
-            return
-        try:
-            member.ended = ray.get(member.result, timeout=CLEAR_TIMEOUT_SECONDS)
-        except RayActorError as error:
-            member.ended = Ended(failure=_lost(member, error))
-        except RayError as error:
-            failure = Failure(FailureKind.ERROR, _first_line(error), str(error), member.rank.rank, member.host.node)
-            member.ended = Ended(failure=failure)
 
 
 def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> list[Member]:
@@ -195,18 +188,43 @@ def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> lis
     return members
 
 
-def _take_poll(member: Member) -> None:
-    """Take in the answer to the last poll, if it came, and ask again."""
-    if member.poll is not None:
-        ready, _ = ray.wait([member.poll], timeout=0)
-        if not ready:
-            return
-        try:
-            member.progress = ray.get(member.poll)
-            member.answered_at = time.monotonic()
-        except RayError as error:
-            logger.debug("%s did not answer: %s", member.name, _first_line(error))
-    member.poll = member.actor.poll.remote()
+def _ready(references: list[Any]) -> set[Any]:
+    """Return those references whose answers are here."""
+    return set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+
+
+def _take_polls(members: list[Member]) -> None:
+    """Take in what these processes answered to their last polls."""
+    try:
+        answers = ray.get([member.poll for member in members])
+    except RayError:  # one of them died; the others' answers count
+        answers = [_answer(member) for member in members]
+    now = time.monotonic()
+    for member, progress in zip(members, answers, strict=True):
+        if progress is not None:
+            member.progress, member.answered_at = progress, now
+
+
+def _answer(member: Member) -> Progress | None:
+    try:
+        progress: Progress = ray.get(member.poll)
+    except RayError as error:
+        logger.debug("%s did not answer: %s", member.name, _first_line(error))
+        return None
+    return progress
+
+
+def _take_result(member: Member) -> None:
+    """Take in how a process ended, and what it was at then."""
+    try:
+        member.ended = ray.get(member.result, timeout=CLEAR_TIMEOUT_SECONDS)
+    except RayActorError as error:
+        member.ended = Ended(failure=_lost(member, error))
+    except RayError as error:
+        failure = Failure(FailureKind.ERROR, _first_line(error), str(error), member.rank.rank, member.host.node)
+        member.ended = Ended(failure=failure)
+    else:
+        member.progress = member.ended.progress
 
 
 def _lost(member: Member, error: RayActorError) -> Failure:
@@ -232,12 +250,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _wait_until_dead(member: Member, deadline: float) -> None:
-    """Wait until a killed actor fails a call: only then are its name and its resources free."""
-    while time.monotonic() < deadline:
-        try:
-            ray.get(member.actor.poll.remote(), timeout=max(0.1, deadline - time.monotonic()))
-        except (ActorDiedError, GetTimeoutError):
-            return
-        except RayError:
-            time.sleep(0.1)
+def _wait_until_dead(actors: list[Any]) -> None:
+    """Wait until killed actors fail a call: only then are their names and resources free."""
+    deadline = time.monotonic() + CLEAR_TIMEOUT_SECONDS
+    while actors and time.monotonic() < deadline:
+        asked = [actor.poll.remote() for actor in actors]
+        ray.wait(asked, num_returns=len(asked), timeout=deadline - time.monotonic())
+        actors = [actor for actor, reference in zip(actors, asked, strict=True) if not _is_dead(reference)]
+        if actors:
+            time.sleep(0.05)
+
+
+def _is_dead(reference: Any) -> bool:
+    try:
+        ray.get(reference, timeout=0)
+    except ActorDiedError:
+        return True
+    except RayError:
+        return False
+    return False

@@ -39,7 +39,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_MARGIN_SECONDS = 30
 RUN_TO_END_SECONDS = 300.0
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
-JOB_VARIABLE = "ISTHMUS_JOB"
 USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
 """A line such as `1.5/2.0 CPU` of the dashboard's summary."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -127,7 +126,7 @@ class Jobs:
                 self._client.submit_job(
                     entrypoint=shlex.join([python, "-m", module, CONFIG_NAME, *arguments]),
                     submission_id=job_id,
-                    runtime_env={"working_dir": str(package), "env_vars": job_environment(config, job_id)},
+                    runtime_env={"working_dir": str(package), "env_vars": job_environment(config)},
                     metadata=metadata,
                 )
             except RuntimeError as error:
@@ -223,7 +222,7 @@ class Jobs:
             yield rest
 
 
-def job_environment(config: JobConfig, job_id: str) -> dict[str, str]:
+def job_environment(config: JobConfig) -> dict[str, str]:
     """Return the job's environment variables. Ray stores and shows them, so no value of a secret is among them."""
     grace = int(config.cluster.stop_grace_seconds) + STOP_MARGIN_SECONDS
     present = [name for name in config.cluster.secrets if os.environ.get(name)]
@@ -231,7 +230,6 @@ def job_environment(config: JobConfig, job_id: str) -> dict[str, str]:
         "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
-        JOB_VARIABLE: job_id,
         secret_names.VARIABLE: ",".join(present),
     }
 

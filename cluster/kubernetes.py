@@ -10,8 +10,10 @@ from typing import Any
 import ray
 import yaml
 
+from cluster import secret_names
 from cluster.config import JobConfig, NodeConfig
 from cluster.demand import Demand
+from cluster.jobs import job_environment, job_metadata
 from trainer.config_io import to_yaml
 
 FOLDER = Path(__file__).parent / "manifests"
@@ -39,17 +41,22 @@ def ray_cluster(config: JobConfig) -> Manifest:
 def ray_job(config: JobConfig) -> Manifest:
     """Return a RayJob that makes the cluster, runs the driver on its head and takes the cluster down at the end."""
     kubernetes = config.cluster.kubernetes
+    environment = job_environment(config)
+    del environment[secret_names.VARIABLE]  # what this machine holds says nothing about the pods
     manifest = _template("rayjob.yaml")[0]
     manifest["metadata"] |= {"name": config.run.name, "namespace": kubernetes.namespace}
     if kubernetes.queue:
         manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = kubernetes.queue
     manifest["spec"] |= {
         "entrypoint": f"python -m cluster.driver {CONFIG_MOUNT}/config.yaml",
-        "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_grace_seconds(config))}}),
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": environment}),
+        "metadata": job_metadata(config),
         "ttlSecondsAfterFinished": kubernetes.ttl_seconds,
         "suspend": bool(kubernetes.queue),
         "rayClusterSpec": _cluster_spec(config, _template("raycluster.yaml")[0]["spec"]),
     }
+    if kubernetes.queue:
+        _fix_size(manifest["spec"]["rayClusterSpec"])
     return manifest
 
 
@@ -109,11 +116,15 @@ def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
     readers |= {"replicas": count, "minReplicas": min(count, 1), "maxReplicas": count}
     for group, node in ((gpu, kubernetes.workers), (readers, kubernetes.readers)):
         _fill_pod(config, group["template"], node)
-        grace = _grace_seconds(config)
-        group["template"]["spec"]["terminationGracePeriodSeconds"] = grace + GRACE_MARGIN_SECONDS
         volume = group["template"]["spec"]["volumes"][0]["emptyDir"]
         volume["sizeLimit"] = f"{int(_mebibytes(node) * OBJECT_STORE_SHARE)}Mi"
     return spec
+
+
+def _fix_size(spec: Manifest) -> None:
+    """Take out the autoscaler: Kueue admits a job as a whole and refuses one that would change its own size."""
+    spec["enableInTreeAutoscaling"] = False
+    del spec["autoscalerOptions"]
 
 
 def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
@@ -123,6 +134,7 @@ def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
     amounts: dict[str, str] = {"cpu": str(node.cpus), "memory": node.memory}
     if node.gpus:
         amounts["nvidia.com/gpu"] = str(node.gpus)
+    template["spec"]["terminationGracePeriodSeconds"] = _grace_seconds(config) + GRACE_MARGIN_SECONDS
     container["image"] = kubernetes.image
     container["resources"] = {"requests": dict(amounts), "limits": dict(amounts)}
     container["env"] = [

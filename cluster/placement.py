@@ -51,6 +51,7 @@ class Placer:
                 if num_failures >= MAX_START_FAILURES:
                     raise ClusterError(f"{error}; tried {num_failures} times; see `isthmus logs`") from error
                 logger.warning("%s; trying again", error)
+                time.sleep(WAIT_SECONDS)
                 continue
             if group:
                 self._patience_seconds = PATIENCE_SECONDS

@@ -1,20 +1,17 @@
-"""A run as an operator sees it: its newest job joined with the status in its folder."""
+"""What is known of a run: its newest job joined with the status in its folder."""
 
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from ray.job_submission import JobStatus
-from rich.table import Table
 
+from cluster.errors import ClusterError
 from cluster.jobs import Job
 from cluster.logs import parse_line
-from cluster.status import Restart, RunState, RunStatus, read_status
+from cluster.status import FILE_NAME, RunState, RunStatus, read_status
 from data_pipeline.errors import DataError
-from data_pipeline.object_store import ObjectStore
-
-RESTARTS_SHOWN = 10
+from data_pipeline.object_store import ObjectStore, join
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,28 @@ class RunView:
 
     @staticmethod
     def of_folder(url: str) -> "RunView":
-        """Read the status of a run's folder, without a cluster."""
+        """Read the status of a run's folder, without a cluster.
+
+        Raises:
+            ClusterError: no driver has been at work there.
+        """
         status = read_status(url, ObjectStore())
-        return RunView(status.run if status else url.rpartition("/")[2], url, None, status)
+        if status is None:
+            raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver was at work there; see isthmus runs ls")
+        return RunView(status.run, url, None, status)
+
+    @property
+    def current(self) -> RunStatus | None:
+        """The status, if it is of this job: ids repeat from cluster to cluster, but an older status is not ours."""
+        if self.status is None or self.job is None:
+            return self.status
+        is_ours = self.status.job == self.job.id and self.status.updated_at >= self.job.started_at
+        return self.status if is_ours else None
 
     @property
     def state(self) -> str:
         """State in one word: the driver's, unless its job ended without a word."""
-        known = self.status if self._is_of_job() else None
+        known = self.current
         if self.job and self.job.is_over and (known is None or not known.state.is_final):
             return {JobStatus.SUCCEEDED: "finished", JobStatus.STOPPED: "stopped"}.get(self.job.status, "failed")
         if known is None:
@@ -66,19 +77,10 @@ class RunView:
         """Why the run failed; none: it did not."""
         if self.state != str(RunState.FAILED):
             return None
-        if self.status and self._is_of_job() and self.status.state is RunState.FAILED:
-            return self.status.message
+        if self.current and self.current.state is RunState.FAILED:
+            return self.current.message
         lines = (self.job.message if self.job else "").splitlines()
         return _driver_error(lines) or "the driver ended without a word (killed?); isthmus resume goes on"
-
-    def line(self) -> str:
-        """Return the run in one line."""
-        status = self.status
-        if status is None:
-            return f"{self.run} {self.state}{f': {self.problem}' if self.problem else ''}"
-        progress = f" {status.stage} {status.step}/{status.num_steps}" if status.stage else ""
-        text = f"{self.run} {self.state}{progress} world {status.world_size} restarts {len(status.restarts)}"
-        return f"{text}: {self.failure or status.message}" if self.failure or status.message else text
 
     def as_json(self) -> dict[str, Any]:
         """Return everything known, for programs."""
@@ -86,64 +88,6 @@ class RunView:
         eta = self.status.eta_seconds if self.status else None
         known = {"run": self.run, "url": self.url, "job": self.job.id if self.job else None, "state": self.state}
         return {**status, **known, "eta_seconds": eta, "problem": self.problem}
-
-    def _is_of_job(self) -> bool:
-        return self.status is not None and (self.job is None or self.status.job == self.job.id)
-
-
-def table(views: list[RunView], *, details: bool) -> Table:
-    """Return one row per run; with details, also its restarts."""
-    found = Table(box=None, pad_edge=False)
-    for column in (
-        "run",
-        "state",
-        "stage",
-        "step",
-        "left",
-        "world",
-        "images/s",
-        "goodput",
-        "restarts",
-        "checkpoint",
-        "",
-    ):
-        found.add_column(column, overflow="fold")
-    for view in views:
-        found.add_row(*_row(view))
-        restarts = view.status.restarts[-RESTARTS_SHOWN:] if details and view.status else []
-        for restart in restarts:
-            found.add_row("", *[""] * 9, _describe(restart))
-    return found
-
-
-def _row(view: RunView) -> tuple[str, ...]:
-    status = view.status
-    if status is None:
-        return (view.run, view.state, *[""] * 8, view.failure or view.problem)
-    eta, metrics = status.eta_seconds, status.metrics
-    goodput = metrics.get("goodput")
-    return (
-        view.run,
-        view.state,
-        status.stage or "",
-        f"{status.step}/{status.num_steps}",
-        "" if eta is None else str(timedelta(seconds=round(eta))),
-        str(status.world_size),
-        f"{metrics['samples_per_second']:.1f}" if "samples_per_second" in metrics else "",
-        "" if goodput is None else f"{goodput:.1%}",
-        str(len(status.restarts)),
-        "none" if status.committed_step is None else f"step {status.committed_step}",
-        view.failure or status.message,
-    )
-
-
-def _describe(restart: Restart) -> str:
-    when = time.strftime("%m-%d %H:%M:%S", time.gmtime(restart.at))
-    cost = ""
-    if restart.recovery_seconds is not None:
-        phases = ", ".join(f"{name} {seconds:g}" for name, seconds in restart.phases.items())
-        cost = f" ({restart.lost_steps} steps lost, trained again after {restart.recovery_seconds:g} s: {phases})"
-    return f"{when} {restart.stage} {restart.step}: {restart.cause}{cost}"
 
 
 def _driver_error(lines: list[str]) -> str | None:

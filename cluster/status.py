@@ -101,10 +101,16 @@ class StatusBoard:
         """Continue from what an earlier driver of the run left, or begin."""
         self._url, self._store = join(url, FILE_NAME), store
         self._written_at = 0.0
-        previous = read_status(url, store)
-        restarts = previous.restarts if previous else []
-        started = previous.started_at if previous else time.time()
-        self.status = RunStatus(run=run, job=job, restarts=restarts, started_at=started)
+        known = read_status(url, store) or RunStatus(run=run, started_at=time.time())
+        self.status = known.model_copy(
+            update={"state": RunState.STARTING, "job": job, "message": "", "metrics": {}, "world_size": 0, "attempt": 0}
+        )
+
+    def begin_stage(self, stage: str, num_steps: int) -> None:
+        """Note which stage begins; one that an earlier driver was at goes on from what is known of it."""
+        if self.status.stage != stage:
+            self.update(stage=stage, step=0, committed_step=None)
+        self.update(RunState.STARTING, num_steps=num_steps, message="", now=True)
 
     def update(self, state: RunState | None = None, *, now: bool = False, **changes: object) -> None:
         """Change fields; write when the state changes, when `now`, or when the last write is a while ago."""

@@ -66,14 +66,7 @@ class Supervisor:
             ClusterError: starting again cannot help, or a restart budget is used up.
         """
         set_place(stage=stage)
-        self._board.update(
-            RunState.STARTING,
-            stage=stage,
-            step=0,
-            committed_step=None,
-            num_steps=self._config.stage(stage).steps,
-            message="",
-        )
+        self._board.begin_stage(stage, self._config.stage(stage).steps)
         request_resources(bundles=[dict(self._placer.demand.worker)] * max(self._config.world_sizes))
         if not self._config.checkpoint.peer_memory_every_steps:
             return self._attempts(stage)
@@ -95,6 +88,7 @@ class Supervisor:
                 self._board.update(step=steps, committed_step=steps, now=True)
                 return True
             if end.stop is StopReason.OPERATOR:
+                self._board.update(step=end.step or self._board.status.step)
                 break
             self._prepare_next(end, stage, group.world_size)
         return False

@@ -83,8 +83,13 @@ class Ended:
     stop: StopReason | None = None
     """Why it stopped before its last step, if it did."""
     failure: Failure | None = None
-    step: int | None = None
-    """Step at which it failed, if training had begun."""
+    progress: Progress = field(default_factory=Progress)
+    """What it was at when it ended."""
+
+    @property
+    def step(self) -> int | None:
+        """Step that was being trained; none: training had not begun."""
+        return self.progress.step if self.progress.phase == "training" else None
 
 
 class RayContext:
@@ -164,6 +169,7 @@ class TrainWorker:
             rank, Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
         )
         self._context = context
+        logger.info("rank %d of %d begins: pid %d on %s", rank.rank, rank.world_size, os.getpid(), socket.gethostname())
         if self._early_stop:
             context.request_stop(self._early_stop)
         _set_environment(assignment)
@@ -171,10 +177,8 @@ class TrainWorker:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
         except Exception as error:
             logger.exception("%s failed at step %d", self._name, context.progress().step)
-            now = context.progress()
-            step = now.step if now.phase == "training" else None
-            return Ended(failure=on_rank(classify(error), rank.rank, None), step=step)
-        return Ended(outcome=outcome, stop=context.stop_request())
+            return Ended(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
+        return Ended(outcome=outcome, stop=context.stop_request(), progress=context.progress())
 
     def poll(self) -> Progress:
         """Return what this process is at."""

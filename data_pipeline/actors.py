@@ -95,7 +95,9 @@ class RayBackend:
         with contextlib.suppress(ValueError):  # no such actor: the usual case
             self._kill(ray.get_actor(name))
         options = {"num_cpus": 1, "resources": self._resources, "scheduling_strategy": "SPREAD", "max_restarts": 0}
-        return ray.remote(ReaderActor).options(name=name, **options).remote(self._make_reader)
+        # Ray titles processes by class: `ray::reader-7` is what ps and the dashboard shall show.
+        titled = type(name, (ReaderActor,), {})
+        return ray.remote(titled).options(name=name, **options).remote(self._make_reader)
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(RayActorError):

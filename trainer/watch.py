@@ -75,6 +75,7 @@ class Watch:
         self._loader, self._checkpoints, self._outlets = loader, checkpoints, outlets
         self._flops_per_sample = flops_per_sample
         self._window = Window()
+        self._reported: dict[str, float] = {}
         self._wait_seconds = 0.0
         self._stall_seconds = 0.0
         self._void_steps = 0
@@ -145,11 +146,15 @@ class Watch:
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Book the wait for the last checkpoint's commit."""
+        """Book the wait for the last checkpoint's commit, and report which it is."""
         self.beat()
         with self.ledger.spending(Activity.CHECKPOINT):
             yield
         self.beat()
+        committed = self._checkpoints.last_committed
+        if committed is not None:
+            steps = {"step": float(committed.step), "committed_step": float(committed.step)}
+            self._context.report({**self._reported, **steps})
 
     def beat(self) -> None:
         """Give a sign of life outside of steps."""
@@ -184,7 +189,8 @@ class Watch:
         for sink in self._outlets.sinks:
             sink.write(self._position(step), figures)
         logger.info("%s", console_line(self._name, step, self._stage.steps, figures))
-        self._context.report(report_figures(step, figures))
+        self._reported = report_figures(step, figures)
+        self._context.report(self._reported)
 
     def _speed(self, agreed: Agreement) -> dict[str, float]:
         window = self._window

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +12,7 @@ from cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
 from cluster.config import JobConfig
 from cluster.errors import ClusterError
 from trainer.config_io import check_config, load_config, parse_yaml
+from trainer.context import Outcome
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
@@ -22,6 +23,10 @@ app = typer.Typer()
 
 FIRST_SIGN_SECONDS = 10.0
 WATCH_SECONDS = 2.0
+PROGRESS_SECONDS = 30.0
+SILENCE_SECONDS = 60.0
+PLAIN_WIDTH = 240
+"""Columns of what goes into a file or a pipe, where nothing shall be wrapped."""
 ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 [default: RAY_ADDRESS, else this machine's]."
 Address = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run on the cluster, or URL of its folder.")]
@@ -69,29 +74,17 @@ def status(
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
-    """Show state, stage, step, time left, world size, goodput, restarts and the last committed checkpoint."""
-    from cluster.run_view import table
-
+    """Show state, stage, step, time left, workers, goodput, restarts and the last committed checkpoint."""
     if watch and not as_json:
         _watch(lambda: _views(run, address))
-        return
-    views = _views(run, address)
-    if as_json:
-        typer.echo(json.dumps([view.as_json() for view in views], indent=2))
     else:
-        _print(table(views, details=run is not None))
+        _show(_views(run, address), one=run is not None, as_json=as_json)
 
 
 @app.command()
 def ls(address: Address = None, as_json: Json = False) -> None:
     """List the runs that the cluster knows, newest first."""
-    from cluster.run_view import table
-
-    views = _views(None, address)
-    if as_json:
-        typer.echo(json.dumps([view.as_json() for view in views], indent=2))
-    else:
-        _print(table(views, details=False))
+    _show(_views(None, address), one=False, as_json=as_json)
 
 
 @app.command()
@@ -107,16 +100,18 @@ def logs(
 
     jobs = open_jobs(address)
     job = jobs.latest(run)
-    lines = jobs.follow(job) if follow else iter(jobs.logs(job).splitlines())
-    for text in lines:
+    found = False
+    for text in jobs.follow(job) if follow else iter(jobs.logs(job).splitlines()):
         line = parse_line(text)
         if rank is not None and (line is None or line.get("rank") != rank):
             continue
-        if line is None:
-            if not as_json:
-                typer.echo(text)
+        found = True
+        if as_json:
+            typer.echo(json.dumps(line or {"message": text}))
         else:
-            typer.echo(json.dumps(line) if as_json else render_line(line))
+            typer.echo(render_line(line) if line else text)
+    if rank is not None and not found:
+        typer.echo(f"{run}: the log of job {job.id} has no line of rank {rank}", err=True)
 
 
 @app.command()
@@ -151,8 +146,10 @@ def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change
     for verb in (f"status {name} --watch", f"logs -f {name}", f"stop {name}", f"resume {name}"):
         typer.echo(f"  isthmus {verb}{_option(address)}")
     if watch:
-        _watch(lambda: _views(name, address))
-        _fail_if_failed(_view(jobs.get(job.id)))
+        ended = _watch(lambda: [_view(jobs.get(job.id))])[0]
+        _fail_if_failed(ended)
+        if ended.state != "finished":
+            raise typer.Exit(Outcome.STOPPED.exit_code)
 
 
 def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
@@ -176,7 +173,7 @@ def _report_first_sign(jobs: "Jobs", job: "Job") -> None:
     while time.monotonic() < deadline:
         view = _view(jobs.get(job.id))
         _fail_if_failed(view)
-        status = view.status if view.status and view.status.job == job.id else None
+        status = view.current
         if status and status.state is RunState.WAITING:
             typer.secho(f"{job.run}: waiting: {status.message}", fg="yellow", err=True)
             return
@@ -201,7 +198,7 @@ def _show_dry_run(config: JobConfig) -> None:
         count, size = package_bytes(build_package(config, Path(folder)))
     typer.echo(f"{config.run.name}: would send {count} files, {size / 1e3:.0f} kB; nothing was sent")
     typer.echo(f"  stages: {', '.join(config.stages)}; world sizes: {', '.join(map(str, config.world_sizes))}")
-    for key, value in {**job_metadata(config), **job_environment(config, f"{config.run.name}-N")}.items():
+    for key, value in {**job_metadata(config), **job_environment(config)}.items():
         typer.echo(f"  {key}={value}")
 
 
@@ -226,37 +223,75 @@ def _view(job: "Job") -> "RunView":
     return RunView.of_job(job)
 
 
-def _watch(views: Any) -> None:
-    """Show the table again and again until every run has ended: live on a terminal, plain lines elsewhere."""
+def _show(views: "list[RunView]", *, one: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([view.as_json() for view in views], indent=2))
+    elif views:
+        _print(_rendered(views, one=one))
+    else:
+        typer.echo("no runs; isthmus submit CONFIG starts one")
+
+
+def _rendered(views: "list[RunView]", *, one: bool) -> Any:
+    from cluster.run_text import details, table
+
+    return details(views[0]) if one and views else table(views)
+
+
+def _watch(views: "Callable[[], list[RunView]]") -> "list[RunView]":
+    """Show runs until all have ended, and return their last state: live on a terminal, plain lines elsewhere."""
     from rich.live import Live
 
-    from cluster.run_view import table
-
-    if not sys.stdout.isatty():
-        for line in _changes(views):
-            typer.echo(line)
-        return
-    with Live(refresh_per_second=2) as live:
-        while True:
-            now = views()
-            live.update(table(now, details=len(now) == 1))
-            if all(view.is_over for view in now):
-                return
-            time.sleep(WATCH_SECONDS)
+    now: list[RunView] = []
+    if sys.stdout.isatty():
+        with Live(refresh_per_second=2) as live:
+            for now in _until_over(views):
+                live.update(_rendered(now, one=len(now) == 1))
+    else:
+        lines = _Lines()
+        for now in _until_over(views):
+            lines.tell(now)
+    return now
 
 
-def _changes(views: Any) -> Iterator[str]:
-    """Yield one line per run whenever its line changes."""
-    before: dict[str, str] = {}
-    while True:
-        now = views()
-        for view in now:
-            if before.get(view.run) != view.line():
-                before[view.run] = view.line()
-                yield view.line()
-        if all(view.is_over for view in now):
-            return
+def _until_over(views: "Callable[[], list[RunView]]") -> "Iterator[list[RunView]]":
+    """Yield the state every few seconds until every run has ended; a silence of the cluster is waited out for a while.
+
+    Raises:
+        ClusterError: at the first look, or when nobody has answered for long.
+    """
+    yield (now := views())
+    answered_at = time.monotonic()
+    while not all(view.is_over for view in now):
         time.sleep(WATCH_SECONDS)
+        try:
+            now = views()
+        except (ClusterError, OSError, RuntimeError) as error:
+            silence = time.monotonic() - answered_at
+            if silence > SILENCE_SECONDS:
+                reason = str(error).strip().splitlines()[-1]
+                raise ClusterError(f"no answer for {silence:.0f} s, the run may well go on: {reason}") from error
+            continue
+        answered_at = time.monotonic()
+        yield now
+
+
+class _Lines:
+    """Tells what happens in lines: each new state at once, mere progress now and then."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[tuple[str, str, int], float]] = {}
+
+    def tell(self, views: "list[RunView]") -> None:
+        """Print the lines that are due."""
+        from cluster.run_text import line
+
+        for view in views:
+            news = (view.state, line(view).partition(": ")[2], len(view.status.restarts) if view.status else 0)
+            before, at = self._told.get(view.run, (None, 0.0))
+            if news != before or time.monotonic() - at > PROGRESS_SECONDS:
+                self._told[view.run] = (news, time.monotonic())
+                typer.echo(f"{time.strftime('%H:%M:%S')} {line(view)}")
 
 
 def stored_config(run_url: str, store: "ObjectStore") -> JobConfig:
@@ -293,4 +328,4 @@ def _option(address: str | None) -> str:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(renderable)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False).print(renderable)

@@ -399,7 +399,7 @@ def test_no_secret_is_in_what_a_run_writes(tmp_path, monkeypatch, caplog):
     run.close()
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "name: tiny" in written
-    assert SECRET not in written + caplog.text + to_yaml(config) + json.dumps(job_environment(config, "job-1"))
+    assert SECRET not in written + caplog.text + to_yaml(config) + json.dumps(job_environment(config))
 
 
 def command_line(pid):

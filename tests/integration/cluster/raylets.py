@@ -66,6 +66,10 @@ class Raylets:
         """Kill a raylet without notice."""
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def lose_head(self) -> None:
+        """Kill the head without notice: raylet, GCS, dashboard and the supervisors of its jobs."""
+        self.remove(self.cluster.head_node)
+
     @property
     def dashboard_url(self) -> str:
         return f"http://{self.cluster.head_node.webui_url}"

@@ -153,7 +153,9 @@ def test_stop_saves_and_leaves_the_rest_for_a_resume(raylets, supervise):
     run.stop()
     assert run.finished is False
     assert run.error is None
-    assert int((run.folder / "stage1.save").read_text()) >= 7
+    saved = int((run.folder / "stage1.save").read_text())
+    assert saved >= 7
+    assert (run.board.status.step, run.board.status.committed_step) == (saved, saved)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ def train(assignment, context):
     while step < assignment.config.stage(assignment.stage).steps:
         if context.stop_request():
             _save(save, step, rank)
+            context.report({"step": float(step), "committed_step": float(step)})
             return "stopped"
         context.begin_step(step)
         _obey(folder, rank, step)

@@ -38,7 +38,7 @@ def test_the_package_holds_source_and_configuration_only(tmp_path):
 def test_secrets_travel_by_name(secret, tmp_path):
     config = job_config()
     build_package(config, tmp_path)
-    environment = job_environment(config, "demo-1")
+    environment = job_environment(config)
     assert environment["ISTHMUS_SECRETS"] == "AWS_SECRET_ACCESS_KEY"
     everything = json.dumps([environment, job_metadata(config)]) + "".join(
         path.read_text() for path in tmp_path.rglob("*") if path.is_file()
@@ -47,7 +47,7 @@ def test_secrets_travel_by_name(secret, tmp_path):
 
 
 def test_the_job_may_take_its_grace_period_to_stop():
-    environment = job_environment(job_config(cluster={"stop_grace_seconds": 90}), "demo-1")
+    environment = job_environment(job_config(cluster={"stop_grace_seconds": 90}))
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > 90
 
 

@@ -114,6 +114,26 @@ def test_kueue_has_room_for_exactly_one_run():
     assert flavor["metadata"]["name"] == cluster_queue["spec"]["resourceGroups"][0]["flavors"][0]["name"]
 
 
+def test_a_run_in_a_queue_has_a_fixed_size_which_kueue_insists_on():
+    queued, alone = (kubernetes.ray_job(gpu_config(**section)) for section in ({"queue": "team"}, {}))
+    validate(queued)
+    spec = queued["spec"]["rayClusterSpec"]
+    assert spec["enableInTreeAutoscaling"] is False
+    assert "autoscalerOptions" not in spec
+    assert queued["spec"]["shutdownAfterJobFinishes"]
+    assert "clusterSelector" not in queued["spec"]
+    assert alone["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
+
+
+def test_the_verbs_know_a_rayjob_as_a_run(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of the machine that renders")
+    spec = kubernetes.ray_job(gpu_config())["spec"]
+    assert spec["metadata"]["isthmus_run"] == "demo"
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > 120
+    assert "ISTHMUS_SECRETS" not in environment
+
+
 def test_no_queue_no_kueue():
     kinds = [manifest["kind"] for manifest in kubernetes.render(gpu_config())]
     assert kinds == ["ConfigMap", "RayJob"]

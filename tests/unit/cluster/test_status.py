@@ -7,8 +7,10 @@ import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
+from cluster.errors import ClusterError
 from cluster.jobs import Job
-from cluster.run_view import RunView, table
+from cluster.run_text import details, line, table
+from cluster.run_view import RunView
 from cluster.status import STALE_SECONDS, Restart, RunState, RunStatus, StatusBoard, read_status
 from data_pipeline.config import StoreConfig
 from data_pipeline.object_store import ObjectStore
@@ -29,6 +31,7 @@ def status(**changes):
         "stage": "stage1",
         "step": 20,
         "num_steps": 100,
+        "updated_at": 2.0,
     }
     return RunStatus(**(fields | {"world_size": 2, "metrics": {"seconds_per_step": 0.5, "goodput": 0.9}} | changes))
 
@@ -54,6 +57,19 @@ def test_a_new_driver_continues_the_list_of_restarts(tmp_path):
     assert started is not None
     assert (found.job, found.step, found.started_at) == ("demo-2", 9, started.started_at)
     assert [(r.lost_steps, r.recovery_seconds) for r in found.restarts] == [(3, 12.5)]
+
+
+def test_a_new_driver_knows_how_far_the_stage_is_and_nothing_of_the_next(tmp_path):
+    first = StatusBoard(str(tmp_path), ObjectStore(), "demo", "demo-1")
+    first.begin_stage("stage1", 100)
+    first.update(RunState.FAILED, step=23, committed_step=20, world_size=2, metrics={"goodput": 0.5}, message="died")
+    second = StatusBoard(str(tmp_path), ObjectStore(), "demo", "demo-2")
+    second.begin_stage("stage1", 100)
+    found = read_status(str(tmp_path), ObjectStore())
+    assert (found.state, found.step, found.committed_step) == (RunState.STARTING, 23, 20)
+    assert (found.world_size, found.metrics, found.message) == (0, {}, "")
+    second.begin_stage("stage2", 50)
+    assert (second.status.step, second.status.committed_step, second.status.num_steps) == (0, None, 50)
 
 
 def test_small_changes_are_written_seldom_and_states_at_once(tmp_path):
@@ -97,19 +113,49 @@ def test_without_a_cluster_a_silent_driver_is_suspicious():
     assert view(status(state=RunState.FINISHED)).state == "finished"
 
 
-def test_table_shows_progress_and_what_restarts_cost():
-    known = status(restarts=[restart(lost_steps=3, recovery_seconds=12.5, phases={"place": 2.5, "start": 10})])
+def rendered(renderable):
     console = Console(width=240, record=True, file=io.StringIO())
-    console.print(table([view(known, job())], details=True))
-    text = console.export_text()
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_details_show_progress_and_what_restarts_cost():
+    known = status(
+        committed_step=18,
+        metrics={"seconds_per_step": 0.5, "goodput": 0.9, "samples_per_second": 32.0, "data_wait_fraction": 0.04},
+        restarts=[restart(lost_steps=3, recovery_seconds=12.5, phases={"place": 2.5, "start": 10})],
+    )
+    text = rendered(details(view(known, job())))
     for words in (
-        "running",
-        "20/100",
-        "0:00:40",
+        "running as job demo-1  s3://b/runs/demo",
+        "stage1, step 20/100 (20%), 0:00:40 left",
+        "32.0 images/s, 0.50 s a step, 4% waiting for data",
         "90.0%",
-        "3 steps lost, trained again after 12.5 s: place 2.5, start 10",
+        "step 18",
+        "1, 3 steps repeated in all",
+        "1970-01-01 00:00:00 UTC stage1 step 7, 2 workers: train-1 died; 3 steps repeated, trained again after 12.5 s"
+        " (place 2.5, start 10.0)",
     ):
         assert words in text
+
+
+def test_a_row_has_the_same_and_a_line_says_why():
+    known = status(state=RunState.WAITING, message="needs 8 x {GPU: 1}", committed_step=18)
+    assert "20/100" in rendered(table([view(known, job())]))
+    assert line(view(known, job())) == ("demo waiting stage1 step 20/100, 2 workers, saved at 18: needs 8 x {GPU: 1}")
+    assert line(view(None, job())) == "demo starting"
+
+
+def test_a_folder_without_a_status_is_said(tmp_path):
+    with pytest.raises(ClusterError, match="no driver was at work there"):
+        RunView.of_folder(str(tmp_path))
+
+
+def test_what_another_cluster_left_under_the_same_job_id_is_not_ours():
+    old = status(state=RunState.FAILED, message="gone", updated_at=0.5)
+    assert view(old, job()).state == "starting"
+    assert view(old, job()).failure is None
+    assert view(old).failure == "gone"
 
 
 def test_json_has_everything():

@@ -1,0 +1,128 @@
+"""The real training on raylets that come and go: the world shrinks and grows, samples and losses stay the same."""
+
+import json
+import threading
+
+import pytest
+
+from cluster.config import JobConfig
+from cluster.status import StatusBoard
+from cluster.tiny.assets import write_tiny_assets
+from data_pipeline.object_store import ObjectStore
+from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
+from trainer.config_io import load_config
+from trainer.context import LocalContext, StopReason
+from trainer.local import train_here
+from trainer.run_store import RunStore
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+LIMIT = 180.0
+ENDLESS = 100_000
+STEPS_IN_EACH_WORLD = 10
+
+
+@pytest.fixture
+def raylets():
+    raylets = Raylets(2)
+    raylets.connect("tiny")
+    yield raylets
+    raylets.close()
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    write_tiny_assets(folder, 200, 8)
+    return folder
+
+
+def recipe(assets, folder, name):
+    overrides = [
+        f"run.name={name}",
+        f"run.url={folder}",
+        f"data.sources.0.manifest={assets}/train",
+        f"model.vision.path={assets}/vision",
+        f"model.qformer.tokenizer={assets}/bert",
+        "model.language=null",
+        "stage2=null",
+        f"stage1.steps={ENDLESS}",
+        "stage1.global_batch_size=8",
+        "stage1.micro_batch_size=4",
+        "stage1.optimizer.warmup_steps=1000",
+        "checkpoint.every_steps=5",
+        "logging.every_steps=1",
+        "evaluation.manifest=null",
+        "cluster.workers={min: 1, max: 2}",
+        "cluster.grow_after_seconds=1",
+    ]
+    return load_config(ROOT / "recipes" / "tiny.yaml", overrides, JobConfig)
+
+
+class StopAt(LocalContext):
+    """A process alone that is asked to stop at a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._last, self._step = step - 1, 0
+
+    def begin_step(self, step):
+        self._step = step
+
+    def stop_request(self):
+        return StopReason.SIGNAL if self._step >= self._last else None
+
+
+def losses(folder, name):
+    lines = (folder / name / "stage1" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
+
+
+def node_of(raylets, rank):
+    import ray
+
+    host = ray.get(ray.get_actor(f"train-{rank}").host.remote())
+    return next(node for node in raylets.nodes if node.node_id == host.node)
+
+
+def wait_for_steps(board, world_size):
+    """Wait until a group of that size has done some steps since it began."""
+
+    def settled():
+        status = board.status
+        return status.step if status.world_size == world_size and status.state == "running" else None
+
+    first = wait_for(settled, LIMIT, f"a world of {world_size}: {board.status}")
+    wait_for(lambda: (settled() or 0) >= first + STEPS_IN_EACH_WORLD, LIMIT, f"steps: {board.status}")
+
+
+def test_the_world_shrinks_and_grows_and_trains_as_if_nothing_had_happened(raylets, assets, tmp_path):
+    from cluster.supervisor import Supervisor
+
+    config = recipe(assets, tmp_path, "elastic")
+    run = RunStore.open(config, ObjectStore(), owner="test")
+    board = StatusBoard(str(tmp_path / "elastic"), ObjectStore(), "elastic", None)
+    supervisor = Supervisor(config, run.token, board)
+    thread = threading.Thread(target=supervisor.run_stage, args=("stage1",), daemon=True)
+    thread.start()
+    try:
+        wait_for_steps(board, 2)
+        raylets.remove(node_of(raylets, 1))
+        wait_for_steps(board, 1)
+        raylets.add()
+        wait_for_steps(board, 2)
+    finally:
+        supervisor.request_stop()
+        thread.join(LIMIT)
+        run.close()
+    assert not thread.is_alive()
+    assert [restart.kind for restart in board.status.restarts] == ["lost process", "resize"]
+    assert board.status.restarts[1].lost_steps == 0
+    trained = losses(tmp_path, "elastic")
+    end = board.status.step
+    assert [step for step, _ in trained] == list(range(1, end + 1))
+
+    train_here(recipe(assets, tmp_path, "alone"), StopAt(end))
+    alone = losses(tmp_path, "alone")
+    assert [step for step, _ in alone] == [step for step, _ in trained]
+    assert max(abs(a - b) / b for (_, a), (_, b) in zip(trained, alone, strict=True)) < 1e-3
