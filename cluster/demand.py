@@ -31,6 +31,11 @@ class Demand:
         """Return how many reader actors serve this many workers."""
         return max(self.readers, num_workers) if self.reader else 0
 
+    def described(self, num_workers: int) -> str:
+        """Return what this many workers and their readers ask for, such as `8 x {GPU: 1} and 8 readers x {CPU: 1}`."""
+        wanted = f"{num_workers} x {_show(self.worker)}"
+        return f"{wanted} and {self.num_readers(num_workers)} readers x {_show(self.reader)}" if self.reader else wanted
+
     def total_cpus(self, num_workers: int) -> int:
         """Return the CPUs that this many workers and their readers reserve."""
         reader_cpus = self.num_readers(num_workers) * self.reader.get("CPU", 0.0)
@@ -44,13 +49,10 @@ def largest_world_size(sizes: Sequence[int], demand: Demand, resources: Sequence
 
 def lacking(smallest: int, demand: Demand, free: Sequence[dict[str, float]], total: Sequence[dict[str, float]]) -> str:
     """Return one line on what is wanted and what is free, for an operator whose run cannot start."""
-    wanted = f"{smallest} x {_show(demand.worker)}"
-    if demand.reader:
-        wanted += f" and {demand.num_readers(smallest)} readers x {_show(demand.reader)}"
     have_free, have = (
         {key: sum(node.get(key, 0.0) for node in nodes) for key in demand.worker} for nodes in (free, total)
     )
-    return f"needs {wanted}; {len(total)} nodes have {_show(have_free)} free of {_show(have)}"
+    return f"needs {demand.described(smallest)}; {len(total)} nodes have {_show(have_free)} free of {_show(have)}"
 
 
 def _fits(num_workers: int, demand: Demand, resources: Sequence[dict[str, float]]) -> bool:

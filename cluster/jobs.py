@@ -38,6 +38,7 @@ CONNECT_TIMEOUT_SECONDS = 4.0
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_MARGIN_SECONDS = 30
 RUN_TO_END_SECONDS = 300.0
+SILENCE_SECONDS = 30.0
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
 USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
 """A line such as `1.5/2.0 CPU` of the dashboard's summary."""
@@ -207,19 +208,35 @@ class Jobs:
         return str(self._client.get_job_logs(job.id))
 
     def follow(self, job: Job) -> Iterator[str]:
-        """Yield the lines of the job's log as they come, until the job ends."""
+        """Yield the lines of the job's log as they come, until the job ends.
+
+        Raises:
+            ClusterError: the connection broke.
+        """
         stream = self._client.tail_job_logs(job.id)
         loop = asyncio.new_event_loop()
         rest = ""
         try:
-            while (part := loop.run_until_complete(_next(stream))) is not None:
+            while (part := loop.run_until_complete(self._next(stream))) is not None:
                 *lines, rest = (rest + part).split("\n")
                 yield from lines
+        except (OSError, RuntimeError) as error:
+            raise ClusterError(
+                f"{self.address}: the log broke off, the head may be gone; see isthmus status {job.run}, "
+                f"or on another cluster isthmus resume {job.run_url}"
+            ) from error
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
         if rest:
             yield rest
+
+    async def _next(self, stream: AsyncIterator[str]) -> str | None:
+        """Return the next part; a silent connection counts as broken once the dashboard does not answer either."""
+        part = asyncio.ensure_future(anext(stream, None))
+        while not (await asyncio.wait({part}, timeout=SILENCE_SECONDS))[0]:
+            _ask(f"{self.address}/api/version")
+        return part.result()
 
 
 def job_environment(config: JobConfig) -> dict[str, str]:
@@ -300,10 +317,6 @@ def _ask(url: str) -> requests.Response:
     token = _token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return requests.get(url, headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
-
-
-async def _next(stream: AsyncIterator[str]) -> str | None:
-    return await anext(stream, None)
 
 
 def _as_job(details: JobDetails) -> Job | None:

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import ParamSpec, TypeVar
 
@@ -31,6 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 MARK = "isthmus-preflight: "
 """Before the line of JSON in the job's log."""
+NODES_AT_ONCE = 64
 TASK_TIMEOUT_SECONDS = 60.0
 GROUP_TIMEOUT_SECONDS = 90.0
 MAX_SKEW_SECONDS = 2.0
@@ -53,9 +55,12 @@ class Check:
 def run_checks(config: JobConfig) -> list[Check]:
     """Run all checks on the connected cluster; a check that cannot run is a failed one."""
     nodes = live_nodes()
+    here = gather(config.cluster.secrets, config.data.cache_dir)
     checks = [_check_size(config, nodes)]
-    checks += _check_nodes(config, nodes)
-    checks += _checks_of_store(config, nodes)
+    with ThreadPoolExecutor(NODES_AT_ONCE) as pool:
+        for found in pool.map(lambda node: _check_node(config, node, here), nodes):
+            checks += found
+        checks += pool.map(lambda node: _check_store_from(config, node), nodes)
     checks += [
         _guarded("frozen weights", "driver", lambda: check_weights(config), "check model.*.path and its permissions"),
         _guarded("data", "driver", lambda: check_data(config), "run `isthmus data index` and check data.sources"),
@@ -75,18 +80,14 @@ def _check_size(config: JobConfig, nodes: list[Node]) -> Check:
     )
 
 
-def _check_nodes(config: JobConfig, nodes: list[Node]) -> Iterator[Check]:
-    """Yield the checks of every node; versions are compared with the driver's."""
-    names, disk = config.cluster.secrets, config.data.cache_dir
-    here = gather(names, disk)
-    for node in nodes:
-        began = time.time()
-        try:
-            facts = _on_node(node, gather, names, disk)
-        except (RayError, TimeoutError) as error:
-            yield Check("node", node.address, ok=False, found=_line(error), remedy="look at the node, or remove it")
-            continue
-        yield from _judge(config, node, facts, here, skew_seconds=_skew(facts, began, time.time()))
+def _check_node(config: JobConfig, node: Node, here: NodeFacts) -> list[Check]:
+    """Return the checks of one node; versions are compared with those of the driver's."""
+    began = time.time()
+    try:
+        facts = _on_node(node, gather, config.cluster.secrets, config.data.cache_dir)
+    except (RayError, TimeoutError) as error:
+        return [Check("node", node.address, ok=False, found=_line(error), remedy="look at the node, or remove it")]
+    return list(_judge(config, node, facts, here, skew_seconds=_skew(facts, began, time.time())))
 
 
 def _judge(config: JobConfig, node: Node, facts: NodeFacts, here: NodeFacts, *, skew_seconds: float) -> Iterator[Check]:
@@ -115,17 +116,15 @@ def _judge(config: JobConfig, node: Node, facts: NodeFacts, here: NodeFacts, *, 
     yield Check("secrets", where, not missing, f"{len(facts.environment)} of {len(here.environment)} set", remedy)
 
 
-def _checks_of_store(config: JobConfig, nodes: list[Node]) -> Iterator[Check]:
-    """Yield the object store's check from every node."""
-    for node in nodes:
-        try:
-            speed: StoreSpeed = _on_node(node, check_store, config)
-        except (RayError, DataError, OSError, TimeoutError) as error:
-            remedy = "check store.endpoint_url, credentials and the policy (docs/operators.md)"
-            yield Check("object store", node.address, ok=False, found=_line(error), remedy=remedy)
-            continue
-        found = f"write {speed.write_megabytes_per_second:.0f} MB/s, read {speed.read_megabytes_per_second:.0f} MB/s"
-        yield Check("object store", node.address, ok=True, found=f"{found}, compare-and-swap holds")
+def _check_store_from(config: JobConfig, node: Node) -> Check:
+    """Return the object store's check from one node, while the others make theirs, as in training."""
+    try:
+        speed: StoreSpeed = _on_node(node, check_store, config)
+    except (RayError, DataError, OSError, TimeoutError) as error:
+        remedy = "check store.endpoint_url, credentials and the policy (docs/operators.md)"
+        return Check("object store", node.address, ok=False, found=_line(error), remedy=remedy)
+    found = f"write {speed.write_megabytes_per_second:.0f} MB/s, read {speed.read_megabytes_per_second:.0f} MB/s"
+    return Check("object store", node.address, ok=True, found=f"{found}, compare-and-swap holds")
 
 
 def _check_all_reduce(config: JobConfig, nodes: list[Node]) -> Check:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ app = typer.Typer()
 
 FIRST_SIGN_SECONDS = 10.0
 WATCH_SECONDS = 2.0
+INTERRUPTED = 130
 PROGRESS_SECONDS = 30.0
 SILENCE_SECONDS = 60.0
 PLAIN_WIDTH = 240
@@ -192,14 +194,24 @@ def _show_dry_run(config: JobConfig) -> None:
     from pathlib import Path
 
     from cluster.code_package import build_package, package_bytes
+    from cluster.demand import Demand
     from cluster.jobs import job_environment, job_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         count, size = package_bytes(build_package(config, Path(folder)))
-    typer.echo(f"{config.run.name}: would send {count} files, {size / 1e3:.0f} kB; nothing was sent")
-    typer.echo(f"  stages: {', '.join(config.stages)}; world sizes: {', '.join(map(str, config.world_sizes))}")
-    for key, value in {**job_metadata(config), **job_environment(config)}.items():
-        typer.echo(f"  {key}={value}")
+    demand, sizes = Demand.of(config), config.world_sizes
+    facts = {
+        "folder": f"{config.run.url.rstrip('/')}/{config.run.name}",
+        "stages": ", ".join(f"{stage} ({config.stage(stage).steps} steps)" for stage in config.stages),
+        "asks for": demand.described(sizes[-1]),
+        "at least": demand.described(sizes[0]),
+        "code": f"{count} files, {size / 1e3:.0f} kB",
+        "environment": " ".join(f"{key}={value}" for key, value in job_environment(config).items()),
+        "metadata": " ".join(f"{key}={value}" for key, value in job_metadata(config).items()),
+    }
+    typer.echo(f"{config.run.name}: the configuration is right; nothing was sent")
+    for name, fact in facts.items():
+        typer.echo(f"  {name:<12} {fact}")
 
 
 def _views(run: str | None, address: str | None) -> "list[RunView]":
@@ -243,14 +255,17 @@ def _watch(views: "Callable[[], list[RunView]]") -> "list[RunView]":
     from rich.live import Live
 
     now: list[RunView] = []
-    if sys.stdout.isatty():
-        with Live(refresh_per_second=2) as live:
+    lines = _Lines()
+    try:
+        with Live(refresh_per_second=2) if sys.stdout.isatty() else nullcontext() as live:
             for now in _until_over(views):
-                live.update(_rendered(now, one=len(now) == 1))
-    else:
-        lines = _Lines()
-        for now in _until_over(views):
-            lines.tell(now)
+                if live:
+                    live.update(_rendered(now, one=len(now) == 1))
+                else:
+                    lines.tell(now)
+    except KeyboardInterrupt:
+        typer.echo("no longer watching; what was at work goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     return now
 
 
