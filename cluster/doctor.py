@@ -33,20 +33,22 @@ PATTERNS = (
 REMOVED = "<removed>"
 
 
-def collect(run_url: str, store: ObjectStore, log: str, facts: dict[str, object], secrets: tuple[str, ...]) -> bytes:
+def collect(
+    run_url: str, store: ObjectStore, logs: dict[str, str], facts: dict[str, object], secrets: tuple[str, ...]
+) -> bytes:
     """Return the archive (tar.gz) of a run.
 
     Args:
         run_url: the run's folder.
         store: access to it.
-        log: the newest job's log; empty where there is no cluster.
-        facts: whatever else is known, such as the job and the nodes; becomes facts.json.
+        logs: log of each of its jobs, by the job's id; empty where there is no cluster.
+        facts: whatever else is known, such as the jobs and the nodes; becomes facts.json.
         secrets: names of variables whose values must not appear.
     """
     values = secret_values(secrets)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, text in _texts(run_url, store, log, facts):
+        for name, text in _texts(run_url, store, logs, facts):
             data = redact(text, values).encode()
             entry = tarfile.TarInfo(f"doctor/{name}")
             entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
@@ -82,12 +84,15 @@ def _without_secret(match: re.Match[str]) -> str:
     return match.group(0).replace(secret, REMOVED)
 
 
-def _texts(run_url: str, store: ObjectStore, log: str, facts: dict[str, object]) -> Iterator[tuple[str, str]]:
+def _texts(
+    run_url: str, store: ObjectStore, logs: dict[str, str], facts: dict[str, object]
+) -> Iterator[tuple[str, str]]:
     """Yield name and text of each file of the archive."""
     infos = list(store.list(run_url))
     yield "listing.txt", "".join(f"{info.size:>14} {info.url}\n" for info in infos)
     yield "facts.json", json.dumps({**facts, "versions_here": _versions()}, indent=1, default=str)
-    yield "job.log", log[-MAX_LOG_CHARACTERS:]
+    for job, log in logs.items():
+        yield f"jobs/{job}.log", log[-MAX_LOG_CHARACTERS:]
     for info in infos:
         if info.url.endswith(TEXT_SUFFIXES):
             yield "run" + info.url.removeprefix(run_url), _text_of(info, store)

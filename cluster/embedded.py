@@ -16,7 +16,7 @@ from typing import Any
 from cluster.auth import use_tokens
 from cluster.config import JobConfig
 from cluster.demand import Demand
-from cluster.logs import FORMAT_VARIABLE, PLAIN
+from cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
     use_tokens(create=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault(FORMAT_VARIABLE, PLAIN)  # the workers' lines come to this terminal
+    for variable, value in {FORMAT_VARIABLE: PLAIN, **QUIET}.items():  # the workers' lines come to this terminal
+        os.environ.setdefault(variable, value)
     ray = importlib.import_module("ray")
     folder = tempfile.mkdtemp(prefix="isthmus-r")
     try:

@@ -240,6 +240,8 @@ def _why(error: RayActorError) -> str:
     text = str(error)
     if isinstance(error, ActorUnavailableError):
         return "its process or node is gone (connection lost)"
+    if "connection error code" in text:
+        return "killed or crashed; the kernel's log on that host tells of memory"
     for marker in ("Worker exit detail:", "The actor is dead because"):
         if marker in text:
             return text.split(marker, 1)[1].strip().splitlines()[0].split(". ")[0]

@@ -29,6 +29,7 @@ from cluster.auth import MODE_VARIABLE, TOKEN_REMEDY, read_token, use_tokens
 from cluster.code_package import CONFIG_NAME, build_package
 from cluster.config import JobConfig
 from cluster.errors import ClusterError
+from cluster.logs import QUIET
 from data_pipeline.config import StoreConfig
 from data_pipeline.object_store import join
 
@@ -78,6 +79,8 @@ class Jobs:
         self.address = dashboard_url(address)
         use_tokens(create=False)
         check_reachable(self.address)
+        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         self._client = JobSubmissionClient(self.address)
 
     def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
@@ -247,6 +250,7 @@ def job_environment(config: JobConfig) -> dict[str, str]:
         "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
+        **QUIET,
         secret_names.VARIABLE: ",".join(present),
     }
 

@@ -12,6 +12,9 @@ PLACE_KEYS = ("run", "stage", "step", "rank", "node")
 
 FORMAT_VARIABLE, PLAIN = "ISTHMUS_LOGS", "plain"
 
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Environment of a run's processes: progress bars and reports of libraries have no place in a log."""
+
 _place: dict[str, Any] = {}
 
 

@@ -53,10 +53,10 @@ def details(view: RunView) -> Table:
     found = Table(box=None, pad_edge=False, show_header=False)
     found.add_column(no_wrap=True)
     found.add_column(overflow="fold")
-    job = f" as job {view.job.id}" if view.job else ""
+    job = f"  job {view.job.id}" if view.job else ""
     found.add_row(view.run, _state(view) + Text(f"{job}  {view.url}"))
     if why := _why(view):
-        found.add_row("  why", why)
+        found.add_row("  note", why)
     for name, text in _facts(view.status) if view.status else ():
         found.add_row(f"  {name}", text)
     for restart in view.status.restarts[-RESTARTS_SHOWN:] if view.status else ():
@@ -72,14 +72,15 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
         share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
         yield "progress", f"{status.stage}, step {_progress(status)}{share}" + (f", {left} left" if left else "")
     yield "workers", f"{status.world_size or 'none'}" + (f", attempt {status.attempt}" if status.attempt else "")
-    if "samples_per_second" in figures:
+    is_training = status.state in (RunState.RUNNING, RunState.STOPPING)
+    if is_training and "samples_per_second" in figures:
         wait = f", {figures['data_wait_fraction']:.0%} waiting for data" if "data_wait_fraction" in figures else ""
         yield "speed", f"{figures['samples_per_second']:.1f} images/s, {figures['seconds_per_step']:.2f} s a step{wait}"
     if "goodput" in figures:
         yield "goodput", f"{figures['goodput']:.1%} of all time spent on steps that count"
     saved = "none yet" if status.committed_step is None else f"step {status.committed_step}"
     age = figures.get("checkpoint_age_seconds")
-    if age is not None and status.state is RunState.RUNNING:
+    if age is not None and is_training:
         saved += f", {_seconds(age + time.time() - status.updated_at)} ago"
     yield "checkpoint", saved
     lost = sum(restart.lost_steps or 0 for restart in status.restarts)

@@ -98,7 +98,7 @@ class Supervisor:
         self._num_attempts += 1
         placed_at = time.monotonic()
         self._board.update(RunState.STARTING, world_size=group.world_size, attempt=self._num_attempts, message="")
-        logger.info("attempt %d: %d workers on %d nodes", self._num_attempts, group.world_size, len(group.node_ids))
+        logger.info("attempt %d: world size %d, nodes: %d", self._num_attempts, group.world_size, len(group.node_ids))
         if self._recovery:
             self._recovery.mark("place")
         cluster = self._config.cluster

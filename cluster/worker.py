@@ -12,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,6 @@ from trainer.context import Rank, StopReason
 
 logger = logging.getLogger(__name__)
 
-QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Progress bars and reports of libraries have no place in a job's log; the environment may say otherwise."""
 CONCURRENT_CALLS = 4
 """One for `run`, the rest for short answers."""
 
@@ -143,8 +142,7 @@ class TrainWorker:
         self._early_stop: StopReason | None = None
         if not config.cluster.workers.gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        for variable, value in QUIET.items():
-            os.environ.setdefault(variable, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         faulthandler.enable()
         use_json_logs(run=config.run.name)
         watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))
@@ -169,7 +167,7 @@ class TrainWorker:
             rank, Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
         )
         self._context = context
-        logger.info("rank %d of %d begins: pid %d on %s", rank.rank, rank.world_size, os.getpid(), socket.gethostname())
+        logger.info("begins as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
         if self._early_stop:
             context.request_stop(self._early_stop)
         _set_environment(assignment)

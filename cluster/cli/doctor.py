@@ -1,5 +1,6 @@
 """`isthmus doctor`: one archive with what is needed to understand a run."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,18 +23,20 @@ def doctor(
     from data_pipeline.object_store import ObjectStore
 
     facts: dict[str, Any] = {}
-    log = ""
+    logs: dict[str, str] = {}
     if is_url(run):
         url, store = run.rstrip("/"), ObjectStore()
     else:
         jobs = open_jobs(address)
         job = jobs.latest(run)
-        url, store, log = job.run_url, ObjectStore(job.store), jobs.logs(job)
-        facts = {"address": jobs.address, "jobs": jobs.of_run(run), "nodes": jobs.nodes()}
+        url, store = job.run_url, ObjectStore(job.store)
+        known = jobs.of_run(run)
+        logs = {job.id: jobs.logs(job) for job in known}
+        facts = {"address": jobs.address, "jobs": [asdict(job) for job in known], "nodes": jobs.nodes()}
     config = stored_config(url, store)
     path = out or Path(f"{config.run.name}-doctor.tar.gz")
     try:
-        write_private(path, collect(url, store, log, facts, config.cluster.secrets))
+        write_private(path, collect(url, store, logs, facts, config.cluster.secrets))
     except OSError as error:
         raise ClusterError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
     typer.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB; look through it before you pass it on")

@@ -215,7 +215,8 @@ def test_doctor_collects_a_run_without_secrets(operator, tmp_path):
     assert result.exit_code == 0, result
     with tarfile.open(out) as archive:
         files = {entry.name: archive.extractfile(entry).read().decode() for entry in archive}
-    assert {"doctor/job.log", "doctor/facts.json", "doctor/run/config.yaml", "doctor/run/status.json"} <= set(files)
+    logs = {f"doctor/jobs/disturbed-{number}.log" for number in (1, 2, 3)}
+    assert {*logs, "doctor/facts.json", "doctor/run/config.yaml", "doctor/run/status.json"} <= set(files)
     facts = json.loads(files["doctor/facts.json"])
     assert len(facts["nodes"]) == 3
     text = "".join(files.values())

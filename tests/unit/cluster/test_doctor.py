@@ -35,17 +35,19 @@ def unpack(data):
 
 
 def test_archive_holds_text_and_lists_the_rest(run_url):
-    files = unpack(doctor.collect(run_url, ObjectStore(), "log line\n", {"address": "http://head:8265"}, ()))
+    files = unpack(
+        doctor.collect(run_url, ObjectStore(), {"demo-1": "log line\n"}, {"address": "http://head:8265"}, ())
+    )
     assert files["doctor/run/config.yaml"] == "run: {name: demo}\n"
     assert files["doctor/run/stage1/stacks/rank-00000-1.txt"].startswith("File")
-    assert files["doctor/job.log"] == "log line\n"
+    assert files["doctor/jobs/demo-1.log"] == "log line\n"
     assert '"torch": ' in files["doctor/facts.json"]
     assert not [name for name in files if "safetensors" in name or "tensorboard" in name]
     assert join(run_url, "stage1/checkpoints/step-000000010/part.safetensors") in files["doctor/listing.txt"]
 
 
 def test_a_long_file_is_cut_at_its_beginning(run_url):
-    text = unpack(doctor.collect(run_url, ObjectStore(), "", {}, ()))["doctor/run/stage1/metrics.jsonl"]
+    text = unpack(doctor.collect(run_url, ObjectStore(), {}, {}, ()))["doctor/run/stage1/metrics.jsonl"]
     assert text.startswith("... 10 bytes left out ...\n")
 
 
@@ -58,7 +60,9 @@ def test_no_secret_leaves(run_url, monkeypatch, tmp_path):
         "https://b.s3/k?X-Amz-Signature=0123456789abcdef&a=b\nhttp://user:hunter22@proxy\n"
         'other_api_key: "zzzzzzzzzzzz"\nloss 0.5 at step 3\n'
     )
-    text = "\n".join(unpack(doctor.collect(run_url, ObjectStore(), log, {}, ("AWS_SECRET_ACCESS_KEY",))).values())
+    text = "\n".join(
+        unpack(doctor.collect(run_url, ObjectStore(), {"demo-1": log}, {}, ("AWS_SECRET_ACCESS_KEY",))).values()
+    )
     for secret in (SECRET, "AKIAIOSFODNN7EXAMPLE", "f" * 64, "0123456789abcdef", "hunter22", "zzzzzzzzzzzz"):
         assert secret not in text
     assert "loss 0.5 at step 3" in text

@@ -127,7 +127,7 @@ def test_details_show_progress_and_what_restarts_cost():
     )
     text = rendered(details(view(known, job())))
     for words in (
-        "running as job demo-1  s3://b/runs/demo",
+        "running  job demo-1  s3://b/runs/demo",
         "stage1, step 20/100 (20%), 0:00:40 left",
         "32.0 images/s, 0.50 s a step, 4% waiting for data",
         "90.0%",
