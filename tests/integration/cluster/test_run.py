@@ -24,7 +24,7 @@ from tests.seaweed import BUCKET
 from trainer.checkpoint_reader import committed
 from trainer.config_io import load_config, to_yaml
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 LIMIT = 120.0
 STEPS = 160
 """Long enough for every disturbance on a quick machine."""
