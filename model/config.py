@@ -91,6 +91,8 @@ class Stage1LossConfig(Config):
     """Weight of image-grounded text generation."""
     itc_grad: Literal["anchor", "full"] = "anchor"
     """anchor: the key side carries no gradient, as in the original code. full: both sides do."""
+    match_equal_texts: bool = False
+    """Rows with equal texts match, as rows of one image do. Off, as in the original: they are negatives."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Smoothing of the ITC and ITG targets."""
     temperature_init: float = Field(0.07, gt=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.config import Stage1LossConfig
 from model.exchange import Exchange
-from model.losses import contrastive_loss, image_text_similarity, same_image, text_image_similarity
+from model.losses import contrastive_loss, image_text_similarity, same_identity, text_image_similarity
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GlobalFeatures:
     text_NE: Tensor
     rows_N: Tensor
     positive_BN: Tensor
-    """bool; same image as this rank's row."""
+    """bool; matches this rank's row: the same image, or the same text where texts have identities."""
     own_B: Tensor
     """Columns of this rank's rows."""
     place_N: Tensor
@@ -43,21 +43,26 @@ class Contrast:
 
 
 def gather_features(
-    exchange: Exchange, rows_B: Tensor, image_ids_B: Tensor | None, image_BQE: Tensor, text_BE: Tensor
+    exchange: Exchange,
+    rows_B: Tensor,
+    image_ids_B: Tensor | None,
+    text_ids_B: Tensor | None,
+    image_BQE: Tensor,
+    text_BE: Tensor,
 ) -> GlobalFeatures:
-    """Bring the features of all ranks together. Without image ids every row is its own image."""
-    labels_B2 = torch.stack([rows_B, rows_B if image_ids_B is None else image_ids_B], dim=1)
-    labels_N2 = exchange.all_gather(labels_B2)
+    """Bring the features of all ranks together. Without ids every row is its own image, or text."""
+    labels_B3 = torch.stack([rows_B if x is None else x for x in (rows_B, image_ids_B, text_ids_B)], dim=1)
+    labels_N3 = exchange.all_gather(labels_B3)
     features_ND = exchange.all_gather(torch.cat([image_BQE.flatten(1), text_BE], dim=1))
-    place_N = labels_N2[:, 0].argsort()
-    rows_N, ids_N = labels_N2[place_N].unbind(1)
+    place_N = labels_N3[:, 0].argsort()
+    rows_N, image_ids_N, text_ids_N = labels_N3[place_N].unbind(1)
     image_width = image_BQE.shape[1] * image_BQE.shape[2]
     image_ND, text_NE = torch.split(features_ND[place_N], [image_width, text_BE.shape[1]], dim=1)
     return GlobalFeatures(
         image_NQE=image_ND.reshape(-1, *image_BQE.shape[1:]),
         text_NE=text_NE,
         rows_N=rows_N,
-        positive_BN=same_image(labels_B2[:, 1], ids_N),
+        positive_BN=same_identity(labels_B3[:, 1], image_ids_N) | same_identity(labels_B3[:, 2], text_ids_N),
         own_B=torch.searchsorted(rows_N.contiguous(), rows_B),
         place_N=place_N,
     )

@@ -54,9 +54,15 @@ def text_image_similarity(image_BQE: Tensor, text_NE: Tensor) -> Tensor:
     return similarity_BQN.amax(dim=1)
 
 
-def same_image(own_B: Tensor, all_N: Tensor) -> Tensor:
+def same_identity(own_B: Tensor, all_N: Tensor) -> Tensor:
     """Return where the identities are equal, bool B, N."""
     return own_B[:, None] == all_N[None, :]
+
+
+def text_identity(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return a 64-bit hash of each text's tokens, whatever its padding."""
+    places_T = _mix(torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device))
+    return (_mix(ids_BT.long() ^ places_T) * mask_BT.long()).sum(dim=1)
 
 
 def contrastive_loss(logits_BN: Tensor, positive_BN: Tensor, smoothing: float) -> Tensor:

@@ -19,7 +19,7 @@ from model.contrast import Contrast, GlobalFeatures, contrast_step, gather_featu
 from model.early_backward import CutMemory
 from model.exchange import Exchange
 from model.layers import ImageMemory, KeysValues
-from model.losses import LossOutput, NegativeDraw, generation_loss, matching_loss
+from model.losses import LossOutput, NegativeDraw, generation_loss, matching_loss, text_identity
 from model.qformer import QueryStates
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Negatives:
     text_B: Tensor
     """Column of the negative text of each image; its own column where there is none."""
     has_any_B: Tensor
-    """bool; False: all other rows show the same image, so the row's negative pairs do not count."""
+    """bool; False: all other rows match this one, so the row's negative pairs do not count."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,18 @@ class Stage1Step:
         image_BQE = torch.cat([x.image_BQE.detach() for x in encoded])
         text_BE = torch.cat([x.text_BE.detach() for x in encoded])
         rows_B = torch.cat([part.rows_B for part in parts])
-        ids = [part.image_ids_B for part in parts if part.image_ids_B is not None]
+        image_ids = [part.image_ids_B for part in parts if part.image_ids_B is not None]
+        match_texts = self._model.config.match_equal_texts
+        text_ids = [text_identity(part.input_ids_BT, part.attention_mask_BT) for part in parts if match_texts]
         with torch.autocast(image_BQE.device.type, enabled=False):
-            features = gather_features(self._exchange, rows_B, torch.cat(ids) if ids else None, image_BQE, text_BE)
+            features = gather_features(
+                self._exchange,
+                rows_B,
+                torch.cat(image_ids) if image_ids else None,
+                torch.cat(text_ids) if text_ids else None,
+                image_BQE,
+                text_BE,
+            )
             contrast = contrast_step(
                 features,
                 image_BQE,

@@ -68,7 +68,7 @@ def test_only_chosen_negatives_cross_ranks():
     sizes = reference.config
     image_bytes = sizes["vision_tokens"] * sizes["vision_width"] * 4
     text_bytes = 2 * sizes["text_length"] * 8
-    features = 9 * ((sizes["num_query_tokens"] + 1) * sizes["projection_dim"] * 4 + 2 * 8)
+    features = 9 * ((sizes["num_query_tokens"] + 1) * sizes["projection_dim"] * 4 + 3 * 8)
     outputs = run_ranks(traffic, 4, str(FOLDER))
     for found in outputs:
         assert found["all_gather"] == features

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.losses import NegativeDraw, contrastive_loss, draw_negatives
+from model.losses import NegativeDraw, contrastive_loss, draw_negatives, text_identity
 
 pytestmark = pytest.mark.unit
 
@@ -50,3 +50,11 @@ def test_draw_depends_on_global_rows_not_on_their_split_or_order():
 def test_draw_changes_with_its_place_in_the_run(other):
     scores, rows = torch.zeros(50, 50), torch.arange(50)
     assert (_draw(scores, rows, rows) != _draw(scores, rows, rows, **other)).float().mean() > 0.8
+
+
+def test_texts_are_one_when_their_tokens_are_whatever_the_padding():
+    ids = torch.tensor([[7, 8, 9, 0], [7, 8, 9, 5], [7, 9, 8, 0], [7, 8, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
+    found = text_identity(ids, mask)
+    assert found[0] == found[1] == text_identity(ids[:1, :3], mask[:1, :3])[0]
+    assert len(set(found.tolist())) == 3

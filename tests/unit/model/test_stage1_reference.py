@@ -86,6 +86,21 @@ def test_micro_batches_change_nothing(size, itc_grad):
     assert max(difference(found, expected)) < TOLERANCE
 
 
+def test_equal_texts_match_where_that_is_asked_for():
+    inputs = reference.rows()
+    inputs.input_ids_BT[3], inputs.attention_mask_BT[3] = inputs.input_ids_BT[1], inputs.attention_mask_BT[1]
+    pairs = torch.tensor([0, 1, 2, 1, 4, 5])
+    chosen = []
+    for match, image_ids in ((True, None), (False, pairs), (False, None)):
+        model = reference.model(match_equal_texts=match)
+        choose = model.choose_negatives
+        model.choose_negatives = lambda draw, choose=choose: chosen.append(draw.scores_BN) or choose(draw)
+        in_double_run(model, replace(inputs, image_ids_B=image_ids), 6)
+    for found, as_one_image, apart in zip(chosen[:2], chosen[2:4], chosen[4:], strict=True):
+        assert found[1, 3] == found[3, 1] == -torch.inf < apart[1, 3]
+        assert torch.equal(found, as_one_image)
+
+
 def test_holes_take_no_part():
     inputs = reference.rows()
     expected = in_double_run(reference.model(), inputs.at(torch.tensor([0, 2, 3, 5])), 6)
