@@ -17,7 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.object_store import AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
 from trainer.config import TrainConfig
 from trainer.config_changes import check_changes
-from trainer.config_io import config_hash, parse_yaml, to_yaml
+from trainer.config_io import check_config, config_hash, parse_yaml, to_yaml
 from trainer.errors import ConfigError, TrainerError
 from trainer.interval import DEFAULT_SECONDS_BETWEEN_FAILURES
 from trainer.lease import BEAT_SECONDS, Lease, check_token
@@ -206,7 +206,16 @@ def _check_config(config: TrainConfig, store: ObjectStore, url: str, allow_chang
     except UnicodeDecodeError as error:
         raise ConfigError(f"{config_url}: is damaged ({error}); restore it from a copy") from error
     new = parse_yaml(to_yaml(config), config_url)
-    return list(check_changes(parse_yaml(stored, config_url), new, allow_change, config_url))
+    old = _completed(parse_yaml(stored, config_url), type(config), config_url)
+    return list(check_changes(old, new, allow_change, config_url))
+
+
+def _completed(stored: dict[str, Any], kind: type[TrainConfig], url: str) -> dict[str, Any]:
+    """Give keys that the release before did not know their defaults, under which a run goes on as it was."""
+    try:
+        return parse_yaml(to_yaml(check_config(stored, kind, url)), url)
+    except ConfigError:  # it has keys that this release does not know; the comparison names them
+        return stored
 
 
 def _update(

@@ -130,6 +130,20 @@ def test_what_does_not_change_training_may_change(tmp_path, changes):
     run.close()
 
 
+def test_a_run_of_an_older_release_lacks_new_keys_and_goes_on(tmp_path):
+    open_run(tmp_path).close()
+    stored = tmp_path / "night" / "config.yaml"
+    lines = stored.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "label_smoothing" not in line and "wandb_project" not in line]
+    assert len(older) == len(lines) - 2
+    stored.write_text("".join(older))
+    open_run(tmp_path).close()
+    assert stored.read_text() == "".join(lines)
+    stored.write_text("".join(older) + "of_another_release: 1\n")
+    with pytest.raises(ConfigError, match="of_another_release"):
+        open_run(tmp_path)
+
+
 def test_allow_change(tmp_path):
     open_run(tmp_path).close()
     open_run(tmp_path, allow_change=("stage1.steps",), stage1__steps=9).close()
