@@ -18,6 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary as _summary
 
+from trainer.errors import TrainerError
 from trainer.mirror import Mirror
 
 MAX_EVENT_FILE_BYTES = 8 << 20
@@ -153,9 +154,28 @@ class WandbSink:
     """Weights & Biases (extra `wandb`): one W&B run per stage, continued by its id."""
 
     def __init__(self, project: str, run_name: str, stage: str, config: Mapping[str, Any]) -> None:
-        self._wandb = importlib.import_module("wandb")
+        """Begin or continue.
+
+        Raises:
+            TrainerError: wandb is not installed, or does not know who you are.
+        """
+        try:
+            self._wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise TrainerError(
+                "logging.wandb_project is set, but the package wandb is not installed; pip install 'isthmus[wandb]', "
+                "or set logging.wandb_project to null"
+            ) from error
         identity = f"{run_name}-{stage}"
-        self._run = self._wandb.init(project=project, id=identity, name=identity, resume="allow", config=dict(config))
+        try:
+            self._run = self._wandb.init(
+                project=project, id=identity, name=identity, resume="allow", config=dict(config)
+            )
+        except self._wandb.Error as error:
+            raise TrainerError(
+                f"logging.wandb_project: W&B refused to begin: {error}; set WANDB_API_KEY, or WANDB_MODE=offline, or "
+                "logging.wandb_project to null"
+            ) from error
 
     def write(self, at: Position, values: Mapping[str, float]) -> None:
         """Log figures; W&B keeps the first record of a step that is done again."""

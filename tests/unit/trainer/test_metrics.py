@@ -1,6 +1,7 @@
 """Records land in the run folder, local or remote, and a resumed run goes on without gaps or doubled steps."""
 
 import json
+import sys
 
 import boto3
 import numpy as np
@@ -11,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipeline.config import StoreConfig
 from data_pipeline.object_store import ObjectStore
 from trainer import metrics
-from trainer.metrics import JsonlSink, Position, TensorBoardSink, read_jsonl
+from trainer.errors import TrainerError
+from trainer.metrics import JsonlSink, Position, TensorBoardSink, WandbSink, read_jsonl
 from trainer.mirror import Mirror
 
 pytestmark = pytest.mark.unit
@@ -118,3 +120,9 @@ def test_pictures_land_in_tensorboard(place, tmp_path):
     _, events = read_back(url, store, tmp_path / "copy")
     (image,) = events.Images("samples")
     assert (image.height, image.width, image.step) == (8, 6, 1)
+
+
+def test_weights_and_biases_without_its_package_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainerError, match=r"logging.wandb_project.*isthmus\[wandb\]"):
+        WandbSink("project", "run", "stage1", {})
