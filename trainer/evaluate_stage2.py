@@ -23,23 +23,25 @@ def evaluate_captions(
     encoder: LanguageEncoder,
     batches: Iterable[Batch],
     images_of: Callable[[Batch], Any],
-    losses_of: Callable[[Batch], dict[str, float]],
+    losses_of: Callable[[Batch], tuple[dict[str, float], float]],
     config: EvaluationConfig,
     beat: Callable[[], None],
 ) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
     """Return `eval/cider_d`, `eval/bleu4`, `eval/exact` and mean losses, pictures, texts per sample, examples.
 
-    Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
+    `losses_of` returns means over a global batch's target tokens, and how many these are; returned are the means over
+    all. Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
     """
     decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
     texts: list[dict[str, str]] = []
     shown: list[Picture] = []
     attention: Picture | None = None
-    losses: Counter[str] = Counter()
-    num_batches = 0
+    losses: Counter[str] = Counter()  # sums over tokens
+    num_tokens = 0.0
     for batch in batches:
-        num_batches += 1
-        losses.update(losses_of(batch))
+        means, tokens = losses_of(batch)
+        losses.update({name: mean * tokens for name, mean in means.items()})
+        num_tokens += tokens
         images_BCHW = images_of(batch)
         generated = caption(model, encoder, images_BCHW, decoding=decoding)
         beat()
@@ -58,7 +60,7 @@ def evaluate_captions(
     kept = {name: picture for name, picture in pictures.items() if picture is not None}
     examples = Examples([Example(i) for i in range(len(shown))], {i: thumbnail(shown[i]) for i in range(len(shown))})
     figures = {f"eval/{name}": value for name, value in scores.items()}
-    figures |= {f"eval/{name}": total / num_batches for name, total in losses.items()}
+    figures |= {f"eval/{name}": total / max(num_tokens, 1) for name, total in losses.items()}
     return figures, kept, texts, examples
 
 

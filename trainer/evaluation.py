@@ -6,8 +6,8 @@ from data_pipeline.loader import Loader, open_loader
 from data_pipeline.object_store import ObjectStore
 from trainer.config import EvaluationConfig
 from trainer.context import Rank
-from trainer.engine import Engine
 from trainer.goodput import Activity
+from trainer.precision import Precision
 from trainer.task import Measured, Task
 from trainer.watch import Watch
 
@@ -17,7 +17,7 @@ NOTHING = Measured({}, {}, [])
 class Evaluation:
     """Runs a task's evaluation on the configured held-out data; without any, it is never due and measures nothing."""
 
-    def __init__(self, task: Task, engine: Engine, config: EvaluationConfig, loader: Loader | None) -> None:
+    def __init__(self, task: Task, engine: Precision, config: EvaluationConfig, loader: Loader | None) -> None:
         self._task, self._engine, self._config, self._loader = task, engine, config, loader
 
     def due(self, step: int) -> bool:

@@ -9,23 +9,30 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from data_pipeline.batch import TextEncoder
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.object_store import ObjectStore, join
 from data_pipeline.transforms import decode_image, resize_square
+from model.assemble import load_captioner
+from model.exchange import LocalExchange
 from model.generate import answer, evaluating
 from model.tokenize import LanguageEncoder
-from trainer.build import Parts, build_parts
+from trainer.build import build_parts
 from trainer.captioning_scores import exact_match
 from trainer.checkpoint_reader import committed
-from trainer.config import StageName, TrainConfig
-from trainer.context import LocalContext
-from trainer.engine import Engine, build_engine
+from trainer.config import EvaluationConfig, StageName, TrainConfig
+from trainer.context import LocalContext, Rank
+from trainer.engine import build_engine
 from trainer.errors import TrainerError
 from trainer.evaluation import Evaluation, held_out_loader
+from trainer.folders import local_folder
 from trainer.local import process_group
 from trainer.pictures import sample_grid, to_png
-from trainer.task import Measured, standardised
+from trainer.precision import Precision, Unscaled
+from trainer.process_group import device_of
+from trainer.task import Measured, Stage2Task, Task, standardised
 
-QUESTIONS_AT_A_TIME = 16
+QUESTIONS_AT_A_TIME = EXPORT_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,21 @@ class Report:
         """Return lines of text."""
         lines = [f"  {name.removeprefix('eval/'):<14}{value:8.3f}" for name, value in self.figures.items()]
         return "\n".join([f"{self.checkpoint} on {self.data}", *lines])
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, and with what."""
+
+    url: str
+    """Of the checkpoint or export."""
+    task: Task
+    encoder: TextEncoder
+    engine: Precision
+    data: DataConfig
+    """How images are read; its sources are not."""
+    evaluation: EvaluationConfig
+    batch_size: int
 
 
 def evaluate_run(
@@ -70,22 +92,43 @@ def evaluate_run(
         engine = build_engine(parts.task.model, config.stage(name), config, context)
         stack.callback(engine.close)
         engine.restore(saved, saved.step)
-        if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
-            measured = _ask(parts, engine, config, data, store)
-        else:
-            evaluation = config.evaluation.model_copy(update={"num_samples": num_samples} if num_samples else {})
-            loader = held_out_loader(
-                data,
-                config.data,
-                store,
-                parts.encoder,
-                image_size_pixels=config.model.vision.image_size_pixels,
-                global_batch_size=config.stage(name).global_batch_size,
-                rank=context.rank,
-            )
-            stack.enter_context(closing(loader))
-            measured = Evaluation(parts.task, engine, evaluation, loader).measure()
-    report = Report(saved.url, data, measured.figures)
+        batch_size = config.stage(name).global_batch_size
+        subject = _Subject(saved.url, parts.task, parts.encoder, engine, config.data, config.evaluation, batch_size)
+        return _report(subject, data, out, store, context.rank, num_samples)
+
+
+def evaluate_export(url: str, data: str, out: Path, *, num_samples: int | None) -> Report:
+    """Measure a stage-2 export, or what `isthmus import` made of a published model, as `evaluate_run` does a run.
+
+    Raises:
+        ModelError: the folder is no export of stage 2.
+    """
+    store, alone = ObjectStore(), Rank(0, 1)
+    model, encoder = load_captioner(local_folder(url, store))
+    device = device_of(alone)
+    task = Stage2Task(model.to(device), encoder, LocalExchange(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
+    plain = DataConfig(sources=(SourceConfig(manifest=data),), lanes=1)
+    subject = _Subject(url, task, encoder, Unscaled(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
+    return _report(subject, data, out, store, alone, num_samples)
+
+
+def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: Rank, num_samples: int | None) -> Report:
+    if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
+        measured = _ask(subject, data, store)
+    else:
+        evaluation = subject.evaluation.model_copy(update={"num_samples": num_samples} if num_samples else {})
+        loader = held_out_loader(
+            data,
+            subject.data,
+            store,
+            subject.encoder,
+            image_size_pixels=_side(subject),
+            global_batch_size=subject.batch_size,
+            rank=rank,
+        )
+        with closing(loader):
+            measured = Evaluation(subject.task, subject.engine, evaluation, loader).measure()
+    report = Report(subject.url, data, measured.figures)
     _write(report, measured, out)
     return report
 
@@ -100,22 +143,26 @@ def _newest(config: TrainConfig, run_url: str, store: ObjectStore, stage: StageN
     )
 
 
-def _ask(parts: Parts, engine: Engine, config: TrainConfig, data: str, store: ObjectStore) -> Measured:
+def _side(subject: _Subject) -> int:
+    side: int = subject.task.model.vision.config.image_size_pixels
+    return side
+
+
+def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
     """Answer the questions of a file: one object per line with image (path beside the file), question, answers."""
-    if parts.task.name != "stage2":
+    if subject.task.name != "stage2":
         raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
     lines = [json.loads(line) for line in store.get(data).decode().splitlines() if line.strip()]
     folder = data.rpartition("/")[0] or "."
-    side = config.model.vision.image_size_pixels
-    model, encoder = parts.task.model, cast(LanguageEncoder, parts.encoder)
+    model, encoder = subject.task.model, cast(LanguageEncoder, subject.encoder)
     answers: list[str] = []
     shown: list[Any] = []
-    with engine.autocast(), evaluating(model):
+    with subject.engine.autocast(), evaluating(model):
         for start in range(0, len(lines), QUESTIONS_AT_A_TIME):
             part = lines[start : start + QUESTIONS_AT_A_TIME]
-            images = [_square(store.get(join(folder, line["image"])), side, config) for line in part]
+            images = [_square(store.get(join(folder, line["image"])), subject) for line in part]
             shown += [image.transpose(1, 2, 0) for image in images[: 16 - len(shown)]]
-            pixels_BCHW = torch.from_numpy(np.stack(images)).to(engine.device)
+            pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.engine.device)
             images_BCHW = standardised(pixels_BCHW, model.vision)
             answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
     accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
@@ -127,10 +174,10 @@ def _ask(parts: Parts, engine: Engine, config: TrainConfig, data: str, store: Ob
     return Measured({"eval/vqa_exact": exact_match(answers, accepted)}, {"samples": grid}, texts)
 
 
-def _square(data: bytes, side: int, config: TrainConfig) -> Any:
+def _square(data: bytes, subject: _Subject) -> Any:
     """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [3, side, side]."""
-    image = decode_image(data, config.data.max_image_pixels)
-    return resize_square(image, (0, 0, *image.shape[:2]), side)
+    image = decode_image(data, subject.data.max_image_pixels)
+    return resize_square(image, (0, 0, *image.shape[:2]), _side(subject))
 
 
 def _write(report: Report, measured: Measured, out: Path) -> None:

@@ -20,6 +20,7 @@ from trainer.engine import Engine
 from trainer.evaluate_stage1 import RetrievalEvaluation
 from trainer.evaluate_stage2 import evaluate_captions, first_samples
 from trainer.metrics import Pictures
+from trainer.precision import Precision
 from trainer.samples import Examples
 from trainer.seeds import seed_step, stage_seed
 
@@ -58,7 +59,7 @@ class Task(Protocol):
         """Compute losses and gradients of a step and forget them. Collective."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+    def evaluate(self, batches: Iterable[Batch], engine: Precision, config: EvaluationConfig, beat: Beat) -> Measured:
         """Measure on held-out batches. Collective; figures and pictures are complete on rank 0."""
         ...
 
@@ -122,7 +123,7 @@ class Stage1Task(_StageTask):
             image_ids_B=batch.image_ids_B.to(device),
         )
 
-    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+    def evaluate(self, batches: Iterable[Batch], engine: Precision, config: EvaluationConfig, beat: Beat) -> Measured:
         """Measure retrieval: recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
         with engine.autocast(), evaluating(self.model):
             return Measured(*RetrievalEvaluation(self.model, self._exchange, config, beat).run(batches, self.inputs))
@@ -150,7 +151,7 @@ class Stage2Task(_StageTask):
             rows_B=batch.rows_B.to(device),
         )
 
-    def evaluate(self, batches: Iterable[Batch], engine: Engine, config: EvaluationConfig, beat: Beat) -> Measured:
+    def evaluate(self, batches: Iterable[Batch], engine: Precision, config: EvaluationConfig, beat: Beat) -> Measured:
         """Measure captions: CIDEr-D, BLEU-4, the share that is exactly right, and what the image does for the loss.
 
         `eval/loss` is the loss with each caption's own image, `eval/loss_wrong_image` with its neighbour's: the
@@ -166,14 +167,16 @@ class Stage2Task(_StageTask):
                 *evaluate_captions(self.model, self._encoder, few, images_of, self._held_out_losses, config, beat)
             )
 
-    def _held_out_losses(self, batch: Batch) -> dict[str, float]:
+    def _held_out_losses(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """Return the means over the global batch's target tokens, without gradient, and the number of these."""
         inputs = self.inputs(batch)
         assert inputs.images_BCHW is not None
         swapped = replace(inputs, images_BCHW=inputs.images_BCHW.roll(1, dims=0))
-        return {"loss": self._loss(inputs), "loss_wrong_image": self._loss(swapped)}
+        right, wrong = self._losses(inputs), self._losses(swapped)
+        means = {"loss": float(right.total), "loss_wrong_image": float(wrong.total)}
+        return means, float(right.metrics["target_tokens"])
 
-    def _loss(self, inputs: Stage2Inputs) -> float:
-        """Return the mean over the global batch's tokens, without gradient."""
+    def _losses(self, inputs: Stage2Inputs) -> LossOutput:
         output: LossOutput = self.model.loss_and_backward(
             inputs,
             seed=0,
@@ -182,7 +185,7 @@ class Stage2Task(_StageTask):
             exchange=self._exchange,
             backward=None,
         )
-        return float(output.total)
+        return output
 
 
 def backward_beside(loss: Tensor, parameters: Iterable[Tensor]) -> None:

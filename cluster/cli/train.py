@@ -35,7 +35,9 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run (local or s3://).")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run or of a stage-2 export (local or s3://).")
+    ],
     data: Annotated[str, typer.Argument(help="Manifest of held-out pairs, or a .jsonl of questions about images.")],
     out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
     stage: Annotated[
@@ -45,15 +47,21 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint."""
-    from data_pipeline.object_store import ObjectStore, join
+    """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
+    from data_pipeline.object_store import NotFoundError, ObjectStore, join
     from trainer.config_io import check_config, parse_yaml
-    from trainer.report import evaluate_run
+    from trainer.report import evaluate_export, evaluate_run
 
     log_to_terminal(logging.WARNING)
-    url = join(run.rstrip("/"), "config.yaml")
-    config = check_config(parse_yaml(ObjectStore().get(url).decode(), url), JobConfig, url)
-    report = evaluate_run(config, run.rstrip("/"), data, out, stage=stage, num_samples=num_samples)
+    folder = run.rstrip("/")
+    url = join(folder, "config.yaml")
+    try:
+        text = ObjectStore().get(url).decode()
+    except NotFoundError:
+        report = evaluate_export(folder, data, out, num_samples=num_samples)
+    else:
+        config = check_config(parse_yaml(text, url), JobConfig, url)
+        report = evaluate_run(config, folder, data, out, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
     typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
 

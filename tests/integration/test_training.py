@@ -20,8 +20,10 @@ from tests.ranks import run_ranks
 from trainer.checkpoint_reader import committed
 from trainer.config_io import load_config
 from trainer.context import LocalContext, Outcome, StopReason
+from trainer.export import export_run
 from trainer.local import train_here
 from trainer.metrics import read_jsonl
+from trainer.run_store import RunStore
 from trainer.strikes import NonFiniteError
 from trainer.task import Stage1Task
 
@@ -76,8 +78,29 @@ def train_stopped_and_resumed(rank, world_size, assets, folder):
 
 def prove_alone(rank, world_size, assets, folder):
     result = train_stopped_and_resumed(rank, world_size, assets, folder)
-    arguments = ["eval", str(folder / "whole/tiny"), str(assets / "questions.jsonl"), "--out", str(folder / "answers")]
-    return *result, CliRunner().invoke(app, arguments).output
+    run, pairs = str(folder / "whole/tiny"), str(assets / "held-out")
+    answered = command("eval", run, str(assets / "questions.jsonl"), "--out", str(folder / "answers"))
+    export = export_of(configure(assets, folder / "whole"))
+    figures = [
+        json.loads(command("eval", subject, pairs, "--samples", "24", "--json", "--out", str(folder / "figures")))
+        for subject in (run, export)
+    ]
+    return *result, answered, figures
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def export_of(config):
+    store = ObjectStore()
+    run = RunStore.open(config, store, owner="test")
+    try:
+        return export_run(config, store, run)
+    finally:
+        run.close()
 
 
 def prove_in_pairs(rank, world_size, assets, folder):
@@ -209,6 +232,13 @@ def test_several_in_a_row_end_the_run_with_their_samples(pair):
     for result in pair[1]:
         assert "step 2: 2 steps in a row" in result[4]
         assert result[4].count("train-0") > 1  # keys of samples
+
+
+def test_an_export_measures_like_its_run(alone):
+    _, (result,) = alone
+    of_run, of_export = (found["figures"] for found in result[3])
+    assert of_run.keys() == of_export.keys() >= {"eval/loss", "eval/cider_d", "eval/exact"}
+    assert of_export["eval/loss"] == pytest.approx(of_run["eval/loss"], rel=1e-5)
 
 
 def test_questions_about_pictures_are_answered(alone):
