@@ -5,6 +5,8 @@
 The memory of the saves is allocated beside a pause that stands for the steps before the first save.
 One rank holds all parameters with their moments: 2.2 GB. Every way of saving writes the same tensors to the same disk;
 ours also to an S3 server on loopback. Loads read everything back; ours is also timed with the verification before it.
+What a save stops is held against a stage-1 step of the same model: forward and backward of one micro-batch of 8 pairs
+(benchmarks/stage1_speed.py). A rank's step is as many of these as it has micro-batches.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.stage1_speed import LENGTHS, in_own_process
 from cluster.local_s3 import local_s3
 from data_pipeline.object_store import ObjectStore
 from trainer.checkpoint import CheckpointManager
@@ -101,6 +104,14 @@ def peers(folder: Path, fragments: list[Fragment], gigabytes: float) -> list[dic
     return rows
 
 
+def micro_batch(folder: Path) -> dict[str, object]:
+    """Forward and backward of one micro-batch of stage 1 at full size, one thread, the lesser of two."""
+    file = folder / "gradients.pt"
+    result = in_own_process("fast", file)
+    file.unlink()
+    return {"what": f"one micro-batch of stage 1, {len(LENGTHS)} pairs", "cpu_s": result["cpu_seconds"]}
+
+
 def sync(folder: Path) -> None:
     """Force what was written to the disk, as our local store does."""
     for path in folder.rglob("*"):
@@ -116,12 +127,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
     parser.add_argument("--no-s3", action="store_true")
     parser.add_argument("--only-s3", action="store_true")
+    parser.add_argument("--step", action="store_true", help="also time a micro-batch of stage 1")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     fragments = state(arguments.parameters)
     gigabytes = sum(fragment.data.nbytes for fragment in fragments) / 1e9
     print(json.dumps({"torch": torch.__version__, "GB": gigabytes, "tensors": len(fragments)}), flush=True)
     try:
+        if arguments.step:
+            show([micro_batch(folder)])
         if not arguments.only_s3:
             show(ours("ours, disk", str(folder / "ours"), ObjectStore(), fragments, gigabytes))
             shutil.rmtree(folder / "ours")

@@ -93,7 +93,8 @@ def measure(path: str, gradients: Path | None) -> dict[str, Any]:
     return {"losses": losses, "cpu_seconds": min(seconds), "flops": counter.get_total_flops()}
 
 
-def _in_own_process(path: str, gradients: Path | None) -> dict[str, Any]:
+def in_own_process(path: str, gradients: Path | None) -> dict[str, Any]:
+    """Call `measure` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--path", path]
     if gradients is None:
@@ -121,7 +122,7 @@ def main() -> None:
     """Print the comparison."""
     with tempfile.TemporaryDirectory() as folder:
         files = {path: Path(folder) / f"{path}.pt" for path in PATHS}
-        results = {path: _in_own_process(path, file) | _in_own_process(path, None) for path, file in files.items()}
+        results = {path: in_own_process(path, file) | in_own_process(path, None) for path, file in files.items()}
         absolute, relative = _largest_deviation(*files.values())
     for path, result in results.items():
         rate = result["flops"] / result["cpu_seconds"] / 1e9
