@@ -16,6 +16,7 @@ from data_pipeline.transforms import decode_image, resize_square
 from model.assemble import load_captioner
 from model.exchange import LocalExchange
 from model.generate import answer, evaluating
+from model.own_format import DESCRIPTION
 from model.tokenize import LanguageEncoder
 from trainer.build import build_parts
 from trainer.captioning_scores import exact_match
@@ -49,7 +50,7 @@ class Report:
 
     def table(self) -> str:
         """Return lines of text."""
-        lines = [f"  {name.removeprefix('eval/'):<14}{value:8.3f}" for name, value in self.figures.items()]
+        lines = [f"  {name.removeprefix('eval/'):<18}{value:8.3f}" for name, value in self.figures.items()]
         return "\n".join([f"{self.checkpoint} on {self.data}", *lines])
 
 
@@ -101,9 +102,15 @@ def evaluate_export(url: str, data: str, out: Path, *, num_samples: int | None) 
     """Measure a stage-2 export, or what `isthmus import` made of a published model, as `evaluate_run` does a run.
 
     Raises:
-        ModelError: the folder is no export of stage 2.
+        TrainerError: the folder is no export.
+        ModelError: it is one of stage 1.
     """
     store, alone = ObjectStore(), Rank(0, 1)
+    if not any(info.url.endswith(f"/{DESCRIPTION}") for info in store.list(url)):
+        raise TrainerError(
+            f"{url}: holds neither config.yaml nor {DESCRIPTION}; give the folder of a run (isthmus runs ls) or of an "
+            "own export"
+        )
     model, encoder = load_captioner(local_folder(url, store))
     device = device_of(alone)
     task = Stage2Task(model.to(device), encoder, LocalExchange(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
