@@ -32,30 +32,27 @@ def estimate(
     from trainer.estimate.architectures import load_parts
     from trainer.estimate.hardware import Cluster, find_gpu
     from trainer.estimate.report import draw, draw_sweep
-    from trainer.estimate.step import estimate_stage
+    from trainer.estimate.step import divisible, estimate_stage
 
     resolved = load_config(config, overrides or [], JobConfig)
     assumptions = _assumptions(assume or [])
     card = find_gpu(gpu)
     parts, sources = load_parts(resolved)
 
-    def at_size(size: int) -> "list[StageEstimate]":
-        cluster = Cluster(card, size, gpus_per_node)
-        return [estimate_stage(resolved, stage, parts, cluster, assumptions) for stage in resolved.stages]
+    def on(cluster: Cluster, config: JobConfig) -> "list[StageEstimate]":
+        return [estimate_stage(config, stage, parts, cluster, assumptions) for stage in config.stages]
 
     if sweep is not None:
         sizes = _sizes(sweep)
-        by_size = [at_size(size) for size in sizes]
-        curves: dict[str, list[float]] = {
-            stage: [estimates[i].samples_per_second for estimates in by_size] for i, stage in enumerate(resolved.stages)
-        }
+        by_size = [on(Cluster(card, size, gpus_per_node), divisible(resolved, size)) for size in sizes]
         if png is not None:
-            draw_sweep(sizes, curves, png)
-        _print_sweep(sizes, curves, as_json=as_json)
+            draw_sweep(sizes, by_size, gpu, png)
+        _print_sweep(sizes, by_size, gpu, assumptions, as_json=as_json)
         return
-    estimates = at_size(gpus)
+    cluster = Cluster(card, gpus, gpus_per_node)
+    estimates = on(cluster, resolved)
     if png is not None:
-        draw(estimates, png)
+        draw(estimates, cluster, png)
     _print_estimates(estimates, f"{gpus} x {gpu}", sources, assumptions, price, as_json=as_json)
 
 
@@ -87,13 +84,27 @@ def _print_estimates(
     console.print("Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(assumptions)))
 
 
-def _print_sweep(sizes: list[int], curves: dict[str, list[float]], *, as_json: bool) -> None:
+def _print_sweep(
+    sizes: list[int], by_size: "list[list[StageEstimate]]", gpu: str, assumptions: "Assumptions", *, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.estimate import report
+
     if as_json:
-        typer.echo(json.dumps({"gpus": sizes, "samples_per_second": curves}))
+        stages = [{e.stage: report.as_json(e, None) for e in estimates} for estimates in by_size]
+        sweep = [{"gpus": size, "stages": found} for size, found in zip(sizes, stages, strict=True)]
+        typer.echo(json.dumps({"gpu": gpu, "sweep": sweep, "assumptions": vars(assumptions)}, indent=2))
         return
-    for i, size in enumerate(sizes):
-        speeds = ", ".join(f"{stage} {speeds[i]:,.0f} images/s" for stage, speeds in curves.items())
-        typer.echo(f"{size:6d} GPUs: {speeds}")
+    header, *lines = report.sweep_rows(sizes, by_size)
+    table = Table(*header, title=f"{gpu}: the same run on more GPUs", title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    console.print("A global batch that a size does not divide is rounded down to one that it does.")
+    console.print("Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(assumptions)))
 
 
 def _sizes(sweep: str) -> list[int]:

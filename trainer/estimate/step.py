@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from trainer.config import StageName, TrainConfig
 from trainer.deepspeed_config import load_template
@@ -25,12 +26,15 @@ from trainer.estimate.traffic import Traffic, distinct_share, stage_traffic
 SECONDS_PER_DAY = 86400.0
 MOMENTS_AND_MASTER = 3
 
+C = TypeVar("C", bound=TrainConfig)
+
 
 @dataclass(frozen=True)
 class StageEstimate:
     """What one stage needs and how long it takes."""
 
     stage: StageName
+    global_batch_size: int
     work: Work
     memory: Memory
     memory_checkpointed: Memory
@@ -73,6 +77,17 @@ def estimate_stage(
         ConfigError: the global batch is not divisible by the number of GPUs.
     """
     return _Stage(config, stage, parts, cluster, assumptions).estimate()
+
+
+def divisible(config: C, num_gpus: int) -> C:
+    """Return the configuration with global batches rounded down to multiples of `num_gpus`, and as many samples."""
+    changed = {}
+    for stage in config.stages:
+        chosen = config.stage(stage)
+        whole = max(num_gpus, chosen.global_batch_size // num_gpus * num_gpus)
+        steps = round(chosen.steps * chosen.global_batch_size / whole)
+        changed[stage] = chosen.model_copy(update={"global_batch_size": whole, "steps": steps})
+    return config.model_copy(update=changed)
 
 
 class _Stage:
@@ -118,6 +133,7 @@ class _Stage:
         samples = chosen.steps * chosen.global_batch_size
         return StageEstimate(
             stage=self.stage,
+            global_batch_size=chosen.global_batch_size,
             work=work,
             memory=_with_activations(fixed, self.micro * self.activations(self.micro)),
             memory_checkpointed=_with_activations(fixed, self.micro * self.activations(self.micro, checkpointed=True)),
@@ -133,9 +149,7 @@ class _Stage:
             reader_cores=chosen.global_batch_size / step * assumptions.reader_cpu_seconds,
             storage_bytes=samples * assumptions.sample_bytes,
             storage_requests=samples * assumptions.sample_bytes / assumptions.chunk_bytes,
-            checkpoint_interval_seconds=math.sqrt(
-                2 * assumptions.mean_hours_between_failures * 3600 * assumptions.save_stall_seconds
-            ),
+            checkpoint_interval_seconds=self.checkpoint_interval_seconds,
             recommendation="; ".join(self.advice(largest, traffic, seconds)),
         )
 
@@ -188,6 +202,12 @@ class _Stage:
             buffers=features + FP32 * min(self.trainable, self.zero.get("reduce_bucket_size", 5e8)),
             context=self.assumptions.cuda_context_bytes,
         )
+
+    @property
+    def checkpoint_interval_seconds(self) -> float:
+        """Young's interval, which loses least."""
+        assumed = self.assumptions
+        return math.sqrt(2 * assumed.mean_hours_between_failures * 3600 * assumed.save_stall_seconds)
 
     @property
     def hpz(self) -> int:
@@ -263,11 +283,12 @@ class _Stage:
         return max(1, data.readers) if data.backend == "ray" else max(1, data.readers) * self.cluster.num_gpus
 
     def advice(self, largest: int, traffic: Traffic, seconds: dict[str, float]) -> list[str]:
-        """Return what to set."""
+        """Return what to set: micro-batch, partitioning, readers."""
         if largest < 1:
-            return ["does not fit: use more GPUs, activation checkpointing, or CPU offload of the frozen partition"]
-        advice = [f"set {self.stage}.micro_batch_size to at most {largest}"] if self.micro > largest else []
-        advice.append(self.partitioning_advice(traffic) if self.language is not None else "ZeRO-1")
+            return ["does not fit: use more GPUs or larger ones"]
+        partitioning = "ZeRO-1" if self.language is None else self.partitioning_advice(traffic)
+        save = f"a save every {self.checkpoint_interval_seconds / 60:.0f} min"
+        advice = [self.micro_batch_advice(largest), partitioning, save]
         device = max(seconds["compute"], seconds["memory"])
         without_data = device + self.exposed_network(traffic, device)
         if seconds["data"] > without_data:
@@ -275,6 +296,12 @@ class _Stage:
             each = 1 if self.config.data.backend == "ray" else self.cluster.num_gpus
             advice.append(f"data holds the GPUs up: data.readers at least {-(-needed // each)}")
         return advice
+
+    def micro_batch_advice(self, largest: int) -> str:
+        """One micro-batch per step is best: nothing is computed or gathered twice. Else as few equal ones as fit."""
+        if largest >= self.local:
+            return f"micro-batch {self.local}, all that a GPU takes in a step"
+        return f"micro-batch {-(-self.local // -(-self.local // largest))} (at most {largest} fit)"
 
     def partitioning_advice(self, traffic: Traffic) -> str:
         """Compare ZeRO-3 over all ranks with a second copy of the frozen model in each node (hpZ)."""

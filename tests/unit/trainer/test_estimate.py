@@ -14,7 +14,7 @@ from trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu
 from trainer.estimate.memory import FP32, HALF, trainable_parameters
 from trainer.estimate.original import original_stage1_activations, original_stage2_activations
 from trainer.estimate.shapes import language_shape, vision_shape
-from trainer.estimate.step import Parts, estimate_stage
+from trainer.estimate.step import Parts, divisible, estimate_stage
 
 pytestmark = pytest.mark.unit
 
@@ -144,6 +144,30 @@ def test_recomputing_layers_takes_less_memory():
             full_size("blip2-vitg-opt6.7b"), stage, parts, Cluster(find_gpu("h100"), 16), Assumptions()
         )
         assert estimate.memory_checkpointed.activations < 0.6 * estimate.memory.activations
+
+
+@pytest.mark.parametrize(
+    ("gpus", "checkpointing", "said"),
+    [
+        (8, "false", "micro-batch 64 (at most 64 fit)"),
+        (8, "true", "micro-batch 190, all"),
+        (1, "true", "does not fit"),
+    ],
+)
+def test_the_recommended_micro_batch_is_the_share_of_a_gpu_or_what_fits(gpus, checkpointing, said):
+    config = full_size("blip2-vitg-flant5xxl", f"model.language.activation_checkpointing={checkpointing}")
+    parts = shapes("eva-clip-vit-g-14", "flan-t5-xxl")
+    estimate = estimate_stage(config, "stage2", parts, Cluster(find_gpu("l4"), gpus), Assumptions())
+    assert said in estimate.recommendation
+
+
+def test_a_sweep_keeps_the_samples_where_a_size_does_not_divide_the_batch():
+    config = full_size("blip2-vitg-opt2.7b")
+    swept = divisible(config, 32)
+    assert swept.stage1.global_batch_size == 1664
+    assert swept.stage1.global_batch_size * swept.stage1.steps == pytest.approx(1680 * 250_000, rel=1e-4)
+    assert divisible(config, 8) == config
+    assert estimate_stage(swept, "stage1", VITG_OPT, Cluster(find_gpu("h100"), 32), Assumptions()).days > 0
 
 
 def test_what_cannot_be_estimated_is_said():
