@@ -168,7 +168,7 @@ class _ReaderProcess:
             while True:
                 number, error, part, shape = self._pipe.recv()
                 if part is not None:
-                    part.images_BCHW = np.frombuffer(self._pipe.recv_bytes(), dtype=np.uint8).reshape(shape)
+                    part.images_BHWC = np.frombuffer(self._pipe.recv_bytes(), dtype=np.uint8).reshape(shape)
                 with self._lock:
                     future = self._waiting.pop(number)
                 settle(future, part, error)
@@ -222,8 +222,8 @@ def _serve(pipe: "Connection[Any, Any]", make_reader: MakeReader) -> None:
             except Exception as error:  # noqa: BLE001 - every error goes to the train worker, which raises it
                 pipe.send((number, portable_error(error), None, None))
             else:
-                pixels = part.images_BCHW
-                part.images_BCHW = np.empty(0, dtype=np.uint8)  # the pixels follow without pickling
+                pixels = part.images_BHWC
+                part.images_BHWC = np.empty(0, dtype=np.uint8)  # the pixels follow without pickling
                 pipe.send((number, None, part, pixels.shape))
                 pipe.send_bytes(pixels.reshape(-1).data)
     except (EOFError, OSError):

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     valid_B: Tensor
     """bool; False: a hole (bad sample), which takes part in no loss."""
     images_BCHW: Tensor
-    """uint8 RGB, cropped and resized, not yet flipped."""
+    """uint8 RGB, cropped and resized, not yet flipped; in memory channels come last, as decoders write them."""
     flip_B: Tensor
     """bool: mirror this row on the device."""
     tokens: dict[str, Tensor]
@@ -60,7 +60,7 @@ class LanePart:
     """The samples of one lane in one step, as a reader made them."""
 
     samples: tuple[SampleRef, ...]
-    images_BCHW: NDArray[np.uint8]
+    images_BHWC: NDArray[np.uint8]
     valid: list[bool] = field(default_factory=list)
     flips: list[bool] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)

@@ -173,9 +173,9 @@ class Loader:
         """Put the lane parts, which are in row order, into one batch."""
         width = self.plan.lane_batch_size
         size = self._image_size
-        images = torch.empty((len(parts) * width, 3, size, size), dtype=torch.uint8)
+        images_BHWC = torch.empty((len(parts) * width, size, size, 3), dtype=torch.uint8)
         for place, part in enumerate(parts):
-            images[place * width : (place + 1) * width].numpy()[:] = part.images_BCHW
+            images_BHWC[place * width : (place + 1) * width].numpy()[:] = part.images_BHWC
         samples = [sample for part in parts for sample in part.samples]
         captions = [caption for part in parts for caption in part.captions]
         seeds = [stable_hash("text", self.plan.seed, s.source, s.epoch, s.position) for s in samples]
@@ -184,7 +184,7 @@ class Loader:
             step=step,
             rows_B=torch.tensor([sample.row for sample in samples], dtype=torch.int64),
             valid_B=torch.tensor([valid for part in parts for valid in part.valid], dtype=torch.bool),
-            images_BCHW=images,
+            images_BCHW=images_BHWC.permute(0, 3, 1, 2),
             flip_B=torch.tensor([flip for part in parts for flip in part.flips], dtype=torch.bool),
             tokens=self._encoder(captions, seeds),
             captions=captions,

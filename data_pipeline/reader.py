@@ -63,8 +63,8 @@ class Reader:
         """
         if request.expected_chunks:
             self._ahead.submit(self._expect, request)
-        shape = (len(request.samples), 3, self._size, self._size)
-        part = LanePart(samples=request.samples, images_BCHW=np.zeros(shape, dtype=np.uint8), reader=self._name)
+        shape = (len(request.samples), self._size, self._size, 3)
+        part = LanePart(samples=request.samples, images_BHWC=np.zeros(shape, dtype=np.uint8), reader=self._name)
         for place, ref in enumerate(request.samples):
             self._add_sample(part, place, request, ref)
         part.counters = self._totals()
@@ -88,7 +88,7 @@ class Reader:
                 members = self._members(shard, index, ref.chunk, number)
                 caption, image_id = self._caption(members, ref)
                 identity = key if image_id is None else f"{ref.source}/{image_id}"
-                flip = self._picture(members, ref, part.images_BCHW[place])
+                flip = self._picture(members, ref, part.images_BHWC[place])
                 valid = True
         except BadSample as bad:
             caption, identity = "", key

@@ -61,14 +61,15 @@ def random_resized_crop_box(height: int, width: int, scale: tuple[float, float],
 
 
 def resize_square(image: UInt8Array, box: Box, size: int) -> UInt8Array:
-    """Cut a box (top, left, height, width) out of (H, W, 3) and resize it to (3, size, size), antialiased bicubic."""
+    """Cut a box (top, left, height, width) out of (H, W, 3) and resize it to (size, size, 3), antialiased bicubic."""
     top, left, height, width = box
-    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-    channels_last = torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0)
-    resized = torch.nn.functional.interpolate(
-        channels_last, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+    # The batch dimension comes before the permutation: only so are one image's strides channels-last to torch, and the
+    # crop is read where it lies and written as it leaves, without a copy.
+    crop_BHWC = torch.from_numpy(image)[None, top : top + height, left : left + width]
+    resized_BCHW = torch.nn.functional.interpolate(
+        crop_BHWC.permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized[0].numpy()
+    return resized_BCHW[0].permute(1, 2, 0).numpy()
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None:
@@ -101,7 +102,7 @@ def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> UInt8Array
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
-            return np.asarray(_to_rgb(_upright(image)))
+            return np.array(_to_rgb(_upright(image)))  # a copy: the view of Pillow is read-only
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:

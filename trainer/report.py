@@ -168,8 +168,8 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
         for start in range(0, len(lines), QUESTIONS_AT_A_TIME):
             part = lines[start : start + QUESTIONS_AT_A_TIME]
             images = [_square(store.get(join(folder, line["image"])), subject) for line in part]
-            shown += [image.transpose(1, 2, 0) for image in images[: 16 - len(shown)]]
-            pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.engine.device)
+            shown += images[: 16 - len(shown)]
+            pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.engine.device).permute(0, 3, 1, 2)
             images_BCHW = standardised(pixels_BCHW, model.vision)
             answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
     accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
@@ -182,7 +182,7 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
 
 
 def _square(data: bytes, subject: _Subject) -> Any:
-    """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [3, side, side]."""
+    """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [side, side, 3]."""
     image = decode_image(data, subject.data.max_image_pixels)
     return resize_square(image, (0, 0, *image.shape[:2]), _side(subject))
 

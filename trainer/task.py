@@ -223,11 +223,11 @@ def normalised(batch: Batch, vision: Any, device: torch.device) -> Tensor:
 
 
 def standardised(images_BCHW: Tensor, vision: Any) -> Tensor:
-    """Return uint8 images as floats in the encoder's normalisation."""
+    """Return uint8 images, however they lie in memory, as contiguous floats in the encoder's normalisation."""
     device = images_BCHW.device
     mean_C11 = torch.as_tensor(vision.image_mean, device=device, dtype=torch.float32).reshape(-1, 1, 1)
     std_C11 = torch.as_tensor(vision.image_std, device=device, dtype=torch.float32).reshape(-1, 1, 1)
-    return (images_BCHW.float() / 255.0 - mean_C11) / std_C11
+    return (images_BCHW.float(memory_format=torch.contiguous_format) / 255.0 - mean_C11) / std_C11
 
 
 def device_of_model(model: Any) -> torch.device:
