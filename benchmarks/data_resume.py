@@ -77,7 +77,7 @@ def measure_memory(manifest: str, steps: int) -> None:
             gc.collect()
             sizes.append(process.memory_info().rss / 2**20)
     loader.close()
-    print(f"\nRSS in MiB after each of {EPOCHS} epochs: " + " ".join(f"{size:.0f}" for size in sizes))
+    print(f"RSS in MiB after each of {EPOCHS} epochs: " + " ".join(f"{size:.0f}" for size in sizes) + "\n")
 
 
 def main() -> None:
@@ -88,8 +88,8 @@ def main() -> None:
         writer.start()
         writer.join()
         manifest, steps = join(name, "manifest"), NUM_SAMPLES // BATCH
-        measure_seek(manifest, steps)
         measure_memory(manifest, steps)
+        measure_seek(manifest, steps)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ def checkpoint(text: str) -> Iterator[Figure]:
     ours = stalls["ours, disk: save 2"]
     for peer in ("torch.save", "torch.distributed.checkpoint"):
         yield Figure("save: training stops for", "s", ours, peer, stalls[f"{peer}: save"])
+    if "ours, S3 on loopback: save 2" in stalls:
+        yield Figure("save to S3: training stops for", "s", stalls["ours, S3 on loopback: save 2"])
 
 
 def throughput(text: str) -> Iterator[Figure]:
@@ -99,18 +101,27 @@ def throughput(text: str) -> Iterator[Figure]:
 
 
 def resume(text: str) -> Iterator[Figure]:
-    """First batch after a seek."""
-    found = {row[0]: row[2] for row in rows(text)}
-    for place in ("step 0", "middle of epoch 1000"):
-        yield Figure(f"first batch at {place}", "CPU ms", float(found[place]))
+    """First batch after a seek, and what memory grows by."""
+    found = {row[0]: row for row in rows(text)}
+    for place in ("middle of epoch 0", "middle of epoch 1000"):
+        for column, unit in ((1, "ms wall"), (2, "CPU ms")):
+            ours, start = float(found[place][column]), float(found["step 0"][column])
+            yield Figure(f"first batch at {place}", unit, ours, "first batch at step 0", start)
+    resident = [float(size) for size in text.partition("epochs: ")[2].splitlines()[0].split()]
+    yield Figure(f"memory after epoch {len(resident)}", "MiB", resident[-1], "after epoch 1", resident[0])
 
 
 def order(text: str) -> Iterator[Figure]:
-    """Planning a billion samples."""
-    for row in rows(text):
+    """Planning a billion samples, and how well the order shuffles."""
+    cells = list(rows(text))
+    for row in cells:
         seconds = re.match(r"([\d.]+) CPU s", row[1])
         if seconds:
             yield Figure(f"plan 1B samples, {row[0]}", "CPU s", float(seconds[1]))
+    shared = {row[0]: float(row[5]) for row in cells if len(row) == 6 and row[0] != "K"}
+    for window in ("4", "64"):
+        what = f"samples that share a chunk with another of their batch, K = {window}"
+        yield Figure(what, "share", shared[window], "uniform permutation", shared["uniform"])
 
 
 def frozen(text: str) -> Iterator[Figure]:
@@ -197,8 +208,9 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("estimate_truth", truth, [], ["--quick"]),
         Benchmark("data_order", order),
         Benchmark("data_throughput", throughput, peer, [*peer, "--samples", "128", "--rounds", "1"]),
+        Benchmark("data_throughput", throughput, [*peer, "--s3", "--rounds", "2"]),
         Benchmark("data_resume", resume),
-        Benchmark("checkpoint", checkpoint, ["--no-s3"], ["--no-s3", "--parameters", "10000000"]),
+        Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
         Benchmark("stage1_speed", stage1),
         Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
@@ -236,7 +248,7 @@ def run(benchmark: Benchmark, arguments: list[str]) -> dict[str, Any]:
     shown = " ".join(["python", *(arg.replace(f"{ROOT}/", "") for arg in command[1:])])
     logger.info("%s", shown)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
+    began, before = time.monotonic(), os.times()
     result: dict[str, Any] = {"command": shown, "figures": []}
     try:
         done = subprocess.run(
@@ -249,7 +261,13 @@ def run(benchmark: Benchmark, arguments: list[str]) -> dict[str, Any]:
         result["error"] = (error.stderr.strip().splitlines() or ["no message"])[-1]
     except (subprocess.TimeoutExpired, LookupError, ValueError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
-    return result | {"wall seconds": round(time.monotonic() - began, 1)}
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return result | {
+        "wall seconds": round(time.monotonic() - began, 1),
+        "CPU seconds": round(cpu, 1),
+        "load average": round(os.getloadavg()[0], 1),
+    }
 
 
 def machine() -> dict[str, Any]:

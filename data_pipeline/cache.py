@@ -171,6 +171,9 @@ class ChunkMemory:
     def close(self) -> None:
         """Drop everything; fetches under way end by themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for chunk in list(self._chunks):
+                self._remove(chunk)
 
     def _start(self, chunk: ChunkId) -> None:
         self._chunks[chunk] = self._threads.submit(self._fetch, chunk)

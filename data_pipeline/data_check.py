@@ -2,27 +2,30 @@
 
 import io
 import random
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.captions import read_captions
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.object_store import ObjectStore
 from data_pipeline.quarantine import BadSample
 from data_pipeline.shard_check import IMAGE_EXTENSIONS
 from data_pipeline.shard_index import ShardIndex
+from data_pipeline.transforms import decode_image
 
 _TILE_PIXELS = 160
 _TEXT_PIXELS = 44
-_LETTERS_PER_LINE = 26
+_LETTERS_PER_LINE, _LETTER_PIXELS = 26, 10
+_MAX_PIXELS = 64_000_000
 _HISTOGRAM_WORDS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -124,23 +127,37 @@ def caption_histogram(captions: Sequence[str]) -> dict[str, int]:
     return {label: counts[i] for i, label in enumerate(labels)}
 
 
+def _font() -> ImageFont.FreeTypeFont:
+    """Return the font that matplotlib brings: Latin, Greek and Cyrillic letters, which Pillow's own lacks."""
+    from matplotlib import get_data_path  # noqa: PLC0415 - slow to import
+
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _LETTER_PIXELS)
+
+
+def _thumbnail(data: bytes) -> Image.Image:
+    """Decode as the readers do; a sample that they would leave out is a grey tile."""
+    try:
+        tile = Image.fromarray(decode_image(data, _MAX_PIXELS))
+    except BadSample:
+        tile = Image.new("RGB", (_TILE_PIXELS, _TILE_PIXELS), "grey")
+    tile.thumbnail((_TILE_PIXELS - 8, _TILE_PIXELS - 8))
+    return tile
+
+
 def contact_sheet(samples: Sequence[Drawn], columns: int = 6) -> bytes:
     """Return a PNG of the samples with their first captions."""
     columns = max(1, min(columns, len(samples)))
     rows = -(-len(samples) // columns)
     height = _TILE_PIXELS + _TEXT_PIXELS
     sheet = Image.new("RGB", (columns * _TILE_PIXELS, max(rows, 1) * height), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), _font()
     for i, sample in enumerate(samples):
         left, top = i % columns * _TILE_PIXELS, i // columns * height
-        with Image.open(io.BytesIO(sample.image), formats=PILLOW_FORMATS) as image:
-            tile = image.convert("RGB")
-            tile.thumbnail((_TILE_PIXELS - 8, _TILE_PIXELS - 8))
+        tile = _thumbnail(sample.image)
         sheet.paste(tile, (left + (_TILE_PIXELS - tile.width) // 2, top + (_TILE_PIXELS - tile.height) // 2))
         text = " ".join(sample.captions[0].split())
-        lines = [text[at : at + _LETTERS_PER_LINE] for at in range(0, len(text), _LETTERS_PER_LINE)][:3]
-        printable = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
-        draw.multiline_text((left + 4, top + _TILE_PIXELS), printable, fill="black", spacing=2)
+        lines = textwrap.wrap(text, _LETTERS_PER_LINE, max_lines=3, placeholder=" ...")
+        draw.multiline_text((left + 4, top + _TILE_PIXELS), "\n".join(lines), fill="black", spacing=2, font=font)
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()

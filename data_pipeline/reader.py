@@ -64,7 +64,7 @@ class Reader:
         if request.expected_chunks:
             self._ahead.submit(self._expect, request)
         shape = (len(request.samples), self._size, self._size, 3)
-        part = LanePart(samples=request.samples, images_BHWC=np.zeros(shape, dtype=np.uint8), reader=self._name)
+        part = LanePart(samples=request.samples, images_BHWC=np.empty(shape, dtype=np.uint8), reader=self._name)
         for place, ref in enumerate(request.samples):
             self._add_sample(part, place, request, ref)
         part.counters = self._totals()
@@ -94,6 +94,8 @@ class Reader:
             caption, identity = "", key
             where = (ref.source, ref.epoch, ref.position, shard.url, index.key(number), index.offset(number))
             part.bad.append(BadRecord(request.step, ref.row, *where, bad.cause, bad.detail))
+        if not valid:
+            part.images_BHWC[place] = 0
         part.valid.append(valid)
         part.flips.append(flip)
         part.captions.append(caption)

@@ -227,7 +227,7 @@ def standardised(images_BCHW: Tensor, vision: Any) -> Tensor:
     device = images_BCHW.device
     mean_C11 = torch.as_tensor(vision.image_mean, device=device, dtype=torch.float32).reshape(-1, 1, 1)
     std_C11 = torch.as_tensor(vision.image_std, device=device, dtype=torch.float32).reshape(-1, 1, 1)
-    return (images_BCHW.float(memory_format=torch.contiguous_format) / 255.0 - mean_C11) / std_C11
+    return (images_BCHW.to(torch.float32, memory_format=torch.contiguous_format) / 255.0 - mean_C11) / std_C11
 
 
 def device_of_model(model: Any) -> torch.device:

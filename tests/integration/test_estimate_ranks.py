@@ -1,6 +1,7 @@
-"""The estimate against two gloo ranks: bytes of the frozen partition, and bytes that a rank receives per step."""
+"""The estimate against two gloo ranks: bytes of the frozen partition, received per step, and at the peak of a step."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.config import JobConfig
 from data_pipeline.object_store import ObjectStore
 from model.config import LanguageConfig, QFormerConfig
 from model.exchange import ProcessGroupExchange
@@ -17,22 +19,25 @@ from model.stage2 import Stage2Inputs, Stage2Model
 from model.tiny import write_tiny_language
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
+from tests.tensor_memory import TensorMemory
 from trainer.context import LocalContext
+from trainer.estimate.hardware import Assumptions, Cluster, find_gpu
 from trainer.estimate.memory import FP32, trainable_parameters
 from trainer.estimate.shapes import VisionShape, language_shape
+from trainer.estimate.step import Parts, estimate_stage
 from trainer.estimate.traffic import stage_traffic
 from trainer.frozen_weights import frozen_language
 
 pytestmark = pytest.mark.integration
 
-WORLD, ROWS, MICRO, TOKENS, PATCHES, IMAGE_WIDTH = 2, 8, 4, 12, 65, 80
+WORLD, ROWS, MICRO, TOKENS, PATCHES, IMAGE_WIDTH = 2, 16, 8, 12, 65, 80
 VISION = VisionShape(2, IMAGE_WIDTH, 320, PATCHES, 8)
 Q = QFormerConfig(
-    hidden_size=48,
-    num_layers=2,
+    hidden_size=96,
+    num_layers=4,
     num_heads=4,
-    intermediate_size=96,
-    num_queries=8,
+    intermediate_size=384,
+    num_queries=16,
     vocab_size=500,
     max_positions=40,
     dropout=0.0,
@@ -60,33 +65,40 @@ def on_rank(rank: int, _world_size: int, root: str) -> dict[str, Any]:
     from trainer.process_group import join_process_group
 
     join_process_group(LocalContext().rank, 60)
-    template = f"{root}/far.json"
-    results: dict[str, Any] = {"stage1": steps(Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), template, rank)}
+    results = {"stage1": measure(lambda: Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), f"{root}/far.json", rank)}
     for kind, reuse in (("opt", "near"), ("opt", "far"), ("t5", "near")):
-        template = f"{root}/{reuse}.json"
-        folder = f"{root}/{kind}"
-        language = frozen_language(LanguageConfig(path=folder), folder, ObjectStore(), LocalContext().rank, template)
-        partition = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in language.parameters())
-        model = Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False), language)
-        results[f"{kind} {reuse}"] = steps(model, template, rank) | {"partition": partition}
-        language.partitioning.destroy()
+        template, folder = f"{root}/{reuse}.json", f"{root}/{kind}"
+
+        def stage2(template: str = template, folder: str = folder) -> Stage2Model:
+            config, rank_of = LanguageConfig(path=folder), LocalContext().rank
+            language = frozen_language(config, folder, ObjectStore(), rank_of, template)
+            return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False), language)
+
+        results[f"{kind} {reuse}"] = measure(stage2, template, rank)
     return results
 
 
-def steps(model: Any, template: str, rank: int) -> dict[str, Any]:
-    """Train two steps to settle, then count one."""
-    engine, exchange = make_engine(template, model), ProcessGroupExchange()
-    for step in range(3):
-        if step == 2:
-            received, undo = count_received()
-        model.loss_and_backward(
-            inputs_of(model, rank), seed=0, step=step, micro_batch_size=MICRO, exchange=exchange,
-            backward=engine.backward,
-        )  # fmt: skip
-        engine.step(1e-4)
+def measure(make: Callable[[], Any], template: str, rank: int) -> dict[str, Any]:
+    """Train two steps to settle, then count one: bytes received, and of all tensors at its peak."""
+    with TensorMemory() as memory:
+        model = make()
+        engine, exchange = make_engine(template, model), ProcessGroupExchange()
+        for step in range(3):
+            if step == 2:
+                received, undo = count_received()
+                memory.peak = memory.live
+            model.loss_and_backward(
+                inputs_of(model, rank), seed=0, step=step, micro_batch_size=MICRO, exchange=exchange,
+                backward=engine.backward,
+            )  # fmt: skip
+            engine.step(1e-4)
     undo()
     engine._wrapped.destroy()
-    return {"received": dict(received)}
+    result = {"received": dict(received), "peak": memory.peak}
+    if isinstance(model, Stage2Model):
+        result["partition"] = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in model.language.parameters())
+        model.language.partitioning.destroy()
+    return result
 
 
 def inputs_of(model: Any, rank: int) -> Any:
@@ -173,3 +185,36 @@ def test_bytes_received_in_stage2_are_within_5_percent(counted, kind, reuse):
     for result in counted["ranks"]:
         received = sum(result[f"{kind} {reuse}"]["received"].values())
         assert received == pytest.approx(predicted(shape_of(counted, kind), reuse).total, rel=0.05)
+
+
+def predicted_peak(counted: dict[str, Any], language: Any, reuse: str) -> float:
+    """What is in a process of the estimate's total: neither an encoder nor a CUDA context."""
+    stage = {
+        "steps": 1, "global_batch_size": WORLD * ROWS, "micro_batch_size": MICRO, "precision": "fp32",
+        "deepspeed": str(counted["root"] / f"{reuse}.json"),
+    }  # fmt: skip
+    model = {"vision": {"path": "unused", "dtype": "float32"}, "qformer": Q.model_dump()}
+    stages = {"stage1": stage}
+    if language is not None:
+        model["language"] = {"path": "unused", "dtype": "float32"}
+        stages["stage2"] = stage
+    config = JobConfig.model_validate(
+        {"run": {"name": "peak", "url": "unused"}, "data": {"sources": [{"manifest": "unused"}], "lanes": WORLD},
+         "model": model, **stages}
+    )  # fmt: skip
+    assumed = Assumptions(real_text_tokens=TOKENS, longest_text_tokens=TOKENS)
+    cluster = Cluster(find_gpu("h100"), WORLD)
+    memory = estimate_stage(config, list(stages)[-1], Parts(VISION, language), cluster, assumed).memory
+    return memory.total - memory.context - FP32 * VISION.num_parameters
+
+
+def test_the_peak_of_stage1_is_within_15_percent(counted):
+    for result in counted["ranks"]:
+        assert result["stage1"]["peak"] == pytest.approx(predicted_peak(counted, None, "far"), rel=0.15)
+
+
+@pytest.mark.parametrize(("kind", "reuse"), [("opt", "near"), ("opt", "far"), ("t5", "near")])
+def test_the_peak_of_stage2_is_within_15_percent(counted, kind, reuse):
+    expected = predicted_peak(counted, shape_of(counted, kind), reuse)
+    for result in counted["ranks"]:
+        assert result[f"{kind} {reuse}"]["peak"] == pytest.approx(expected, rel=0.15)

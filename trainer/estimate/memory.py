@@ -6,7 +6,7 @@ operands, since no weight needs a gradient. test_estimate_truth.py holds the cou
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model.config import Dtype, QFormerConfig
 from trainer.estimate.flops import Text
@@ -14,8 +14,6 @@ from trainer.estimate.shapes import LanguageShape, VisionShape
 
 FP32, HALF = 4, 2
 DTYPE_BYTES: dict[Dtype, int] = {"float32": FP32, "bfloat16": HALF, "float16": HALF}
-PREFETCHED_PARAMETERS = 5e7
-REUSED_PARAMETERS = 1e9
 
 
 @dataclass(frozen=True)
@@ -96,27 +94,52 @@ def trainable_parameters(q: QFormerConfig, vision_width: int, *, stage2: bool) -
     return layers + shared + text + head + projections
 
 
+class Stage1Activations(NamedTuple):
+    """Bytes that autograd keeps per sample in stage 1, by the pass that leaves them."""
+
+    first: float
+    """Image features, keys and values, the query pass and the text pass."""
+    matching: float
+    writing: float
+    """With the logits and the gradient of keys and values that matching has left."""
+
+    @property
+    def written(self) -> float:
+        """All of it, whenever it lives."""
+        return sum(self)
+
+    @property
+    def peak(self) -> float:
+        """At the fuller of two moments: matching runs backward and frees its graph before writing begins."""
+        return self.first + max(self.matching, self.writing)
+
+
 def stage1_activations(
     q: QFormerConfig, vision: VisionShape, text: Text, kept: Kept, *, outside: float = 0.0, checkpointed: bool = False
-) -> float:
-    """Bytes that autograd keeps per sample in stage 1.
+) -> Stage1Activations:
+    """Count what a sample of stage 1 leaves for backward.
 
     `outside`: share of the negatives from outside the micro-batch, whose features and keys come on top.
     `checkpointed`: layers are computed again in backward, so each keeps its input and one of them everything.
     """
-    both = q.num_queries + text.real
-    rows = q.num_queries + 2 * text.real + 3 * both
-    pruned = 4 * text.real - 1  # text rows that are only keys and values in the last layer
-    layer = kept.layer(q)
-    past = 2 * kept.operand * q.num_queries * q.hidden_size
-    crossing = 4 * q.num_queries * kept.cross(q)
-    whole = rows * q.num_layers * layer - pruned * (layer - 3 * kept.operand * q.hidden_size)
-    whole += q.num_layers * past + _crossed(q) * crossing
-    if checkpointed:
-        whole = rows * (q.num_layers * FP32 * q.hidden_size + layer) + past + crossing
-    images = (1 + outside) * (kept.image(q, vision) + 2 * kept.keys_values(q, vision))
+    layer, layers = kept.layer(q), q.num_layers
+    pruned = layer - 3 * kept.operand * q.hidden_size  # of text rows that are only keys and values in the last layer
+    crossing = (1 if checkpointed else _crossed(q)) * q.num_queries * kept.cross(q)
+    past = (1 if checkpointed else layers) * 2 * kept.operand * q.num_queries * q.hidden_size
+
+    def passed(rows: float, unread: float = 0.0) -> float:
+        if checkpointed:
+            return rows * (layers * FP32 * q.hidden_size + layer)
+        return rows * layers * layer - unread * pruned
+
+    keys_values = (1 + outside) * kept.keys_values(q, vision)
+    images = (1 + outside) * kept.image(q, vision) + 2 * keys_values
     logits = (text.real - 1) * FP32 * q.vocab_size
-    return whole + images + logits
+    return Stage1Activations(
+        first=images + passed(q.num_queries + text.real, text.real - 1) + crossing,
+        matching=passed(3 * (q.num_queries + text.real), 3 * text.real) + 3 * crossing,
+        writing=passed(text.real) + past + logits + keys_values,
+    )
 
 
 def stage2_activations(
@@ -160,12 +183,10 @@ def _crossed(q: QFormerConfig) -> int:
     return -(-q.num_layers // q.cross_attention_every)
 
 
-def reused_parameters(language: LanguageShape) -> float:
-    """Frozen parameters that stay gathered from forward to backward (stage3_max_reuse_distance)."""
-    return min(float(language.num_parameters), REUSED_PARAMETERS / 2)
+def gathered_working_set(language: LanguageShape, element: int, reuse_distance: float, prefetched: float) -> float:
+    """Bytes of frozen weights that are whole on a GPU at once under ZeRO-3: reused, prefetched, the largest matrix.
 
-
-def gathered_working_set(language: LanguageShape, element: int = HALF) -> float:
-    """Bytes of frozen weights that are whole on a GPU at once under ZeRO-3: reused, prefetched, the largest matrix."""
-    wanted = reused_parameters(language) + PREFETCHED_PARAMETERS + language.head_parameters
+    What comes again within `reuse_distance` parameters stays from forward to backward: the last half of that distance.
+    """
+    wanted = reuse_distance / 2 + prefetched + language.head_parameters
     return element * min(wanted, float(language.num_parameters))

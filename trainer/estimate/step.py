@@ -1,8 +1,8 @@
 """One stage of a run on given hardware: memory, step time as a roofline, days, and what it asks of storage and CPUs."""
 
 import math
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from trainer.config import StageName, TrainConfig
 from trainer.deepspeed_config import load_template
@@ -15,6 +15,7 @@ from trainer.estimate.memory import (
     HALF,
     Kept,
     Memory,
+    Stage1Activations,
     gathered_working_set,
     stage1_activations,
     stage2_activations,
@@ -81,7 +82,7 @@ def estimate_stage(
 
 def divisible(config: C, num_gpus: int) -> C:
     """Return the configuration with global batches rounded down to multiples of `num_gpus`, and as many samples."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for stage in config.stages:
         chosen = config.stage(stage)
         whole = max(num_gpus, chosen.global_batch_size // num_gpus * num_gpus)
@@ -135,8 +136,8 @@ class _Stage:
             stage=self.stage,
             global_batch_size=chosen.global_batch_size,
             work=work,
-            memory=_with_activations(fixed, self.micro * self.activations(self.micro)),
-            memory_checkpointed=_with_activations(fixed, self.micro * self.activations(self.micro, checkpointed=True)),
+            memory=self.with_activations(fixed, self.micro),
+            memory_checkpointed=self.with_activations(fixed, self.micro, checkpointed=True),
             micro_batch=self.micro,
             largest_micro_batch=largest,
             traffic=traffic,
@@ -168,15 +169,30 @@ class _Stage:
         return (1 - micro / total) * distinct_share(micro, total)
 
     def activations(self, micro: int, *, checkpointed: bool | None = None) -> float:
-        """Bytes per sample of a micro-batch; `checkpointed` none: as the configuration says."""
-        if self.language is not None:
-            options = self.config.model.language
-            recompute = options is not None and options.activation_checkpointing
-            return stage2_activations(
-                self.q, self.parts.vision, self.language, self.text, self.kept,
-                language_element=self.language_element,
-                checkpointed=recompute if checkpointed is None else checkpointed,
-            )  # fmt: skip
+        """Bytes per sample of a micro-batch at its peak; `checkpointed` none: as the configuration says."""
+        if self.language is None:
+            return self.stage1_activations(micro, checkpointed=checkpointed).peak
+        return self.stage2_activations(checkpointed=checkpointed)
+
+    def written(self) -> float:
+        """Bytes of activations per sample over a whole step."""
+        if self.language is None:
+            return self.stage1_activations(self.micro).written
+        return self.stage2_activations()
+
+    def stage2_activations(self, *, checkpointed: bool | None = None) -> float:
+        """What the model leaves per sample."""
+        assert self.language is not None
+        options = self.config.model.language
+        recompute = options is not None and options.activation_checkpointing
+        return stage2_activations(
+            self.q, self.parts.vision, self.language, self.text, self.kept,
+            language_element=self.language_element,
+            checkpointed=recompute if checkpointed is None else checkpointed,
+        )  # fmt: skip
+
+    def stage1_activations(self, micro: int, *, checkpointed: bool | None = None) -> Stage1Activations:
+        """What the model leaves per sample of a micro-batch."""
         recompute = self.q.activation_checkpointing
         return stage1_activations(
             self.q, self.parts.vision, self.text, self.kept,
@@ -194,14 +210,28 @@ class _Stage:
             partition = whole / world + (whole / min(self.hpz, world) if self.hpz > 1 else 0)
         return Memory(
             frozen_partition=self.vision_element * vision.num_parameters + partition,
-            gathered=gathered_working_set(self.language, self.language_element) if self.language and world > 1 else 0.0,
+            gathered=self.gathered(),
             trainable=(FP32 + cast) * self.trainable,
-            gradients=FP32 * self.trainable * (1 + 1 / world),
+            gradients=FP32 * self.trainable,
             optimizer=MOMENTS_AND_MASTER * FP32 * self.trainable / world,
             activations=0.0,
-            buffers=features + FP32 * min(self.trainable, self.zero.get("reduce_bucket_size", 5e8)),
+            buffers=features,
             context=self.assumptions.cuda_context_bytes,
         )
+
+    def gathered(self) -> float:
+        """Bytes of frozen weights that are whole on a GPU at once."""
+        if self.language is None or self.cluster.num_gpus == 1:
+            return 0.0
+        return gathered_working_set(
+            self.language, self.language_element, self.reuse_distance,
+            float(self.zero.get("stage3_prefetch_bucket_size", 5e7)),
+        )  # fmt: skip
+
+    @property
+    def reuse_distance(self) -> float:
+        """Parameters within which ZeRO-3 keeps what is needed again."""
+        return float(self.zero.get("stage3_max_reuse_distance", 1e9))
 
     @property
     def checkpoint_interval_seconds(self) -> float:
@@ -213,6 +243,17 @@ class _Stage:
     def hpz(self) -> int:
         """Ranks over which a second copy of the frozen model is partitioned; 1: none."""
         return int(self.zero.get("zero_hpz_partition_size", 1))
+
+    def with_activations(self, fixed: Memory, micro: int, *, checkpointed: bool | None = None) -> Memory:
+        """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced."""
+        kept = micro * self.activations(micro, checkpointed=checkpointed)
+        reducing = FP32 * (self.trainable / self.cluster.num_gpus + self.reduce_bucket)
+        return replace(fixed, activations=max(kept, reducing))
+
+    @property
+    def reduce_bucket(self) -> float:
+        """Gradients that are reduced at once."""
+        return min(float(self.trainable), float(self.zero.get("reduce_bucket_size", 5e8)))
 
     def largest_micro_batch(self) -> int:
         """Return how many samples fit at a time."""
@@ -234,7 +275,7 @@ class _Stage:
             self.q, self.parts.vision, self.language,
             trainable=self.trainable, world_size=self.cluster.num_gpus, local=self.local, micro=self.micro,
             vision_element=self.vision_element, language_element=self.language_element,
-            reuse_distance=float(self.zero.get("stage3_max_reuse_distance", 1e9)),
+            reuse_distance=self.reuse_distance,
         )  # fmt: skip
 
     def roofline(self, work: Work, traffic: Traffic) -> dict[str, float]:
@@ -264,7 +305,7 @@ class _Stage:
         if self.language is not None:
             frozen += 2 * self.language_element * self.language.num_parameters
         optimizer = FP32 * self.trainable * (3 * micro_batches + 7 / self.cluster.num_gpus)
-        return 3 * self.local * self.activations(self.micro) + micro_batches * frozen + optimizer
+        return 3 * self.local * self.written() + micro_batches * frozen + optimizer
 
     def network_seconds(self, traffic: Traffic, hpz: int) -> tuple[float, float]:
         """Return seconds of what can hide behind compute (gathers), and of what cannot."""
@@ -318,7 +359,3 @@ class _Stage:
             f"ZeRO-3 with hpZ (stage2_zero3_hpz): gathers take {within:.2f} s of a step instead of {flat:.2f} s, "
             f"for {more / 1e9:.1f} GB more per GPU"
         )
-
-
-def _with_activations(fixed: Memory, activations: float) -> Memory:
-    return Memory(**{**vars(fixed), "activations": activations})

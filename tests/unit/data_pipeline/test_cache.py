@@ -147,6 +147,14 @@ def test_memory_does_not_remember_a_failed_fetch():
     memory.close()
 
 
+def test_a_closed_memory_holds_nothing():
+    memory = ChunkMemory(Fetches(), 1000)
+    for start in range(3):
+        memory.get(chunk(start))
+    memory.close()
+    assert memory.num_bytes == 0
+
+
 def test_one_chunk_larger_than_the_bound_is_still_read():
     memory = ChunkMemory(Fetches(), 50)
     assert memory.get(chunk(1)) == content(chunk(1))
