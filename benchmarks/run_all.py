@@ -238,8 +238,8 @@ def make_peers() -> None:
 def make_assets(folder: Path) -> None:
     """Make the tiny data set and models that the recovery benchmark trains."""
     if not (folder / "train").exists():
-        command = [str(Path(sys.executable).parent / "isthmus"), "assets", "tiny", str(folder)]
-        subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
+        command = [sys.executable, "-m", "cluster.cli.main", "assets", "tiny", str(folder)]
+        subprocess.run(command, check=True, cwd=ROOT, timeout=LIMIT_SECONDS)
 
 
 def run(benchmark: Benchmark, arguments: list[str]) -> dict[str, Any]:
@@ -279,17 +279,24 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load average": round(os.getloadavg()[0], 1),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in VERSIONS},
+        "peers": dict(line.split("==") for line in PEERS_LIST.read_text().splitlines() if "==" in line),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the run as Markdown."""
     facts = result["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    versions, peers = (
+        ", ".join(f"{name} {number}" for name, number in facts[kind].items()) for kind in ("versions", "peers")
+    )
+    seconds, cpu = (sum(entry[f"{kind} seconds"] for entry in result["benchmarks"]) for kind in ("wall", "CPU"))
+    loads = [entry["load average"] for entry in result["benchmarks"]]
     lines = [
         f"# Benchmarks of {result['date']}{' (quick: reduced sizes)' if result['quick'] else ''}",
         "",
-        f"{facts['cpu']}, {facts['cores']} cores, load average {facts['load average']} at the start; {versions}.",
+        f"{facts['cpu']}, {facts['cores']} cores; {versions}; peers: {peers}.",
+        f"{seconds / 60:.0f} minutes, {cpu / 60:.0f} CPU minutes; load average {facts['load average']} before the first "
+        f"benchmark, {min(loads)} to {max(loads)} after each.",
         "Where there is a peer the unit is a cost: a ratio (peer / ours) above 1 is in our favour.",
         "",
         "| what | unit | ours | peer | peer's | ratio | command |",

@@ -251,6 +251,28 @@ def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
     assert made.metrics()["parts_asked_again"] == 2 * 3 * 4  # twice, three steps ahead, four lanes
 
 
+class Watched(DirectBackend):
+    """Notes the steps that are asked for."""
+
+    works_ahead = True
+
+    def __init__(self, make_reader):
+        super().__init__(make_reader)
+        self.steps = []
+
+    def submit(self, request):
+        self.steps.append(request.step)
+        return super().submit(request)
+
+
+def test_no_more_requests_are_in_flight_than_steps_are_prefetched(manifest, monkeypatch):
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Watched(make))
+    made = loader(manifest, prefetch_steps=2)
+    for step, _ in enumerate(made.batches(0, 8)):  # a slow trainer: nothing more is asked while it holds a batch
+        assert max(made._backend.steps) == min(step + 2, 7)
+        assert len(made._backend.steps) == 4 * min(step + 3, 8)
+
+
 def test_three_silent_readers_end_the_run_with_the_place(manifest, monkeypatch):
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=9))
     with pytest.raises(DataError, match=r"step 0, lane 0: 3 readers died or gave no answer.*00000\.tar|0000\d\.tar"):
