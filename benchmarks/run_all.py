@@ -295,8 +295,8 @@ def table(result: dict[str, Any]) -> str:
         f"# Benchmarks of {result['date']}{' (quick: reduced sizes)' if result['quick'] else ''}",
         "",
         f"{facts['cpu']}, {facts['cores']} cores; {versions}; peers: {peers}.",
-        f"{seconds / 60:.0f} minutes, {cpu / 60:.0f} CPU minutes; load average {facts['load average']} before the first "
-        f"benchmark, {min(loads)} to {max(loads)} after each.",
+        f"{seconds / 60:.0f} minutes, {cpu / 60:.0f} CPU minutes; load average {facts['load average']} before, "
+        f"{min(loads)} to {max(loads)} after each benchmark.",
         "Where there is a peer the unit is a cost: a ratio (peer / ours) above 1 is in our favour.",
         "",
         "| what | unit | ours | peer | peer's | ratio | command |",

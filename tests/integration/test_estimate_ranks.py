@@ -54,7 +54,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_tiny_language(root / kind, kind, num_layers=3)
     for name, distance in REUSE.items():
         zero = {"stage": 1, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-        zero |= {"stage3_max_reuse_distance": distance, "reduce_bucket_size": 5_000_000}
+        zero |= {"stage3_max_reuse_distance": distance, "reduce_bucket_size": 200_000}
         zero |= {"stage3_prefetch_bucket_size": distance // 20}
         (root / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
     ranks = run_ranks(on_rank, WORLD, str(root), timeout_seconds=240)

@@ -245,15 +245,12 @@ class _Stage:
         return int(self.zero.get("zero_hpz_partition_size", 1))
 
     def with_activations(self, fixed: Memory, micro: int, *, checkpointed: bool | None = None) -> Memory:
-        """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced."""
-        kept = micro * self.activations(micro, checkpointed=checkpointed)
-        reducing = FP32 * (self.trainable / self.cluster.num_gpus + self.reduce_bucket)
-        return replace(fixed, activations=max(kept, reducing))
+        """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced.
 
-    @property
-    def reduce_bucket(self) -> float:
-        """Gradients that are reduced at once."""
-        return min(float(self.trainable), float(self.zero.get("reduce_bucket_size", 5e8)))
+        The bucket of that reduction is allocated in full, whatever goes into it, and freed again.
+        """
+        kept = micro * self.activations(micro, checkpointed=checkpointed)
+        return replace(fixed, activations=max(kept, FP32 * float(self.zero.get("reduce_bucket_size", 5e8))))
 
     def largest_micro_batch(self) -> int:
         """Return how many samples fit at a time."""
