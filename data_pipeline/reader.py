@@ -145,9 +145,9 @@ class Reader:
                 self._note_use(identity, index, chunk)
                 return members
             self._count("damaged_reads")
-            self._memory.drop(identity)
-            if self._disk:
+            if self._disk:  # first, or the thread that fetches ahead would take the damaged file once more
                 self._disk.drop(identity)
+            self._memory.drop(identity)
         raise BadSample("checksum", f".{damaged} differs from its checksum in the index, read twice")
 
     def _chunk(self, identity: ChunkId) -> bytes | memoryview:
