@@ -215,7 +215,7 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
         Benchmark("frozen_load", frozen),
-        Benchmark("group_start", group_start),
+        Benchmark("group_start", group_start, ["--rounds", "3"]),
         Benchmark("recovery", recovery, [str(assets)]),
     ]
 
