@@ -2,9 +2,10 @@
 
     python benchmarks/run_all.py [--quick] [--only NAME ...]      (or: make bench)
 
-Every benchmark is a process of its own with a time limit; one that fails is reported and the others go on. Peers from
-PyPI live in an environment of their own, .cache/peers, made from benchmarks/peers.txt, so they never constrain the
-product's pins. --quick takes smaller sizes, leaves out what has none, and says so in the file's name.
+Every benchmark is a process of its own with a time limit; one that fails is reported and the others go on. What they
+print in full goes to .cache/bench-output.txt. Peers from PyPI live in an environment of their own, .cache/peers, made
+from benchmarks/peers.txt, so they never constrain the product's pins. --quick takes smaller sizes, leaves out what has
+none, and says so in the file's name.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / ".cache" / "peers"
 PEERS_LIST = ROOT / "benchmarks" / "peers.txt"
+OUTPUT = ROOT / ".cache" / "bench-output.txt"
 LIMIT_SECONDS = 3600
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "numpy")
 
@@ -254,6 +256,8 @@ def run(benchmark: Benchmark, arguments: list[str]) -> dict[str, Any]:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
         )
+        with OUTPUT.open("a") as file:
+            file.write(f"$ {shown}\n{done.stdout}\n")
         result["figures"] = [asdict(figure) | {"ratio": figure.ratio} for figure in benchmark.extract(done.stdout)]
         if not result["figures"]:
             result["error"] = "printed no figure that could be read"
@@ -333,6 +337,8 @@ def main() -> int:
         make_assets(assets)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result: dict[str, Any] = {"date": date, "quick": options.quick, "machine": machine()}
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text("")
     result["benchmarks"] = [run(b, b.quick if options.quick and b.quick is not None else b.arguments) for b in runnable]
     result["left out"] = [b.module for b in known if b not in runnable]
     RESULTS.mkdir(exist_ok=True)
