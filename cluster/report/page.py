@@ -22,6 +22,8 @@ class Extra:
     baselines: Given = field(default_factory=dict)
     sections: Mapping[str, Html] = field(default_factory=dict)
     """Further sections, title -> content."""
+    warning: str | None = None
+    """Stands above everything."""
 
 
 def write_report(url: str, store: ObjectStore, out: Path, extra: Extra | None = None) -> Path:
@@ -65,7 +67,8 @@ def render(facts: RunFacts, extra: Extra) -> str:
         h("title", f"{name}: isthmus run"),
         h("style", Html(CSS)),
     )
-    page = h("html", head, h("body", heading(facts, name), h("nav", *links), *body), lang="en")
+    warning = h("p", extra.warning, class_="warning") if extra.warning else None
+    page = h("html", head, h("body", warning, heading(facts, name), h("nav", *links), *body), lang="en")
     return f"<!doctype html>\n{page}\n"
 
 

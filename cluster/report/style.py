@@ -18,6 +18,8 @@ a { color: var(--c0); }
 .lead, .note, figcaption, .legend { color: var(--soft); }
 .note, figcaption { font-size: .875rem; }
 .missing { color: var(--warn); }
+.warning { max-width: none; padding: .8rem 1rem; border: 2px solid var(--c5); border-radius: .4rem; color: var(--c5);
+  font-weight: 600; }
 nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
 .state { display: inline-block; padding: 0 .55em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   vertical-align: middle; color: var(--soft); }

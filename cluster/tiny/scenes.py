@@ -128,7 +128,7 @@ def write_shards(
             enough captions of these kinds (96 of kind `one`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = _unique_numbers(seed, split, num_samples, kinds) if unique else list(range(num_samples))
+    numbers = unique_numbers(seed, split, num_samples, kinds) if unique else list(range(num_samples))
     paths = []
     for start in range(0, num_samples, samples_per_shard):
         path = folder / f"{split}-{start // samples_per_shard:05d}.tar"
@@ -156,7 +156,12 @@ def _add_sample(tar: tarfile.TarFile, seed: int, split: str, number: int, kinds:
         tar.addfile(member, io.BytesIO(data))
 
 
-def _unique_numbers(seed: int, split: str, num_samples: int, kinds: Sequence[str]) -> list[int]:
+def unique_numbers(seed: int, split: str, num_samples: int, kinds: Sequence[str]) -> list[int]:
+    """Return the numbers of the first scenes whose captions all differ.
+
+    Raises:
+        ValueError: the kinds have fewer captions than that.
+    """
     seen: set[str] = set()
     numbers: list[int] = []
     for number in range(1000 * num_samples):

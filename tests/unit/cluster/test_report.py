@@ -170,11 +170,14 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
         band = make_band("recipes/demo.yaml", [read_folder("s3://bucket/runs/demo", store)])
         (tmp_path / "demo.json").write_text(band.model_dump_json())
         assert "inside the band of 1 runs at all" in curve_verdict(config, store)
+        generated = Page(write_demo_report(config, store, tmp_path / "generated", "no registry").read_text())
     page = Page(path.read_text())
     assert "pooled features, MLP" in page.text
     assert re.search(r"i2t_r10\s+0.500", page.text)
     assert "CC-BY-SA-4.0" in page.text
     assert "aws s3 cp --recursive s3://bucket/runs/demo/export export" in page.text
+    assert "Not the real demo: generated scenes and random frozen parts. no registry" in generated.text
+    assert "pooled features, MLP" not in generated.text
 
 
 def test_a_run_outside_the_band_is_told_where(run, tmp_path):

