@@ -14,6 +14,7 @@ from trainer.engine import Engine, build_engine
 
 WIDTH = 10
 BATCH = 12
+LR_FACTORS = {"body.second": 2.0}
 
 
 class Body(nn.Module):
@@ -55,9 +56,8 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 
 def stage_config(deepspeed: str, **changes: Any) -> StageConfig:
-    return StageConfig(
-        **{"steps": 20, "global_batch_size": BATCH, "micro_batch_size": 2, "deepspeed": deepspeed} | changes
-    )
+    sizes = {"steps": 20, "global_batch_size": BATCH, "micro_batch_size": 2}
+    return StageConfig(**sizes | {"deepspeed": deepspeed, "optimizer": {"lr_factors": LR_FACTORS}} | changes)
 
 
 def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) -> Engine:

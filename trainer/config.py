@@ -47,6 +47,8 @@ class OptimizerConfig(Config):
     """Term added to the denominator."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled decay of matrices; vectors and biases have none."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factor of the learning rate of parameters whose names begin so, such as {projection: 10} in stage 2."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Global norm to which gradients are clipped; 0: no clipping."""
 

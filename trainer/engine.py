@@ -26,7 +26,7 @@ from trainer.fragments import (
     places,
     refresh_working_copies,
 )
-from trainer.optim import ClippedAdamW, clip_factor, decay_groups
+from trainer.optim import ClippedAdamW, clip_factor, parameter_groups
 from trainer.process_group import device_of, join_process_group, leave_process_group, let_gloo_settle, load_deepspeed
 
 _LOSS_SCALE_START = 2.0**16
@@ -118,7 +118,7 @@ class Engine:
         self._accumulation.close()
         self._accumulation = None
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._wrapped.step()
         applied = bool(self._wrapped.was_step_applied())
         self._steps += 1
@@ -215,10 +215,11 @@ def build_engine(
     parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
     template = load_template(stage_config.deepspeed)
     task_model.to(device)
+    schedule = stage_config.optimizer
     offloaded = template["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = ClippedAdamW(
-        decay_groups(parameters, stage_config.optimizer.weight_decay),
-        stage_config.optimizer,
+        parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors),
+        schedule,
         fused=device.type == "cuda" and not offloaded,
     )
     _share_scalars(parameters)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
+from trainer.errors import ConfigError
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -26,15 +27,35 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters by decay: matrices (query tokens among them) decay; vectors, scalars and biases do not.
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, lr_factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Group parameters by decay and by the factor of their learning rate, kept as `lr_factor` of the group.
 
-    The learned temperature, a scalar, does not decay here; the original code decays it, being 0-d rather than 1-d.
+    Matrices (query tokens among them) decay; vectors, scalars and biases do not. The learned temperature, a scalar,
+    does not decay here; the original code decays it, being 0-d rather than 1-d.
+
+    Args:
+        parameters: by name.
+        weight_decay: of those that decay.
+        lr_factors: factor by beginning of the name; the longest that fits counts, 1 where none does.
+
+    Raises:
+        ConfigError: a factor for names that no parameter has.
     """
-    decayed = [p for name, p in parameters.items() if _decays(name, p)]
-    exempt = [p for name, p in parameters.items() if not _decays(name, p)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    factors = lr_factors or {}
+    for prefix in factors:
+        if not any(name.startswith(prefix) for name in parameters):
+            known = ", ".join(sorted({name.split(".")[0] for name in parameters}))
+            raise ConfigError(f"optimizer.lr_factors: no parameter begins with {prefix!r}; this stage trains {known}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        fitting = max((prefix for prefix in factors if name.startswith(prefix)), key=len, default="")
+        groups.setdefault((factors.get(fitting, 1.0), _decays(name, parameter)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_factor": factor}
+        for (factor, decays), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

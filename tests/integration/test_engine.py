@@ -11,10 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.engine_toys import BATCH, MemoryState, Pieces, Toy, accumulate, batch_of, make_engine, pieces_of, train
+from tests.engine_toys import (
+    BATCH,
+    LR_FACTORS,
+    MemoryState,
+    Pieces,
+    Toy,
+    accumulate,
+    batch_of,
+    make_engine,
+    pieces_of,
+    train,
+)
 from tests.ranks import run_ranks
 from trainer.engine import Engine
-from trainer.optim import decay_groups
+from trainer.optim import parameter_groups
 
 pytestmark = pytest.mark.integration
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 30, "reduce_bucket_size": 100_000, "sub_group_size": 200}
@@ -132,10 +143,11 @@ def test_two_to_one_to_two_is_exact(one: dict[str, Any], two: dict[str, Any], te
 
 def test_equals_plain_torch(two: dict[str, Any], templates: list[str]) -> None:
     model = Toy()
-    optimizer = torch.optim.AdamW(decay_groups(model.trainable_parameters(), 0.05), betas=(0.9, 0.98), eps=1e-8)
+    groups = parameter_groups(model.trainable_parameters(), 0.05, LR_FACTORS)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
     for step in range(20):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (step + 1)
+            group["lr"] = 1e-2 / (step + 1) * group["lr_factor"]
         optimizer.zero_grad()
         model.loss(*batch_of(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.trainable_parameters().values(), 1.0)

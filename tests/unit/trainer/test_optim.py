@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainer.config import OptimizerConfig
-from trainer.optim import ClippedAdamW, clip_factor, decay_groups, learning_rate
+from trainer.errors import ConfigError
+from trainer.optim import ClippedAdamW, clip_factor, learning_rate, parameter_groups
 
 pytestmark = pytest.mark.unit
 CONFIG = OptimizerConfig(peak_lr=1e-4, min_lr=1e-5, warmup_start_lr=1e-6, warmup_steps=10)
@@ -40,14 +41,30 @@ def test_matrices_and_queries_decay_and_vectors_do_not() -> None:
         "odd.bias": nn.Parameter(torch.zeros(2, 2)),
         "temperature": nn.Parameter(torch.zeros(())),
     }
-    decayed, exempt = decay_groups(parameters, 0.05)
+    decayed, exempt = parameter_groups(parameters, 0.05)
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
     assert [len(group["params"]) for group in (decayed, exempt)] == [2, 4]
     assert any(p is parameters["queries"] for p in decayed["params"])
 
 
 def test_no_empty_group_is_made() -> None:
-    assert len(decay_groups({"bias": nn.Parameter(torch.zeros(2))}, 0.05)) == 1
+    assert len(parameter_groups({"bias": nn.Parameter(torch.zeros(2))}, 0.05)) == 1
+
+
+def test_the_longest_beginning_of_a_name_gives_the_factor() -> None:
+    names = ("qformer.queries", "qformer.ln.weight", "projection.weight", "projection.bias")
+    parameters = {name: nn.Parameter(torch.zeros(2) if name.endswith(("bias", "ln.weight")) else torch.zeros(2, 2))
+                  for name in names}  # fmt: skip
+    groups = parameter_groups(parameters, 0.05, {"projection": 10.0, "projection.bias": 3.0})
+    found = {id(member): (group["lr_factor"], group["weight_decay"]) for group in groups for member in group["params"]}
+    assert [found[id(parameters[name])] for name in names] == [(1.0, 0.05), (1.0, 0.0), (10.0, 0.05), (3.0, 0.0)]
+    assert len(groups) == len({(group["lr_factor"], group["weight_decay"]) for group in groups})
+
+
+def test_a_factor_for_nothing_names_what_there_is() -> None:
+    parameters = {"qformer.queries": nn.Parameter(torch.zeros(2, 2)), "projection.bias": nn.Parameter(torch.zeros(2))}
+    with pytest.raises(ConfigError, match=r"no parameter begins with 'projektion'; this stage trains projection, qfo"):
+        parameter_groups(parameters, 0.05, {"projektion": 10.0})
 
 
 @given(norm=st.floats(1e-3, 1e3), max_norm=st.floats(0.1, 10.0), scale=st.sampled_from([1.0, 2.0**16]))
