@@ -340,7 +340,7 @@ def main() -> int:
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text("")
     result["benchmarks"] = [run(b, b.quick if options.quick and b.quick is not None else b.arguments) for b in runnable]
-    result["left out"] = [b.module for b in known if b not in runnable]
+    result["left out"] = sorted({b.module for b in known if b not in runnable})
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{date}{'-quick' if options.quick else ''}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
