@@ -12,7 +12,7 @@ from trainer.config_io import load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.estimate.hardware import Assumptions
+    from trainer.estimate.hardware import Assumptions, Cluster, Gpu
     from trainer.estimate.step import StageEstimate
 
 
@@ -30,13 +30,12 @@ def estimate(
 ) -> None:
     """Predict memory per GPU, step time, days and cost of a run."""
     from trainer.estimate.architectures import load_parts
-    from trainer.estimate.hardware import Cluster, find_gpu
+    from trainer.estimate.hardware import Cluster, find_gpu, with_overrides
     from trainer.estimate.report import draw, draw_sweep
     from trainer.estimate.step import divisible, estimate_stage
 
     resolved = load_config(config, overrides or [], JobConfig)
-    assumptions = _assumptions(assume or [])
-    card = find_gpu(gpu)
+    card, assumptions = with_overrides(find_gpu(gpu), _numbers(assume or []))
     parts, sources = load_parts(resolved)
 
     def on(cluster: Cluster, config: JobConfig) -> "list[StageEstimate]":
@@ -47,18 +46,18 @@ def estimate(
         by_size = [on(Cluster(card, size, gpus_per_node), divisible(resolved, size)) for size in sizes]
         if png is not None:
             draw_sweep(sizes, by_size, gpu, png)
-        _print_sweep(sizes, by_size, gpu, assumptions, as_json=as_json)
+        _print_sweep(sizes, by_size, card, assumptions, as_json=as_json)
         return
     cluster = Cluster(card, gpus, gpus_per_node)
     estimates = on(cluster, resolved)
     if png is not None:
         draw(estimates, cluster, png)
-    _print_estimates(estimates, f"{gpus} x {gpu}", sources, assumptions, price, as_json=as_json)
+    _print_estimates(estimates, cluster, sources, assumptions, price, as_json=as_json)
 
 
 def _print_estimates(
     estimates: "list[StageEstimate]",
-    hardware: str,
+    cluster: "Cluster",
     sources: list[str],
     assumptions: "Assumptions",
     price: float | None,
@@ -70,9 +69,10 @@ def _print_estimates(
 
     from trainer.estimate import report
 
+    hardware, assumed = f"{cluster.num_gpus} x {cluster.gpu.name}", {"assumptions": vars(assumptions)}
     if as_json:
         stages = {estimate.stage: report.as_json(estimate, price) for estimate in estimates}
-        typer.echo(json.dumps({"hardware": hardware, "stages": stages, "assumptions": vars(assumptions)}, indent=2))
+        typer.echo(json.dumps({"hardware": hardware, "gpu": vars(cluster.gpu), "stages": stages, **assumed}, indent=2))
         return
     console = Console()
     for estimate in estimates:
@@ -81,11 +81,13 @@ def _print_estimates(
             table.add_row(label, value)
         console.print(table)
     console.print("Dimensions: " + "; ".join(sources), highlight=False)
-    console.print("Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(assumptions)))
+    console.print(
+        "Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(cluster.gpu, assumptions))
+    )
 
 
 def _print_sweep(
-    sizes: list[int], by_size: "list[list[StageEstimate]]", gpu: str, assumptions: "Assumptions", *, as_json: bool
+    sizes: list[int], by_size: "list[list[StageEstimate]]", gpu: "Gpu", assumptions: "Assumptions", *, as_json: bool
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -95,16 +97,18 @@ def _print_sweep(
     if as_json:
         stages = [{e.stage: report.as_json(e, None) for e in estimates} for estimates in by_size]
         sweep = [{"gpus": size, "stages": found} for size, found in zip(sizes, stages, strict=True)]
-        typer.echo(json.dumps({"gpu": gpu, "sweep": sweep, "assumptions": vars(assumptions)}, indent=2))
+        typer.echo(json.dumps({"gpu": vars(gpu), "sweep": sweep, "assumptions": vars(assumptions)}, indent=2))
         return
     header, *lines = report.sweep_rows(sizes, by_size)
-    table = Table(*header, title=f"{gpu}: the same run on more GPUs", title_justify="left")
+    table = Table(*header, title=f"{gpu.name}: the same run on more GPUs", title_justify="left")
     for line in lines:
         table.add_row(*line)
     console = Console()
     console.print(table)
     console.print("A global batch that a size does not divide is rounded down to one that it does.")
-    console.print("Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(assumptions)))
+    console.print(
+        "Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(gpu, assumptions))
+    )
 
 
 def _sizes(sweep: str) -> list[int]:
@@ -118,14 +122,12 @@ def _sizes(sweep: str) -> list[int]:
     return sizes
 
 
-def _assumptions(given: list[str]) -> "Assumptions":
-    from trainer.estimate.hardware import Assumptions
-
-    overrides = {}
+def _numbers(given: list[str]) -> dict[str, float]:
+    numbers = {}
     for item in given:
         name, _, value = item.partition("=")
         try:
-            overrides[name] = float(value)
+            numbers[name] = float(value)
         except ValueError as error:
             raise ConfigError(f"--assume {item}: not of the form name=number") from error
-    return Assumptions.with_overrides(overrides)
+    return numbers

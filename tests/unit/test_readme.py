@@ -76,7 +76,7 @@ def _estimated(path):
     for gpu, gpus in (("h100", 8), ("a100-40g", 16)):
         cluster = Cluster(find_gpu(gpu), gpus, 8)
         found = [
-            report.as_json(estimate_stage(config, stage, parts, cluster, Assumptions.with_overrides({})), None)
+            report.as_json(estimate_stage(config, stage, parts, cluster, Assumptions()), None)
             for stage in config.stages
         ]
         cells.append(" / ".join(f"{stage['memory']['total'] / 1e9:.1f}" for stage in found))

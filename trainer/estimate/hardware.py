@@ -1,6 +1,7 @@
 """Accelerators by their public data sheets, and the assumptions that turn peak figures into expected ones."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from trainer.errors import ConfigError
 
@@ -84,18 +85,21 @@ class Assumptions:
     save_stall_seconds: float = 1.0
     """Training time lost per checkpoint."""
 
-    @classmethod
-    def with_overrides(cls, overrides: dict[str, float]) -> "Assumptions":
-        """Return the defaults with some fields replaced.
 
-        Raises:
-            ConfigError: a name is not known.
-        """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ConfigError(f"assumption {unknown[0]}: not known; known are {', '.join(sorted(known))}")
-        return cls(**overrides)
+def with_overrides(gpu: Gpu, overrides: dict[str, float]) -> tuple[Gpu, Assumptions]:
+    """Return the card and the default assumptions with some of their figures replaced, by name.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
+    of_card = {field.name for field in fields(Gpu)} - {"name"}
+    known = of_card | {field.name for field in fields(Assumptions)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigError(f"assumption {unknown[0]}: not known; known are {', '.join(sorted(known))}")
+    card: dict[str, Any] = {name: value for name, value in overrides.items() if name in of_card}
+    rest = {name: value for name, value in overrides.items() if name not in of_card}
+    return replace(gpu, **card), Assumptions(**rest)
 
 
 @dataclass(frozen=True)

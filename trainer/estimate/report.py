@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.estimate.hardware import GIB, Assumptions, Cluster
+from trainer.estimate.hardware import GIB, Assumptions, Cluster, Gpu
 from trainer.estimate.step import StageEstimate
 
 GIGA, TERA, PETA = 1e9, 1e12, 1e15
@@ -64,9 +64,10 @@ def sweep_rows(sizes: Sequence[int], sweep: Sequence[Sequence[StageEstimate]]) -
     return table
 
 
-def assumption_lines(assumptions: Assumptions) -> list[str]:
-    """Return every assumption as name=value, in the form in which it can be overridden."""
-    return [f"{field.name}={getattr(assumptions, field.name):g}" for field in fields(assumptions)]
+def assumption_lines(gpu: Gpu, assumptions: Assumptions) -> list[str]:
+    """Return every assumption as name=value, in the form in which it can be overridden: the card's figures first."""
+    figures = {name: value for name, value in vars(gpu).items() if name != "name"} | vars(assumptions)
+    return [f"{name}={value:g}" for name, value in figures.items()]
 
 
 def draw(estimates: Sequence[StageEstimate], cluster: Cluster, path: Path) -> None:

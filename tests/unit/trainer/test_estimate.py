@@ -10,7 +10,7 @@ from trainer.config_io import load_config
 from trainer.errors import ConfigError
 from trainer.estimate.architectures import BUNDLED, bundled_config
 from trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work, vision_flops
-from trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu
+from trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu, with_overrides
 from trainer.estimate.memory import FP32, HALF, trainable_parameters
 from trainer.estimate.original import original_stage1_activations, original_stage2_activations
 from trainer.estimate.shapes import language_shape, vision_shape
@@ -183,6 +183,14 @@ def test_a_sweep_keeps_the_samples_where_a_size_does_not_divide_the_batch():
     assert estimate_stage(swept, "stage1", VITG_OPT, Cluster(find_gpu("h100"), 32), Assumptions()).days > 0
 
 
+def test_every_figure_can_be_overridden_the_cards_too():
+    card, assumed = with_overrides(find_gpu("h100"), {"peak_flops": 1e14, "overlap": 0.5})
+    assert (card.peak_flops, card.memory_bytes, assumed.overlap) == (1e14, find_gpu("h100").memory_bytes, 0.5)
+    config, parts = full_size("blip2-vitg-opt2.7b"), VITG_OPT
+    slow, fast = (estimate_stage(config, "stage1", parts, Cluster(gpu, 8), assumed) for gpu in (card, find_gpu("h100")))
+    assert slow.seconds["compute"] == pytest.approx(9.89 * fast.seconds["compute"])
+
+
 def test_what_cannot_be_estimated_is_said():
     config, parts = full_size("blip2-vitg-opt2.7b"), VITG_OPT
     with pytest.raises(ConfigError, match="not divisible by 11 GPUs"):
@@ -190,7 +198,7 @@ def test_what_cannot_be_estimated_is_said():
     with pytest.raises(ConfigError, match="known are a100-40g"):
         find_gpu("abacus")
     with pytest.raises(ConfigError, match="known are"):
-        Assumptions.with_overrides({"hope": 1.0})
+        with_overrides(find_gpu("h100"), {"hope": 1.0})
     with pytest.raises(ConfigError, match="patch_size"):
         vision_shape({"model_type": "efficientnet", "hidden_size": 1, "num_hidden_layers": 1}, 224)
     with pytest.raises(ConfigError, match="ffn_dim"):
