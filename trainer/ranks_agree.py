@@ -1,9 +1,8 @@
 """Decisions that one rank takes for all. Every function is a collective of the main thread."""
 
+import sys
 from collections.abc import Callable
-from typing import TypeVar
-
-import torch.distributed as dist
+from typing import Any, TypeVar
 
 from trainer.errors import CheckpointError
 
@@ -16,7 +15,8 @@ def from_main_rank(decide: Callable[[], T]) -> T:
     Raises:
         CheckpointError: what it raised there, on the other ranks.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist: Any = sys.modules.get("torch.distributed")  # a driver has no ranks and does not load torch
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return decide()
     answer: list[tuple[T | None, str | None]] = [(None, None)]
     failure: Exception | None = None

@@ -165,10 +165,10 @@ def _open(
     config: TrainConfig, store: ObjectStore, owner: str, allow_change: Sequence[str], beat_seconds: float
 ) -> RunStore:
     url = run_url(config)
-    _check_config(config, store, url, allow_change)  # at once, before a wait for the lease
+    check_config_of_run(config, store, allow_change)  # at once, before a wait for the lease
     lease = Lease.take(join(url, LEASE), store, owner, beat_seconds)
     try:
-        changes = _check_config(config, store, url, allow_change)
+        changes = check_config_of_run(config, store, allow_change)
         _clear(url, store)
         store.put(join(url, CONFIG), to_yaml(config).encode())
         attempt = {
@@ -197,8 +197,13 @@ def _clear(url: str, store: ObjectStore) -> None:
             logger.info("%s: removed %d unfinished uploads of earlier attempts", url, number)
 
 
-def _check_config(config: TrainConfig, store: ObjectStore, url: str, allow_change: Sequence[str]) -> list[Any]:
-    config_url = join(url, CONFIG)
+def check_config_of_run(config: TrainConfig, store: ObjectStore, allow_change: Sequence[str] = ()) -> list[Any]:
+    """Return what a start of the run would change in its configuration; a run that does not exist yet: nothing.
+
+    Raises:
+        ConfigError: the run was started with a configuration that means something else.
+    """
+    config_url = join(run_url(config), CONFIG)
     try:
         stored = store.get(config_url).decode()
     except NotFoundError:

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -140,6 +140,7 @@ def stop(
 
 def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = ()) -> None:
     jobs = open_jobs(address)
+    _check_against_run(config, allow_change)
     job, is_new = jobs.submit(config, allow_change)
     name = config.run.name
     typer.echo(f"{name}: {'submitted' if is_new else 'already at work'} as job {job.id} at {jobs.address}")
@@ -152,6 +153,16 @@ def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change
         _fail_if_failed(ended)
         if ended.state != "finished":
             raise typer.Exit(Outcome.STOPPED.exit_code)
+
+
+def _check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
+    """Refuse at once what the driver would refuse, where the run's folder can be read from here."""
+    from cluster.run_view import impatient
+    from data_pipeline.errors import DataError
+    from trainer.run_store import check_config_of_run
+
+    with suppress(DataError, OSError):
+        check_config_of_run(config, impatient(config.store), allow_change)
 
 
 def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:

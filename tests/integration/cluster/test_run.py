@@ -23,6 +23,7 @@ from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
 from tests.seaweed import BUCKET
 from trainer.checkpoint_reader import committed
 from trainer.config_io import load_config, to_yaml
+from trainer.errors import ConfigError
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 LIMIT = 120.0
@@ -230,6 +231,13 @@ def test_every_run_is_listed_and_can_be_read_without_the_cluster(operator, monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", operator.seaweed.endpoint_url)
     result = CliRunner().invoke(app, ["status", operator.url("disturbed"), "--json"])
     assert json.loads(result.stdout)[0]["state"] == "finished"
+
+
+def test_another_configuration_of_a_run_is_refused_at_once(operator, undisturbed):
+    arguments = ["submit", operator.recipe("undisturbed"), "stage1.optimizer.peak_lr=1.0"]
+    refused = CliRunner().invoke(app, [*arguments, "--address", operator.raylets.dashboard_url])
+    assert isinstance(refused.exception, ConfigError), refused
+    assert "stage1.optimizer.peak_lr: 0.001 -> 1.0" in str(refused.exception)
 
 
 def test_a_full_cluster_is_said_at_once(operator):

@@ -63,3 +63,8 @@ def test_an_unknown_verb_is_a_usage_error():
     done = isthmus("trian")
     assert done.returncode == 2
     assert "trian" in done.stderr
+
+
+def test_neither_the_driver_nor_the_command_line_load_what_trains():
+    code = "import sys, cluster.driver, cluster.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
