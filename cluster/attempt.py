@@ -57,9 +57,8 @@ class Attempt:
         ended = [member.ended for member in self.group.members if member.ended]
         if any(end.failure for end in ended):
             failure = self._explain()
-            steps = [
-                member.ended.step for member in self.group.members if member.ended and member.ended.step is not None
-            ]
+            ended = [member.ended for member in self.group.members if member.ended]
+            steps = [end.step for end in ended if end.failure and end.step is not None]
             return AttemptEnd(max(steps, default=self.step), failure=failure)
         if len(ended) == self.group.world_size:
             if all(end.outcome == FINISHED for end in ended):
