@@ -209,16 +209,16 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("scale.plan", scale_plan, [], ["--quick"]),
         Benchmark("estimate_truth", truth, [], ["--quick"]),
         Benchmark("data_order", order),
-        Benchmark("data_throughput", throughput, peer, [*peer, "--samples", "128", "--rounds", "1"]),
-        Benchmark("data_throughput", throughput, [*peer, "--s3", "--rounds", "2"]),
+        Benchmark("data_throughput", throughput, [*peer, "--rounds", "2"], [*peer, "--samples", "128", "--rounds", "1"]),
+        Benchmark("data_throughput", throughput, [*peer, "--s3", "--rounds", "2", "--samples", "512"]),
         Benchmark("data_resume", resume),
         Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
         Benchmark("stage1_speed", stage1),
         Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
         Benchmark("frozen_load", frozen),
-        Benchmark("group_start", group_start, ["--rounds", "3"]),
-        Benchmark("recovery", recovery, [str(assets)]),
+        Benchmark("group_start", group_start, ["--rounds", "2"]),
+        Benchmark("recovery", recovery, [str(assets), "--kills", "2"]),
     ]
 
 
