@@ -209,7 +209,9 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("scale.plan", scale_plan, [], ["--quick"]),
         Benchmark("estimate_truth", truth, [], ["--quick"]),
         Benchmark("data_order", order),
-        Benchmark("data_throughput", throughput, [*peer, "--rounds", "2"], [*peer, "--samples", "128", "--rounds", "1"]),
+        Benchmark(
+            "data_throughput", throughput, [*peer, "--rounds", "2"], [*peer, "--samples", "128", "--rounds", "1"]
+        ),
         Benchmark("data_throughput", throughput, [*peer, "--s3", "--rounds", "2", "--samples", "512"]),
         Benchmark("data_resume", resume),
         Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
@@ -339,12 +341,14 @@ def main() -> int:
     result: dict[str, Any] = {"date": date, "quick": options.quick, "machine": machine()}
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text("")
-    result["benchmarks"] = [run(b, b.quick if options.quick and b.quick is not None else b.arguments) for b in runnable]
-    result["left out"] = sorted({b.module for b in known if b not in runnable})
+    result |= {"benchmarks": [], "left out": sorted({b.module for b in known if b not in runnable})}
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{date}{'-quick' if options.quick else ''}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(result))
+    for benchmark in runnable:
+        reduced = options.quick and benchmark.quick is not None
+        result["benchmarks"].append(run(benchmark, benchmark.quick if reduced else benchmark.arguments))
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(table(result))
     sys.stdout.write(table(result))
     return 1 if any("error" in entry for entry in result["benchmarks"]) else 0
 
