@@ -1,4 +1,4 @@
-"""Runs schedules against undisturbed runs: a few by number, or a long soak that goes on where it was."""
+"""Runs schedules against undisturbed runs: a few by name, or a long soak that goes on where it was."""
 
 import argparse
 import json
@@ -18,10 +18,9 @@ from cluster.local_s3 import local_s3
 from tests.chaos import report
 from tests.chaos.pipeline import BUCKET, ROOT, Place, Run
 from tests.chaos.proxy import proxy
-from tests.chaos.schedule import Schedule, draw
+from tests.chaos.schedule import VERSION, Schedule, draw
 from tests.chaos.verify import Ending, ending, figures, problems
 
-RESULTS = ROOT / ".cache" / "chaos" / "results.jsonl"
 KEPT = ROOT / ".cache" / "chaos" / "failed"
 
 
@@ -33,31 +32,29 @@ class Campaign:
         self._expected: dict[bool, Ending] = {}
 
     def undisturbed(self, *, elastic: bool) -> Ending:
-        """Return how a run ends to which nothing happens."""
+        """Return how a run ends to which nothing happens. It is without Ray, also where Ray runs the disturbed one."""
         if elastic not in self._expected:
             worlds = (2, 1) if elastic else (2,)
-            calm = Schedule(-1, (), s3=False, readers=0, cache=False, worlds=worlds)
-            run = Run(self._place, calm, self._place.folder / f"calm-{elastic}", "calm")
+            calm = Schedule(f"calm-{len(worlds)}", (), s3=False, readers=0, cache=False, worlds=worlds)
+            run = Run(self._place, calm, self._place.folder / calm.name)
             run.drive()
             if len(run.attempts) != 1 or not run.attempts[0].finished:
                 raise RuntimeError(f"the undisturbed run failed: {run.attempts}; see {run.folder}/logs")
             self._expected[elastic] = ending(run)
         return self._expected[elastic]
 
-    def go(self, seed: int, *, elastic: bool) -> dict[str, Any]:
+    def go(self, name: str) -> dict[str, Any]:
         """Run a schedule; return what came of it."""
-        schedule = draw(seed, elastic=elastic)
-        expected = self.undisturbed(elastic=elastic)
+        schedule = draw(name)
+        expected = self.undisturbed(elastic=schedule.elastic)
         if schedule.s3:
             self._place.prepare_bucket()
-        name = f"{'elastic' if elastic else 'seed'}-{seed}"
-        run = Run(self._place, schedule, self._place.folder / name, name)
         began = time.monotonic()
+        run = self._run(schedule)
         run.drive()
         found = problems(run, expected)
         result = {
-            "seed": seed,
-            "elastic": elastic,
+            "name": name,
             "survived": not found,
             "problems": found,
             "faults": [f"{fault.kind} {fault.point}".strip() for fault in schedule.faults],
@@ -68,32 +65,45 @@ class Campaign:
             **figures(run),
         }
         if found:
-            KEPT.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(run.folder, KEPT / name, dirs_exist_ok=True)
+            shutil.rmtree(KEPT / name, ignore_errors=True)
+            shutil.copytree(run.folder, KEPT / name, ignore_dangling_symlinks=True)
         shutil.rmtree(run.folder, ignore_errors=True)
         return result
 
+    def _run(self, schedule: Schedule) -> Run:
+        folder = self._place.folder / f"run-{schedule.name}"
+        if not schedule.ray:
+            return Run(self._place, schedule, folder)
+        from tests.chaos.ray_run import RayRun  # Ray is imported where it is needed only
+
+        return RayRun(self._place, schedule, folder)
+
 
 @contextmanager
-def campaign(*, s3: bool = True) -> Iterator[Campaign]:
-    """Start what schedules need: assets, an S3 server behind a proxy, a process from which ranks are forked."""
+def campaign(names: list[str]) -> Iterator[Campaign]:
+    """Start what the schedules need: assets, a process from which ranks are forked, an S3 server, a proxy, Ray."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.chaos.rank"])
+    schedules = [draw(name) for name in names]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         place = Place(folder)
-        if s3:
+        if any(schedule.s3 for schedule in schedules):
             place.server = stack.enter_context(local_s3(folder / "seaweed", BUCKET))
             port = int(place.server.endpoint_url.rsplit(":", 1)[1])
             place.proxy = stack.enter_context(proxy(port))
         place.prepare()
+        if any(schedule.ray for schedule in schedules):
+            from tests.chaos.ray_run import cluster
+
+            place.raylets = stack.enter_context(cluster())
         yield Campaign(place)
 
 
 def replay_command(result: dict[str, Any]) -> str:
     """Return the command that runs a schedule again."""
-    return f"python -m tests.chaos.run --seed {'e' if result['elastic'] else ''}{result['seed']}"
+    return f"python -m tests.chaos.run --seed {result['name']}"
 
 
 def show(result: dict[str, Any]) -> None:
@@ -101,7 +111,7 @@ def show(result: dict[str, Any]) -> None:
     word = "survived" if result["survived"] else "FAILED"
     place = "s3" if result["schedule"]["s3"] else "file"
     print(
-        f"{word} seed {'e' if result['elastic'] else ''}{result['seed']} ({place}): "
+        f"{word} seed {result['name']} ({place}): "
         f"{', '.join(result['faults'])}; {result['happened']} happened; {result['starts']} starts, "
         f"{result['lost_steps']} steps repeated, {result['wall_seconds']:.0f} s, exit codes {result['codes']}"
     )
@@ -112,67 +122,70 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def done_before(commit: str) -> list[dict[str, Any]]:
-    """Return the results of this commit's soak so far."""
-    if not RESULTS.exists():
-        return []
-    return [r for line in RESULTS.read_text().splitlines() if (r := json.loads(line))["commit"] == commit]
-
-
-def soak(wanted: list[tuple[int, bool]], seconds: float) -> int:
-    """Run the schedules that have not been run for this commit yet, as long as there is time; return failures."""
-    commit = report.commit()
-    done = {(result["seed"], result["elastic"]) for result in done_before(commit)}
-    left = [item for item in wanted if item not in done]
+def soak(wanted: list[str], seconds: float) -> int:
+    """Run the schedules that this code of the product has not seen, as long as there is time; return failures."""
+    code, commit = report.code(), report.commit()
+    done = {result["name"] for result in report.results() if result["code"] == code}
+    left = [name for name in wanted if name not in done]
     print(f"{len(wanted) - len(left)} of {len(wanted)} schedules were run before; {len(left)} to go")
     failures, deadline = 0, time.monotonic() + seconds
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     if not left:
         return 0
-    with campaign() as running:
-        for seed, elastic in left:
+    with campaign(left) as running:
+        for name in left:
             if time.monotonic() > deadline:
                 break
-            result = running.go(seed, elastic=elastic)
+            result = running.go(name)
             show(result)
             failures += not result["survived"]
-            line = {**result, "commit": commit, "date": time.strftime("%Y-%m-%d")}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            report.keep({**result, "version": VERSION, "code": code, "commit": commit})
     return failures
 
 
-def run_these(wanted: list[tuple[int, bool]], answer: Path | None) -> int:
-    """Run schedules by number; return failures."""
-    with campaign(s3=any(draw(seed, elastic=elastic).s3 for seed, elastic in wanted)) as running:
-        results = []
-        for seed, elastic in wanted:
-            results.append(running.go(seed, elastic=elastic))
+def run_these(names: list[str], answer: Path | None) -> int:
+    """Run schedules by name; return failures."""
+    results = []
+    with campaign(names) as running:
+        for name in names:
+            results.append(running.go(name))
             show(results[-1])
     if answer:
         answer.write_text(json.dumps(results))
     return sum(not result["survived"] for result in results)
 
 
+def soak_of(length: int) -> list[str]:
+    """Return the names of a soak: seeds 0, 1, ..., a fifth as many with changing world sizes, a tenth under Ray."""
+    names: list[str] = []
+    for seed in range(length):
+        names.append(str(seed))
+        names += [f"e{seed // 5}"] if seed % 5 == 0 else []
+        names += [f"r{seed // 10}"] if seed % 10 == 0 else []
+    return names
+
+
 def main() -> int:
     """Run what the command line asks for; 1: a schedule was not survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.run", description=__doc__)
-    parser.add_argument("--seed", nargs="*", default=[], help="run these and no others; e7: with changing world sizes")
-    parser.add_argument("--schedules", type=int, default=0, help="length of the soak; a fifth is added as e0, e1, ...")
-    parser.add_argument("--first", type=int, default=0, help="first seed of the soak")
+    parser.add_argument("--seed", nargs="*", default=[], help="run these and no others: 7, e7 (elastic), r7 (Ray)")
+    parser.add_argument("--schedules", type=int, default=0, help="length of the soak; elastic ones and Ray are added")
+    parser.add_argument("--only", choices=("plain", "ray"), help="of the soak: those without Ray, or under Ray")
+    parser.add_argument("--share", default="0/1", help="1/2: every second one of the soak, beside another process")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no schedule after this time")
     parser.add_argument("--json", type=Path, help="write the results of --seed there")
     parser.add_argument("--report", action="store_true", help="write the soak's result into docs/reliability.md")
     asked = parser.parse_args()
     failures = 0
     if asked.seed:
-        failures = run_these([(int(seed.removeprefix("e")), seed.startswith("e")) for seed in asked.seed], asked.json)
+        failures = run_these(asked.seed, asked.json)
     if asked.schedules:
-        wanted: list[tuple[int, bool]] = []
-        for seed in range(asked.first, asked.first + asked.schedules):
-            wanted += [(seed, False), (seed // 5, True)] if seed % 5 == 0 else [(seed, False)]
-        failures += soak(wanted, 60 * asked.minutes)
+        index, of = map(int, asked.share.split("/"))
+        wanted = [name for name in soak_of(asked.schedules) if asked.only in (None, _layer(name))]
+        failures += soak(wanted[index::of], 60 * asked.minutes)
     if asked.report:
-        latest = json.loads(RESULTS.read_text().splitlines()[-1])["commit"] if RESULTS.exists() else report.commit()
-        report.write(done_before(latest))
+        report.write()
     return 1 if failures else 0
+
+
+def _layer(name: str) -> str:
+    return "ray" if draw(name).ray else "plain"

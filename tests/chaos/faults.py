@@ -20,7 +20,11 @@ from data_pipeline.errors import StoreError
 from data_pipeline.object_store import ObjectInfo, ObjectStore
 from tests.chaos.schedule import Fault
 
+START_FILE = "start.json"
+"""In the run's folder, for ranks under Ray: number of the driver's start, and the schedule's faults."""
 INSTANT_SECONDS = 0.002
+BEAT_SECONDS = 0.5
+"""Of the run's lease: a start after a kill waits four beats until the lease is stale."""
 
 
 class Points:

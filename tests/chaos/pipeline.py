@@ -1,5 +1,6 @@
 """A small two-stage run under a schedule: its ranks are started, disturbed from outside and started again."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -33,7 +34,7 @@ NUM_SAMPLES = 64
 MAX_ATTEMPTS = 14
 ATTEMPT_SECONDS = 240.0
 """An attempt that lasts longer hangs."""
-GRACE_SECONDS = 75.0
+GRACE_SECONDS = 60.0
 """When a rank has ended, the others end within this time: the collective's limit and the last save."""
 STOPPED_GRACE_SECONDS = 3.0
 SHORT = [
@@ -44,8 +45,8 @@ SHORT = [
     "evaluation.manifest=null",
     "run.export=true",
     "model.qformer.num_layers=2",
-    "safety.step_timeout_seconds=60",
-    "safety.collective_timeout_seconds=15",
+    "safety.step_timeout_seconds=40",
+    "safety.collective_timeout_seconds=8",
     "checkpoint.save_timeout_seconds=20",
     "store.stall_timeout_seconds=2",
     "data.reader_timeout_seconds=30",
@@ -60,6 +61,8 @@ class Place:
     server: LocalS3 | None = None
     proxy: Proxy | None = None
     bucket_ready: bool = False
+    raylets: Any = None
+    """The Ray cluster (ray_run.py), where schedules need one."""
 
     def prepare(self) -> None:
         """Write models and shards into the folder."""
@@ -77,11 +80,11 @@ class Place:
         build_manifest(urls, f"s3://{BUCKET}/train", store, IndexOptions(64 << 10), run_in_processes(1))
         self.bucket_ready = True
 
-    def config(self, schedule: Schedule, name: str, run_folder: Path) -> JobConfig:
+    def config(self, schedule: Schedule, run_folder: Path) -> JobConfig:
         """Return the run's configuration."""
         assets = self.folder / "assets"
         places: dict[str, Any] = {
-            "run.name": name,
+            "run.name": f"run-{schedule.name}",
             "run.url": f"s3://{BUCKET}/runs" if schedule.s3 else run_folder / "runs",
             "data.sources.0.manifest": f"s3://{BUCKET}/train" if schedule.s3 else assets / "train",
             "data.readers": schedule.readers,
@@ -96,6 +99,9 @@ class Place:
             port = self.proxy.port if self.proxy else None
             endpoint = f"http://127.0.0.1:{port}" if port else self.server.endpoint_url
             places |= {"store.endpoint_url": endpoint, "store.region": "us-east-1"}
+        if schedule.ray:
+            places |= {"data.backend": "ray", "cluster.workers": "{min: 2, max: 2}"}
+            places |= {"cluster.unresponsive_seconds": 12, "cluster.stop_grace_seconds": 30}
         overrides = [f"{key}={value}" for key, value in places.items()]
         return load_config(ROOT / "recipes" / "tiny.yaml", [*overrides, *SHORT], JobConfig)
 
@@ -126,13 +132,12 @@ class Run:
     place: Place
     schedule: Schedule
     folder: Path
-    name: str
     attempts: list[Attempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for part in ("logs", "steps", "tmp"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
-        self.config = self.place.config(self.schedule, self.name, self.folder)
+        self.config = self.place.config(self.schedule, self.folder)
         self.url = join(self.config.run.url, self.config.run.name)
 
     @property
@@ -148,21 +153,53 @@ class Run:
             if self.place.proxy:
                 faults = [f for f in self.schedule.faults if f.attempt == number and f.kind.startswith("http_")]
                 self.place.proxy.arm(faults)
-            attempt = _Attempt(self, number).go()
+            attempt = self._attempt(number)
             self.attempts.append(attempt)
             if attempt.finished:
                 return
 
+    def leftovers(self) -> list[str]:
+        """Return the processes of the run that still live."""
+        return processes_with("CHAOS_FOLDER", str(self.folder))
+
+    def recoveries(self) -> list[float]:
+        """Return the seconds from the end of each start to the next trained step."""
+        firsts: dict[int, float] = {}
+        for record in self.records():
+            number = record["attempt"]
+            firsts[number] = min(record["time"], firsts.get(number, record["time"]))
+        later = [(a, min((t for n, t in firsts.items() if n > a.number), default=None)) for a in self.attempts]
+        return [first - attempt.ended for attempt, first in later if first is not None]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return what the ranks have noted of their steps."""
+        lines = [line for path in sorted((self.folder / "steps").glob("*.jsonl")) for line in path.open()]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def outside(self, number: int) -> list[tuple[int, Fault]]:
+        """Return the faults that a start has to expect from outside, numbered."""
+        return [
+            (index, fault)
+            for index, fault in enumerate(self.schedule.faults)
+            if fault.attempt <= number and not fault.point and not (self.folder / f"happened-{index}").exists()
+        ]
+
+    def happened(self, index: int) -> None:
+        """Note that a fault has happened: it does not happen again."""
+        (self.folder / f"happened-{index}").touch()
+
+    def _attempt(self, number: int) -> Attempt:
+        return _Attempt(self, number).go()
+
     def _damage(self, number: int) -> None:
         """Flip bytes in what an earlier start has left behind."""
         for index, fault in enumerate(self.schedule.faults):
-            marker = self.folder / f"happened-{index}"
-            if fault.attempt > number or marker.exists():
+            if fault.attempt > number or (self.folder / f"happened-{index}").exists():
                 continue
             if (fault.kind == "damage_cache" and _flip_cache(self.folder / "cache")) or (
                 fault.kind == "damage_checkpoint" and self._flip_checkpoint()
             ):
-                marker.touch()
+                self.happened(index)
 
     def _flip_checkpoint(self) -> bool:
         """Damage the newest checkpoint of a stage that has an older one to fall back to."""
@@ -186,11 +223,7 @@ class _Attempt:
         self._ranks = self._start("rank")
         self._second: list[BaseProcess] = []
         self._stopped: set[int] = set()
-        self._outside = [
-            (index, fault)
-            for index, fault in enumerate(run.schedule.faults)
-            if fault.attempt <= number and not fault.point and not (run.folder / f"happened-{index}").exists()
-        ]
+        self._outside = run.outside(number)
 
     def _start(self, name: str) -> list[BaseProcess]:
         context = multiprocessing.get_context("forkserver")
@@ -248,7 +281,7 @@ class _Attempt:
                 if fault.kind.startswith("s3_") and age < 2 + fault.hit * 4:
                     continue
                 if self._do(fault):
-                    (self._run.folder / f"happened-{index}").touch()
+                    self._run.happened(index)
                     self._outside.remove((index, fault))
 
     def _do(self, fault: Fault) -> bool:
@@ -296,13 +329,12 @@ class _Attempt:
         return self._result
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Return the processes that a run's ranks have started and that still live."""
-    attributes = ["pid", "cmdline", "environ"]
+def processes_with(variable: str, value: str) -> list[str]:
+    """Return the processes that were started with a variable in their environment."""
     return [
         f"{process.info['pid']} {' '.join(process.info['cmdline'] or [])[:120]}"
-        for process in psutil.process_iter(attributes)
-        if (process.info["environ"] or {}).get("CHAOS_FOLDER") == str(folder)
+        for process in psutil.process_iter(["pid", "cmdline", "environ"])
+        if (process.info["environ"] or {}).get(variable) == value
     ]
 
 

@@ -1,28 +1,25 @@
 """One rank of a run under chaos: the product's own `train_here` and export, with faults, and a record of each step."""
 
-import json
 import logging
 import os
 import signal
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cluster.config import JobConfig
-from tests.chaos.faults import ChaosStore, Points, install, skew_clock
+from tests.chaos.faults import BEAT_SECONDS, ChaosStore, Points, install, skew_clock
+from tests.chaos.record import record_steps
 from tests.chaos.schedule import Fault
-from trainer import local, task
+from trainer import local
 from trainer.context import Outcome, Rank
 from trainer.export import export_run
 from trainer.process_group import load_deepspeed
 from trainer.run_store import RunStore
 
-BEAT_SECONDS = 1.0
 FAILED = 1
 
 load_deepspeed()  # paid once: ranks are forked from a process that has imported this module
@@ -38,7 +35,7 @@ def main(
     local.ObjectStore = lambda _config: store  # type: ignore[attr-defined]
     RunStore.open = staticmethod(partial(RunStore.open, beat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
     install(points)
-    record_steps(folder / "steps" / f"{attempt:02d}-{name}-{place.rank}.jsonl", attempt)
+    record_steps(folder / "steps" / f"{attempt:02d}-{name}-{place.rank}.jsonl", attempt, place.rank)
     for fault in faults:
         if fault.kind == "skew" and fault.attempt == attempt:
             skew_clock(fault.seconds)
@@ -85,26 +82,3 @@ def _export(config: JobConfig, store: ChaosStore, points: Points) -> None:
         points.pass_by("exported")
     finally:
         run.close()
-
-
-def record_steps(path: Path, attempt: int) -> None:
-    """Append a line for every step that is trained: when, which samples, in which epochs."""
-    train_step = task._StageTask.train_step
-    path.parent.mkdir(exist_ok=True)
-
-    def recording(self: Any, batch: Any, engine: Any) -> Any:
-        line = {
-            "attempt": attempt,
-            "stage": self.name,
-            "step": batch.step,
-            "rows": batch.rows_B.tolist(),
-            "keys": batch.keys,
-            "valid": batch.valid_B.tolist(),
-            "positions": batch.positions,
-            "time": time.monotonic(),
-        }
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        return train_step(self, batch, engine)
-
-    task._StageTask.train_step = recording  # type: ignore[method-assign]

@@ -1,19 +1,23 @@
 """What goes wrong and when, as a pure function of a seed."""
 
+import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 """Part of the seed: a change of the catalogue changes every schedule."""
+
+ELASTIC, RAY = "e", "r"
+"""First letters of names of schedules with changing world sizes, and of those under Ray."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """One thing that goes wrong in one start of the run.
 
-    `kind` is what happens, `point` where. Points inside a rank or its writer are listed in faults.py; the kinds
-    `s3_*`, `*_at`, `second_driver` and `damage_*` are done from outside (pipeline.py), `http_*` by the proxy.
+    `kind` is what happens, `point` where. Points inside a rank or its writer are listed in faults.py; kinds without a
+    point are done from outside (pipeline.py; under Ray ray_run.py), `http_*` by the proxy.
     """
 
     kind: str
@@ -33,7 +37,8 @@ class Fault:
 class Schedule:
     """A run's misfortunes and its circumstances."""
 
-    seed: int
+    name: str
+    """Seed, behind a letter where the world size changes or Ray runs it: the whole schedule follows from it."""
     faults: tuple[Fault, ...]
     s3: bool
     """The run's folder and data are in the S3 server; else in a local folder."""
@@ -41,6 +46,11 @@ class Schedule:
     cache: bool
     worlds: tuple[int, ...] = (2,)
     """World size of each start; the last one holds for all later starts."""
+
+    @property
+    def ray(self) -> bool:
+        """Whether the driver runs it under Ray; else ranks are forked."""
+        return self.name.startswith(RAY)
 
     @property
     def elastic(self) -> bool:
@@ -109,12 +119,25 @@ def _catalogue() -> list[tuple[str, str]]:
 
 CATALOGUE = _catalogue()
 NEEDS_S3 = ("s3_", "http_", "in_upload")
+# Under Ray. The first ten come from outside, at a step; a stopped driver or raylet goes on after a while.
+RAY_CATALOGUE = [
+    *((f"{what}_{whom}", "") for whom in ("rank", "reader", "driver", "raylet") for what in ("kill", "stop")),
+    ("drain", ""),
+    ("second_driver", ""),
+    *(("kill", point) for point in ("build", "restored", "collective", "half_snapshot", "put_manifest", "handed_over")),
+    ("stop", "collective"),
+    ("lose", "put_manifest"),
+]
 
 
-def draw(seed: int, *, elastic: bool = False) -> Schedule:
-    """Return the schedule of a seed. The first fault goes through the catalogue in order, the others are drawn."""
-    rng = random.Random(f"chaos/{VERSION}/{seed}/{elastic}")
-    kinds = [CATALOGUE[seed % len(CATALOGUE)], *rng.choices(CATALOGUE, k=rng.randint(0, 2))]
+def draw(name: str) -> Schedule:
+    """Return the schedule of a name: 17, e3 or r5."""
+    if name.startswith(RAY):
+        return _draw_ray(name)
+    elastic = name.startswith(ELASTIC)
+    seed = int(name.removeprefix(ELASTIC))
+    rng = random.Random(f"chaos/{VERSION}/{name}")
+    kinds = [_in_turn(CATALOGUE, seed), *rng.choices(CATALOGUE, k=rng.randint(0, 2))]
     if elastic:
         kinds = [("kill", rng.choice(("step", "backward", "update", "put_manifest"))), *kinds]
     rng.shuffle(kinds)
@@ -125,11 +148,31 @@ def draw(seed: int, *, elastic: bool = False) -> Schedule:
             attempt = 1
         faults.append(_fault(rng, kind, point, attempt))
         attempt += kind in KILLS
-    worlds = tuple(rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1)))) if elastic else (2,)
+    worlds = rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1))) if elastic else (2,)
     s3 = any((point or kind).startswith(NEEDS_S3) for kind, point in kinds) or rng.random() < 0.5
-    readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.15)
+    readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.1)
     cache = any(kind == "damage_cache" or point == "cache" for kind, point in kinds) or rng.random() < 0.3
-    return Schedule(seed, tuple(faults), s3, readers, cache, worlds)
+    return Schedule(name, tuple(faults), s3, readers, cache, worlds)
+
+
+def _draw_ray(name: str) -> Schedule:
+    """Return one or two faults under Ray, in a local folder, with two reader actors."""
+    rng = random.Random(f"chaos/{VERSION}/{name}")
+    seed = int(name.removeprefix(RAY))
+    kinds = [_in_turn(RAY_CATALOGUE, seed), *rng.choices(RAY_CATALOGUE, k=rng.randint(0, 1))]
+    faults = []
+    for kind, point in kinds:
+        if point == "restored":  # needs an earlier start
+            faults.append(Fault("kill", "step", 0, rng.randrange(2), rng.randint(5, 7)))
+        drawn = _fault(rng, kind, point, 0)
+        faults.append(drawn if point else replace(drawn, hit=rng.randrange(13)))
+    return Schedule(name, tuple(faults), s3=False, readers=2, cache=False)
+
+
+def _in_turn(catalogue: list[tuple[str, str]], seed: int) -> tuple[str, str]:
+    """Go through a catalogue by strides, so that neighbouring seeds have unlike faults."""
+    stride = next(n for n in range(len(catalogue) // 3 + 1, len(catalogue)) if math.gcd(n, len(catalogue)) == 1)
+    return catalogue[seed * stride % len(catalogue)]
 
 
 def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
@@ -142,6 +185,8 @@ def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
         "s3_stop": rng.uniform(1.0, 6.0),
         "http_stall": 3.0,
         "http_slow": 0.3,
-    }.get(kind, rng.uniform(2.0, 12.0))
+        "stop_driver": rng.uniform(2.0, 10.0),
+        "stop_raylet": rng.uniform(2.0, 10.0),
+    }.get(kind, rng.uniform(1.0, 9.0))
     hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(passages)
     return Fault(kind, point, attempt, rank, hit, round(seconds, 2), rng.randint(1, 4))

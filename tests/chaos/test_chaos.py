@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.campaign import replay_command
 from tests.chaos.pipeline import ROOT
-from tests.chaos.schedule import CATALOGUE, draw
+from tests.chaos.schedule import CATALOGUE, RAY_CATALOGUE, draw
 
 SEEDS = ("17", "e1")
 """A kill before the manifest; kills at the start and in a step, with other world sizes. Both on S3."""
@@ -36,8 +36,13 @@ def test_disturbed_runs_end_like_undisturbed_ones(tmp_path):
 @pytest.mark.unit
 def test_a_schedule_is_a_function_of_its_seed():
     for seed in range(2 * len(CATALOGUE)):
-        assert draw(seed) == draw(seed)
-        assert draw(seed, elastic=True).elastic
-        assert not draw(seed).elastic
-    drawn = {(fault.kind, fault.point) for seed in range(len(CATALOGUE)) for fault in draw(seed).faults}
-    assert drawn >= set(CATALOGUE)
+        assert draw(f"{seed}") == draw(f"{seed}")
+        assert draw(f"e{seed}").elastic
+        assert not draw(f"{seed}").elastic
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("letter", "catalogue"), [("", CATALOGUE), ("e", CATALOGUE), ("r", RAY_CATALOGUE)])
+def test_as_many_seeds_as_faults_meet_every_fault(letter, catalogue):
+    schedules = [draw(f"{letter}{seed}") for seed in range(len(catalogue))]
+    assert {(fault.kind, fault.point) for schedule in schedules for fault in schedule.faults} >= set(catalogue)

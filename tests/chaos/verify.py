@@ -7,11 +7,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.object_store import join
 from tests.chaos.faults import number_of_files
-from tests.chaos.pipeline import BUCKET, STEPS, Run, processes_of
+from tests.chaos.pipeline import BUCKET, STEPS, Run
 from trainer.checkpoint_reader import committed, folders
 from trainer.lease import read_lease
 from trainer.metrics import read_jsonl
@@ -83,20 +82,13 @@ def _compare_losses(
     ]
 
 
-def _records(run: Run) -> list[dict[str, Any]]:
-    records = []
-    for path in sorted((run.folder / "steps").glob("*.jsonl")):
-        records += [json.loads(line) for line in path.read_text().splitlines()]
-    return records
-
-
 def _consumed(run: Run) -> Keys:
     """Return the samples of each step; every execution of a step, in whatever start, must have had the same ones.
 
     A step that a kill has caught between two ranks is incomplete in that start, never different.
     """
     found: dict[tuple[str, int], dict[int, tuple[int, str, bool, tuple[int, ...]]]] = {}
-    for record in _records(run):
+    for record in run.records():
         step = found.setdefault((record["stage"], record["step"]), {})
         rows = zip(record["rows"], record["keys"], record["valid"], record["positions"], strict=True)
         for row, key, valid, position in rows:
@@ -119,7 +111,7 @@ def _compare_keys(actual: Keys, expected: Keys) -> list[str]:
 def _leftovers(run: Run) -> list[str]:
     found = []
     deadline = time.monotonic() + ENDING_SECONDS
-    while (alive := processes_of(run.folder)) and time.monotonic() < deadline:
+    while (alive := run.leftovers()) and time.monotonic() < deadline:
         time.sleep(0.2)
     found += [f"still alive: {line}" for line in alive]
     lease = read_lease(join(run.url, "lease.json"), run.store)
@@ -162,26 +154,15 @@ def _open_uploads(run: Run) -> list[str]:
 
 
 def figures(run: Run) -> dict[str, float]:
-    """Return what the disturbances cost: starts, repeated steps, seconds from an end to the next trained step."""
-    trained: dict[int, list[dict[str, Any]]] = {}
-    for record in _records(run):
-        trained.setdefault(record["attempt"], []).append(record)
-    firsts = {n: min(record["time"] for record in records) for n, records in trained.items()}
-    recovery = [
-        later - before.ended
-        for before in run.attempts
-        if (later := min((t for n, t in firsts.items() if n > before.number), default=None)) is not None
-    ]
-    executed = {(r["attempt"], r["stage"], r["step"]) for records in trained.values() for r in records}
-    useful = sum(STEPS.values())
+    """Return what the disturbances cost: starts, repeated steps, the longest way back to training, goodput."""
     account = {}
     if run.attempts and run.attempts[-1].finished:
         account = json.loads(run.store.get(join(run.url, "goodput.json")))["seconds"]
     total = sum(account.values()) or 1.0
     return {
         "starts": len(run.attempts),
-        "lost_steps": len(executed) - useful,
-        "recovery_seconds": max(recovery, default=0.0),
+        "lost_steps": sum(record["rank"] == 0 for record in run.records()) - sum(STEPS.values()),
+        "recovery_seconds": max(run.recoveries(), default=0.0),
         "seconds": run.attempts[-1].ended - run.attempts[0].began if run.attempts else 0.0,
         "goodput": (account.get("compute", 0.0) + account.get("data wait", 0.0)) / total,
     }

@@ -1,0 +1,28 @@
+"""What a rank under Ray runs: the product's own `cluster.rank`, with faults, and a record of each step."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from cluster import rank
+from cluster.worker import Assignment
+from tests.chaos.faults import START_FILE, ChaosStore, Points, install
+from tests.chaos.record import record_steps
+from tests.chaos.schedule import Fault
+from trainer.context import RunContext
+
+
+def train(assignment: Assignment, context: RunContext) -> str:
+    """Be a rank; the faults are those of the file that stands beside the run."""
+    folder = Path(assignment.config.run.url).parent
+    start = json.loads((folder / START_FILE).read_text())
+    place, attempt = assignment.rank, start["attempt"]
+    points = Points(folder, attempt, place.rank, tuple(Fault(**fault) for fault in start["faults"]))
+    store = ChaosStore(assignment.config.store, points)
+    rank.ObjectStore = lambda _config: store  # type: ignore[attr-defined]
+    os.environ["CHAOS_FOLDER"] = str(folder)  # what this process starts is the run's
+    tempfile.tempdir = str(folder / "tmp")
+    install(points)
+    record_steps(folder / "steps" / f"{attempt:02d}-{os.getpid()}-{place.rank}.jsonl", attempt, place.rank)
+    return rank.train(assignment, context)

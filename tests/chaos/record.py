@@ -1,0 +1,32 @@
+"""What a rank notes of its training, for the comparison: which samples each step had, and when."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer import task
+
+
+def record_steps(path: Path, attempt: int, rank: int) -> None:
+    """Append a line for every step that is trained in this process: when, which samples, in which epochs."""
+    train_step = task._StageTask.train_step
+    path.parent.mkdir(exist_ok=True)
+
+    def recording(self: Any, batch: Any, engine: Any) -> Any:
+        line = {
+            "attempt": attempt,
+            "rank": rank,
+            "stage": self.name,
+            "step": batch.step,
+            "rows": batch.rows_B.tolist(),
+            "keys": batch.keys,
+            "valid": batch.valid_B.tolist(),
+            "positions": batch.positions,
+            "time": time.monotonic(),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return train_step(self, batch, engine)
+
+    task._StageTask.train_step = recording  # type: ignore[method-assign]
