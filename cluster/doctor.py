@@ -94,8 +94,13 @@ def _texts(
     for job, log in logs.items():
         yield f"jobs/{job}.log", log[-MAX_LOG_CHARACTERS:]
     for info in infos:
-        if info.url.endswith(TEXT_SUFFIXES):
+        if info.url.endswith(TEXT_SUFFIXES) and not _is_link(info.url):
             yield "run" + info.url.removeprefix(run_url), _text_of(info, store)
+
+
+def _is_link(url: str) -> bool:
+    """Whether a local file is a link: in a run folder of someone else it may lead to a private file of ours."""
+    return Path(url.removeprefix("file://")).is_symlink()
 
 
 def _text_of(info: ObjectInfo, store: ObjectStore) -> str:

@@ -1,12 +1,14 @@
 """Object store, index and ingest against a real S3 server with keys."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from data_pipeline import s3
@@ -36,6 +38,22 @@ def store(seaweed):
 @pytest.fixture
 def folder(request):
     return f"s3://{BUCKET}/{request.node.name}"
+
+
+def test_the_server_listens_on_loopback_alone(seaweed):
+    listening = [c for c in psutil.Process(seaweed.process.pid).net_connections("inet") if c.status == "LISTEN"]
+    assert len(listening) > 3
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+
+
+def test_the_secret_is_in_no_log_line_not_even_the_sdks(store, folder, seaweed, caplog):
+    caplog.set_level(logging.DEBUG)
+    store.put(join(folder, "a"), b"x")
+    assert store.get(join(folder, "a")) == b"x"
+    with pytest.raises(NotFoundError):
+        store.get(join(folder, "b"))
+    assert "botocore" in caplog.text
+    assert seaweed.secret_key not in caplog.text
 
 
 def isthmus_data(seaweed, *arguments):
