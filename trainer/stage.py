@@ -71,7 +71,7 @@ class _Stage:
         self._config, self._name, self._context, self._store, self._run = config, name, context, store, run
         self._stage, self._url = config.stage(name), run.stage_url(name)
         self._stack, self._peers = stack, peers
-        self._mirror = Mirror(self._url, store) if context.rank.is_main else None
+        self._mirror = stack.enter_context(closing(Mirror(self._url, store))) if context.rank.is_main else None
         goodput = StoreLedger(join(run.url, GOODPUT_NAME), store) if context.rank.is_main else MemoryLedger()
         self._ledger = GoodputLedger(goodput)
         self._watchdog = stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))

@@ -170,12 +170,12 @@ class Watch:
             self._outlets.mirror.push()
 
     def close(self) -> None:
-        """Write everything and let go of the sinks."""
+        """Write everything and let go of the sinks; the mirror, which is not ours, takes them to the store."""
         for sink in self._outlets.sinks:
             sink.close()
         self.ledger.write()
         if self._outlets.mirror:
-            self._outlets.mirror.close()
+            self._outlets.mirror.push()
 
     def _position(self, step: int) -> Position:
         return Position(step, step * self._stage.global_batch_size)
