@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -227,7 +227,8 @@ class _Attempt:
 
     def _start(self, name: str) -> list[BaseProcess]:
         context = multiprocessing.get_context("forkserver")
-        world, port, faults = self._result.world, _free_port(), self._run.schedule.faults
+        world, port = self._result.world, _free_port()
+        faults = tuple(replace(fault, rank=fault.rank % world) for fault in self._run.schedule.faults)
         ranks = []
         for rank in range(world):
             arguments = (

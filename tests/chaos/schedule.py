@@ -188,5 +188,6 @@ def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
         "stop_driver": rng.uniform(2.0, 10.0),
         "stop_raylet": rng.uniform(2.0, 10.0),
     }.get(kind, rng.uniform(1.0, 9.0))
-    hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(passages)
+    left = max(1, passages // (attempt + 1))  # a later start has less to do
+    hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(left)
     return Fault(kind, point, attempt, rank, hit, round(seconds, 2), rng.randint(1, 4))
