@@ -321,7 +321,8 @@ class _Attempt:
     def _end(self) -> Attempt:
         for process in (*self._ranks, *self._second):
             if process in self._second:
-                process.join(GRACE_SECONDS)
+                process.join(ATTEMPT_SECONDS)  # it may have taken the run over
+                self._result.hung += [self._second.index(process)] if process.is_alive() else []
             if process.is_alive():
                 process.kill()
             process.join(10)

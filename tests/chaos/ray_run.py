@@ -16,7 +16,7 @@ import psutil
 from cluster.drain import drain_node
 from cluster.status import read_status
 from tests.chaos.faults import START_FILE
-from tests.chaos.pipeline import ATTEMPT_SECONDS, GRACE_SECONDS, ROOT, Attempt, Run
+from tests.chaos.pipeline import ATTEMPT_SECONDS, ROOT, Attempt, Run
 from tests.chaos.schedule import Fault
 from tests.integration.cluster.raylets import Raylets
 from trainer.config_io import to_yaml
@@ -72,10 +72,10 @@ class RayRun(Run):
 def actors(raylets: Raylets) -> list[tuple[psutil.Process, str]]:
     """Return the ranks and readers that live below our raylets."""
     found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
         title = " ".join(process.info["cmdline"] or [])
         ours = (process.info["environ"] or {}).get("RAY_TMPDIR") == raylets.folder
-        if ours and title.startswith(tuple(TITLES.values())) and process.status() != psutil.STATUS_ZOMBIE:
+        if ours and title.startswith(tuple(TITLES.values())) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append((process, title))
     return found
 
@@ -179,7 +179,7 @@ class _DriverStart:
             if process is None:
                 continue
             try:
-                process.wait(GRACE_SECONDS if process is self._second else 0)
+                process.wait(ATTEMPT_SECONDS if process is self._second else 0)  # it may have taken the run over
             except subprocess.TimeoutExpired:
                 self._result.hung += [0] if process is self._driver else [1]
                 process.kill()
