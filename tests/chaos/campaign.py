@@ -18,7 +18,7 @@ from cluster.local_s3 import local_s3
 from tests.chaos import report
 from tests.chaos.pipeline import BUCKET, ROOT, Place, Run
 from tests.chaos.proxy import proxy
-from tests.chaos.schedule import VERSION, Schedule, draw
+from tests.chaos.schedule import ELASTIC, RAY, VERSION, Schedule, draw
 from tests.chaos.verify import Ending, ending, figures, problems
 
 KEPT = ROOT / ".cache" / "chaos" / "failed"
@@ -155,12 +155,10 @@ def run_these(names: list[str], answer: Path | None) -> int:
 
 
 def soak_of(length: int) -> list[str]:
-    """Return the names of a soak: seeds 0, 1, ..., a fifth as many with changing world sizes, a tenth under Ray."""
+    """Return the names of a soak: 0, 1, ..., and a fifth as many each with changing world sizes and under Ray."""
     names: list[str] = []
     for seed in range(length):
-        names.append(str(seed))
-        names += [f"e{seed // 5}"] if seed % 5 == 0 else []
-        names += [f"r{seed // 10}"] if seed % 10 == 0 else []
+        names += [str(seed), f"{ELASTIC}{seed // 5}", f"{RAY}{seed // 5}"] if seed % 5 == 0 else [str(seed)]
     return names
 
 
