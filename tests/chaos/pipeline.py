@@ -49,7 +49,7 @@ SHORT = [
     "safety.collective_timeout_seconds=8",
     "checkpoint.save_timeout_seconds=20",
     "store.stall_timeout_seconds=2",
-    "data.reader_timeout_seconds=30",
+    "data.reader_timeout_seconds=20",
 ]
 
 
@@ -292,8 +292,8 @@ class _Attempt:
         number = {"kill_at": signal.SIGKILL, "stop_at": signal.SIGSTOP, "term_at": signal.SIGTERM}.get(fault.kind)
         if number is not None and victim.pid and victim.is_alive():
             os.kill(victim.pid, number)
-        elif fault.kind == "kill_reader":
-            return self._kill_reader(victim)
+        elif fault.kind.endswith("_reader"):
+            return self._hit_reader(victim, signal.SIGKILL if fault.kind == "kill_reader" else signal.SIGSTOP)
         elif fault.kind == "second_driver":
             self._second = self._start("second")
         elif fault.kind == "s3_kill" and server:
@@ -307,14 +307,14 @@ class _Attempt:
         self._result.disturbed.append(fault.kind)
         return True
 
-    def _kill_reader(self, rank: BaseProcess) -> bool:
+    def _hit_reader(self, rank: BaseProcess, number: int) -> bool:
         try:
             children = psutil.Process(rank.pid).children()
         except psutil.NoSuchProcess:
             return False
         for child in children:
             if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
+                child.send_signal(number)
                 return True
         return False
 

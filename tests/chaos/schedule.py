@@ -112,7 +112,7 @@ def _catalogue() -> list[tuple[str, str]]:
     found += [("refuse", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
     found += [("lose", point) for point in ("put_part", "put_state", "put_manifest", "lease", "record")]
     found += [("enospc", "metrics"), ("enospc", "cache"), ("enospc", "put_part"), ("flip", "read_shard")]
-    found += [(kind, "") for kind in ("kill_at", "stop_at", "term_at", "kill_reader", "skew")]
+    found += [(kind, "") for kind in ("kill_at", "stop_at", "term_at", "kill_reader", "stop_reader", "skew")]
     found += [(kind, "") for kind in ("s3_kill", "s3_stop", "second_driver", "damage_checkpoint", "damage_cache")]
     return found + [(kind, "") for kind in HTTP]
 
@@ -150,7 +150,7 @@ def draw(name: str) -> Schedule:
         attempt += kind in KILLS
     worlds = rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1))) if elastic else (2,)
     s3 = any((point or kind).startswith(NEEDS_S3) for kind, point in kinds) or rng.random() < 0.5
-    readers = int(any(kind == "kill_reader" for kind, _ in kinds) or rng.random() < 0.1)
+    readers = int(any(kind.endswith("_reader") for kind, _ in kinds) or rng.random() < 0.1)
     cache = any(kind == "damage_cache" or point == "cache" for kind, point in kinds) or rng.random() < 0.3
     return Schedule(name, tuple(faults), s3, readers, cache, worlds)
 
