@@ -9,6 +9,7 @@ import pytest
 
 from tests.chaos.campaign import replay_command
 from tests.chaos.pipeline import ROOT
+from tests.chaos.report import section
 from tests.chaos.schedule import CATALOGUE, RAY_CATALOGUE, draw
 
 SEEDS = ("17", "e1")
@@ -46,3 +47,19 @@ def test_a_schedule_is_a_function_of_its_seed():
 def test_as_many_seeds_as_faults_meet_every_fault(letter, catalogue):
     schedules = [draw(f"{letter}{seed}") for seed in range(len(catalogue))]
     assert {(fault.kind, fault.point) for schedule in schedules for fault in schedule.faults} >= set(catalogue)
+
+
+@pytest.mark.unit
+def test_the_report_counts_the_newest_run_of_a_schedule_and_keeps_every_failure():
+    def result(name, commit, *problems):
+        return {
+            "name": name, "commit": commit, "survived": not problems, "problems": list(problems), "date": "2026-01-01",
+            "faults": ["kill step"], "happened": 1, "starts": 2, "lost_steps": 3, "recovery_seconds": 4.0,
+            "goodput": 0.5, "wall_seconds": 20.0,
+        }  # fmt: skip
+
+    text = section([result("1", "aaa", "other export"), result("1", "bbb"), result("e1", "bbb"), result("r1", "bbb")])
+    assert "| schedules | 1 | 1 | 1 |" in text
+    assert "| survived | 1 | 1 | 1 |" in text
+    assert "`--seed 1` at aaa (kill step): other export; survived at bbb" in text
+    assert "NOT survived" in section([result("1", "aaa", "other export")])
