@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from trainer.context import Rank
 from trainer.errors import TrainerError
 
+MUON = "deepspeed.runtime.zero.muon.original_muon"
 _SETTLE_SECONDS = 0.2
 _own_group = False
 
@@ -31,10 +33,26 @@ def load_deepspeed() -> Any:
     import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR while it is imported, and that takes seconds
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _import_muon()
     if not torch.cuda.is_available():
         # `deepspeed.comm.torch` as an attribute is PyTorch itself; only sys.modules has the module of that name.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import the optimizer Muon, which DeepSpeed imports with every engine, without its decorators of `torch.compile`.
+
+    We do not use it, and they import TorchInductor: two CPU seconds of every start.
+    """
+    if MUON in sys.modules:
+        return
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compiled, compiler.compile = compiler.compile, lambda: lambda function: function  # type: ignore[attr-defined]
+    try:
+        importlib.import_module(MUON)
+    finally:
+        compiler.compile = compiled  # type: ignore[attr-defined]
 
 
 def device_of(rank: Rank) -> torch.device:

@@ -1,7 +1,6 @@
 """One rank of a run under chaos: the product's own `train_here` and export, with faults, and a record of each step."""
 
 import gc
-import importlib
 import logging
 import os
 import signal
@@ -24,9 +23,7 @@ from trainer.run_store import RunStore
 
 FAILED = 1
 
-# Paid once: ranks are forked from a process that has imported this module. DeepSpeed would import the first by itself.
-importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-load_deepspeed()
+load_deepspeed()  # paid once: ranks are forked from a process that has imported this module
 gc.freeze()  # else each rank's collections go through all of torch, and copy its pages
 
 

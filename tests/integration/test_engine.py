@@ -247,12 +247,13 @@ def half_precision() -> None:
 def test_single_process_needs_no_process_group(tmp_path: Path) -> None:
     """A process that nobody prepared: no rank variables, no group; and nothing is compiled."""
     code = (
-        "import torch\n"
+        "import sys, torch\n"
         "from tests.engine_toys import make_engine, train\n"
         "engine = make_engine('stage1_zero1')\n"
         "assert train(engine, 0, 2)[1] > 0\n"
         "engine.close()\n"
         "assert not torch.distributed.is_initialized()\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
     )
     bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     result = subprocess.run(
