@@ -21,14 +21,14 @@ from tests.chaos.proxy import proxy
 from tests.chaos.schedule import ELASTIC, RAY, VERSION, Schedule, draw
 from tests.chaos.verify import Ending, ending, figures, problems
 
-KEPT = ROOT / ".cache" / "chaos" / "failed"
+KEPT = ROOT / ".cache" / "chaos" / "kept"
 
 
 class Campaign:
     """Runs schedules one after the other against undisturbed runs that are made once."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, *, keep: bool = False) -> None:
+        self._place, self._keep = place, keep
         self._expected: dict[bool, Ending] = {}
 
     def undisturbed(self, *, elastic: bool) -> Ending:
@@ -64,7 +64,7 @@ class Campaign:
             "wall_seconds": time.monotonic() - began,
             **figures(run),
         }
-        if found:
+        if found or self._keep:
             shutil.rmtree(KEPT / name, ignore_errors=True)
             shutil.copytree(run.folder, KEPT / name, ignore_dangling_symlinks=True)
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -80,7 +80,7 @@ class Campaign:
 
 
 @contextmanager
-def campaign(names: list[str]) -> Iterator[Campaign]:
+def campaign(names: list[str], *, keep: bool = False) -> Iterator[Campaign]:
     """Start what the schedules need: assets, a process from which ranks are forked, an S3 server, a proxy, Ray."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped
@@ -98,7 +98,7 @@ def campaign(names: list[str]) -> Iterator[Campaign]:
             from tests.chaos.ray_run import cluster
 
             place.raylets = stack.enter_context(cluster())
-        yield Campaign(place)
+        yield Campaign(place, keep=keep)
 
 
 def replay_command(result: dict[str, Any]) -> str:
@@ -142,10 +142,10 @@ def soak(wanted: list[str], seconds: float) -> int:
     return failures
 
 
-def run_these(names: list[str], answer: Path | None) -> int:
+def run_these(names: list[str], answer: Path | None, *, keep: bool) -> int:
     """Run schedules by name; return failures."""
     results = []
-    with campaign(names) as running:
+    with campaign(names, keep=keep) as running:
         for name in names:
             results.append(running.go(name))
             show(results[-1])
@@ -171,11 +171,12 @@ def main() -> int:
     parser.add_argument("--share", default="0/1", help="1/2: every second one of the soak, beside another process")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no schedule after this time")
     parser.add_argument("--json", type=Path, help="write the results of --seed there")
+    parser.add_argument("--keep", action="store_true", help="keep logs and folders of survivors, too")
     parser.add_argument("--report", action="store_true", help="write the soak's result into docs/reliability.md")
     asked = parser.parse_args()
     failures = 0
     if asked.seed:
-        failures = run_these(asked.seed, asked.json)
+        failures = run_these(asked.seed, asked.json, keep=asked.keep)
     if asked.schedules:
         index, of = map(int, asked.share.split("/"))
         wanted = [name for name in soak_of(asked.schedules) if asked.only in (None, _layer(name))]

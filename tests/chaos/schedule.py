@@ -84,9 +84,9 @@ RANK_POINTS = {
 }
 # Where the process that writes may be: rank 0 for manifests, the writer process for parts.
 STORE_POINTS = {
-    "put_part": 5,
-    "in_upload": 5,
-    "part_done": 5,
+    "put_part": 3,
+    "in_upload": 3,
+    "part_done": 3,
     "put_state": 4,
     "put_manifest": 5,
     "manifest_done": 5,
@@ -97,7 +97,6 @@ STORE_POINTS = {
     "exported": 1,
 }
 HTTP = ("http_503", "http_cut", "http_slow", "http_stall", "http_lost", "http_stale_list")
-KILLS = ("kill", "stop", "kill_at", "stop_at", "term_at")
 
 
 def _catalogue() -> list[tuple[str, str]]:
@@ -141,13 +140,9 @@ def draw(name: str) -> Schedule:
     if elastic:
         kinds = [("kill", rng.choice(("step", "backward", "update", "put_manifest"))), *kinds]
     rng.shuffle(kinds)
-    faults, attempt = [], 0
-    for kind, point in kinds:
-        if attempt == 0 and (kind.startswith("damage") or point == "restored"):  # these need an earlier start
-            faults.append(Fault("kill", "step", 0, rng.randrange(2), rng.randint(5, 7)))
-            attempt = 1
-        faults.append(_fault(rng, kind, point, attempt))
-        attempt += kind in KILLS
+    later = any(kind.startswith("damage") or point == "restored" for kind, point in kinds)
+    faults = [Fault("kill", "step", rank=rng.randrange(2), hit=rng.randint(5, 7))] if later else []
+    faults += [_fault(rng, kind, point, len(kinds)) for kind, point in kinds]
     worlds = rng.choice(((2, 1), (1, 2), (2, 1, 2), (1, 2, 1))) if elastic else (2,)
     s3 = any((point or kind).startswith(NEEDS_S3) for kind, point in kinds) or rng.random() < 0.5
     readers = int(any(kind.endswith("_reader") for kind, _ in kinds) or rng.random() < 0.1)
@@ -163,8 +158,8 @@ def _draw_ray(name: str) -> Schedule:
     faults = []
     for kind, point in kinds:
         if point == "restored":  # needs an earlier start
-            faults.append(Fault("kill", "step", 0, rng.randrange(2), rng.randint(5, 7)))
-        drawn = _fault(rng, kind, point, 0)
+            faults.append(Fault("kill", "step", rank=rng.randrange(2), hit=rng.randint(5, 7)))
+        drawn = _fault(rng, kind, point, len(kinds))
         faults.append(drawn if point else replace(drawn, hit=rng.randrange(13)))
     return Schedule(name, tuple(faults), s3=False, readers=2, cache=False)
 
@@ -175,7 +170,8 @@ def _in_turn(catalogue: list[tuple[str, str]], seed: int) -> tuple[str, str]:
     return catalogue[seed * stride % len(catalogue)]
 
 
-def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
+def _fault(rng: random.Random, kind: str, point: str, num_faults: int) -> Fault:
+    """Draw place and time; of several faults each comes early enough that others can follow."""
     rank = 0 if point in ("put_manifest", "manifest_done", "delete", "lease", "record", "export", "exported",
                           "put_state", "metrics", "handoff", "handed_over") else rng.randrange(2)  # fmt: skip
     passages = {**RANK_POINTS, **STORE_POINTS, "cache": 3, "read_shard": 3, "": 5}.get(point, 1)
@@ -187,7 +183,7 @@ def _fault(rng: random.Random, kind: str, point: str, attempt: int) -> Fault:
         "http_slow": 0.3,
         "stop_driver": rng.uniform(2.0, 10.0),
         "stop_raylet": rng.uniform(2.0, 10.0),
-    }.get(kind, rng.uniform(1.0, 9.0))
-    left = max(1, passages // (attempt + 1))  # a later start has less to do
-    hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(left)
+    }.get(kind, rng.uniform(1.0, 7.0))
+    hit = rng.randrange(40) if kind.startswith("http") else rng.randrange(max(1, 2 * passages // (1 + num_faults)))
+    attempt = int(kind.startswith("damage") or point == "restored")  # these need an earlier start
     return Fault(kind, point, attempt, rank, hit, round(seconds, 2), rng.randint(1, 4))
