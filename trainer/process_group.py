@@ -88,6 +88,13 @@ def join_process_group(rank: Rank, timeout_seconds: float) -> None:
     deepspeed.init_distributed(dist.get_backend(), timeout=timeout, verbose=False)
 
 
+def limit_groups(timeout_seconds: float) -> None:
+    """Give all process groups the same limit: those that DeepSpeed makes have half an hour of their own."""
+    groups = dist.distributed_c10d
+    for group in groups._world.pg_map:
+        groups._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)
+
+
 def let_gloo_settle() -> None:
     """Give gloo's threads the interpreter for a moment, to free the tensors of operations that have finished.
 

@@ -24,6 +24,7 @@ from tests.engine_toys import (
     train,
 )
 from tests.ranks import run_ranks
+from trainer.config import SafetyConfig
 from trainer.engine import Engine
 from trainer.optim import parameter_groups
 
@@ -76,12 +77,20 @@ def resume(template: str) -> tuple[list[Pieces], list[Pieces]]:
     return half, full
 
 
+def limits(template: str) -> list[float]:
+    """How long a collective of each process group waits for a rank that stands still."""
+    engine = make_engine(template)
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    engine.close()
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 def on_two_ranks(rank: int, world_size: int, templates: list[str]) -> dict[str, Any]:
     """All that needs two ranks, in one pair of processes."""
     states = {template: resume(template) for template in templates}
     for template in templates[:2]:
         poison(template, rank)
-    return {"states": states, "uneven": uneven(rank)}
+    return {"states": states, "uneven": uneven(rank), "limits": limits(templates[2])}
 
 
 def on_one_rank(rank: int, world_size: int, templates: list[str], half_of_two: list[Pieces]) -> dict[str, Any]:
@@ -123,6 +132,11 @@ def test_resumes_bit_by_bit_and_covers_every_element_once(one: dict[str, Any], t
         state = MemoryState(full)
         assert all((counts == 1).all() for counts in state.covered.values())
         assert all(torch.isfinite(tensor).all() for tensor in state.full.values())
+
+
+def test_every_process_group_has_the_limit_of_the_configuration(two: dict[str, Any]) -> None:
+    assert len(two["limits"]) > 1, "DeepSpeed makes groups of its own"
+    assert set(two["limits"]) == {SafetyConfig().collective_timeout_seconds}
 
 
 def test_stages_and_world_sizes_agree(one: dict[str, Any], two: dict[str, Any]) -> None:
