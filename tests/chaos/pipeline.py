@@ -148,12 +148,13 @@ class Run:
 
     def drive(self) -> None:
         """Start the run again and again until it is finished, or too often."""
+        if self.place.proxy:
+            self.place.proxy.spoilt.clear()
         for number in range(MAX_ATTEMPTS):
             self._damage(number)
-            if self.place.proxy:
-                faults = [f for f in self.schedule.faults if f.attempt == number and f.kind.startswith("http_")]
-                self.place.proxy.arm(faults)
+            self._spoil_requests()
             attempt = self._attempt(number)
+            self._spoil_requests()
             self.attempts.append(attempt)
             if attempt.finished:
                 return
@@ -190,6 +191,17 @@ class Run:
 
     def _attempt(self, number: int) -> Attempt:
         return _Attempt(self, number).go()
+
+    def _spoil_requests(self) -> None:
+        """Note which of the faults on the wire have happened; the others are yet to come."""
+        proxy, waiting = self.place.proxy, []
+        for index, fault in enumerate(self.schedule.faults):
+            if proxy and fault in proxy.spoilt:
+                self.happened(index)
+            elif fault.kind.startswith("http_"):
+                waiting.append(fault)
+        if proxy:
+            proxy.arm(waiting)
 
     def _damage(self, number: int) -> None:
         """Flip bytes in what an earlier start has left behind."""
@@ -278,12 +290,11 @@ class _Attempt:
         for index, fault in list(self._outside):
             if fault.kind.startswith(("http_", "damage_")) or fault.kind == "skew":
                 self._outside.remove((index, fault))
-            elif age >= fault.seconds or fault.kind.startswith("s3_"):
-                if fault.kind.startswith("s3_") and age < 2 + fault.hit * 4:
-                    continue
-                if self._do(fault):
-                    self._run.happened(index)
-                    self._outside.remove((index, fault))
+                continue
+            due = 1 + fault.hit if fault.kind.startswith("s3_") else fault.seconds  # of a server: how long it is away
+            if age >= due and self._do(fault):
+                self._run.happened(index)
+                self._outside.remove((index, fault))
 
     def _do(self, fault: Fault) -> bool:
         """Let a fault from outside happen; False: it cannot happen yet."""

@@ -23,7 +23,8 @@ class Proxy:
         self._lock = threading.Lock()
         self._faults: list[list[int | Fault]] = []
         self._lists: dict[bytes, bytes] = {}
-        self.num_spoilt = 0
+        self.spoilt: set[Fault] = set()
+        """Faults that have met at least one request."""
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
     def arm(self, faults: list[Fault]) -> None:
@@ -85,7 +86,7 @@ class Proxy:
                     entry[1] = int(left) - 1  # type: ignore[arg-type]
                     continue
                 entry[2] = int(count) - 1  # type: ignore[arg-type]
-                self.num_spoilt += 1
+                self.spoilt.add(fault)
                 return fault
         return None
 
