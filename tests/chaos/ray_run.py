@@ -25,7 +25,7 @@ NODES, CPUS_PER_NODE = 2, 4
 """Either node alone has room for two ranks and two readers."""
 NOTICE_SECONDS = 5.0
 POLL_SECONDS = 0.1
-TITLES = {"rank": "ray::train-", "reader": "ray::ReaderActor"}
+TITLES = {"rank": "ray::train-", "reader": "ray::reader-"}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
