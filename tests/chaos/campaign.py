@@ -122,10 +122,13 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def soak(wanted: list[str], seconds: float) -> int:
-    """Run the schedules that this code of the product has not seen, as long as there is time; return failures."""
+def soak(wanted: list[str], seconds: float, *, older: bool) -> int:
+    """Run the schedules that this code of the product has not seen, as long as there is time; return failures.
+
+    `older`: a schedule that an older code of the product has survived counts as seen.
+    """
     code, commit = report.code(), report.commit()
-    done = {result["name"] for result in report.results() if result["code"] == code}
+    done = {r["name"] for r in report.results() if r["code"] == code or (older and r["survived"])}
     left = [name for name in wanted if name not in done]
     print(f"{len(wanted) - len(left)} of {len(wanted)} schedules were run before; {len(left)} to go")
     failures, deadline = 0, time.monotonic() + seconds
@@ -169,6 +172,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=0, help="length of the soak; elastic ones and Ray are added")
     parser.add_argument("--only", choices=("plain", "ray"), help="of the soak: those without Ray, or under Ray")
     parser.add_argument("--share", default="0/1", help="1/2: every second one of the soak, beside another process")
+    parser.add_argument("--older", action="store_true", help="of the soak: do not repeat what older code has survived")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no schedule after this time")
     parser.add_argument("--json", type=Path, help="write the results of --seed there")
     parser.add_argument("--keep", action="store_true", help="keep logs and folders of survivors, too")
@@ -180,7 +184,7 @@ def main() -> int:
     if asked.schedules:
         index, of = map(int, asked.share.split("/"))
         wanted = [name for name in soak_of(asked.schedules) if asked.only in (None, _layer(name))]
-        failures += soak(wanted[index::of], 60 * asked.minutes)
+        failures += soak(wanted[index::of], 60 * asked.minutes, older=asked.older)
     if asked.report:
         report.write()
     return 1 if failures else 0
