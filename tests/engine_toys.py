@@ -60,8 +60,11 @@ def stage_config(deepspeed: str, **changes: Any) -> StageConfig:
     return StageConfig(**sizes | {"deepspeed": deepspeed, "optimizer": {"lr_factors": LR_FACTORS}} | changes)
 
 
+SAFETY = SafetyConfig(collective_timeout_seconds=60)
+
+
 def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) -> Engine:
-    train_config: Any = SimpleNamespace(safety=SafetyConfig(collective_timeout_seconds=60))
+    train_config: Any = SimpleNamespace(safety=SAFETY)
     return build_engine(model or Toy(), stage_config(deepspeed, **changes), train_config, LocalContext())
 
 

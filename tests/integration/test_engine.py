@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.engine_toys import (
     BATCH,
     LR_FACTORS,
+    SAFETY,
     MemoryState,
     Pieces,
     Toy,
@@ -24,7 +25,6 @@ from tests.engine_toys import (
     train,
 )
 from tests.ranks import run_ranks
-from trainer.config import SafetyConfig
 from trainer.engine import Engine
 from trainer.optim import parameter_groups
 
@@ -136,7 +136,7 @@ def test_resumes_bit_by_bit_and_covers_every_element_once(one: dict[str, Any], t
 
 def test_every_process_group_has_the_limit_of_the_configuration(two: dict[str, Any]) -> None:
     assert len(two["limits"]) > 1, "DeepSpeed makes groups of its own"
-    assert set(two["limits"]) == {SafetyConfig().collective_timeout_seconds}
+    assert set(two["limits"]) == {SAFETY.collective_timeout_seconds}
 
 
 def test_stages_and_world_sizes_agree(one: dict[str, Any], two: dict[str, Any]) -> None:

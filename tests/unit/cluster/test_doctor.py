@@ -72,7 +72,7 @@ def test_no_link_is_followed_out_of_the_run(run_url, tmp_path):
     private = tmp_path / "credentials.txt"
     private.write_text("nothing that looks like a key")
     (tmp_path / "runs" / "demo" / "notes.txt").symlink_to(private)
-    files = unpack(doctor.collect(run_url, ObjectStore(), "", {}, ()))
+    files = unpack(doctor.collect(run_url, ObjectStore(), {}, {}, ()))
     assert "doctor/run/config.yaml" in files
     assert not [name for name, text in files.items() if "nothing that looks like a key" in text or "notes" in name]
 
