@@ -4,6 +4,7 @@ Letters: B rows, Q queries, P patches, T text tokens, N listed text tokens (mode
 d width of a head, I images, C image feature width, V vocabulary.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from model.layers import Attention, ImageMemory, KeysValues, Layer, Reads, Rows
 from model.packing import Packing, TextRows
 from model.savings import Savings
 
-INIT_STD = 0.02
+INIT_STD, INIT_WIDTH = 0.02, 768
+"""BERT's deviation of weights, and the width that it is for."""
 TEXT_MODULES = ("word_embeddings.", "position_embeddings.", "language_head.")
 
 
@@ -112,11 +114,16 @@ class QFormer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights as BERT does: N(0, 0.02), biases 0; queries too."""
+        """Draw weights as BERT does: N(0, 0.02) at width 768, biases 0; queries too.
+
+        At another width they are scaled to leave the size of a layer's output as it is: with 0.02 at width 64 a layer
+        adds next to nothing to its input, and training stands still for hundreds of steps.
+        """
         nn.init.normal_(self.query_tokens, std=INIT_STD)
+        std = INIT_STD * math.sqrt(INIT_WIDTH / self.config.hidden_size)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT_STD)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 

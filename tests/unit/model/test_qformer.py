@@ -260,3 +260,11 @@ def test_tiny_parts_are_the_same_every_time(tmp_path):
     weights = [load_file(tmp_path / x / "model.safetensors") for x in ("one/vision", "three")]
     name = next(name for name in weights[0] if name.endswith("weight") and weights[0][name].ndim == 2)
     assert not torch.equal(weights[0][name], weights[1][name])
+
+
+@pytest.mark.parametrize("width", [16, 192, 768])
+def test_a_drawn_layer_leaves_the_size_of_its_input_at_every_width(width):
+    config = QFormerConfig(**SIZES | {"hidden_size": width, "num_layers": 1, "intermediate_size": width})
+    weights = torch.cat([layer.attention.value.weight.flatten() for layer in QFormer(config, width).layers])
+    size = float(weights.std()) * width**0.5
+    assert size == pytest.approx(0.02 * 768**0.5, rel=0.2)
