@@ -5,8 +5,7 @@ reads: of CLIP the penultimate layer, of EVA-CLIP (Blip2VisionModel) the last la
 model its last hidden state; feature maps of CNNs are flattened to patches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
-from transformers.utils import logging as transformers_logging
 
 from model.config import VisionConfig
 from model.efficientnet_lite import LITE0_STAGES, EfficientNetLite
 from model.errors import ModelError
+from model.silence import silent_transformers
 from model.tensor_files import read_json, tensor_files
 
 Features = Callable[[nn.Module, Tensor], Tensor]
@@ -138,7 +137,7 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         _load_strictly(network, folder, "vision_model.")
     else:
         vision_class: Any = _VISION_CLASSES.get(kind, AutoModel)
-        with _silent():
+        with silent_transformers():
             network, report = vision_class.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -150,20 +149,6 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         network.encoder.layers = network.encoder.layers[:-1]
         network.post_layernorm = nn.Identity()
     return cast("nn.Module", network)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from printing: its report of what is missing is checked here, and says too much."""
-    verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shows_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_report(report: dict[str, Any], folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Everything that recipes/tiny.yaml reads: a small indexed corpus and random frozen models."""
 
+import os
 from pathlib import Path
 
 from cluster.tiny.scenes import KINDS, make_scene, write_shards
 from data_pipeline.index_build import IndexOptions, build_manifest, run_in_processes
 from data_pipeline.object_store import ObjectStore
+from model.silence import silent_transformers
 from model.tiny import write_tiny_language
 from model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
 
@@ -16,10 +18,12 @@ def write_tiny_assets(folder: Path, num_train: int, num_held_out: int) -> None:
     """Write shards and manifests of both splits, a vision encoder, a WordPiece vocabulary, an OPT and a T5."""
     folder = folder.resolve()  # shards stand in the manifest by their full path
     texts = [make_scene(0, "train", number)[0].caption for number in range(CAPTIONS_READ)]
-    write_tiny_vision(folder / "vision")
-    write_tiny_vocabulary(folder / "bert", texts)
-    for kind in ("opt", "t5"):
-        write_tiny_language(folder / kind, kind)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would say that it looked
+    with silent_transformers():
+        write_tiny_vision(folder / "vision")
+        write_tiny_vocabulary(folder / "bert", texts)
+        for kind in ("opt", "t5"):
+            write_tiny_language(folder / kind, kind)
     write_corpus(folder, "train", num_train)
     write_corpus(folder, "held-out", num_held_out, unique=True, kinds=("one",))
 
