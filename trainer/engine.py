@@ -4,6 +4,7 @@ Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the st
 Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step`, in parameter order.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -142,6 +143,10 @@ class Engine:
             for place in places(self._zero, self._parameters)
             for kind in KINDS
         ]
+
+    def num_parameters(self) -> int:
+        """Return how many numbers are trained, over all ranks."""
+        return sum(math.prod(_full_shape(parameter)) for parameter in self._parameters.values())
 
     @torch.no_grad()
     def restore(self, reader: StateReader, step: int, loss_scale: float | None = None) -> None:

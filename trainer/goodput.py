@@ -96,7 +96,9 @@ class Account(BaseModel):
     seen_at: float
     """Unix time of the last write."""
     starts: int = 1
-    """Processes that have worked on the run."""
+    """How often work on the run began or began again."""
+    stage_done: bool = False
+    """The last process finished its stage: the next one goes on, it does not restart."""
     seconds: dict[Activity, float]
     marks: list[Mark] = []
 
@@ -116,20 +118,25 @@ class Ledger(Protocol):
 class GoodputLedger:
     """Books the time of the running process; `spend` says on what it is spent from now on."""
 
-    def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
-        """Continue the run's account, or open it. The time since the last write is booked as restart."""
+    def __init__(self, ledger: Ledger, *, began: float | None = None, clock: Callable[[], float] = time.time) -> None:
+        """Continue the run's account, or open it, as of `began` (now, if not given).
+
+        The time since the last write is booked as restart, or as start-up after a stage that was finished.
+        """
         self._ledger = ledger
         self._clock = clock
         self._activity = Activity.START_UP
-        now = clock()
-        self._since = now
+        self._since = clock() if began is None else began
         data = ledger.read()
         if data is None:
-            self._account = Account(started_at=now, seen_at=now, seconds=dict.fromkeys(Activity, 0.0))
+            self._account = Account(started_at=self._since, seen_at=self._since, seconds=dict.fromkeys(Activity, 0.0))
         else:
             self._account = Account.model_validate_json(data)
-            self._account.starts += 1
-            self._book(Activity.RESTART, max(0.0, now - self._account.seen_at))
+            restarted = not self._account.stage_done
+            self._account.starts += restarted
+            between = max(0.0, self._since - self._account.seen_at)
+            self._book(Activity.RESTART if restarted else Activity.START_UP, between)
+            self._account.stage_done = False
         self.write()
 
     def resume(self, stage: str, step: int) -> None:
@@ -168,6 +175,11 @@ class GoodputLedger:
             yield
         finally:
             self.spend(before)
+
+    def finish_stage(self) -> None:
+        """Note that the stage is finished, so that the next one is no restart."""
+        self._account.stage_done = True
+        self.write()
 
     def write(self) -> None:
         """Book the time so far and keep the account in its ledger."""

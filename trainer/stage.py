@@ -72,8 +72,7 @@ class _Stage:
         self._stage, self._url = config.stage(name), run.stage_url(name)
         self._stack, self._peers = stack, peers
         self._mirror = stack.enter_context(closing(Mirror(self._url, store))) if context.rank.is_main else None
-        goodput = StoreLedger(join(run.url, GOODPUT_NAME), store) if context.rank.is_main else MemoryLedger()
-        self._ledger = GoodputLedger(goodput)
+        self._began = time.time()
         self._watchdog = stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
 
     def train(self) -> Outcome:
@@ -83,6 +82,7 @@ class _Stage:
         if saved is not None and saved.step >= self._stage.steps:
             logger.info("%s is finished: %s", self._name, saved.url)
             return Outcome.FINISHED
+        self._ledger = self._open_ledger()
         parts = build_parts(self._config, self._name, self._context.rank, self._store)
         if saved is None:
             parts.begin(self._run)
@@ -92,6 +92,7 @@ class _Stage:
         self._stack.callback(engine.close)
         loader = self._stack.enter_context(closing(self._open_loader(parts)))
         start_step = self._restore(engine, saved, parts, loader)
+        self._announce(engine, start_step)
         checkpoints.prepare(engine.fragments())
         flops_per_sample = self._rehearse(parts, engine, loader, start_step)
         watch = self._open_watch(engine, loader, checkpoints, start_step, flops_per_sample)
@@ -112,9 +113,27 @@ class _Stage:
             state_at=self._state_at(engine, parts, loader),
         )
         guard.check()
+        if outcome is Outcome.FINISHED:
+            self._ledger.finish_stage()
         if self._context.rank.is_main:
             logger.info("%s %s; %s", self._name, outcome, self._ledger.table())
         return outcome
+
+    def _open_ledger(self) -> GoodputLedger:
+        """Open the run's account as of the making of this stage; a stage that is finished already books nothing."""
+        is_main = self._context.rank.is_main
+        kept = StoreLedger(join(self._run.url, GOODPUT_NAME), self._store) if is_main else MemoryLedger()
+        return GoodputLedger(kept, began=self._began)
+
+    def _announce(self, engine: Engine, start_step: int) -> None:
+        """Say what is about to be trained."""
+        if not self._context.rank.is_main:
+            return
+        logger.info(
+            "%s: steps %d to %d, batch %d on %d rank(s), %.1f M trainable parameters, %s on %s; into %s",
+            self._name, start_step, self._stage.steps, self._stage.global_batch_size, self._context.rank.world_size,
+            engine.num_parameters() / 1e6, self._stage.precision, engine.device, self._url,
+        )  # fmt: skip
 
     def _open_loader(self, parts: Parts) -> Loader:
         return open_loader(

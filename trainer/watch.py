@@ -130,7 +130,8 @@ class Watch:
         if self._outlets.mirror and measured.texts:
             write_samples(self._outlets.mirror, step, measured.texts, measured.examples, pictures)
         if self._outlets.sinks and figures:
-            logger.info("%s step %d | %s", self._name, step, " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            shown = " ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items())
+            logger.info("%s %d/%d held out | %s", self._name, step, self._stage.steps, shown)
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:

@@ -110,3 +110,22 @@ def test_stages_share_the_account(clock, memory):
     assert again.seconds[Activity.LOST] == 3
     assert read_account(memory.read())["start-up"] == 0
     assert "2 start(s)" in again.table()
+
+
+def test_the_next_stage_is_no_restart(clock, memory):
+    ledger = GoodputLedger(memory, clock=clock)
+    ledger.resume("stage1", 0)
+    work(ledger, clock, compute=10)
+    ledger.finish_stage()
+    clock.now += 5
+    began = clock.now
+    clock.now += 3
+    ledger = GoodputLedger(memory, began=began, clock=clock)
+    ledger.resume("stage2", 0)
+    assert ledger.seconds[Activity.START_UP] == 8
+    assert ledger.seconds[Activity.RESTART] == 0
+    assert "in 1 start(s)" in ledger.table()
+    clock.now += 2
+    ledger = GoodputLedger(memory, clock=clock)  # after a death in the new stage
+    assert ledger.seconds[Activity.RESTART] > 0
+    assert "in 2 start(s)" in ledger.table()
