@@ -128,7 +128,8 @@ class Jobs:
             package = build_package(config, Path(folder))
             try:
                 self._client.submit_job(
-                    entrypoint=shlex.join([python, "-m", module, CONFIG_NAME, *arguments]),
+                    # Without `exec` a shell stands between the job and the driver, which outlives that shell's death.
+                    entrypoint=f"exec {shlex.join([python, '-m', module, CONFIG_NAME, *arguments])}",
                     submission_id=job_id,
                     runtime_env={"working_dir": str(package), "env_vars": job_environment(config)},
                     metadata=metadata,

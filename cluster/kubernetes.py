@@ -48,7 +48,7 @@ def ray_job(config: JobConfig) -> Manifest:
     if kubernetes.queue:
         manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = kubernetes.queue
     manifest["spec"] |= {
-        "entrypoint": f"python -m cluster.driver {CONFIG_MOUNT}/config.yaml",
+        "entrypoint": f"exec python -m cluster.driver {CONFIG_MOUNT}/config.yaml",
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": environment}),
         "metadata": job_metadata(config),
         "ttlSecondsAfterFinished": kubernetes.ttl_seconds,

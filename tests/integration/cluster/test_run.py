@@ -25,8 +25,8 @@ from trainer.checkpoint_reader import committed
 from trainer.config_io import load_config, to_yaml
 from trainer.errors import ConfigError
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
-LIMIT = 120.0
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+LIMIT = 240.0
 STEPS = 160
 """Long enough for every disturbance on a quick machine."""
 
