@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import ray
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 from cluster import auth
@@ -56,6 +57,8 @@ class Raylets:
                 "dashboard_agent_listen_port": free_port(),
             }
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        # As `ray start` does: without it Ray gives a job the address of any cluster that it finds on this machine.
+        write_ray_address(self.cluster.address, self.folder)
         self.nodes = [self.add() for _ in range(num_nodes)]
 
     def add(self):
