@@ -21,7 +21,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, open_loader
 from data_pipeline.object_store import ObjectStore, join
 
-NUM_SAMPLES = 640
+NUM_SAMPLES = 1280
 BATCH = 64
 ROUNDS, EPOCHS = 15, 20
 

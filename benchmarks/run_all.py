@@ -201,11 +201,7 @@ def truth(text: str) -> Iterator[Figure]:
 
 
 def benchmarks(assets: Path) -> list[Benchmark]:
-    """Return all of them, cheap ones first, in sizes for about a quarter of an hour of CPU in all.
-
-    The tables of docs/benchmarks come from the benchmarks' own, larger sizes.
-    """
-    short = ["--samples", "512", "--rounds", "2"]
+    """Return all of them, cheap ones first."""
     peer = ["--peer-python", str(PEERS / "bin" / "python")]
     return [
         Benchmark("scale.spot", scale_spot, [], ["--quick"]),
@@ -214,18 +210,17 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("estimate_truth", truth, [], ["--quick"]),
         Benchmark("data_order", order),
         Benchmark(
-            "data_throughput", throughput, [*peer, "--rounds", "2"], [*peer, "--samples", "128", "--rounds", "1"]
+            "data_throughput", throughput, [*peer, "--rounds", "3"], [*peer, "--samples", "128", "--rounds", "1"]
         ),
-        Benchmark("data_throughput", throughput, [*peer, *short], [*peer, "--samples", "128", "--rounds", "1"]),
-        Benchmark("data_throughput", throughput, [*peer, *short, "--s3"]),
+        Benchmark("data_throughput", throughput, [*peer, "--rounds", "2", "--s3"]),
         Benchmark("data_resume", resume),
-        Benchmark("checkpoint", checkpoint, ["--parameters", "60000000"], ["--no-s3", "--parameters", "10000000"]),
+        Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
         Benchmark("stage1_speed", stage1),
-        Benchmark("stage2_speed", stage2, ["--repeats", "1"]),
+        Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
         Benchmark("frozen_load", frozen),
-        Benchmark("group_start", group_start, ["--rounds", "1"]),
-        Benchmark("recovery", recovery, [str(assets), "--kills", "1"]),
+        Benchmark("group_start", group_start, ["--rounds", "3"]),
+        Benchmark("recovery", recovery, [str(assets)]),
     ]
 
 

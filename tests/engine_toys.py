@@ -57,7 +57,7 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 def stage_config(deepspeed: str, **changes: Any) -> StageConfig:
     sizes = {"steps": 20, "global_batch_size": BATCH, "micro_batch_size": 2}
-    return StageConfig(**sizes | {"deepspeed": deepspeed, "optimizer": {"lr_factors": LR_FACTORS}} | changes)
+    return StageConfig(**sizes | {"deepspeed": deepspeed} | changes)
 
 
 SAFETY = SafetyConfig(collective_timeout_seconds=60)
@@ -65,6 +65,8 @@ SAFETY = SafetyConfig(collective_timeout_seconds=60)
 
 def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) -> Engine:
     train_config: Any = SimpleNamespace(safety=SAFETY)
+    if model is None:
+        changes = {"optimizer": {"lr_factors": LR_FACTORS}} | changes
     return build_engine(model or Toy(), stage_config(deepspeed, **changes), train_config, LocalContext())
 
 

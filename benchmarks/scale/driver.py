@@ -23,6 +23,8 @@ from trainer.context import Rank
 POLLS = 20
 PAUSE_SECONDS = 0.5
 """Between two polls, as in cluster.attempt."""
+START_SECONDS = 60.0
+"""Until the actor answers for the first time."""
 SERIES_BYTES = 120
 """Of one line of Prometheus text with the tags that Ray adds."""
 
@@ -48,7 +50,8 @@ def measure(num_workers: int, polls: int) -> dict[str, Any]:
         for i in range(num_workers)
     ]
     group: Any = WorkerGroup(None, members)  # type: ignore[arg-type]
-    for _ in range(2):
+    deadline = time.monotonic() + START_SECONDS
+    while group.step is None and time.monotonic() < deadline:
         group.update(PAUSE_SECONDS)
     wall, fresh, began_cpu = 0.0, 0, time.process_time()
     for _ in range(polls):
