@@ -293,7 +293,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the run as Markdown."""
     facts = result["machine"]
     versions, peers = (
-        ", ".join(f"{name} {number}" for name, number in facts.get(kind, {}).items()) for kind in ("versions", "peers")
+        ", ".join(f"{name} {number}" for name, number in facts[kind].items()) for kind in ("versions", "peers")
     )
     seconds, cpu = (sum(entry[f"{kind} seconds"] for entry in result["benchmarks"]) for kind in ("wall", "CPU"))
     loads = [entry["load average"] for entry in result["benchmarks"]]

@@ -58,7 +58,9 @@ def test_the_table_names_command_ratio_and_failures():
         {"command": "python -m a", "figures": [vars(figure) | {"ratio": figure.ratio}]},
         {"command": "python -m b", "figures": [], "error": "no disk"},
     ]
-    machine = {"cpu": "x", "cores": 2, "load average": 1.0, "versions": {"torch": "2"}}
+    spent = {"wall seconds": 1.0, "CPU seconds": 1.0, "load average": 1.0}
+    entries = [entry | spent for entry in entries]
+    machine = {"cpu": "x", "cores": 2, "load average": 1.0, "versions": {"torch": "2"}, "peers": {"webdataset": "1"}}
     text = table({"date": "d", "quick": True, "machine": machine, "benchmarks": entries, "left out": ["recovery"]})
     assert "| save | s | 2 | torch.save | 3 | 1.5 | `python -m a` |" in text
     assert "- `python -m b`: no disk" in text
