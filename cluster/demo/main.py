@@ -69,7 +69,8 @@ def main(recipe: str = RECIPE) -> int:
     """Run the demo; return the exit code."""
     logging.basicConfig(level=logging.WARNING)
     began = time.monotonic()
-    console.print("[bold]isthmus demo[/]: about 20 minutes on 2 cores, most of it training; Ctrl-C stops in order")
+    told = "about 20 minutes on 2 cores, most of it training; " if recipe == RECIPE else ""
+    console.print(f"[bold]isthmus demo[/] of {recipe}: {told}Ctrl-C stops in order")
     try:
         return _demo(recipe, began)
     except EXPECTED_ERRORS as error:
