@@ -16,7 +16,7 @@ import psutil
 from cluster.drain import drain_node
 from cluster.status import read_status
 from tests.chaos.faults import START_FILE
-from tests.chaos.pipeline import ATTEMPT_SECONDS, ROOT, Attempt, Run
+from tests.chaos.pipeline import ROOT, Attempt, Run
 from tests.chaos.schedule import Fault
 from tests.integration.cluster.raylets import Raylets
 from trainer.config_io import to_yaml
@@ -24,6 +24,8 @@ from trainer.config_io import to_yaml
 NODES, CPUS_PER_NODE = 2, 4
 """Either node alone has room for two ranks and two readers."""
 NOTICE_SECONDS = 5.0
+DRIVER_SECONDS = 420.0
+"""A start of the driver that lasts longer hangs: it starts its ranks again by itself."""
 POLL_SECONDS = 0.1
 TITLES = {"rank": "ray::train-", "reader": "ray::reader-"}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -100,7 +102,7 @@ class _DriverStart:
 
     def go(self) -> Attempt:
         """Wait until the driver has ended; disturb it, its actors and its cluster meanwhile."""
-        deadline = self._result.began + ATTEMPT_SECONDS
+        deadline = self._result.began + DRIVER_SECONDS
         while self._driver.poll() is None and time.monotonic() < deadline:
             self._act()
             for index, fault in list(self._outside):
@@ -179,7 +181,7 @@ class _DriverStart:
             if process is None:
                 continue
             try:
-                process.wait(ATTEMPT_SECONDS if process is self._second else 0)  # it may have taken the run over
+                process.wait(DRIVER_SECONDS if process is self._second else 0)  # it may have taken the run over
             except subprocess.TimeoutExpired:
                 self._result.hung += [0] if process is self._driver else [1]
                 process.kill()
