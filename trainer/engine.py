@@ -28,14 +28,7 @@ from trainer.fragments import (
     refresh_working_copies,
 )
 from trainer.optim import ClippedAdamW, clip_factor, parameter_groups
-from trainer.process_group import (
-    device_of,
-    join_process_group,
-    leave_process_group,
-    let_gloo_settle,
-    limit_groups,
-    load_deepspeed,
-)
+from trainer.process_group import device_of, join_process_group, leave_process_group, let_gloo_settle, load_deepspeed
 
 _LOSS_SCALE_START = 2.0**16
 _LOSS_SCALE_GROWTH_STEPS = 2000
@@ -241,7 +234,6 @@ def build_engine(
         config=template,
         dist_init_required=False,
     )
-    limit_groups(train_config.safety.collective_timeout_seconds)
     return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device)
 
 

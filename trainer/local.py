@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline.object_store import ObjectStore
 from trainer.config import TrainConfig
 from trainer.context import LocalContext, Outcome, Rank
+from trainer.process_group import limit_new_groups
 from trainer.run_store import RunStore
 from trainer.stage import run_stage
 
@@ -50,6 +51,7 @@ def process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
     # One process alone needs no place to meet.
     store = torch._C._distributed_c10d.HashStore() if rank.world_size == 1 else None
     timeout = timedelta(seconds=timeout_seconds)
+    limit_new_groups(timeout)
     dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, store=store)
     try:
         yield

@@ -73,6 +73,7 @@ def join_process_group(rank: Rank, timeout_seconds: float) -> None:
     global _own_group  # noqa: PLW0603 - the process group is global state of the process too
     deepspeed = load_deepspeed()
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    limit_new_groups(timeout)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if rank.world_size == 1:
@@ -88,11 +89,10 @@ def join_process_group(rank: Rank, timeout_seconds: float) -> None:
     deepspeed.init_distributed(dist.get_backend(), timeout=timeout, verbose=False)
 
 
-def limit_groups(timeout_seconds: float) -> None:
-    """Give all process groups the same limit: those that DeepSpeed makes have half an hour of their own."""
+def limit_new_groups(timeout: datetime.timedelta) -> None:
+    """Make our limit that of the groups to come: DeepSpeed names none, and PyTorch's is half an hour."""
     groups = dist.distributed_c10d
-    for group in groups._world.pg_map:
-        groups._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)
+    groups.default_pg_timeout = groups.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def let_gloo_settle() -> None:
