@@ -12,8 +12,9 @@ from tests.chaos.pipeline import ROOT
 from tests.chaos.report import section
 from tests.chaos.schedule import CATALOGUE, RAY_CATALOGUE, draw
 
-SEEDS = ("17", "e1")
-"""A kill before the manifest; kills at the start and in a step, with other world sizes. Both on S3."""
+SEEDS = ("15", "23", "30", "18", "20", "26", "e1", "e3")
+"""In a folder: kills of ranks and writers, in restore, of a lease. On S3: 503, a manifest, a rank that stands still in
+the hand-over, the server killed. Then with other world sizes, in a folder (reader, export) and on S3."""
 LIMIT_SECONDS = 560
 
 
