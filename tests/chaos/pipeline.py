@@ -51,6 +51,16 @@ SHORT = [
     "store.stall_timeout_seconds=2",
     "data.reader_timeout_seconds=20",
 ]
+UNDER_RAY = [
+    "data.backend=ray",
+    "cluster.workers={min: 2, max: 2}",
+    "cluster.stop_grace_seconds=30",
+    "cluster.unresponsive_seconds=20",
+    "safety.collective_timeout_seconds=25",
+    "safety.step_timeout_seconds=90",
+    "data.reader_timeout_seconds=45",
+]
+"""Ranks and readers import everything anew, so limits are longer."""
 
 
 @dataclass
@@ -99,11 +109,9 @@ class Place:
             port = self.proxy.port if self.proxy else None
             endpoint = f"http://127.0.0.1:{port}" if port else self.server.endpoint_url
             places |= {"store.endpoint_url": endpoint, "store.region": "us-east-1"}
-        if schedule.ray:
-            places |= {"data.backend": "ray", "cluster.workers": "{min: 2, max: 2}"}
-            places |= {"cluster.unresponsive_seconds": 12, "cluster.stop_grace_seconds": 30}
         overrides = [f"{key}={value}" for key, value in places.items()]
-        return load_config(ROOT / "recipes" / "tiny.yaml", [*overrides, *SHORT], JobConfig)
+        limits = UNDER_RAY if schedule.ray else ()
+        return load_config(ROOT / "recipes" / "tiny.yaml", [*overrides, *SHORT, *limits], JobConfig)
 
 
 @dataclass
