@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from cluster.tiny.scenes import KINDS, make_scene
+from model.silence import silent_transformers
 from model.tiny import TinyLanguage, write_tiny_language, write_tiny_tokenizer
 
 BATCH = 64
@@ -27,7 +28,8 @@ def write_trained_language(
     write_tiny_tokenizer(folder, kind, captions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     factory: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
-    model = factory.from_pretrained(folder).train()
+    with silent_transformers():
+        model = factory.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = random.Random(0)
@@ -41,8 +43,9 @@ def write_trained_language(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    model.eval().save_pretrained(folder)
-    return float(loss)
+    with silent_transformers():
+        model.eval().save_pretrained(folder)
+    return float(loss.detach())
 
 
 def example(tokenizer: Any, kind: TinyLanguage, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:
