@@ -1,20 +1,20 @@
 """Stage-1 step of the full Q-Former: the plain path against the path that saves work without changing the maths.
 
 768 x 12, features 257 x 1408, 8 pairs, text padded to 32 with 8 to 16 real tokens, no dropout, fp32, one thread.
-Each path runs in two processes of its own. One measures CPU seconds (user and system), the lesser of two steps, with
-the allocator as it is; and FLOPs as torch.utils.flop_counter sees them in a third step. The other measures peak memory:
-there every large block goes back to the system when it is freed, so the peak is of live memory, gradients included.
+CPU seconds (user and system) of both paths on the same weights, step by step in turn, so that what else the machine
+does falls on both; FLOPs as torch.utils.flop_counter sees them. Peak memory of each path in a process of its own: there
+every large block goes back to the system when it is freed, so the peak is of live memory, gradients included.
 
-Usage: python benchmarks/stage1_speed.py
+Usage: python benchmarks/stage1_speed.py [--rounds 4]
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -55,96 +55,122 @@ def _status_bytes(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def measure(path: str, gradients: Path | None) -> dict[str, Any]:
-    """Measure the work of one path and write its gradients, or, without a file for them, its memory."""
+def _model(path: str) -> Stage1Model:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     qformer = QFormer(QFormerConfig(dropout=0.0), 1408, savings=PATHS[path])
-    model = Stage1Model(None, qformer, choose_negatives=choose_hardest)
-    inputs = _inputs()
-
-    def step() -> dict[str, float]:
-        model.zero_grad(set_to_none=True)
-        output = model.loss_and_backward(
-            inputs,
-            seed=0,
-            step=0,
-            micro_batch_size=len(LENGTHS),
-            exchange=LocalExchange(),
-            backward=torch.Tensor.backward,
-        )
-        return {name: float(value) for name, value in output.parts.items()}
-
-    if gradients is None:
-        before = _status_bytes("VmRSS")
-        step()
-        return {
-            "peak_bytes": _status_bytes("VmHWM") - before,
-            "gradient_bytes": sum(p.numel() * 4 for p in model.trainable_parameters().values()),
-        }
-    seconds = []
-    for _ in range(2):
-        start = time.process_time()
-        losses = step()
-        seconds.append(time.process_time() - start)
-    torch.save({name: p.grad for name, p in model.trainable_parameters().items()}, gradients)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return {"losses": losses, "cpu_seconds": min(seconds), "flops": counter.get_total_flops()}
+    return Stage1Model(None, qformer, choose_negatives=choose_hardest)
 
 
-def in_own_process(path: str, gradients: Path | None) -> dict[str, Any]:
-    """Call `measure` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--path", path]
-    if gradients is None:
-        environment["MALLOC_MMAP_THRESHOLD_"] = "262144"
-    else:
-        command += ["--gradients", str(gradients)]
+def _step(model: Stage1Model, inputs: Stage1Inputs) -> dict[str, float]:
+    model.zero_grad(set_to_none=True)
+    output = model.loss_and_backward(
+        inputs,
+        seed=0,
+        step=0,
+        micro_batch_size=len(LENGTHS),
+        exchange=LocalExchange(),
+        backward=torch.Tensor.backward,
+    )
+    return {name: float(value) for name, value in output.parts.items()}
+
+
+def _seconds(model: Stage1Model, inputs: Stage1Inputs) -> float:
+    start = time.process_time()
+    _step(model, inputs)
+    return time.process_time() - start
+
+
+def measure_work(rounds: int) -> dict[str, dict[str, Any]]:
+    """Return losses, FLOPs and CPU seconds of both paths, and under `gradients` how far theirs are apart."""
+    models, inputs = {path: _model(path) for path in PATHS}, _inputs()
+    results: dict[str, dict[str, Any]] = {path: {"seconds": []} for path in PATHS}
+    for path, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            results[path]["losses"] = _step(model, inputs)
+        results[path]["flops"] = counter.get_total_flops()
+    apart = _apart(*models.values())
+    for _ in range(rounds):
+        for path, model in models.items():
+            results[path]["seconds"].append(_seconds(model, inputs))
+            model.zero_grad(set_to_none=True)
+    return {**results, "gradients": apart}
+
+
+def _apart(one: Stage1Model, other: Stage1Model) -> dict[str, float]:
+    """Return the largest difference of gradients: absolute, and relative to the tensor's largest entry."""
+    first, second = (
+        {n: p.grad for n, p in m.trainable_parameters().items() if p.grad is not None} for m in (one, other)
+    )
+    assert first.keys() == second.keys()
+    absolute = {name: float((x - second[name]).abs().max()) for name, x in first.items()}
+    # Key biases have no gradient but rounding, so tiny tensors have no relative deviation.
+    largest = {name: float(x.abs().max()) for name, x in first.items()}
+    relative = max(absolute[name] / largest[name] for name in first if largest[name] > 1e-6)
+    return {"absolute": max(absolute.values()), "relative": relative}
+
+
+def measure_memory(path: str) -> dict[str, int]:
+    """Return the peak that a step adds to this process, and what of it are gradients."""
+    model, inputs = _model(path), _inputs()
+    before = _status_bytes("VmRSS")
+    _step(model, inputs)
+    return {
+        "peak_bytes": _status_bytes("VmHWM") - before,
+        "gradient_bytes": sum(p.numel() * 4 for p in model.trainable_parameters().values()),
+    }
+
+
+def seconds_in_own_process(path: str) -> float:
+    """Return the CPU seconds of a step of one path, the lesser of two, measured in a process of its own."""
+    return min(_in_own_process("--seconds", path, {}))
+
+
+def _in_own_process(option: str, path: str, environment: dict[str, str]) -> Any:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, __file__, option, path]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, env=environment
     )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return json.loads(done.stdout)
 
 
-def _largest_deviation(one: Path, other: Path) -> tuple[float, float]:
-    """Return the largest difference of gradients: absolute, and relative to the tensor's largest entry."""
-    first, second = torch.load(one, mmap=True), torch.load(other, mmap=True)
-    absolute = {name: float((first[name] - second[name]).abs().max()) for name in first}
-    # Key biases have no gradient but rounding, so tiny tensors have no relative deviation.
-    largest = {name: float(first[name].abs().max()) for name in first}
-    relative = [absolute[name] / largest[name] for name in first if largest[name] > 1e-6]
-    return max(absolute.values()), max(relative)
+def _print_path(path: str, work: dict[str, Any], memory: dict[str, int]) -> None:
+    seconds, flops = min(work["seconds"]), work["flops"] / 1e9
+    peak, gradients = memory["peak_bytes"] / GIB, memory["gradient_bytes"] / GIB
+    losses = "  ".join(f"{name} {value:.6f}" for name, value in work["losses"].items())
+    print(f"{path:5}  {seconds:6.2f} CPU s  {flops:7.0f} GF  {flops / seconds:5.1f} GF/s  peak {peak:.2f} GiB", end="")
+    print(f" (gradients {gradients:.2f})  {losses}")
+    print("       all steps: " + " ".join(f"{value:.2f}" for value in work["seconds"]))
 
 
-def main() -> None:
+def main(rounds: int) -> None:
     """Print the comparison."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {path: Path(folder) / f"{path}.pt" for path in PATHS}
-        results = {path: in_own_process(path, file) | in_own_process(path, None) for path, file in files.items()}
-        absolute, relative = _largest_deviation(*files.values())
-    for path, result in results.items():
-        rate = result["flops"] / result["cpu_seconds"] / 1e9
-        print(
-            f"{path:5}  {result['cpu_seconds']:6.2f} CPU s  {result['flops'] / 1e9:7.0f} GF  {rate:5.1f} GF/s  "
-            f"peak {result['peak_bytes'] / GIB:.2f} GiB (gradients {result['gradient_bytes'] / GIB:.2f})  "
-            + "  ".join(f"{name} {value:.6f}" for name, value in result["losses"].items())
-        )
+    memory = {path: _in_own_process("--memory", path, {"MALLOC_MMAP_THRESHOLD_": "262144"}) for path in PATHS}
+    results = measure_work(rounds)
+    for path in PATHS:
+        _print_path(path, results[path], memory[path])
     plain, fast = results["plain"], results["fast"]
+    ratios = sorted(one / other for one, other in zip(plain["seconds"], fast["seconds"], strict=True))
     print(
-        f"CPU seconds x{plain['cpu_seconds'] / fast['cpu_seconds']:.2f}  FLOPs x{plain['flops'] / fast['flops']:.2f}  "
-        f"peak memory x{fast['peak_bytes'] / plain['peak_bytes']:.2f}"
+        f"CPU seconds x{min(plain['seconds']) / min(fast['seconds']):.2f} (least of each; step by step "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f})  "
+        f"FLOPs x{plain['flops'] / fast['flops']:.2f}  "
+        f"peak memory x{memory['fast']['peak_bytes'] / memory['plain']['peak_bytes']:.2f}"
     )
-    print(f"gradients differ by at most {absolute:.1e}, {relative:.1e} of the tensor's largest entry")
+    apart = results["gradients"]
+    print(f"gradients differ by at most {apart['absolute']:.1e}, {apart['relative']:.1e} of the tensor's largest entry")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--path", choices=PATHS)
-    parser.add_argument("--gradients", type=Path)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--memory", choices=PATHS)
+    parser.add_argument("--seconds", choices=PATHS)
     arguments = parser.parse_args()
-    if arguments.path:
-        print(json.dumps(measure(arguments.path, arguments.gradients)))
+    torch.set_num_threads(1)
+    if arguments.memory:
+        print(json.dumps(measure_memory(arguments.memory)))
+    elif arguments.seconds:
+        print(json.dumps([_seconds(model, inputs) for model, inputs in 2 * [(_model(arguments.seconds), _inputs())]]))
     else:
-        main()
+        main(arguments.rounds)

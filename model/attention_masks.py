@@ -1,7 +1,7 @@
 """The three self-attention masks of BLIP-2 (figure 2); True: may attend. Q queries come before T text tokens.
 
-Queries see text in the bidirectional mask only, so the passes of the unimodal and the causal mask hold text rows alone:
-the queries' side is the query pass, which has no mask.
+Queries see text in the bidirectional mask only, so the passes of the unimodal and the causal mask may hold text rows
+alone: the queries' side is the query pass, which has no mask. `joint` puts these three passes into one sequence.
 """
 
 import torch
@@ -26,3 +26,20 @@ def multimodal_causal(real_BT: Tensor, num_queries: int) -> Tensor:
     text_BTT = earlier_TT & real_BT[:, None, :]
     queries_BTQ = real_BT.new_ones(batch, length, num_queries)
     return torch.cat([queries_BTQ, text_BTT], dim=2)[:, None]
+
+
+def joint(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Contrast and generation as one sequence of queries, text, and text that is written.
+
+    Queries see themselves; text sees real text; what is written sees queries and itself up to the same place.
+    Returns B, 1, Q + 2T, Q + 2T.
+    """
+    batch, length = real_BT.shape
+    text, written = num_queries, num_queries + length
+    mask_BLL = real_BT.new_zeros(batch, written + length, written + length)
+    mask_BLL[:, :text, :text] = True
+    mask_BLL[:, text:written, text:written] = real_BT[:, None, :]
+    mask_BLL[:, written:, :text], mask_BLL[:, written:, written:] = torch.split(
+        multimodal_causal(real_BT, num_queries)[:, 0], [num_queries, length], dim=2
+    )
+    return mask_BLL[:, None]

@@ -1,39 +1,51 @@
 """Run one part of a step backward before the rest, so that its activations are freed before the gradients are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.layers import ImageMemory, KeysValues
 
-
-class CutMemory:
-    """Image memory cut from its graph: what reads it runs backward by itself and leaves its gradient here.
+class Cut:
+    """Tensors cut from their graph: what reads them runs backward by itself and leaves their gradients here.
 
     `backward` may scale (by the world size, by a loss scale) and will scale the rest once more, so its factor is read
     from a probe whose gradient is otherwise 1, and taken out.
     """
 
-    def __init__(self, memory: ImageMemory) -> None:
-        self._whole = [part for layer in memory.layers for part in layer]
-        self._leaves = [part.detach().requires_grad_() for part in self._whole]
-        pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
-        self.memory = memory._replace(layers=[KeysValues(*pair) for pair in pairs])
-        self._factor = self._whole[0].new_ones(())
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._whole = list(tensors)
+        self.leaves = [x.detach().requires_grad_() for x in tensors]
+        """What the early part reads in their place."""
+        self._factor = tensors[0].new_ones(())
 
     def backward(self, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
-        """Run `loss`, which reads `memory`, backward."""
+        """Run `loss`, which reads the leaves, backward."""
         probe = torch.zeros_like(loss, requires_grad=True)
         backward(loss + probe)
         assert probe.grad is not None
         self._factor = probe.grad
 
     def rest(self) -> Tensor:
-        """Return a scalar whose gradient is that of the losses with respect to what the memory was computed from."""
-        total = self._factor.new_zeros(())
-        for whole, leaf in zip(self._whole, self._leaves, strict=True):
-            if leaf.grad is not None:
-                total = total + (whole * (leaf.grad / self._factor)).sum()
-                leaf.grad = None
-        return total
+        """Return a zero whose gradient is that of the losses with respect to what the tensors were computed from."""
+        kept = [
+            (whole, leaf.grad) for whole, leaf in zip(self._whole, self.leaves, strict=True) if leaf.grad is not None
+        ]
+        for leaf in self.leaves:
+            leaf.grad = None
+        rest: Tensor = _Carried.apply(self._factor, [grad for _, grad in kept], *(whole for whole, _ in kept))  # type: ignore[no-untyped-call]
+        return rest
+
+
+class _Carried(torch.autograd.Function):
+    """A zero whose gradient with respect to some tensors is given, as that of a sum scaled by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, grads: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.factor, ctx.grads = factor, grads
+        return torch.zeros_like(factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(x.mul_(grad / ctx.factor) for x in ctx.grads)

@@ -4,6 +4,7 @@ Letters: B rows, Q queries, P patches, T text tokens, N listed text tokens (mode
 H heads, d width of a head, K listed tokens that are read.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,6 +35,18 @@ class ImageMemory(NamedTuple):
     """Which image each row attends to; none: row b attends to image b."""
     num_shared: int = 0
     """The first and the last so many rows both attend to the images 0, 1, 2, ...: for these nothing is copied."""
+
+    def first(self, images: int) -> "ImageMemory":
+        """Return the memory of the first images, one for each row."""
+        return ImageMemory([memory.first(images) for memory in self.layers])
+
+    def tensors(self) -> list[Tensor]:
+        """Return keys and values of every layer."""
+        return [part for layer in self.layers for part in layer]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "ImageMemory":
+        """Return the same memory made of other tensors, in the order of `tensors`."""
+        return self._replace(layers=[KeysValues(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)])
 
 
 class Attention(nn.Module):
@@ -121,15 +134,27 @@ class Rows(NamedTuple):
     def listed(self) -> Tensor:
         """Return all rows as one list, queries first."""
         parts = [] if self.query_BQD is None else [self.query_BQD.flatten(0, 1)]
-        return torch.cat([*parts, *([] if self.text_ND is None else [self.text_ND])])
+        parts += [] if self.text_ND is None else [self.text_ND]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def through(self, linear: nn.Module, listed_LD: Tensor) -> "Rows":
+        """Apply a layer to all rows, which are also given as a list; to queries that all rows share, only once."""
+        query_BQD = self.query_BQD
+        if query_BQD is None or query_BQD.stride(0):
+            return self.like(linear(listed_LD))
+        after_BQD = linear(query_BQD[:1]).expand(len(query_BQD), -1, -1)
+        return Rows(after_BQD, None if self.text_ND is None else linear(self.text_ND))
 
     def like(self, listed_LD: Tensor) -> "Rows":
         """Split a list of rows the way this one was joined."""
         if self.query_BQD is None:
             return Rows(None, listed_LD)
-        batch, queries, _ = self.query_BQD.shape
-        query_BQD = listed_LD[: batch * queries].reshape(batch, queries, listed_LD.shape[-1])
-        return Rows(query_BQD, None if self.text_ND is None else listed_LD[batch * queries :])
+        shape = (*self.query_BQD.shape[:2], listed_LD.shape[-1])
+        if self.text_ND is None:
+            return Rows(listed_LD.reshape(shape), None)
+        # Not slices: the gradient of each would be a copy into zeros.
+        query_ND, text_ND = torch.split(listed_LD, [shape[0] * shape[1], len(self.text_ND)])
+        return Rows(query_ND.reshape(shape), text_ND)
 
     def joint(self, packing: Packing | None) -> Tensor:
         """Return B, Q + T, D for attention; unlisted text places are zero."""
@@ -180,8 +205,8 @@ class Layer(nn.Module):
         """
         attention, listed = self.attention, rows.listed()
         memory = KeysValues(
-            attention.heads(rows.like(attention.key(listed)).joint(packing)),
-            attention.heads(rows.like(attention.value(listed)).joint(packing)),
+            attention.heads(rows.through(attention.key, listed).joint(packing)),
+            attention.heads(rows.through(attention.value, listed).joint(packing)),
         )
         seen = (
             memory if past is None else KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, memory, strict=True)))
@@ -191,9 +216,7 @@ class Layer(nn.Module):
             if reads.kept_K is not None:
                 rows = Rows(rows.query_BQD, rows.text_ND.index_select(0, reads.kept_K))
                 listed = rows.listed()
-            if mask is not None and mask.shape[2] > 1:
-                mask = mask[:, :, : packing.length]
-        context_BLD = attention.attend(rows.like(attention.query(listed)).joint(packing), seen, mask)
+        context_BLD = attention.attend(rows.through(attention.query, listed).joint(packing), seen, mask)
         rows = rows.like(attention.add(listed, _list_context(context_BLD, rows, packing)))
         return Rows(self._query_rows(rows.query_BQD, image), self._text_rows(rows.text_ND)), memory
 
@@ -219,13 +242,16 @@ def _look(cross: Attention, query_BQD: Tensor, image: ImageMemory) -> Tensor:
     if image.index_B is None:
         return cross.attend(query_BQD, memory)
     shared, queries = image.num_shared, query_BQD.shape[1]
-    rest = image.index_B[shared : len(image.index_B) - shared]
+    sizes = [shared, len(query_BQD) - 2 * shared, shared]
+    rest = image.index_B[shared : shared + sizes[1]]
     other = KeysValues(*(part.index_select(0, rest) for part in memory))
-    middle_BQD = cross.attend(query_BQD[shared : len(query_BQD) - shared], other)
+    first_BQD, middle_BQD, last_BQD = torch.split(query_BQD, sizes)
+    middle_BQD = cross.attend(middle_BQD, other)
     if not shared:
         return middle_BQD
-    both_BQD = cross.attend(torch.cat([query_BQD[:shared], query_BQD[-shared:]], dim=1), memory.first(shared))
-    return torch.cat([both_BQD[:, :queries], middle_BQD, both_BQD[:, queries:]])
+    both_BQD = cross.attend(torch.cat([first_BQD, last_BQD], dim=1), memory.first(shared))
+    first_BQD, last_BQD = torch.split(both_BQD, queries, dim=1)
+    return torch.cat([first_BQD, middle_BQD, last_BQD])
 
 
 def _list_context(context_BLD: Tensor, rows: Rows, packing: Packing | None) -> Tensor:
@@ -236,4 +262,5 @@ def _list_context(context_BLD: Tensor, rows: Rows, packing: Packing | None) -> T
     queries = rows.query_BQD.shape[1]
     if rows.text_ND is None or packing is None:
         return context_BLD.flatten(0, 1)
-    return torch.cat([context_BLD[:, :queries].flatten(0, 1), packing.pack(context_BLD[:, queries:])])
+    query_BQD, text_BTD = torch.split(context_BLD, [queries, context_BLD.shape[1] - queries], dim=1)
+    return torch.cat([query_BQD.flatten(0, 1), packing.pack(text_BTD)])

@@ -4,7 +4,7 @@ Linear layers, LayerNorm and feed-forward networks run on the N listed rows; onl
 Letters: B rows of the batch, T tokens, N listed tokens, K listed tokens that are read, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,11 +29,10 @@ class Packing:
         x_LD = x_ND.new_zeros(self.batch * self.length, x_ND.shape[-1])
         return x_LD.index_copy(0, self.index_N, x_ND).reshape(self.batch, self.length, x_ND.shape[-1])
 
-    def first(self, lengths_B: Tensor, length: int) -> tuple["Packing", Tensor]:
-        """Keep each row's first `lengths_B` tokens in B x `length`; also return which of the N listed rows stay (K)."""
-        row_N, column_N = self.index_N // self.length, self.index_N % self.length
-        kept_K = (column_N < lengths_B[row_N]).nonzero()[:, 0]
-        return Packing(row_N[kept_K] * length + column_N[kept_K], self.batch, length), kept_K
+    def at(self, wanted_BT: Tensor) -> tuple["Packing", Tensor]:
+        """Keep the tokens at wanted places (bool); also return which of the N listed rows stay (K)."""
+        kept_K = wanted_BT.flatten()[self.index_N].nonzero()[:, 0]
+        return Packing(self.index_N[kept_K], self.batch, self.length), kept_K
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,23 @@ class TextRows:
 
     def with_first_token(self, token_id: int) -> "TextRows":
         """Return the same text with another token at position 0."""
+        return replace(self, ids_N=self.ids_N.masked_fill(self.positions_N == 0, token_id))
+
+    def at(self, wanted_BT: Tensor) -> "TextRows":
+        """Return the tokens at wanted places (bool); the others count as real but are listed no more."""
+        packing, kept_K = self.packing.at(wanted_BT)
+        return replace(self, ids_N=self.ids_N[kept_K], positions_N=self.positions_N[kept_K], packing=packing)
+
+    def beside(self, other: "TextRows") -> "TextRows":
+        """Return rows of twice the length T: this text's places, then those of another text of the same B, T."""
+        length, batch = self.packing.length, self.packing.batch
+        places = [x.packing.index_N + x.packing.index_N // length * length for x in (self, other)]
+        place_N, order_N = torch.cat([places[0], places[1] + length]).sort()
         return TextRows(
-            self.ids_N.masked_fill(self.positions_N == 0, token_id), self.positions_N, self.real_BT, self.packing
+            torch.cat([self.ids_N, other.ids_N])[order_N],
+            torch.cat([self.positions_N, other.positions_N])[order_N],
+            torch.cat([self.real_BT, other.real_BT], dim=1),
+            Packing(place_N, batch, 2 * length),
         )
 
 

@@ -16,8 +16,9 @@ from model import attention_masks
 from model.config import QFormerConfig
 from model.errors import ModelError
 from model.layers import Attention, ImageMemory, KeysValues, Layer, Reads, Rows
-from model.packing import Packing, TextRows
+from model.packing import Packing, TextRows, list_tokens
 from model.savings import Savings
+from model.words import Words
 
 INIT_STD, INIT_WIDTH = 0.02, 768
 """BERT's deviation of weights, and the width that it is for."""
@@ -162,68 +163,113 @@ class QFormer(nn.Module):
 
     def query_pass(self, image: ImageMemory, batch: int) -> QueryStates:
         """Run the queries alone against the first `batch` images."""
-        image = ImageMemory([memory.first(batch) for memory in image.layers])
-        rows, memory = self._run(Rows(self._queries(batch), None), image=image)
+        rows, memory = self._run(Rows(self._queries(batch), None), image=image.first(batch))
         assert rows.query_BQD is not None
         return QueryStates(rows.query_BQD, memory)
 
-    def text_pass(self, text: TextRows) -> Tensor:
+    def words(self) -> Words:
+        """Return the word embeddings for the passes of one micro-batch; a pass that gets none makes its own."""
+        return Words(self.word_embeddings.weight, chained=self.savings.chain_words)
+
+    def text_pass(self, text: TextRows, words: Words | None = None) -> Tensor:
         """Run text alone, bidirectional; return the state of the first token, B, D."""
-        packing, first_B = text.packing.first(torch.ones_like(text.real_BT[:, 0], dtype=torch.long), 1)
+        packing, first_B = text.packing.at(_first(text.real_BT))
         reads = Reads(packing, first_B) if self.savings.prune_last_layer else None
         mask = attention_masks.unimodal(text.real_BT)
-        rows, _ = self._run(Rows(None, self._embed(text)), text.packing, mask, reads=reads)
+        rows, _ = self._run(Rows(None, self._text(text, words)), text.packing, mask, reads=reads)
         assert rows.text_ND is not None
         return rows.text_ND if reads else rows.text_ND.index_select(0, first_B)
 
-    def multimodal_pass(self, text: TextRows, image: ImageMemory) -> Tensor:
-        """Run queries and text together, bidirectional, row b against image `image.index_B[b]`; return B, Q, D."""
+    def multimodal_pass(self, text: TextRows, image: ImageMemory, embedded_ND: Tensor | None = None) -> Tensor:
+        """Run queries and text together, bidirectional, row b against image `image.index_B[b]`; return B, Q, D.
+
+        `embedded_ND`: the text's `embed`, where the caller has it.
+        """
         batch, queries = text.packing.batch, self.config.num_queries
         none = text.ids_N.new_zeros(0)
         reads = Reads(Packing(none, batch, 0), none) if self.savings.prune_last_layer else None
         mask = attention_masks.bidirectional(text.real_BT, queries)
-        rows, _ = self._run(Rows(self._queries(batch), self._embed(text)), text.packing, mask, image=image, reads=reads)
+        embedded_ND = self.embed(text) if embedded_ND is None else embedded_ND
+        start = Rows(self._queries(batch), self._drop(embedded_ND))
+        rows, _ = self._run(start, text.packing, mask, image=image, reads=reads)
         assert rows.query_BQD is not None
         return rows.query_BQD
 
-    def causal_pass(self, text: TextRows, past: list[KeysValues]) -> CausalStates:
+    def causal_pass(self, text: TextRows, past: list[KeysValues], words: Words | None = None) -> CausalStates:
         """Run text causally after the queries' memory, with [DEC] as its first token."""
-        text = text.with_first_token(self.decoder_start_id)
-        lengths_B = (text.real_BT.sum(dim=1) - 1).clamp_min(0)
-        packing, kept_K = text.packing.first(lengths_B, max(1, text.packing.length - 1))
-        prune = self.savings.prune_last_layer and self.savings.target_logits_only
-        mask = attention_masks.multimodal_causal(text.real_BT, self.config.num_queries)
-        reads = Reads(packing, kept_K) if prune else None
-        rows, _ = self._run(Rows(None, self._embed(text)), text.packing, mask, past=past, reads=reads)
-        assert rows.text_ND is not None
-        return CausalStates(rows.text_ND, None if prune else kept_K, text.ids_N.index_select(0, kept_K + 1))
-
-    def target_logits(self, states: CausalStates) -> Tensor:
-        """Return vocabulary logits at the K rows that have a next token, K, V."""
-        hidden, rows_K = states.hidden_ND, states.rows_K
-        if rows_K is None:
-            return self.logits(hidden)
+        source_K, targets_K = self._next_tokens(text)
+        rows_K: Tensor | None = source_K
         if self.savings.target_logits_only:
-            return self.logits(hidden.index_select(0, rows_K))
-        return self.logits(hidden).index_select(0, rows_K)
+            text, rows_K = text.at(_before_another(text.real_BT)), None
+        written = text.with_first_token(self.decoder_start_id)
+        mask = attention_masks.multimodal_causal(text.real_BT, self.config.num_queries)
+        rows, _ = self._run(Rows(None, self._text(written, words)), written.packing, mask, past=past)
+        assert rows.text_ND is not None
+        return CausalStates(rows.text_ND, rows_K, targets_K)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return vocabulary logits of text states, N, V."""
-        logits_NV: Tensor = self.language_head(hidden_ND, self.word_embeddings.weight)
-        return logits_NV
+    def joint_pass(
+        self, text: TextRows, image: ImageMemory, words: Words | None = None
+    ) -> tuple[QueryStates, Tensor, CausalStates]:
+        """Run query pass, text pass and causal pass of B texts and the first B images as one sequence.
 
-    def _queries(self, batch: int) -> Tensor:
-        query_BQD: Tensor = self.layer_norm(self.query_tokens).expand(batch, -1, -1)
-        return F.dropout(query_BQD, self.config.dropout, self.training)
+        The query states come without memory; second are the states of the first tokens, B, D.
+        """
+        batch, first_BT = text.packing.batch, _first(text.real_BT)
+        written = text.at(_before_another(text.real_BT)).with_first_token(self.decoder_start_id)
+        both = text.beside(written)
+        none_BT, all_BT = torch.zeros_like(first_BT), torch.ones_like(first_BT)
+        first_BL, written_BL = torch.cat([first_BT, none_BT], dim=1), torch.cat([none_BT, all_BT], dim=1)
+        reads = Reads(*both.packing.at(first_BL | written_BL)) if self.savings.prune_last_layer else None
+        listed = reads.packing if reads else both.packing
+        # Places before layers: finding them makes the host wait for the device.
+        first_B, written_K = (listed.at(places_BL)[1] for places_BL in (first_BL, written_BL))
+        targets_K = self._next_tokens(text)[1]
+        mask = attention_masks.joint(text.real_BT, self.config.num_queries)
+        start = Rows(self._queries(batch), self._text(both, words))
+        rows, _ = self._run(start, both.packing, mask, image=image.first(batch), reads=reads)
+        assert rows.query_BQD is not None
+        assert rows.text_ND is not None
+        states = CausalStates(rows.text_ND.index_select(0, written_K), None, targets_K)
+        return QueryStates(rows.query_BQD, []), rows.text_ND.index_select(0, first_B), states
 
-    def _embed(self, text: TextRows) -> Tensor:
+    def target_logits(self, states: CausalStates, words: Words | None = None) -> Tensor:
+        """Return vocabulary logits at the K rows that have a next token, K, V."""
+        hidden, rows_K, words = states.hidden_ND, states.rows_K, words or self.words()
+        if rows_K is not None and self.savings.target_logits_only:
+            hidden, rows_K = hidden.index_select(0, rows_K), None
+        logits_NV: Tensor = self.language_head(hidden, words.weight_VD)
+        return logits_NV if rows_K is None else logits_NV.index_select(0, rows_K)
+
+    def list_tokens(self, ids_BT: Tensor, mask_BT: Tensor) -> TextRows:
+        """List a batch of texts for the passes."""
+        text = list_tokens(ids_BT, mask_BT, packed=self.savings.pack_text)
         if text.packing.length > self.config.max_positions:
             raise ModelError(
                 f"text has {text.packing.length} tokens, the Q-Former has {self.config.max_positions} positions; "
                 "lower max_text_tokens or raise qformer.max_positions"
             )
-        embedded_ND = self.word_embeddings(text.ids_N) + self.position_embeddings(text.positions_N)
-        return F.dropout(self.layer_norm(embedded_ND), self.config.dropout, self.training)
+        return text
+
+    def embed(self, text: TextRows, words: Words | None = None) -> Tensor:
+        """Return words and positions, added and normalised: N, D."""
+        words_ND = (words or self.words()).rows(text.ids_N)
+        embedded_ND: Tensor = self.layer_norm(words_ND + self.position_embeddings(text.positions_N))
+        return embedded_ND
+
+    def _next_tokens(self, text: TextRows) -> tuple[Tensor, Tensor]:
+        """Return which listed rows have a next token, and the ids of those tokens."""
+        _, source_K = text.packing.at(_before_another(text.real_BT))
+        return source_K, text.ids_N.index_select(0, source_K + 1)
+
+    def _queries(self, batch: int) -> Tensor:
+        query_BQD = self._drop(self.layer_norm(self.query_tokens).expand(batch, -1, -1))
+        return query_BQD if self.savings.share_first_queries else query_BQD.contiguous()
+
+    def _text(self, text: TextRows, words: Words | None) -> Tensor:
+        return self._drop(self.embed(text, words))
+
+    def _drop(self, rows: Tensor) -> Tensor:
+        return F.dropout(rows, self.config.dropout, self.training)
 
     def _run(
         self,
@@ -249,6 +295,16 @@ class QFormer(nn.Module):
                 rows, kept = layer(rows, packing, mask, **extra)
             memory.append(kept)
         return rows, memory
+
+
+def _first(real_BT: Tensor) -> Tensor:
+    """Return where the first token is: bool B, T."""
+    return torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT) == 0
+
+
+def _before_another(real_BT: Tensor) -> Tensor:
+    """Return where a token is followed by another: bool B, T. The last one is only a target."""
+    return F.pad(real_BT[:, 1:], (0, 1))
 
 
 def is_query_side(name: str) -> bool:

@@ -23,10 +23,11 @@ from model.errors import ModelError
 from model.exchange import Exchange
 from model.layers import ImageMemory
 from model.losses import LossOutput, NegativeChooser, draw_negatives
-from model.packing import TextRows, list_tokens
-from model.qformer import QFormer, QueryStates
+from model.packing import TextRows
+from model.qformer import CausalStates, QFormer, QueryStates
 from model.stage1_step import Stage1Step
 from model.vision import VisionEncoder
+from model.words import Words
 
 Backward = Callable[[Tensor], None]
 
@@ -66,6 +67,10 @@ class Encoded:
     """Unit vectors, at least fp32."""
     text_BE: Tensor
     """Unit vectors, at least fp32."""
+    words: Words
+    """For what else the micro-batch reads of the word embeddings."""
+    written: CausalStates | None = None
+    """Of a joint pass: what the language head reads; `states` then hold no memory."""
 
 
 class Stage1Model(nn.Module):
@@ -115,22 +120,26 @@ class Stage1Model(nn.Module):
         features: Tensor = self.vision(inputs.images_BCHW)
         return features
 
-    def encode(self, image_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Encoded:
-        """Run the query pass and the text pass; images beyond the texts' number only get cross-attention memory."""
-        batch = ids_BT.shape[0]
-        memory = self.qformer.image_memory(image_BPC)
-        states = self.qformer.query_pass(memory, batch)
-        text_BD = self.qformer.text_pass(self.list_tokens(ids_BT, mask_BT))
-        return Encoded(
-            memory,
-            states,
-            _unit_vectors(self.image_projection(states.hidden_BQD)),
-            _unit_vectors(self.text_projection(text_BD)),
-        )
+    def encode(self, image_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, jointly: bool = False) -> Encoded:
+        """Run the query pass and the text pass; images beyond the texts' number only get cross-attention memory.
 
-    def match(self, ids_MT: Tensor, mask_MT: Tensor, memory: ImageMemory) -> Tensor:
-        """Return matching logits of M pairs (no match, match); pair m reads image `memory.index_B[m]`."""
-        hidden_MQD = self.qformer.multimodal_pass(self.list_tokens(ids_MT, mask_MT), memory)
+        `jointly`: the causal pass too, all in one.
+        """
+        qformer, written = self.qformer, None
+        memory, text, words = qformer.image_memory(image_BPC), self.list_tokens(ids_BT, mask_BT), qformer.words()
+        if jointly:
+            states, text_BD, written = qformer.joint_pass(text, memory, words)
+        else:
+            states, text_BD = qformer.query_pass(memory, len(ids_BT)), qformer.text_pass(text, words)
+        image_BQE = _unit_vectors(self.image_projection(states.hidden_BQD))
+        return Encoded(memory, states, image_BQE, _unit_vectors(self.text_projection(text_BD)), words, written)
+
+    def match(self, text: TextRows, memory: ImageMemory, embedded_ND: Tensor | None = None) -> Tensor:
+        """Return matching logits of M pairs (no match, match): text m and image `memory.index_B[m]`.
+
+        `embedded_ND`: the Q-Former's `embed` of the text, where the caller has it.
+        """
+        hidden_MQD = self.qformer.multimodal_pass(text, memory, embedded_ND)
         logits_M2: Tensor = self.itm_head(hidden_MQD).mean(dim=1)
         return logits_M2
 
@@ -168,7 +177,7 @@ class Stage1Model(nn.Module):
 
     def list_tokens(self, ids_BT: Tensor, mask_BT: Tensor) -> TextRows:
         """List a batch of texts for the Q-Former's passes."""
-        return list_tokens(ids_BT, mask_BT, packed=self.qformer.savings.pack_text)
+        return self.qformer.list_tokens(ids_BT, mask_BT)
 
 
 def _unit_vectors(x: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from model.contrast import Contrast, GlobalFeatures, contrast_step, gather_features
-from model.early_backward import CutMemory
+from model.early_backward import Cut
 from model.exchange import Exchange
 from model.layers import ImageMemory, KeysValues
 from model.losses import LossOutput, NegativeDraw, generation_loss, matching_loss, text_identity
-from model.qformer import QueryStates
+from model.words import Words
 
 if TYPE_CHECKING:
     from model.stage1 import Backward, Encoded, Stage1Inputs, Stage1Model
@@ -65,7 +65,9 @@ class Stage1Step:
         """Compute the losses of the global batch, micro-batch by micro-batch (valid rows only)."""
         images = [self._model.features(part) for part in parts]
         keep_graph = len(parts) == 1
-        encoded = [self._encode(i, part, images[i], grad=keep_graph) for i, part in enumerate(parts)]
+        # Jointly only then: with other rows beside them, dropout would draw other masks in the second half.
+        jointly = keep_graph and self._model.qformer.savings.join_passes
+        encoded = [self._encode(i, part, images[i], grad=keep_graph, jointly=jointly) for i, part in enumerate(parts)]
         features, contrast = self._contrast(parts, encoded)
         negatives = self._choose(features, contrast)
         pairs = self._fetch(parts, images, features, negatives)
@@ -79,10 +81,12 @@ class Stage1Step:
             totals += self._micro_batch(i, part, images[i], half, contrast, rows, pairs[i], counts)
         return self._output(totals, features, contrast, counts)
 
-    def _encode(self, i: int, part: "Stage1Inputs", images_BPC: Tensor, *, grad: bool) -> "Encoded":
+    def _encode(
+        self, i: int, part: "Stage1Inputs", images_BPC: Tensor, *, grad: bool, jointly: bool = False
+    ) -> "Encoded":
         self._seed_dropout(i, "encode")
         with torch.set_grad_enabled(grad and self._backward is not None):
-            return self._model.encode(images_BPC, part.input_ids_BT, part.attention_mask_BT)
+            return self._model.encode(images_BPC, part.input_ids_BT, part.attention_mask_BT, jointly=jointly)
 
     def _contrast(
         self, parts: "Sequence[Stage1Inputs]", encoded: "Sequence[Encoded]"
@@ -176,15 +180,13 @@ class Stage1Step:
             if encoded is None:
                 encoded = self._encode(i, part, all_images, grad=True)
             memory = self._pair_memory(encoded, all_images, pairs)
-            early = self._backward is not None and self._model.qformer.savings.match_backward_first
-            cut = CutMemory(memory) if early else None
-            itm_logits, labels_M = self._match(i, part, cut.memory if cut else memory, pairs)
+            itm_logits, labels_M, cut = self._match(i, part, memory, pairs, encoded.words)
             itm = matching_loss(itm_logits, labels_M, pairs.counted_M) / counts[0]
             rest = config.itm_weight * itm
             if cut and self._backward is not None:
                 cut.backward(rest, self._backward)
                 rest = cut.rest()
-            logits_KV, targets_K = self._generate(i, part, encoded.states)
+            logits_KV, targets_K = self._generate(i, part, encoded)
             itg = generation_loss(logits_KV, targets_K, config.label_smoothing) / counts[1]
             if self._backward is not None:
                 itc = self._contrast_gradient(i, encoded, contrast, rows)
@@ -216,20 +218,29 @@ class Stage1Step:
             ]
         return ImageMemory(layers, pairs.image_index_M, known)
 
-    def _match(self, i: int, part: "Stage1Inputs", memory: ImageMemory, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Run (text, image), (text, negative image), (negative text, image)."""
+    def _match(
+        self, i: int, part: "Stage1Inputs", memory: ImageMemory, pairs: Pairs, words: Words
+    ) -> tuple[Tensor, Tensor, Cut | None]:
+        """Run (text, image), (text, negative image), (negative text, image); cut off what runs backward first."""
         self._seed_dropout(i, "match")
         ids_MT = torch.cat([part.input_ids_BT, part.input_ids_BT, pairs.ids_bT])
         mask_MT = torch.cat([part.attention_mask_BT, part.attention_mask_BT, pairs.mask_bT])
         labels_M = torch.arange(len(ids_MT), device=ids_MT.device) < len(part.rows_B)
-        return self._model.match(ids_MT, mask_MT, memory), labels_M.long()
-
-    def _generate(self, i: int, part: "Stage1Inputs", states: QueryStates) -> tuple[Tensor, Tensor]:
-        self._seed_dropout(i, "generate")
         model = self._model
-        text = model.list_tokens(part.input_ids_BT, part.attention_mask_BT)
-        causal = model.qformer.causal_pass(text, states.memory)
-        return model.qformer.target_logits(causal), causal.targets_K
+        text, cut = model.list_tokens(ids_MT, mask_MT), None
+        embedded_ND = model.qformer.embed(text, words)
+        if self._backward is not None and model.qformer.savings.match_backward_first:
+            cut = Cut([embedded_ND, *memory.tensors()])
+            embedded_ND, memory = cut.leaves[0], memory.with_tensors(cut.leaves[1:])
+        return model.match(text, memory, embedded_ND), labels_M.long(), cut
+
+    def _generate(self, i: int, part: "Stage1Inputs", encoded: "Encoded") -> tuple[Tensor, Tensor]:
+        model, written = self._model, encoded.written
+        if written is None:
+            self._seed_dropout(i, "generate")
+            text = model.list_tokens(part.input_ids_BT, part.attention_mask_BT)
+            written = model.qformer.causal_pass(text, encoded.states.memory, encoded.words)
+        return model.qformer.target_logits(written, encoded.words), written.targets_K
 
     def _output(self, totals: Tensor, features: GlobalFeatures, contrast: Contrast, counts: Tensor) -> LossOutput:
         config, totals = self._model.config, totals.clone()

@@ -139,7 +139,7 @@ def _micro_batches(
 ) -> Iterator[Stage2Inputs]:
     """Cut the rows into micro-batches and each one's text to its longest row; one device-to-host copy for all.
 
-    `aligned`: labels stand under the tokens (decoder only), so both are cut alike.
+    `aligned`: labels stand under the tokens (decoder only), so the last token of the longest row is only a target.
     """
     starts = range(0, batch.valid_B.shape[0], size)
     # Real tokens are at the front (right padding); holes count as empty.
@@ -147,7 +147,7 @@ def _micro_batches(
     longest = torch.stack([real[:, i : i + size].amax(dim=1) for i in starts]).tolist()
     for i, (text, target) in zip(starts, longest, strict=True):
         rows = slice(i, i + size)
-        width, target_width = max(text, 1), max(text if aligned else target, 1)
+        width, target_width = max(text - aligned, 1), max(text if aligned else target, 1)
         yield Stage2Inputs(
             tokens={
                 "input_ids": tokens["input_ids"][rows, :width],

@@ -179,7 +179,7 @@ def intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, tex
         "sim_i2t": similarity_BQB.amax(dim=1),
         "sim_t2i": similarity_BQB.amax(dim=1).T,
         "itm_query_hidden": hidden,
-        "itm_logits": model.match(ids_BT[texts_M], mask_BT[texts_M], memory),
+        "itm_logits": model.match(model.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory),
     }
 
 

@@ -73,9 +73,9 @@ def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, original: 
     text_pass = layers * (self_attention_flops(length, length, width) + feed_forward * length)
     rows = queries + length
     matching = 3 * (layers * (self_attention_flops(rows, rows, width) + feed_forward * rows) + crossed * cross)
-    predicted = length if original else length - 1
-    writing = layers * (self_attention_flops(length, rows, width) + feed_forward * length)
-    writing += predicted * (2 * width**2 + 2 * width * q.vocab_size)
+    written = length if original else length - 1
+    writing = layers * (self_attention_flops(written, queries + written, width) + feed_forward * written)
+    writing += written * (2 * width**2 + 2 * width * q.vocab_size)
     if not original:
         matching -= 3 * _unread_text_of_last_layer(q, length)
         text_pass -= _unread_text_of_last_layer(q, length - 1)
@@ -126,7 +126,7 @@ def language_flops(shape: LanguageShape, queries: int, text: Text, *, original: 
         return _encoder_decoder_flops(
             shape, queries + text.prefix * text.stretch, text.suffix * text.stretch, text.suffix
         )
-    rows = queries + (text.padded if original else text.real * text.stretch)
+    rows = queries + (text.padded if original else text.real * text.stretch - 1)
     layers = 2 * shape.decoder_layer_parameters * rows + 4 * rows**2 * shape.attention_width
     predicted = rows if original else text.real
     return shape.decoder_layers * layers + 2 * shape.head_parameters * predicted

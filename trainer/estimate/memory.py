@@ -58,9 +58,9 @@ class Kept:
         )
 
     def layer(self, q: QFormerConfig) -> float:
-        """Bytes per row of a layer: inputs, query, key, value, context twice, two norms, the feed-forward network."""
+        """Bytes per row of a layer: both inputs, query, key, value, context twice, two norms, the wide activation."""
         return (
-            (5 + self.casts) * self.operand + 2 * FP32 + 2 * self.mask
+            (6 + self.casts) * self.operand + 2 * FP32 + 2 * self.mask
         ) * q.hidden_size + self.wide * q.intermediate_size
 
     def cross(self, q: QFormerConfig) -> float:
@@ -98,10 +98,10 @@ class Stage1Activations(NamedTuple):
     """Bytes that autograd keeps per sample in stage 1, by the pass that leaves them."""
 
     first: float
-    """Image features, keys and values, the query pass and the text pass."""
+    """Image features, keys and values, query pass, text pass and causal pass, which are one where a step is."""
     matching: float
     writing: float
-    """With the logits and the gradient of keys and values that matching has left."""
+    """Logits, and the gradient of keys and values that matching has left."""
 
     @property
     def written(self) -> float:
@@ -136,9 +136,9 @@ def stage1_activations(
     images = (1 + outside) * kept.image(q, vision) + 2 * keys_values
     logits = (text.real - 1) * FP32 * q.vocab_size
     return Stage1Activations(
-        first=images + passed(q.num_queries + text.real, text.real - 1) + crossing,
+        first=images + passed(q.num_queries + 2 * text.real - 1, text.real - 1) + past + crossing,
         matching=passed(3 * (q.num_queries + text.real), 3 * text.real) + 3 * crossing,
-        writing=passed(text.real) + past + logits + keys_values,
+        writing=logits + keys_values,
     )
 
 
@@ -174,7 +174,7 @@ def stage2_activations(
 def _language_rows(q: QFormerConfig, language: LanguageShape, text: Text) -> tuple[float, float]:
     """Return rows per sample in the encoder and in the decoder, padding included."""
     if not language.is_encoder_decoder:
-        return 0.0, q.num_queries + text.real * text.stretch
+        return 0.0, q.num_queries + text.real * text.stretch - 1
     return q.num_queries + text.prefix * text.stretch, text.suffix * text.stretch
 
 

@@ -33,3 +33,15 @@ def test_multimodal_causal():
         "xxxxx-",
         "xxxxx-",
     ]
+
+
+def test_joint():
+    # columns and rows: 2 queries; 3 tokens, padding; 3 written tokens, padding
+    assert picture(attention_masks.joint(REAL, 2), 10) == [
+        *["xx--------"] * 2,
+        *["--xxx-----"] * 4,
+        "xx----x---",
+        "xx----xx--",
+        "xx----xxx-",
+        "xx----xxx-",
+    ]

@@ -175,6 +175,8 @@ def test_checkpoints_of_the_original_go_in_and_out():
 @torch.no_grad()
 def test_queries_and_text_see_what_their_pass_allows():
     qformer = QFormer(SMALL, IMAGE_WIDTH).eval()
+    for parameter in qformer.parameters():  # large enough for what is seen to show
+        torch.nn.init.normal_(parameter, std=0.3)
     model = Stage1Model(None, qformer)
     inputs = small_inputs()
     ids, mask, images = inputs.input_ids_BT, inputs.attention_mask_BT, inputs.image_BPD

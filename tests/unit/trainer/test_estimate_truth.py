@@ -14,6 +14,7 @@ from model.config import LanguageConfig, QFormerConfig
 from model.exchange import LocalExchange
 from model.language import load_language
 from model.qformer import QFormer
+from model.savings import Savings
 from model.stage1 import Stage1Inputs, Stage1Model
 from model.stage2 import Stage2Inputs, Stage2Model
 from model.tiny import TinyLanguage, write_tiny_language
@@ -40,6 +41,8 @@ Q = QFormerConfig(
     dropout=0.0,
     projection_size=16,
 )
+AS_WITH_DROPOUT = Savings(share_first_queries=False)
+"""Recipes train with dropout, where the queries of the first layer differ from row to row."""
 LANGUAGES: tuple[TinyLanguage, ...] = ("opt", "llama", "t5")
 
 
@@ -53,7 +56,7 @@ def stage1(rows: int = ROWS) -> tuple[Stage1Model, Stage1Inputs]:
         rows_B=torch.arange(rows),
         image_BPD=torch.randn(rows, PATCHES, IMAGE_WIDTH),
     )
-    return Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), inputs
+    return Stage1Model(None, QFormer(Q, IMAGE_WIDTH, savings=AS_WITH_DROPOUT)), inputs
 
 
 def stage2(kind: TinyLanguage, folder: Path) -> tuple[Stage2Model, Stage2Inputs]:
@@ -73,7 +76,7 @@ def stage2(kind: TinyLanguage, folder: Path) -> tuple[Stage2Model, Stage2Inputs]
         rows_B=torch.arange(ROWS),
         image_BPD=torch.randn(ROWS, PATCHES, IMAGE_WIDTH),
     )
-    return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False), language), inputs
+    return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False, savings=AS_WITH_DROPOUT), language), inputs
 
 
 def step(
