@@ -8,7 +8,7 @@ UNIT_THREADS := OMP_NUM_THREADS=1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for two hours"
+	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for longer"
 	@echo "make test    run all tests"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling"

@@ -116,7 +116,7 @@ def itc_score(model: Stage1Model, images: Tensor, input_ids_BT: Tensor, attentio
         image_BPD = images if images.dim() == 3 else _encode(model, images)
         states = model.qformer.encode_images(image_BPD)
         image_BQE = F.normalize(model.image_projection(states).float(), dim=-1)
-        text = model.list_tokens(input_ids_BT, attention_mask_BT)
+        text = model.qformer.list_tokens(input_ids_BT, attention_mask_BT)
         text_BE = F.normalize(model.text_projection(model.qformer.text_pass(text)).float(), dim=-1)
     return torch.einsum("iqe,te->itq", image_BQE, text_BE).amax(dim=-1)
 
@@ -133,7 +133,7 @@ def itm_score(
     with evaluating(model):
         image_BPD = images if images.dim() == 3 else _encode(model, images)
         memory = model.qformer.image_memory(image_BPD)._replace(index_B=image_index_M)
-        logits_M2 = model.match(model.list_tokens(input_ids_MT, attention_mask_MT), memory)
+        logits_M2 = model.match(model.qformer.list_tokens(input_ids_MT, attention_mask_MT), memory)
     return logits_M2.float().softmax(dim=-1)[:, 1]
 
 

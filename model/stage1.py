@@ -126,7 +126,7 @@ class Stage1Model(nn.Module):
         `jointly`: the causal pass too, all in one.
         """
         qformer, written = self.qformer, None
-        memory, text, words = qformer.image_memory(image_BPC), self.list_tokens(ids_BT, mask_BT), qformer.words()
+        memory, text, words = qformer.image_memory(image_BPC), qformer.list_tokens(ids_BT, mask_BT), qformer.words()
         if jointly:
             states, text_BD, written = qformer.joint_pass(text, memory, words)
         else:
@@ -174,10 +174,6 @@ class Stage1Model(nn.Module):
         starts = range(0, batch.valid_B.shape[0], micro_batch_size)
         parts = [part.at(part.valid_B) for part in (batch.at(slice(i, i + micro_batch_size)) for i in starts)]
         return Stage1Step(self, exchange, seed, step, backward).run(parts)
-
-    def list_tokens(self, ids_BT: Tensor, mask_BT: Tensor) -> TextRows:
-        """List a batch of texts for the Q-Former's passes."""
-        return self.qformer.list_tokens(ids_BT, mask_BT)
 
 
 def _unit_vectors(x: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ class Stage1Step:
         mask_MT = torch.cat([part.attention_mask_BT, part.attention_mask_BT, pairs.mask_bT])
         labels_M = torch.arange(len(ids_MT), device=ids_MT.device) < len(part.rows_B)
         model = self._model
-        text, cut = model.list_tokens(ids_MT, mask_MT), None
+        text, cut = model.qformer.list_tokens(ids_MT, mask_MT), None
         embedded_ND = model.qformer.embed(text, words)
         if self._backward is not None and model.qformer.savings.match_backward_first:
             cut = Cut([embedded_ND, *memory.tensors()])
@@ -238,7 +238,7 @@ class Stage1Step:
         model, written = self._model, encoded.written
         if written is None:
             self._seed_dropout(i, "generate")
-            text = model.list_tokens(part.input_ids_BT, part.attention_mask_BT)
+            text = model.qformer.list_tokens(part.input_ids_BT, part.attention_mask_BT)
             written = model.qformer.causal_pass(text, encoded.states.memory, encoded.words)
         return model.qformer.target_logits(written, encoded.words), written.targets_K
 

@@ -152,7 +152,7 @@ def _intermediates(reference: Reference) -> Iterator[Deviation]:
         for name, value in found.items():
             if name in expected:
                 yield Deviation(f"case 1 {kind}: {name}", _largest(value, expected[name]), INTERMEDIATE_TOLERANCE)
-        text = model.list_tokens(inputs.input_ids_BT, inputs.attention_mask_BT)
+        text = model.qformer.list_tokens(inputs.input_ids_BT, inputs.attention_mask_BT)
         memory = model.encode(inputs.image_BPD, inputs.input_ids_BT, inputs.attention_mask_BT).states.memory
         states = model.qformer.causal_pass(text, memory)
         real_BT = inputs.attention_mask_BT.bool()
@@ -170,16 +170,16 @@ def intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, tex
     own_B = torch.arange(len(ids_BT))
     texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
     memory = encoded.memory._replace(index_B=images_M)
-    hidden = model.qformer.multimodal_pass(model.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory)
+    hidden = model.qformer.multimodal_pass(model.qformer.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory)
     return {
         "query_hidden": encoded.states.hidden_BQD,
-        "text_cls_hidden": model.qformer.text_pass(model.list_tokens(ids_BT, mask_BT)),
+        "text_cls_hidden": model.qformer.text_pass(model.qformer.list_tokens(ids_BT, mask_BT)),
         "image_feats": encoded.image_BQE,
         "text_feat": encoded.text_BE,
         "sim_i2t": similarity_BQB.amax(dim=1),
         "sim_t2i": similarity_BQB.amax(dim=1).T,
         "itm_query_hidden": hidden,
-        "itm_logits": model.match(model.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory),
+        "itm_logits": model.match(model.qformer.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory),
     }
 
 

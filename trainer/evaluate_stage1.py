@@ -141,7 +141,7 @@ class RetrievalEvaluation:
         found = []
         for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
             index_M, texts_M = part[:, 0] - first, part[:, 1]
-            text = self._model.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
+            text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
             logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
             found.append((logits_M2[:, 1] - logits_M2[:, 0]).float())
         return torch.cat(found) if found else pairs.new_zeros(0, dtype=torch.float32)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.demo.models import make_missing
 from cluster.tiny.scenes import draw_scene, make_scene, unique_numbers
 from model.tiny import write_tiny_language
 from model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
@@ -54,9 +55,4 @@ def generate_models(corpus: Path, target: Path, report: Callable[[str], None]) -
         "words": lambda folder: write_tiny_vocabulary(folder, captions),
         "random-opt": lambda folder: write_tiny_language(folder, "opt"),
     }
-    for name, make in makers.items():
-        if not (target / name).exists():
-            report(name)
-            make(target / f"{name}.partial")
-            (target / f"{name}.partial").rename(target / name)
-    return {name: target / name for name in makers}
+    return make_missing(makers, target, report)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cluster.demo.packages import LANGUAGE_MODEL, QFORMER_INIT, VISION_MODEL
@@ -21,6 +21,13 @@ def prepare_models(folders: dict[str, Path], target: Path, report: Callable[[str
         "minilm": lambda made: _make_qformer_init(folders[QFORMER_INIT.name] / QFORMER_FOLDER, made),
         "smollm2-135m": lambda made: _make_language(folders[LANGUAGE_MODEL.name] / LANGUAGE_FILE, made),
     }
+    return make_missing(makers, target, report)
+
+
+def make_missing(
+    makers: Mapping[str, Callable[[Path], object]], target: Path, report: Callable[[str], None]
+) -> dict[str, Path]:
+    """Return the folders named by `makers` below `target`; each is made once, and is there whole or not at all."""
     for name, make in makers.items():
         if not (target / name).exists():
             report(name)

@@ -7,7 +7,6 @@ import pytest
 
 from cluster.config import JobConfig
 from cluster.status import StatusBoard
-from cluster.tiny.assets import write_tiny_assets
 from data_pipeline.object_store import ObjectStore
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
 from trainer.config_io import load_config
@@ -27,13 +26,6 @@ def raylets():
     raylets.connect("tiny")
     yield raylets
     raylets.close()
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    write_tiny_assets(folder, 200, 8)
-    return folder
 
 
 def recipe(assets, folder, name):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from cluster.tiny.assets import write_tiny_assets
 from tests.integration.cluster.raylets import Raylets
 from tests.unit.cluster.configs import job_config
 
@@ -15,13 +14,6 @@ def raylets():
     raylets.connect("preflight")
     yield raylets
     raylets.close()
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    write_tiny_assets(folder, 16, 4)
-    return folder
 
 
 def ready_config(folder, assets, **changes):

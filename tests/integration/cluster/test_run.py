@@ -17,7 +17,6 @@ from cluster.cli import doctor
 from cluster.cli.jobs import app
 from cluster.config import JobConfig
 from cluster.jobs import Jobs
-from cluster.tiny.assets import write_tiny_assets
 from data_pipeline.object_store import ObjectStore, join
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
 from tests.seaweed import BUCKET
@@ -36,13 +35,6 @@ def raylets(seaweed):
     raylets = Raylets(2, num_cpus=2, dashboard=True)
     yield raylets
     raylets.close()
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    write_tiny_assets(folder, 200, 8)
-    return folder
 
 
 class Operator:

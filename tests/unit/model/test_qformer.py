@@ -185,7 +185,7 @@ def test_queries_and_text_see_what_their_pass_allows():
     other_images = images + torch.randn_like(images)
 
     def passes(ids, images):
-        text, memory = model.list_tokens(ids, mask), qformer.image_memory(images)
+        text, memory = qformer.list_tokens(ids, mask), qformer.image_memory(images)
         states = qformer.query_pass(memory, 2)
         causal = qformer.causal_pass(text, states.memory).hidden_ND
         return states.hidden_BQD, qformer.text_pass(text), qformer.multimodal_pass(text, memory), causal

@@ -1,0 +1,13 @@
+"""What the tests of a cluster share."""
+
+import pytest
+
+from cluster.tiny.assets import write_tiny_assets
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    """The data set and the models of recipes/tiny.yaml, in small."""
+    folder = tmp_path_factory.mktemp("assets")
+    write_tiny_assets(folder, 200, 8)
+    return folder
