@@ -177,7 +177,6 @@ def test_queries_and_text_see_what_their_pass_allows():
     qformer = QFormer(SMALL, IMAGE_WIDTH).eval()
     for parameter in qformer.parameters():  # large enough for what is seen to show
         torch.nn.init.normal_(parameter, std=0.3)
-    model = Stage1Model(None, qformer)
     inputs = small_inputs()
     ids, mask, images = inputs.input_ids_BT, inputs.attention_mask_BT, inputs.image_BPD
     other_ids = ids.clone()
