@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import ray
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from cluster import secret_names
 from cluster.auth import MODE_VARIABLE, TOKEN_REMEDY, read_token, use_tokens
@@ -40,6 +41,9 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_MARGIN_SECONDS = 30
 RUN_TO_END_SECONDS = 300.0
 SILENCE_SECONDS = 30.0
+NO_AGENT = "No available agent"
+"""What Ray's dashboard says until the first node's agent has reported."""
+AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
 USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
 """A line such as `1.5/2.0 CPU` of the dashboard's summary."""
@@ -127,7 +131,8 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
             package = build_package(config, Path(folder))
             try:
-                self._client.submit_job(
+                _once_there_is_an_agent(
+                    self._client.submit_job,
                     # Without `exec` a shell stands between the job and the driver, which outlives that shell's death.
                     entrypoint=f"exec {shlex.join([python, '-m', module, CONFIG_NAME, *arguments])}",
                     submission_id=job_id,
@@ -241,6 +246,17 @@ class Jobs:
         while not (await asyncio.wait({part}, timeout=SILENCE_SECONDS))[0]:
             _ask(f"{self.address}/api/version")
         return part.result()
+
+
+def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
+    """Submit; a cluster that has just started answers before it can take jobs, and is given a while."""
+    retrying = Retrying(
+        retry=retry_if_exception_message(match=f"(?s).*{NO_AGENT}"),
+        wait=wait_fixed(AGENT_POLL_SECONDS),
+        stop=stop_after_delay(AGENT_TIMEOUT_SECONDS),
+        reraise=True,
+    )
+    retrying(submit, **job)
 
 
 def job_environment(config: JobConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from cluster import auth
 from cluster.cli.jobs import app
 from cluster.code_package import build_package, package_bytes
 from cluster.errors import ClusterError
-from cluster.jobs import dashboard_url, job_environment, job_metadata
+from cluster.jobs import Jobs, dashboard_url, job_environment, job_metadata
 from trainer.config_io import load_config, to_yaml
 
 from .configs import JobConfig, job_config
@@ -128,3 +128,41 @@ class TestTokens:
         monkeypatch.setenv(auth.MODE_VARIABLE, "disabled")
         auth.use_tokens(create=True)
         assert auth.read_token() is None
+
+
+class NewCluster:
+    """A dashboard that takes jobs from a certain request on, as one does whose first agent has yet to report."""
+
+    def __init__(self, monkeypatch, refusals, message):
+        self.refusals, self.message, self.asked = refusals, message, 0
+        monkeypatch.setattr("cluster.jobs.AGENT_POLL_SECONDS", 0.0)
+        self.jobs = object.__new__(Jobs)
+        self.jobs.address, self.jobs._client = "http://127.0.0.1:1", self
+
+    def submit_job(self, **job):
+        self.asked += 1
+        if self.asked <= self.refusals:
+            raise RuntimeError(self.message)
+        return job["submission_id"]
+
+
+REFUSED = "Request failed with status code 500: Traceback\nNo available agent to submit job, please try again later.."
+
+
+def test_a_cluster_that_has_just_started_is_given_time_to_take_the_job(monkeypatch, tmp_path):
+    cluster = NewCluster(monkeypatch, 3, REFUSED)
+    assert cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+    assert cluster.asked == 4
+
+
+def test_a_cluster_without_an_agent_is_not_waited_for_endlessly(monkeypatch, tmp_path):
+    monkeypatch.setattr("cluster.jobs.AGENT_TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(ClusterError, match="was not accepted: No available agent"):
+        NewCluster(monkeypatch, 10**9, REFUSED).jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+
+
+def test_any_other_refusal_is_told_at_once(monkeypatch, tmp_path):
+    cluster = NewCluster(monkeypatch, 10**9, "Request failed with status code 500: out of disk")
+    with pytest.raises(ClusterError, match="out of disk"):
+        cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+    assert cluster.asked == 1
