@@ -64,6 +64,7 @@ def _stage1(url: str, store: ObjectStore) -> None:
 def _stage2(url: str, store: ObjectStore) -> None:
     mirror = Mirror(url, store)
     sink = JsonlSink(mirror, Position(0, 0))
+    sink.write(Position(0, 0), {"eval/loss": 9.5, "eval/loss_wrong_image": 9.25})
     for step in range(5, 21, 5):
         sink.write(Position(step, step * BATCH), {"loss/total": 5 - step / 10, "loss/lm": 5 - step / 10})
     sink.write(

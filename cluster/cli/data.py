@@ -269,7 +269,7 @@ def _report(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        if value is not bars:
+        if value is not bars and value not in ([], {}):
             typer.echo(f"{name.replace('_', ' ')}: {value}")
     if bars:
         typer.echo("caption words:")

@@ -52,7 +52,7 @@ def retrieval(stage: StageFacts, given: Given) -> list[Measure]:
         if f"eval/{name}" in figures:
             chance = [Baseline("chance", min(1.0, k / count))] if count else []
             label = LABELS[name.replace(str(k), "{}")].format(k)
-            baselines = [*chance, *given.get(f"eval/{name}", [])]
+            baselines = [*chance, *_before_training(stage, f"eval/{name}"), *given.get(f"eval/{name}", [])]
             found.append(Measure(label, figures[f"eval/{name}"], baselines, figures.get(f"eval/itc_{name}")))
     return found
 
@@ -68,8 +68,16 @@ def captioning(stage: StageFacts, given: Given) -> list[Measure]:
         if short == "loss" and wrong_image is not None:
             given = {**given, name: [Baseline("with a wrong image", wrong_image), *given.get(name, [])]}
         baselines = [Baseline(guess, scores[short]) for guess, scores in guesses.items() if short in scores]
-        found.append(Measure(CAPTION_LABELS.get(short, short), value, [*baselines, *given.get(name, [])]))
+        baselines += [*_before_training(stage, name), *given.get(name, [])]
+        found.append(Measure(CAPTION_LABELS.get(short, short), value, baselines))
     return found
+
+
+def _before_training(stage: StageFacts, figure: str) -> list[Baseline]:
+    """Return what the untrained bridge reached, where `evaluation.before_training` asked for it."""
+    series = stage.series(figure)
+    trained = len(series) > 1 and series[0][0] == 0
+    return [Baseline("before training", series[0][1])] if trained else []
 
 
 def _guesses(texts: list[dict[str, str]]) -> dict[str, dict[str, float]]:

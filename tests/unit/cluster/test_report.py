@@ -65,7 +65,7 @@ def test_every_section_is_there_and_nothing_leads_outside(page):
     assert page.titles[: len(SECTIONS)] == SECTIONS
     assert all(reference.startswith(("data:image/", "#")) for reference in page.references)
     assert page.tags.count("img") == 4 + 8 + 5 + 3  # image to text, text to image, gallery, drawings
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3  # losses of both stages, evaluation of stage 2
     assert "picture not kept" not in page.text
 
 
@@ -78,7 +78,7 @@ def test_what_the_run_holds_never_becomes_markup(page):
 def test_figures_stand_beside_baselines(page):
     assert re.search(r"recall@5\s+0.417\s+chance: 1.000", page.text)
     assert "most frequent caption: 0.400" in page.text  # two of five are "a green star"
-    assert re.search(r"less is better\)\s+2.000\s+with a wrong image: 3.250", page.text)
+    assert re.search(r"less is better\)\s+2.000\s+before training: 9.500\s+with a wrong image: 3.250", page.text)
     assert "80.0% of 0:01:40 was training" in page.text
     assert "restart: worker" in page.text
     assert re.search(r"stage1, step 24\s+worker train-1 was killed.*4\s+12.5 s\s+clear 0.5 s, start 12 s", page.text)
