@@ -123,6 +123,8 @@ class EvaluationConfig(Config):
     """Steps between evaluations, each with its pictures; 0: only at the end of a stage."""
     before_training: bool = False
     """Also evaluate before a stage's first step: what the untrained parts reach."""
+    batch_size: int | None = Field(None, gt=0)
+    """Rows of all ranks at a time, cut into no micro-batches; none: as in training. More gather a sharded model less."""
     num_samples: int = Field(1000, gt=0)
     """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)
@@ -194,11 +196,12 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
     problems = []
     if not config.stages:
         problems.append("stage1, stage2: neither is set; configure at least one stage")
-    for name in config.stages:
-        batch = config.stage(name).global_batch_size
+    batches = {f"{name}.global_batch_size": config.stage(name).global_batch_size for name in config.stages}
+    batches["evaluation.batch_size"] = config.evaluation.batch_size or 0
+    for key, batch in batches.items():
         if batch % config.data.lanes:
             problems.append(
-                f"{name}.global_batch_size: {batch} is not divisible by data.lanes = {config.data.lanes}; "
+                f"{key}: {batch} is not divisible by data.lanes = {config.data.lanes}; "
                 f"set a multiple of {config.data.lanes}"
             )
     if config.stage2 and config.stage2.init_from == "stage1" and not config.stage1:

@@ -130,7 +130,7 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
             store,
             subject.encoder,
             image_size_pixels=_side(subject),
-            global_batch_size=subject.batch_size,
+            global_batch_size=evaluation.batch_size or subject.batch_size,
             rank=rank,
         )
         with closing(loader):

@@ -221,7 +221,7 @@ class _Stage:
                 self._store,
                 parts.encoder,
                 image_size_pixels=self._config.model.vision.image_size_pixels,
-                global_batch_size=self._stage.global_batch_size,
+                global_batch_size=evaluation.batch_size or self._stage.global_batch_size,
                 rank=self._context.rank,
             )
             self._stack.enter_context(closing(loader))

@@ -161,27 +161,28 @@ class Stage2Task(_StageTask):
         def images_of(batch: Batch) -> Tensor:
             return normalised(batch, self.model.vision, engine.device)
 
+        def losses_of(batch: Batch) -> tuple[dict[str, float], float]:
+            return self._held_out_losses(batch, len(batch.rows_B) if config.batch_size else self._micro_batch_size)
+
         few = first_samples(batches, config.caption_samples, self._exchange.world_size)
         with engine.autocast(), evaluating(self.model):
-            return Measured(
-                *evaluate_captions(self.model, self._encoder, few, images_of, self._held_out_losses, config, beat)
-            )
+            return Measured(*evaluate_captions(self.model, self._encoder, few, images_of, losses_of, config, beat))
 
-    def _held_out_losses(self, batch: Batch) -> tuple[dict[str, float], float]:
+    def _held_out_losses(self, batch: Batch, micro_batch_size: int) -> tuple[dict[str, float], float]:
         """Return the means over the global batch's target tokens, without gradient, and the number of these."""
         inputs = self.inputs(batch)
         assert inputs.images_BCHW is not None
         swapped = replace(inputs, images_BCHW=inputs.images_BCHW.roll(1, dims=0))
-        right, wrong = self._losses(inputs), self._losses(swapped)
+        right, wrong = (self._losses(given, micro_batch_size) for given in (inputs, swapped))
         means = {"loss": float(right.total), "loss_wrong_image": float(wrong.total)}
         return means, float(right.metrics["target_tokens"])
 
-    def _losses(self, inputs: Stage2Inputs) -> LossOutput:
+    def _losses(self, inputs: Stage2Inputs, micro_batch_size: int) -> LossOutput:
         output: LossOutput = self.model.loss_and_backward(
             inputs,
             seed=0,
             step=0,
-            micro_batch_size=self._micro_batch_size,
+            micro_batch_size=micro_batch_size,
             exchange=self._exchange,
             backward=None,
         )

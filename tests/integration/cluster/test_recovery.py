@@ -109,6 +109,13 @@ def supervise(tmp_path):
         supervised.stop()
 
 
+def test_a_worker_on_cpu_keeps_the_memory_that_it_frees(raylets, supervise):
+    run = supervise()
+    run.wait_for_step(1)
+    environment = Path(f"/proc/{run.pid(0)}/environ").read_bytes().split(b"\0")
+    assert b"MALLOC_MMAP_MAX_=0" in environment
+
+
 def test_a_killed_worker_is_replaced_and_the_stage_ends(raylets, supervise):
     run = supervise()
     run.wait_for_step(12)

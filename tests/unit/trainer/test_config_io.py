@@ -43,10 +43,13 @@ def test_overrides_reach_nested_keys_and_list_items(recipe):
 
 
 def test_misspelt_key_wrong_type_and_impossible_batch_come_together(recipe):
-    assert problems_of(recipe, "data.shufle_chunks=3", "stage2.steps=many", "stage1.global_batch_size=12") == [
+    assert problems_of(
+        recipe, "data.shufle_chunks=3", "stage2.steps=many", "stage1.global_batch_size=12", "evaluation.batch_size=4"
+    ) == [
         "data.shufle_chunks: unknown key; did you mean data.shuffle_chunks?",
         "stage2.steps: 'many' is wrong: input should be a valid integer, unable to parse string as an integer",
         "stage1.global_batch_size: 12 is not divisible by data.lanes = 8; set a multiple of 8",
+        "evaluation.batch_size: 4 is not divisible by data.lanes = 8; set a multiple of 8",
     ]
 
 
