@@ -124,7 +124,7 @@ class EvaluationConfig(Config):
     before_training: bool = False
     """Also evaluate before a stage's first step: what the untrained parts reach."""
     batch_size: int | None = Field(None, gt=0)
-    """Rows of all ranks at a time, cut into no micro-batches; none: as in training. More gather a sharded model less."""
+    """Rows of all ranks at a time, cut into no micro-batches; none: as in training. More gather shards less often."""
     num_samples: int = Field(1000, gt=0)
     """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)

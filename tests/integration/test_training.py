@@ -32,7 +32,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 SHORT = [
     "stage1.steps=4", "stage1.global_batch_size=16", "stage1.micro_batch_size=8",
     "stage2.steps=3", "stage2.global_batch_size=16", "stage2.micro_batch_size=8",
-    "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16",
+    "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16", "evaluation.batch_size=24",
 ]  # fmt: skip
 UNMEASURED = "evaluation.manifest=null"
 VOID_STEP = 1
