@@ -41,7 +41,7 @@ SAMPLES_PER_SHARD = 1000
 CHUNK_MB = 0.5
 NUM_CPUS = 6
 """Logical: two workers, a reader, the driver and room for tasks; the machine may have fewer."""
-KILL_AT_FRACTION = 0.6
+KILL_AT_FRACTION = 0.55
 POLL_SECONDS = 2.0
 LINE_EVERY_STEPS = 10
 RUN_TIMEOUT_SECONDS = 3 * 3600
