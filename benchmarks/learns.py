@@ -1,6 +1,6 @@
 """Curves of the runs whose result is known (tests/learning.py): one picture and the figures for docs/curves/learns.md.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learns FOLDER [--lesson all] [--language t5] [KEY=VALUE ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.learns FOLDER [KEY=VALUE ...] [--lesson all] [--language t5]
 
 OPT's run has both stages, T5's begins with its stage 1. What is done is not redone.
 """

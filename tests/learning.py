@@ -81,6 +81,7 @@ def configure(lesson: Lesson, parts: Path, runs: Path, language: TinyLanguage, *
         "model.vision.path": parts / "vision",
         "model.qformer.tokenizer": parts / "bert",
         "model.language.path": parts / language,
+        "model.language.objective": "lm",  # T5 too: one that always saw a prefix cannot begin a caption without
         "stage1.steps": lesson.stage1_steps,
         "stage2.steps": lesson.stage2_steps,
     }

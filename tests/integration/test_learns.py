@@ -30,15 +30,20 @@ def learn(_rank, _world_size, folder):
     tagged_right = write_encoder(parts)
     write_data(parts, ONE)
     write_language(parts, "opt")
-    return tagged_right, train_here(configure(ONE, parts, folder, "opt"))
+    write_language(parts, "t5")
+    outcomes = [train_here(configure(ONE, parts, folder, "opt"))]
+    newest = sorted((folder / "one-opt" / "stage1" / "checkpoints").iterdir())[-1]
+    outcomes += [train_here(configure(ONE, parts, folder, "t5", "stage1=null", f"stage2.init_from={newest}"))]
+    return tagged_right, outcomes
 
 
 def test_one_thing_is_found_and_told(tmp_path):
-    ((tagged_right, outcome),) = run_ranks(learn, 1, tmp_path, timeout_seconds=1100)
+    ((tagged_right, outcomes),) = run_ranks(learn, 1, tmp_path, timeout_seconds=1100)
     assert tagged_right > 0.8, "the frozen encoder does not see what the stages shall learn to say"
-    assert outcome == Outcome.FINISHED
+    assert outcomes == [Outcome.FINISHED] * 2
     run = tmp_path / "one-opt"
     assert curve(run, "stage1", "eval/itc_r1")[-1][1] >= 0.8
     assert curve(run, "stage1", "eval/r1")[-1][1] >= 0.8, "matching orders worse than contrast"
-    assert curve(run, "stage2", "eval/exact")[-1][1] >= 0.8
-    assert right_with_wrong_picture(run) <= 3 * CHANCE
+    for through in (run, tmp_path / "one-t5"):
+        assert curve(through, "stage2", "eval/exact")[-1][1] >= 0.8
+        assert right_with_wrong_picture(through) <= 3 * CHANCE
