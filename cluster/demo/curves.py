@@ -17,6 +17,8 @@ from data_pipeline.object_store import ObjectStore
 
 FIGURES = ("loss/", "eval/")
 TOLERANCE = 0.15
+LEAST_MARGIN = 0.02
+"""For figures near zero: a share that is 0 in the runs may be a little more in another."""
 
 
 class Limits(BaseModel):
@@ -36,7 +38,7 @@ class Band(BaseModel):
     runs: int
     """Number of runs that the band was made of."""
     tolerance: float
-    """Share of the value added on both sides."""
+    """Share of the value added on both sides, and at least LEAST_MARGIN."""
     stages: dict[str, dict[str, dict[int, Limits]]]
 
 
@@ -115,7 +117,7 @@ def verdict(band: Band | None, run: RunFacts) -> str:
 
 def _around(values: list[float], tolerance: float) -> Limits:
     low, high = min(values), max(values)
-    margin = tolerance * max(abs(low), abs(high))
+    margin = max(tolerance * max(abs(low), abs(high)), LEAST_MARGIN)
     return Limits(low=low - margin, high=high + margin)
 
 
