@@ -77,7 +77,7 @@ def test_every_picture_loads_and_nothing_sticks_out(page, tmp_path, width):
     assert found, said
     facts = json.loads(found[1])
     assert facts["images"] == facts["drawn"] == 20
-    assert facts["charts"] == 4
+    assert facts["charts"] == 6  # lines of the charts
     assert facts["overflow"] <= 0
     assert facts["title"] == "demo: isthmus run"
     assert len(console(said)) == 1

@@ -201,6 +201,8 @@ def test_two_ranks_have_the_losses_and_figures_of_one(alone, pair):
         one, two = (dict(known_losses(folder / "whole", stage)) for folder, _ in (alone, pair))
         assert two == pytest.approx(one, rel=1e-4)
         figures = [measured(folder / "whole", stage) for folder, _ in (alone, pair)]
+        wrong = [found.pop("eval/loss_wrong_image", 0.0) for found in figures]
+        assert wrong[1] == pytest.approx(wrong[0], rel=1e-2)  # the neighbours are those among a rank's rows
         assert {"stage1": "eval/itc_t2i_r10", "stage2": "eval/cider_d"}[stage] in figures[0]
         assert figures[1] == pytest.approx(figures[0], abs=1e-4)
 
