@@ -19,6 +19,8 @@ class Savings:
     """The affine part of ln_vision goes into the key and value weights, so image features need no gradient."""
     share_first_queries: bool = True
     """While dropout is off all rows begin with the same queries, which the first layer then projects once."""
+    match_mutual_once: bool = True
+    """While dropout is off, an image and a text that are each other's negatives are matched once, not twice."""
     join_passes: bool = True
     """Contrast and generation in one pass, where a step is one micro-batch: each weight's gradient is written once."""
     chain_words: bool = True
@@ -36,6 +38,7 @@ PLAIN = Savings(
     prune_last_layer=False,
     fold_image_norm=False,
     share_first_queries=False,
+    match_mutual_once=False,
     join_passes=False,
     chain_words=False,
     recompute_gelu=False,

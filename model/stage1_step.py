@@ -4,7 +4,7 @@ Dropout masks are a function of (seed, step, rank, micro-batch, pass), so both h
 resumed run repeats its steps. Another split into ranks or micro-batches draws other masks; negatives do not change.
 
 Letters: B rows of this rank, b rows of a micro-batch, N rows of the global batch, P patches, C feature width, T text
-tokens, M = 3b pairs.
+tokens, M = 3b pairs, K pairs that are run.
 """
 
 import hashlib
@@ -44,12 +44,23 @@ class Pairs:
 
     images_ePC: Tensor
     """Features of negative images outside the micro-batch, each once."""
-    image_index_M: Tensor
-    """Image of each pair among the micro-batch's own and then these."""
+    image_index_K: Tensor
+    """Image of each pair that is run among the micro-batch's own and then these."""
     ids_bT: Tensor
     """The negative texts."""
     mask_bT: Tensor
     counted_M: Tensor
+    once: "Once"
+
+
+@dataclass(frozen=True)
+class Once:
+    """Pairs of (text, image), (text, negative image), (negative text, image), of which equal ones are run once."""
+
+    kept_k: Tensor
+    """Rows whose text is run with its negative image: the others' pair is that image's with its negative text."""
+    run_M: Tensor
+    """Place of each pair among those that are run."""
 
 
 class Stage1Step:
@@ -138,15 +149,16 @@ class Stage1Step:
     ) -> list[Pairs]:
         """Get the negatives of all micro-batches at once; of other ranks only chosen rows are sent."""
         sizes = [len(part.rows_B) for part in parts]
-        outside, indices = [], []
-        columns = zip(torch.split(features.own_B, sizes), torch.split(negatives.image_B, sizes), strict=True)
-        for own_b, negative_b in columns:
+        outside, indices, onces = [], [], []
+        columns = (torch.split(x, sizes) for x in (features.own_B, negatives.image_B, negatives.text_B))
+        for own_b, negative_b, text_b in zip(*columns, strict=True):
             extra_e = torch.unique(negative_b[~torch.isin(negative_b, own_b)])
             place_N = torch.empty_like(features.rows_N)
             place_N[torch.cat([own_b, extra_e])] = torch.arange(len(own_b) + len(extra_e), device=own_b.device)
-            own_places = place_N[own_b]
+            own_places, once = place_N[own_b], self._once(own_b, negative_b, text_b)
             outside.append(extra_e)
-            indices.append(torch.cat([own_places, place_N[negative_b], own_places]))
+            indices.append(torch.cat([own_places, place_N[negative_b[once.kept_k]], own_places]))
+            onces.append(once)
         wanted = features.place_N[torch.cat(outside)]
         fetched_EPC = self._exchange.all_to_all_rows(torch.cat(list(images)), wanted)
         fetched = torch.split(fetched_EPC, [len(x) for x in outside])
@@ -154,7 +166,24 @@ class Stage1Step:
         text_B2T = torch.stack([ids_BT, mask_BT.to(ids_BT.dtype)], dim=1)
         texts = torch.split(self._exchange.all_to_all_rows(text_B2T, features.place_N[negatives.text_B]), sizes)
         counted = [torch.cat([torch.ones_like(x), x, x]) for x in torch.split(negatives.has_any_B, sizes)]
-        return [Pairs(fetched[i], indices[i], texts[i][:, 0], texts[i][:, 1], counted[i]) for i in range(len(parts))]
+        return [
+            Pairs(fetched[i], indices[i], texts[i][:, 0], texts[i][:, 1], counted[i], onces[i])
+            for i in range(len(parts))
+        ]
+
+    def _once(self, own_b: Tensor, image_b: Tensor, text_b: Tensor) -> Once:
+        """Find images and texts of a micro-batch that are each other's negatives, from the columns of all."""
+        mutual_bb = (image_b[:, None] == own_b[None, :]) & (text_b[None, :] == own_b[:, None])
+        if self._dropout or not self._model.qformer.savings.match_mutual_once:
+            mutual_bb = torch.zeros_like(mutual_bb)
+        kept_b = ~mutual_bb.any(dim=1)
+        first_b = torch.arange(len(own_b), device=own_b.device)
+        kept_k = first_b[kept_b]
+        last_b = first_b + len(own_b) + len(kept_k)
+        middle_b = len(own_b) + kept_b.cumsum(dim=0) - 1
+        twin_t, place_t = mutual_bb.nonzero().unbind(dim=1)
+        middle_b[twin_t] = last_b[place_t]
+        return Once(kept_k, torch.cat([first_b, middle_b, last_b]))
 
     def _counts(self, parts: "Sequence[Stage1Inputs]", pairs: Sequence[Pairs]) -> Tensor:
         """Return the global numbers of matching pairs and of generated tokens."""
@@ -209,30 +238,31 @@ class Stage1Step:
         """Return what the pairs' queries look at: the memory of the first half, and that of images outside it."""
         model, layers, known = self._model, encoded.memory.layers, len(encoded.image_BQE)
         if not model.qformer.savings.share_image_keys_values:
-            return model.qformer.image_memory(images_IPC.index_select(0, pairs.image_index_M))
+            return model.qformer.image_memory(images_IPC.index_select(0, pairs.image_index_K))
         if len(images_IPC) > len(layers[0].keys_BHLd):
             extra = model.qformer.image_memory(images_IPC[known:]).layers
             layers = [
                 KeysValues(*(torch.cat(pair) for pair in zip(*both, strict=True)))
                 for both in zip(layers, extra, strict=True)
             ]
-        return ImageMemory(layers, pairs.image_index_M, known)
+        return ImageMemory(layers, pairs.image_index_K, known)
 
     def _match(
         self, i: int, part: "Stage1Inputs", memory: ImageMemory, pairs: Pairs, words: Words
     ) -> tuple[Tensor, Tensor, Cut | None]:
         """Run (text, image), (text, negative image), (negative text, image); cut off what runs backward first."""
         self._seed_dropout(i, "match")
-        ids_MT = torch.cat([part.input_ids_BT, part.input_ids_BT, pairs.ids_bT])
-        mask_MT = torch.cat([part.attention_mask_BT, part.attention_mask_BT, pairs.mask_bT])
-        labels_M = torch.arange(len(ids_MT), device=ids_MT.device) < len(part.rows_B)
+        own_BT, mask_BT, once = part.input_ids_BT, part.attention_mask_BT, pairs.once
+        ids_KT = torch.cat([own_BT, own_BT[once.kept_k], pairs.ids_bT])
+        mask_KT = torch.cat([mask_BT, mask_BT[once.kept_k], pairs.mask_bT])
+        labels_M = torch.arange(len(once.run_M), device=own_BT.device) < len(own_BT)
         model = self._model
-        text, cut = model.qformer.list_tokens(ids_MT, mask_MT), None
+        text, cut = model.qformer.list_tokens(ids_KT, mask_KT), None
         embedded_ND = model.qformer.embed(text, words)
         if self._backward is not None and model.qformer.savings.match_backward_first:
             cut = Cut([embedded_ND, *memory.tensors()])
             embedded_ND, memory = cut.leaves[0], memory.with_tensors(cut.leaves[1:])
-        return model.match(text, memory, embedded_ND), labels_M.long(), cut
+        return model.match(text, memory, embedded_ND).index_select(0, once.run_M), labels_M.long(), cut
 
     def _generate(self, i: int, part: "Stage1Inputs", encoded: "Encoded") -> tuple[Tensor, Tensor]:
         model, written = self._model, encoded.written
@@ -265,8 +295,12 @@ class Stage1Step:
         }
         return LossOutput(total, parts, metrics)
 
+    @property
+    def _dropout(self) -> bool:
+        return bool(self._model.training and self._model.qformer.config.dropout)
+
     def _seed_dropout(self, i: int, phase: str) -> None:
         """Make dropout masks a function of the place in the run, so that both halves of a step have the same."""
-        if self._model.training and self._model.qformer.config.dropout:
+        if self._dropout:
             place = f"{self._seed}/{self._step}/{self._exchange.rank}/{i}/{phase}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 1)

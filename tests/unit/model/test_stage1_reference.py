@@ -54,6 +54,25 @@ def test_each_saving_changes_nothing(saving):
     assert max(difference(found, expected)) < TOLERANCE
 
 
+# Columns of each text's negative image and of each image's negative text: pairs (0, 1), (1, 0) and (4, 3) occur twice.
+MUTUAL = [torch.tensor([1, 0, 5, 4, 1, 0]), torch.tensor([1, 0, 0, 5, 3, 1])]
+
+
+@pytest.mark.parametrize(("dropout", "size", "matched"), [(0.0, 6, [15]), (0.0, 2, [4, 6, 6]), (0.1, 6, [18])])
+def test_each_others_negatives_are_matched_once_while_dropout_is_off(dropout, size, matched):
+    found = []
+    for savings in (Savings(), replace(Savings(), match_mutual_once=False)):
+        model = reference.model(savings)
+        model.qformer.config = model.qformer.config.model_copy(update={"dropout": dropout})
+        model.choose_negatives = lambda draw: MUTUAL[draw.direction]
+        rows = []
+        match = model.match
+        model.match = lambda text, *rest, rows=rows, match=match: rows.append(text.packing.batch) or match(text, *rest)
+        found.append(in_double_run(model, reference.rows(), size))
+        assert rows == (matched if savings == Savings() else [3 * size] * (6 // size))
+    assert max(difference(*found)) < TOLERANCE
+
+
 def test_activation_checkpointing_changes_nothing():
     model = reference.model()
     expected = in_double_run(model, reference.rows(), 6)

@@ -41,8 +41,8 @@ Q = QFormerConfig(
     dropout=0.0,
     projection_size=16,
 )
-AS_WITH_DROPOUT = Savings(share_first_queries=False)
-"""Recipes train with dropout, where the queries of the first layer differ from row to row."""
+AS_WITH_DROPOUT = Savings(share_first_queries=False, match_mutual_once=False)
+"""Recipes train with dropout, where no two rows are alike, neither queries of the first layer nor pairs."""
 LANGUAGES: tuple[TinyLanguage, ...] = ("opt", "llama", "t5")
 
 
