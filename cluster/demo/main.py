@@ -37,6 +37,7 @@ from trainer.config_io import load_config
 CACHE = Path(".cache/demo")
 BUCKET = "isthmus-demo"
 RECIPE, GENERATED_RECIPE = "recipes/demo.yaml", "recipes/demo-generated.yaml"
+EXPECTED_TIMES = {RECIPE: "about 20 minutes", "recipes/demo-long.yaml": "about two hours"}
 SAMPLES_PER_SHARD = 1000
 CHUNK_MB = 0.5
 NUM_CPUS = 6
@@ -69,8 +70,8 @@ def main(recipe: str = RECIPE) -> int:
     """Run the demo; return the exit code."""
     logging.basicConfig(level=logging.WARNING)
     began = time.monotonic()
-    told = "about 20 minutes on 2 cores, most of it training; " if recipe == RECIPE else ""
-    console.print(f"[bold]isthmus demo[/] of {recipe}: {told}Ctrl-C stops in order")
+    expected = f"{EXPECTED_TIMES[recipe]} on 2 cores, most of it training; " if recipe in EXPECTED_TIMES else ""
+    console.print(f"[bold]isthmus demo[/] of {recipe}: {expected}Ctrl-C stops in order")
     try:
         return _demo(recipe, began)
     except EXPECTED_ERRORS as error:

@@ -165,19 +165,20 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
         config = write_run("s3://bucket/runs", store)
         path = write_demo_report(config, store, tmp_path)
         assert store.get(join(config.run.url, config.run.name, "report.html")) == path.read_bytes()
+        page = Page(path.read_text())
         monkeypatch.setattr("cluster.demo.report.BANDS", tmp_path)
         assert "none are on file" in curve_verdict(config, store)
         band = make_band("recipes/demo.yaml", [read_folder("s3://bucket/runs/demo", store)])
         (tmp_path / "demo.json").write_text(band.model_dump_json())
         assert "inside the band of 1 runs at all" in curve_verdict(config, store)
-        generated = Page(write_demo_report(config, store, tmp_path / "generated", "no registry").read_text())
-    page = Page(path.read_text())
+        generated = Page(write_demo_report(config, store, tmp_path, "no registry").read_text())
     assert "pooled features, MLP" in page.text
-    assert re.search(r"i2t_r10\s+0.500", page.text)
+    assert re.search(r"i2t_r10\s+0.500\s+0.568", page.text)
     assert "CC-BY-SA-4.0" in page.text
     assert "aws s3 cp --recursive s3://bucket/runs/demo/export export" in page.text
     assert "Not the real demo: generated scenes and random frozen parts. no registry" in generated.text
     assert "pooled features, MLP" not in generated.text
+    assert "0.568" not in generated.text
 
 
 def test_a_run_outside_the_band_is_told_where(run, tmp_path):
