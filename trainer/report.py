@@ -80,7 +80,7 @@ def evaluate_run(
         data: Manifest of held-out pairs, or a .jsonl with image, question and answers (stage 2).
         out: Local folder.
         stage: Which stage; none: the last that has a checkpoint.
-        num_samples: Samples; none: as configured.
+        num_samples: Samples, in stage 2 all of them captioned; none: as configured.
 
     Raises:
         TrainerError: there is no checkpoint, or questions are asked of stage 1.
@@ -123,7 +123,8 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
     if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
         measured = _ask(subject, data, store)
     else:
-        evaluation = subject.evaluation.model_copy(update={"num_samples": num_samples} if num_samples else {})
+        asked = {"num_samples": num_samples, "caption_samples": num_samples} if num_samples else {}
+        evaluation = subject.evaluation.model_copy(update=asked)
         loader = held_out_loader(
             data,
             subject.data,
