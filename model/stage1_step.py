@@ -149,7 +149,7 @@ class Stage1Step:
     ) -> list[Pairs]:
         """Get the negatives of all micro-batches at once; of other ranks only chosen rows are sent."""
         sizes = [len(part.rows_B) for part in parts]
-        outside, indices, onces = [], [], []
+        outside, indices, distinct = [], [], []
         columns = (torch.split(x, sizes) for x in (features.own_B, negatives.image_B, negatives.text_B))
         for own_b, negative_b, text_b in zip(*columns, strict=True):
             extra_e = torch.unique(negative_b[~torch.isin(negative_b, own_b)])
@@ -158,7 +158,7 @@ class Stage1Step:
             own_places, once = place_N[own_b], self._once(own_b, negative_b, text_b)
             outside.append(extra_e)
             indices.append(torch.cat([own_places, place_N[negative_b[once.kept_k]], own_places]))
-            onces.append(once)
+            distinct.append(once)
         wanted = features.place_N[torch.cat(outside)]
         fetched_EPC = self._exchange.all_to_all_rows(torch.cat(list(images)), wanted)
         fetched = torch.split(fetched_EPC, [len(x) for x in outside])
@@ -167,7 +167,7 @@ class Stage1Step:
         texts = torch.split(self._exchange.all_to_all_rows(text_B2T, features.place_N[negatives.text_B]), sizes)
         counted = [torch.cat([torch.ones_like(x), x, x]) for x in torch.split(negatives.has_any_B, sizes)]
         return [
-            Pairs(fetched[i], indices[i], texts[i][:, 0], texts[i][:, 1], counted[i], onces[i])
+            Pairs(fetched[i], indices[i], texts[i][:, 0], texts[i][:, 1], counted[i], distinct[i])
             for i in range(len(parts))
         ]
 
