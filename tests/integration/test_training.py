@@ -34,7 +34,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 SHORT = [
     "stage1.steps=4", "stage1.global_batch_size=16", "stage1.micro_batch_size=8",
     "stage2.steps=3", "stage2.global_batch_size=16", "stage2.micro_batch_size=8",
-    "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16",
+    "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16", "evaluation.caption_samples=16",
 ]  # fmt: skip
 UNMEASURED = "evaluation.manifest=null"
 VOID_STEP = 1
@@ -82,10 +82,10 @@ def prove_alone(rank, world_size, assets, folder):
     result = train_stopped_and_resumed(rank, world_size, assets, folder)
     run, pairs = str(folder / "whole/tiny"), str(assets / "held-out")
     answered = command("eval", run, str(assets / "questions.jsonl"), "--out", str(folder / "answers"))
-    export = export_of(configure(assets, folder / "whole"))
+    subjects = {"of-run": run, "of-export": export_of(configure(assets, folder / "whole"))}
     figures = [
-        json.loads(command("eval", subject, pairs, "--samples", "24", "--json", "--out", str(folder / "figures")))
-        for subject in (run, export)
+        json.loads(command("eval", subject, pairs, "--samples", "24", "--json", "--out", str(folder / name)))
+        for name, subject in subjects.items()
     ]
     at_once = configure(assets, folder / "whole", "evaluation.batch_size=24")
     figures.append(asdict(evaluate_run(at_once, run, pairs, folder / "at-once", stage=None, num_samples=24)))
@@ -243,6 +243,13 @@ def test_an_export_measures_like_its_run(alone):
     of_run, of_export, _ = (found["figures"] for found in result[3])
     assert of_run.keys() == of_export.keys() >= {"eval/loss", "eval/cider_d", "eval/exact"}
     assert of_export["eval/loss"] == pytest.approx(of_run["eval/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("subject", ["of-run", "of-export"])
+def test_as_many_samples_are_captioned_as_are_asked_for(alone, subject):
+    folder, _ = alone
+    texts = [json.loads(line) for line in (folder / subject / "samples.jsonl").open()]
+    assert len({text["key"] for text in texts}) == len(texts) == 24  # though the recipe captions 16
 
 
 def test_evaluation_in_one_batch_measures_the_same(alone):

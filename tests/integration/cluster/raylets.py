@@ -1,5 +1,6 @@
 """A Ray cluster of several raylets on loopback with token authentication, its own folder and free ports."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import ray
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
@@ -84,10 +86,20 @@ class Raylets:
     def close(self) -> None:
         ray.shutdown()
         self.cluster.shutdown()
+        self._end_what_raylets_left()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.environ.clear()
         os.environ.update(self._saved)
         auth.reread()
+
+    def _end_what_raylets_left(self) -> None:
+        """Kill the agents of killed raylets, which outlive them and ignore SIGTERM."""
+        me = psutil.Process()
+        own = {me, *me.children(recursive=True)}
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("RAY_TMPDIR") == self.folder and process not in own:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def free_port() -> int:
