@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,8 +25,10 @@ from trainer.config_io import to_yaml
 NODES, CPUS_PER_NODE = 2, 4
 """Either node alone has room for two ranks and two readers."""
 NOTICE_SECONDS = 5.0
-DRIVER_SECONDS = 420.0
-"""A start of the driver that lasts longer hangs: it starts its ranks again by itself."""
+DRIVER_SECONDS = 1500.0
+SILENT_SECONDS = 240.0
+"""A driver hangs that has logged nothing for so long, or has not ended after DRIVER_SECONDS. Being slow is no hang: on
+a fifth of a core a run takes eight minutes."""
 POLL_SECONDS = 0.1
 TITLES = {"rank": "ray::train-", "reader": "ray::reader-"}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -97,13 +100,15 @@ class _DriverStart:
         command = [sys.executable, "-m", "tests.chaos.ray_driver", str(self._run.folder / "config.yaml")]
         environment = {**os.environ, "CHAOS_FOLDER": str(self._run.folder)}
         environment["RAY_ADDRESS"] = self._run.raylets.cluster.address
-        with (self._run.folder / "logs" / f"{self._result.number:02d}-{name}.log").open("ab") as log:
+        with self._log(name).open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
+    def _log(self, name: str) -> Path:
+        return self._run.folder / "logs" / f"{self._result.number:02d}-{name}.log"
+
     def go(self) -> Attempt:
-        """Wait until the driver has ended; disturb it, its actors and its cluster meanwhile."""
-        deadline = self._result.began + DRIVER_SECONDS
-        while self._driver.poll() is None and time.monotonic() < deadline:
+        """Wait until the driver has ended or hangs; disturb it, its actors and its cluster meanwhile."""
+        while self._driver.poll() is None and not self._hangs():
             self._act()
             for index, fault in list(self._outside):
                 if self._run.num_steps() >= fault.hit and self._do(fault):
@@ -112,6 +117,10 @@ class _DriverStart:
                     self._result.disturbed.append(fault.kind)
             time.sleep(POLL_SECONDS)
         return self._end()
+
+    def _hangs(self) -> bool:
+        silent_seconds = time.time() - self._log("driver").stat().st_mtime
+        return silent_seconds > SILENT_SECONDS or time.monotonic() - self._result.began > DRIVER_SECONDS
 
     def _act(self, *, at_once: bool = False) -> None:
         """Do what is due: let a stopped process go on, take a drained node away."""
