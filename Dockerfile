@@ -24,13 +24,8 @@ RUN DS_ACCELERATOR=cuda DS_BUILD_QUANTIZER=1 DS_BUILD_PIN_MEMORY=1 TORCH_CUDA_AR
     pip install --constraint /tmp/constraints.txt --no-build-isolation --no-binary deepspeed deepspeed \
     && python -c "from deepspeed.git_version_info import installed_ops as ops; \
 missing = [name for name in ('quantizer', 'pin_memory') if not ops[name]]; assert not missing, missing"
-COPY pyproject.toml README.md /src/
-COPY model /src/model
-COPY data_pipeline /src/data_pipeline
-COPY trainer /src/trainer
-COPY cluster /src/cluster
-COPY ds_configs /src/ds_configs
-RUN pip install --constraint /tmp/constraints.txt --editable /src && python -m compileall -q /src
+COPY . /src
+RUN pip install --constraint /tmp/constraints.txt /src
 
 # The wheels of torch bring CUDA's libraries; of the base image only the driver's interface is needed.
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
@@ -44,8 +39,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 ray
 COPY --from=build /opt/isthmus /opt/isthmus
-COPY --from=build /src /src
 ENV PATH=/opt/isthmus/bin:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
 USER 10001
 WORKDIR /home/ray
-RUN python -c "import cluster.driver, cluster.kubernetes, deepspeed, ray" && isthmus --help > /dev/null
+RUN python -c "import isthmus.cluster.driver, deepspeed, ray" && isthmus --help > /dev/null

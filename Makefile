@@ -54,7 +54,7 @@ format: venv
 	$(BIN)/ruff format .
 
 demo: venv
-	$(BIN)/python -m cluster.demo.main $(RECIPE)
+	$(BIN)/python -m isthmus.demo.main $(RECIPE)
 
 chaos: venv
 	$(UNIT_THREADS) $(BIN)/python -m tests.chaos.run --schedules $(or $(N),100) --report

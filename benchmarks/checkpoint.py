@@ -22,14 +22,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.stage1_speed import LENGTHS, seconds_in_own_process
-from cluster.local_s3 import local_s3
-from data_pipeline.object_store import ObjectStore
-from trainer.checkpoint import CheckpointManager
-from trainer.checkpoint_reader import SavedCheckpoint
-from trainer.config import CheckpointConfig
-from trainer.context import Rank
-from trainer.fragments import KINDS, Fragment
-from trainer.state import TrainState
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.local_s3 import local_s3
+from isthmus.trainer.checkpoint.manager import CheckpointManager
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+from isthmus.trainer.checkpoint.train_state import TrainState
+from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.context import Rank
+from isthmus.trainer.engine.state_shards import KINDS, Fragment
 
 TENSORS = 96
 SAVES = 2

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.object_store import ObjectStore, join
-from data_pipeline.shard_index import Member, Sample, ShardIndex, index_hash
+from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.dataset.shard_index import Member, Sample, ShardIndex, index_hash
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 SHORT_SIDES = ((0.4, 256), (0.3, 384), (0.3, 512))
 GRAIN = 5.5

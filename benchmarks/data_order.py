@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data_pipeline.plan import Plan
+from isthmus.data_pipeline.order.plan import Plan
 
 
 class SizedSet:

@@ -17,9 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.data_images import index_shards, write_shards
 from benchmarks.data_throughput import encode
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, open_loader
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 NUM_SAMPLES = 1280
 BATCH = 64

@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.data_images import index_shards, jpeg, write_shards
-from data_pipeline.config import DataConfig, StoreConfig
-from data_pipeline.loader import open_loader
-from data_pipeline.object_store import ObjectStore, join
-from data_pipeline.transforms import decode_image, resize_square
+from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.reading.loader import open_loader
+from isthmus.data_pipeline.sample.images import decode_image, resize_square
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 BATCH = 64
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ def s3_copy(folder: Path, shards: list[Path]) -> Iterator[tuple[str, str, list[s
     """Put the shards into a local S3 server; yield the manifest's URL, the endpoint, and pipes for webdataset."""
     import boto3
 
-    from cluster.local_s3 import local_s3
+    from isthmus.demo.local_s3 import local_s3
 
     with local_s3(folder / "s3", "bench") as server:
         store = ObjectStore(server.store_config)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.frozen_load import Watched
-from data_pipeline.object_store import ObjectStore
-from model.config import LanguageConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig
+from isthmus.trainer.context import LocalContext
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
-from trainer.context import LocalContext
 
 WIDTH, LAYERS, HEAD_WIDTH, STEPS = 256, 4, 256, 3
 ZERO = {"stage3_param_persistence_threshold": 1000, "reduce_bucket_size": 5000000, "overlap_comm": False}
@@ -59,8 +59,8 @@ def make_model(folder: Path) -> None:
 
 def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, Any]:
     """Train a few steps in one layout."""
-    from trainer.frozen_weights import frozen_language
-    from trainer.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.frozen.zero3 import frozen_language
 
     torch.set_num_threads(1)
     join_process_group(LocalContext().rank, 60)
@@ -101,8 +101,8 @@ def _two(bridge: Bridge, template: str) -> Any:
 
 def _one(bridge: Bridge, language: Any) -> Any:
     """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
-    from trainer.deepspeed_config import load_template
-    from trainer.process_group import load_deepspeed
+    from isthmus.trainer.distributed.process_group import load_deepspeed
+    from isthmus.trainer.engine.deepspeed_config import load_template
 
     language.partitioning.destroy()
     template = Path(tempfile.mkdtemp()) / "one.json"

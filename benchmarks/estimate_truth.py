@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import LanguageConfig, QFormerConfig
-from model.exchange import LocalExchange
-from model.language import load_language
-from model.qformer import QFormer
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.stage2 import Stage2Inputs, Stage2Model
-from model.tiny import write_tiny_language
-from trainer.estimate.architectures import bundled_config
-from trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work
-from trainer.estimate.hardware import find_gpu
-from trainer.estimate.memory import FP32, Kept, stage1_activations, stage2_activations
-from trainer.estimate.shapes import VisionShape, language_shape, vision_shape
+from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.frozen.language import load_language
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.tiny import write_tiny_language
+from isthmus.trainer.estimate.architectures import bundled_config
+from isthmus.trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work
+from isthmus.trainer.estimate.hardware import find_gpu
+from isthmus.trainer.estimate.memory import FP32, Kept, stage1_activations, stage2_activations
+from isthmus.trainer.estimate.shapes import VisionShape, language_shape, vision_shape
 
 ROWS, TOKENS = 8, 12
 A6000_SECONDS = {"stage1": 3.56, "stage2": 2.485}

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.object_store import ObjectStore
-from model.config import LanguageConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig
+from isthmus.trainer.context import LocalContext
 from tests.ranks import run_ranks
-from trainer.context import LocalContext
 
 LAYERS, WIDTH, VOCABULARY = 80, 512, 8192
 TEMPLATE = {
@@ -62,9 +62,9 @@ class Watched:
 
 def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load with `frozen_language`."""
-    import model.language  # noqa: F401 - imported ahead, as it is for the peer
-    from trainer.frozen_weights import frozen_language
-    from trainer.process_group import join_process_group, let_gloo_settle
+    import isthmus.model.frozen.language  # noqa: F401 - imported ahead, as it is for the peer
+    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.frozen.zero3 import frozen_language
 
     context, store = LocalContext(), ObjectStore()
     join_process_group(context.rank, 60)
@@ -79,10 +79,10 @@ def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, f
 
 def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load as transformers documents it for ZeRO-3."""
-    from trainer.deepspeed_config import load_template
-    from trainer.frozen_weights import zero3_config
-    from trainer.memory import return_freed_memory
-    from trainer.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.deepspeed_config import load_template
+    from isthmus.trainer.frozen.memory import return_freed_memory
+    from isthmus.trainer.frozen.zero3 import zero3_config
 
     return_freed_memory()
     join_process_group(LocalContext().rank, 60)

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from cluster.config import JobConfig
-from cluster.embedded import embedded_ray
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.embedded import embedded_ray
 
 WORLD_SIZE = 2
 CONFIG = JobConfig.model_validate(
@@ -60,11 +60,11 @@ def with_torch_trainer(folder: str) -> None:
 
 def with_actors(_folder: str) -> None:
     """One attempt as the driver makes it."""
-    from cluster.group import WorkerGroup
+    from isthmus.cluster.placement.group import WorkerGroup
 
     group = WorkerGroup.place(CONFIG, WORLD_SIZE, (), 30.0)
     assert group is not None
-    group.launch(CONFIG, "stage1", None, "cluster.allreduce")
+    group.launch(CONFIG, "stage1", None, "isthmus.cluster.workers.allreduce")
     while any(member.ended is None for member in group.members):
         group.update(0.1)
     assert all(member.ended and member.ended.outcome for member in group.members)

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 
+from isthmus.trainer.run_local import train_here
 from tests.learning import (
     ALL,
     ONE,
@@ -24,7 +25,6 @@ from tests.learning import (
     write_encoder,
     write_language,
 )
-from trainer.local import train_here
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-from cluster.config import JobConfig
-from cluster.driver import run_local
-from cluster.status import RunStatus, read_status
-from data_pipeline.object_store import ObjectStore
-from trainer.config_io import load_config
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.driver import run_local
+from isthmus.cluster.status import RunStatus, read_status
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.loading import load_config
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STEPS_BETWEEN_KILLS = 150

@@ -242,7 +242,7 @@ def make_peers() -> None:
 def make_assets(folder: Path) -> None:
     """Make the tiny data set and models that the recovery benchmark trains."""
     if not (folder / "train").exists():
-        command = [sys.executable, "-m", "cluster.cli.main", "assets", "tiny", str(folder)]
+        command = [sys.executable, "-m", "isthmus.cluster.cli.main", "assets", "tiny", str(folder)]
         subprocess.run(command, check=True, cwd=ROOT, timeout=LIMIT_SECONDS)
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import QFormerConfig
-from model.exchange import LocalExchange
-from model.losses import choose_hardest
-from model.qformer import QFormer
-from model.savings import PLAIN, Savings
-from model.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.config import QFormerConfig
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.losses import choose_hardest
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.savings import PLAIN, Savings
 
 LENGTHS = (14, 16, 8, 16, 9, 11, 8, 16)
 PATHS = {"plain": PLAIN, "fast": Savings()}

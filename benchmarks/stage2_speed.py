@@ -26,12 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from model.config import LanguageConfig, QFormerConfig
-from model.exchange import LocalExchange
-from model.language import load_language
-from model.qformer import QFormer
-from model.reference_names import reference_name
-from model.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.frozen.language import load_language
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
 
 BATCH, TEXT_TOKENS, PATCHES, IMAGE_WIDTH = 8, 32, 257, 1408
 LENGTHS = (8, 9, 10, 11, 12, 13, 15, 16)

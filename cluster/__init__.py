@@ -1,1 +1,1 @@
-"""Operators: command line, jobs, driver, workers, preflight, manifests."""
+"""From an operator's command to a run on a Ray cluster."""

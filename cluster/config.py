@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainer.config import Config, TrainConfig
+from isthmus.trainer.config.schema import Config, TrainConfig
 
 
 class WorkersConfig(Config):

@@ -1,7 +1,7 @@
 """The driver of a run: takes the lease, trains the stages in order, exports, and says how it ended.
 
-`python -m cluster.driver config.yaml` is the entry point of a submitted job; `run_local` drives the same way on an
-embedded Ray. The driver holds no state of its own: whatever it knows is in the run's folder, so a new one continues.
+`python -m isthmus.cluster.driver config.yaml` is the entry point of a submitted job; `run_local` drives the same way
+on an embedded Ray. The driver holds no state of its own: what it knows is in the run's folder, so a new one resumes.
 """
 
 import json
@@ -18,22 +18,22 @@ from types import FrameType
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR  # the API tells the driver no job's id
 
-from cluster.auth import use_tokens
-from cluster.config import JobConfig
-from cluster.embedded import embedded_ray
-from cluster.errors import ClusterError
-from cluster.export import export_on_worker
-from cluster.logs import use_json_logs
-from cluster.secret_names import check_secrets
-from cluster.status import RunState, StatusBoard
-from cluster.supervisor import Supervisor
-from data_pipeline.errors import DataError
-from data_pipeline.object_store import ObjectStore, join
-from model.errors import ModelError
-from trainer.config_io import load_config
-from trainer.context import Outcome
-from trainer.errors import ConfigError, TrainerError
-from trainer.run_store import RunStore
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.embedded import embedded_ray
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.logs import use_json_logs
+from isthmus.cluster.ray_nodes.auth import use_tokens
+from isthmus.cluster.status import RunState, StatusBoard
+from isthmus.cluster.submission.secret_names import check_secrets
+from isthmus.cluster.supervision.supervisor import Supervisor
+from isthmus.cluster.workers.export import export_on_worker
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.model.errors import ModelError
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import Outcome
+from isthmus.trainer.errors import ConfigError, TrainerError
+from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.auth import use_tokens
-from cluster.config import JobConfig
-from cluster.demand import Demand
-from cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
+from isthmus.cluster.placement.demand import Demand
+from isthmus.cluster.ray_nodes.auth import use_tokens
 
 logger = logging.getLogger(__name__)
 

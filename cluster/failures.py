@@ -5,10 +5,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from cluster.config import RestartConfig
-from data_pipeline.errors import DataError
-from model.errors import ModelError
-from trainer.errors import ConfigError, TrainerError
+from isthmus.cluster.config import RestartConfig
+from isthmus.data_pipeline.errors import DataError
+from isthmus.model.errors import ModelError
+from isthmus.trainer.errors import ConfigError, TrainerError
 
 MAX_BACKOFF_SECONDS = 60.0
 BAD_NODE_FAILURES = 2

@@ -9,8 +9,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel
 
-from data_pipeline.errors import DataError
-from data_pipeline.object_store import NotFoundError, ObjectStore, join
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""The network: frozen vision encoder, trainable Q-Former, frozen language model, losses, generation, formats."""
+"""BLIP-2: the Q-Former, the frozen models it joins, the losses of both stages, and the formats they are stored in."""

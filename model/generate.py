@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from model.errors import ModelError
-from model.language import LanguageModel
-from model.language_tokens import LanguageEncoder
-from model.stage1 import Stage1Model
-from model.stage2 import Stage2Model
+from isthmus.model.errors import ModelError
+from isthmus.model.frozen.language import LanguageModel
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Model
+from isthmus.model.text.language_tokenizer import LanguageEncoder
 
 QUESTION = "Question: {} Answer:"
 

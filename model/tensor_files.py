@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from model.errors import ModelError
+from isthmus.model.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

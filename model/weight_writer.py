@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.tensor_files import INDEX, SINGLE, tensor_files
+from isthmus.model.tensor_files import INDEX, SINGLE, tensor_files
 
 Source = tuple[str, Callable[[], Tensor]]
 SHARD_BYTES = 4 << 30

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import SafetyConfig, StageConfig
-from trainer.context import LocalContext
-from trainer.engine import Engine, build_engine
+from isthmus.trainer.config.schema import SafetyConfig, StageConfig
+from isthmus.trainer.context import LocalContext
+from isthmus.trainer.engine.engine import Engine, build_engine
 
 WIDTH = 10
 BATCH = 12

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.config import StoreConfig
-from data_pipeline.errors import StoreError
-from data_pipeline.object_store import ObjectInfo, ObjectStore
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 
 Kind = Literal[
     "kill_before",  # the process dies before the write

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.config import QFormerConfig, Stage1LossConfig
-from model.exchange import Exchange, LocalExchange, ProcessGroupExchange
-from model.lavis_format import lavis_names, load_lavis
-from model.losses import choose_hardest
-from model.qformer import QFormer
-from model.savings import PLAIN, Savings
-from model.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.config import QFormerConfig, Stage1LossConfig
+from isthmus.model.formats.lavis import lavis_names, load_lavis
+from isthmus.model.objectives.communicator import Exchange, LocalExchange, ProcessGroupExchange
+from isthmus.model.objectives.losses import choose_hardest
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.savings import PLAIN, Savings
 from tests.ranks import run_ranks
 
 LOSS_TOLERANCE, INTERMEDIATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5, 1e-4

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import LanguageConfig, QFormerConfig
-from model.exchange import LocalExchange
-from model.language import load_language
-from model.qformer import QFormer
-from model.reference_names import reference_name
-from model.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.frozen.language import load_language
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
 
 LOSS_TOLERANCE, INTERMEDIATE_TOLERANCE = 1e-5, 2e-5
 # Absolute part by kind; the relative part is 1e-4 (the fixtures' READMEs).

@@ -6,7 +6,7 @@ from pathlib import Path
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-PACKAGES = ("model", "data_pipeline", "trainer", "cluster")
+PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "demo")
 
 
 def problems_of(path: Path) -> list[str]:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import JobConfig
-from cluster.tiny.assets import CAPTIONS_READ, write_corpus
-from cluster.tiny.scenes import KINDS, make_scene
-from model.tiny import TinyLanguage
-from model.tiny_parts import write_tiny_vocabulary
+from isthmus.cluster.config import JobConfig
+from isthmus.demo.tiny.assets import CAPTIONS_READ, write_corpus
+from isthmus.demo.tiny.scenes import KINDS, make_scene
+from isthmus.model.tiny import TinyLanguage
+from isthmus.model.tiny_parts import write_tiny_vocabulary
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.monitoring.loggers import read_jsonl
 from tests.trained_language import write_trained_language
 from tests.trained_vision import write_trained_vision
-from trainer.config_io import load_config
-from trainer.metrics import read_jsonl
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 HELD_OUT = "held-out"

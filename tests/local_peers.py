@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from data_pipeline.errors import StoreError
-from trainer.peer_memory import HeldPart, Shelf, SnapshotId, newest_complete
+from isthmus.data_pipeline.errors import StoreError
+from isthmus.trainer.checkpoint.replica_buffer import HeldPart, Shelf, SnapshotId, newest_complete
 
 BLOCK_BYTES = 100
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.config import JobConfig
-from cluster.status import Restart, RunState, StatusBoard
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.status import Restart, RunState, StatusBoard
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger, StoreLedger
+from isthmus.trainer.monitoring.loggers import JsonlSink, Position
+from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
+from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.runs.store import RunStore
+from isthmus.trainer.trainer import GOODPUT_NAME
 from tests.unit.cluster.configs import job_config
-from trainer.goodput import Activity, GoodputLedger, StoreLedger
-from trainer.metrics import JsonlSink, Position
-from trainer.mirror import Mirror
-from trainer.run_store import RunStore
-from trainer.samples import Example, Examples, thumbnail, write_samples
-from trainer.stage import GOODPUT_NAME
 
 BATCH = 8
 HOSTILE = "</td><script>document.title='taken'; console.error('run')</script>"

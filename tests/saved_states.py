@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.checkpoint.manager import CheckpointManager
+from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
+from isthmus.trainer.checkpoint.train_state import TrainState
+from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.context import Rank
+from isthmus.trainer.engine.state_shards import KINDS, Fragment
 from tests.faulty_store import Fault, FaultyStore
-from trainer.checkpoint import CheckpointManager
-from trainer.config import CheckpointConfig
-from trainer.context import Rank
-from trainer.fragments import KINDS, Fragment
-from trainer.peer_memory import PeerMemory
-from trainer.state import TrainState
 
 SHAPES = {"qformer.a": (7, 5), "qformer.temperature": (), "projection.b": (11,)}
 

@@ -1,10 +1,10 @@
-"""A session-wide S3 server with keys for integration tests: `cluster.local_s3` in a temporary folder."""
+"""A session-wide S3 server with keys for integration tests: `isthmus.demo.local_s3` in a temporary folder."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from cluster.local_s3 import LocalS3, local_s3
+from isthmus.demo.local_s3 import LocalS3, local_s3
 
 BUCKET = "test-bucket"
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
-from model.config import LanguageConfig, QFormerConfig, VisionConfig
-from model.language import load_language
-from model.language_tokens import LanguageEncoder
-from model.qformer import QFormer
-from model.stage2 import Stage2Inputs, Stage2Model
-from model.tiny import write_tiny_language
-from model.vision import load_vision
+from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from isthmus.model.frozen.language import load_language
+from isthmus.model.frozen.vision import load_vision
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.text.language_tokenizer import LanguageEncoder
+from isthmus.model.tiny import write_tiny_language
 
 QFORMER = QFormerConfig(
     hidden_size=32,

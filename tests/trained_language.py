@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from cluster.tiny.scenes import KINDS, make_scene
-from model.silence import silent_transformers
-from model.tiny import TinyLanguage, write_tiny_language, write_tiny_tokenizer
+from isthmus.demo.tiny.scenes import KINDS, make_scene
+from isthmus.model.frozen.silence import silent_transformers
+from isthmus.model.tiny import TinyLanguage, write_tiny_language, write_tiny_tokenizer
 
 BATCH = 64
 CONTEXT_WORDS = 16

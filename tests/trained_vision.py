@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.tiny.scenes import COLOURS, COUNTS, SHAPES, SIZES, Scene, draw_scene, make_scene
-from model.efficientnet_lite import EfficientNetLite
+from isthmus.demo.tiny.scenes import COLOURS, COUNTS, SHAPES, SIZES, Scene, draw_scene, make_scene
+from isthmus.model.frozen.efficientnet_lite import EfficientNetLite
 
 BATCH = 64
 PEAK_LR = 4e-3

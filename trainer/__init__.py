@@ -1,1 +1,1 @@
-"""Training: DeepSpeed engine, loop, checkpoints, runs, evaluation, estimates."""
+"""How a run is trained: stages in order, the loop, what a stage computes."""

@@ -7,26 +7,26 @@ from typing import cast
 
 import torch
 
-from data_pipeline.batch import TextEncoder
-from data_pipeline.object_store import ObjectStore
-from model.bert_init import load_bert
-from model.exchange import Exchange, LocalExchange, ProcessGroupExchange
-from model.language import LanguageModel
-from model.qformer import QFormer
-from model.stage1 import Stage1Model
-from model.stage2 import Stage2Model
-from model.tokenize import LanguageEncoder, QFormerEncoder
-from model.vision import load_vision
-from trainer.config import StageName, TrainConfig
-from trainer.context import Rank
-from trainer.errors import ConfigError
-from trainer.folders import local_folder
-from trainer.frozen_identity import frozen_identity
-from trainer.frozen_weights import frozen_language
-from trainer.handoff import hand_over
-from trainer.run_store import RunStore
-from trainer.seeds import derive_seed
-from trainer.task import Stage1Task, Stage2Task, Task
+from isthmus.data_pipeline.reading.batch import TextEncoder
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.frozen.language import LanguageModel
+from isthmus.model.frozen.vision import load_vision
+from isthmus.model.objectives.communicator import Exchange, LocalExchange, ProcessGroupExchange
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Model
+from isthmus.model.qformer.bert_init import load_bert
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.text.qformer_tokenizer import LanguageEncoder, QFormerEncoder
+from isthmus.trainer.config.schema import StageName, TrainConfig
+from isthmus.trainer.context import Rank
+from isthmus.trainer.errors import ConfigError
+from isthmus.trainer.frozen.identity import frozen_identity
+from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.frozen.zero3 import frozen_language
+from isthmus.trainer.runs.stage2_init import hand_over
+from isthmus.trainer.runs.store import RunStore
+from isthmus.trainer.seeds import derive_seed
+from isthmus.trainer.task import Stage1Task, Stage2Task, Task
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 

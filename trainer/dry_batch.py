@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from data_pipeline.batch import Batch, TextEncoder
-from trainer.engine import Engine
-from trainer.errors import TrainerError
-from trainer.task import Task
+from isthmus.data_pipeline.reading.batch import Batch, TextEncoder
+from isthmus.trainer.engine.engine import Engine
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.task import Task
 
 logger = logging.getLogger(__name__)
 LONG_CAPTION = "a photo of " * 200

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 
-from data_pipeline.loader import Loader
-from trainer.agreement import agree
-from trainer.checkpoint import CheckpointManager
-from trainer.config import StageConfig
-from trainer.context import Outcome, RunContext
-from trainer.engine import Engine
-from trainer.evaluation import NOTHING, Evaluation
-from trainer.garbage import collected_at_steps
-from trainer.optim import learning_rate
-from trainer.state import TrainState
-from trainer.strikes import Strikes
-from trainer.task import Task
-from trainer.watch import Watch
+from isthmus.data_pipeline.reading.loader import Loader
+from isthmus.trainer.checkpoint.manager import CheckpointManager
+from isthmus.trainer.checkpoint.train_state import TrainState
+from isthmus.trainer.config.schema import StageConfig
+from isthmus.trainer.context import Outcome, RunContext
+from isthmus.trainer.distributed.step_status import agree
+from isthmus.trainer.engine.engine import Engine
+from isthmus.trainer.engine.optimizer import learning_rate
+from isthmus.trainer.evaluator import NOTHING, Evaluation
+from isthmus.trainer.garbage import collected_at_steps
+from isthmus.trainer.monitoring.monitor import Watch
+from isthmus.trainer.strikes import Strikes
+from isthmus.trainer.task import Task
 
 
 def fit(

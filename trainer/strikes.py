@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 
-from data_pipeline.batch import Batch
-from model.losses import LossOutput
-from trainer.agreement import Agreement
-from trainer.errors import TrainerError
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.model.objectives.losses import LossOutput
+from isthmus.trainer.distributed.step_status import Agreement
+from isthmus.trainer.errors import TrainerError
 
 logger = logging.getLogger(__name__)
 KEYS_SHOWN = 32

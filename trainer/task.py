@@ -8,21 +8,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.batch import Batch
-from model.exchange import Exchange
-from model.generate import evaluating
-from model.language_tokens import LanguageEncoder
-from model.losses import LossOutput
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.stage2 import Stage2Inputs, Stage2Model
-from trainer.config import EvaluationConfig, StageName
-from trainer.engine import Engine
-from trainer.evaluate_stage1 import RetrievalEvaluation
-from trainer.evaluate_stage2 import evaluate_captions, first_samples
-from trainer.metrics import Pictures
-from trainer.precision import Precision
-from trainer.samples import Examples
-from trainer.seeds import seed_step, stage_seed
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.model.generate import evaluating
+from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.text.language_tokenizer import LanguageEncoder
+from isthmus.trainer.config.schema import EvaluationConfig, StageName
+from isthmus.trainer.engine.engine import Engine
+from isthmus.trainer.engine.precision import Precision
+from isthmus.trainer.evaluation.captioning import evaluate_captions, first_samples
+from isthmus.trainer.evaluation.retrieval import RetrievalEvaluation
+from isthmus.trainer.monitoring.loggers import Pictures
+from isthmus.trainer.monitoring.samples import Examples
+from isthmus.trainer.seeds import seed_step, stage_seed
 
 Beat = Callable[[], None]
 """Gives a sign of life during long work."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 
-from cluster.group import Member, WorkerGroup
-from cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
-from cluster.worker import Host, Progress
-from trainer.context import Rank
+from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
+from isthmus.cluster.placement.group import Member, WorkerGroup
+from isthmus.cluster.workers.actor import Host, Progress
+from isthmus.trainer.context import Rank
 
 POLLS = 20
 PAUSE_SECONDS = 0.5

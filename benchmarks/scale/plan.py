@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.plan import Plan
+from isthmus.data_pipeline.order.plan import Plan
 
 SAMPLE_BYTES = 80_000
 SAMPLES_PER_CHUNK, CHUNKS_PER_SHARD = 200, 50

@@ -15,7 +15,7 @@ def tiny(
     held_out: Annotated[int, typer.Option(help="Held-out pairs.")] = 96,
 ) -> None:
     """Write generated scenes with manifests, and tiny random frozen models: all that recipes/tiny.yaml needs."""
-    from cluster.tiny.assets import write_tiny_assets
+    from isthmus.demo.tiny.assets import write_tiny_assets
 
     write_tiny_assets(folder, train, held_out)
     typer.echo(f"{folder}: {train} training and {held_out} held-out pairs, vision encoder, vocabulary, OPT, T5")

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.config import Json
-from cluster.errors import ClusterError
+from isthmus.cluster.cli.config import Json
+from isthmus.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
-    from data_pipeline.object_store import ObjectStore
-    from trainer.checkpoint_reader import SavedCheckpoint
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 
 app = typer.Typer(help="Look at, check, copy and delete checkpoints.", no_args_is_help=True)
 
@@ -22,7 +22,7 @@ One = Annotated[str, typer.Argument(help="URL of one checkpoint (.../step-000001
 @app.command()
 def ls(run: Folder, as_json: Json = False) -> None:
     """List committed checkpoints, newest first."""
-    from trainer.checkpoint_reader import committed
+    from isthmus.trainer.checkpoint.reader import committed
 
     store = _store()
     found = [_described(saved) for folder in _folders(run, store) for saved in committed(folder, store)]
@@ -40,7 +40,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte again and compare with the manifest; exit code 2 where something is damaged."""
-    from trainer.checkpoint_reader import SavedCheckpoint, scan
+    from isthmus.trainer.checkpoint.reader import SavedCheckpoint, scan
 
     store = _store()
     found: dict[str, list[str]] = {}
@@ -78,8 +78,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete checkpoints beyond those to keep, and leftovers; never one in use or handed over to stage 2."""
-    from trainer.config import CheckpointConfig
-    from trainer.retention import prune as prune_folder
+    from isthmus.trainer.checkpoint.retention import prune as prune_folder
+    from isthmus.trainer.config.schema import CheckpointConfig
 
     store = _store()
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
@@ -102,8 +102,8 @@ def cp(
     checkpoint: One, target: Annotated[str, typer.Argument(help="URL of the new folder.")], as_json: Json = False
 ) -> None:
     """Copy a checkpoint, checked byte by byte on the way; its manifest appears last."""
-    from trainer.checkpoint_copies import copy_checkpoint
-    from trainer.checkpoint_reader import SavedCheckpoint
+    from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+    from isthmus.trainer.checkpoint.tools import copy_checkpoint
 
     store = _store()
     saved = SavedCheckpoint.open(checkpoint.rstrip("/"), store)
@@ -116,8 +116,8 @@ def cp(
 @app.command()
 def diff(first: One, second: One, as_json: Json = False) -> None:
     """Compare two checkpoints tensor by tensor; exit code 1 where they differ."""
-    from trainer.checkpoint_copies import differences
-    from trainer.checkpoint_reader import SavedCheckpoint
+    from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+    from isthmus.trainer.checkpoint.tools import differences
 
     store = _store()
     one, two = (SavedCheckpoint.open(url.rstrip("/"), store) for url in (first, second))
@@ -134,7 +134,7 @@ def diff(first: One, second: One, as_json: Json = False) -> None:
 
 
 def _store() -> "ObjectStore":
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     return ObjectStore()
 
@@ -153,15 +153,15 @@ def _described(saved: "SavedCheckpoint") -> dict[str, Any]:
 
 
 def _is_checkpoint(url: str) -> bool:
-    from trainer.checkpoint_format import step_of
+    from isthmus.trainer.checkpoint.format import step_of
 
     return step_of(url.rstrip("/").rpartition("/")[2]) is not None
 
 
 def _folders(run: str, store: "ObjectStore") -> list[str]:
     """Return the folders of checkpoints that a run's folder, or such a folder itself, stands for."""
-    from data_pipeline.object_store import join
-    from trainer.checkpoint_reader import folders
+    from isthmus.data_pipeline.store.object_store import join
+    from isthmus.trainer.checkpoint.reader import folders
 
     root = run.rstrip("/")
     candidates = [root, *(join(root, stage, "checkpoints") for stage in ("stage1", "stage2"))]
@@ -175,9 +175,9 @@ def _folders(run: str, store: "ObjectStore") -> list[str]:
 
 def _handed_over(run: str, folder: str, store: "ObjectStore") -> list[int]:
     """Return the steps in a folder that stage 2 began with."""
-    from trainer.checkpoint_format import step_of
-    from trainer.errors import TrainerError
-    from trainer.run_store import read_run
+    from isthmus.trainer.checkpoint.format import step_of
+    from isthmus.trainer.errors import TrainerError
+    from isthmus.trainer.runs.store import read_run
 
     root = run.rstrip("/") if folder != run.rstrip("/") else folder.rsplit("/", 2)[0]
     try:

@@ -5,8 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.config import JobConfig
-from trainer.config_io import Change, check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import (
+    Change,
+    check_config,
+    config_hash,
+    diff_configs,
+    load_config,
+    parse_yaml,
+    to_yaml,
+)
 
 app = typer.Typer(help="Show, describe and compare run configurations.", no_args_is_help=True)
 
@@ -61,7 +69,7 @@ def _resolved(place: str) -> dict[str, Any]:
     """Return the resolved configuration of a recipe file or of a run's folder."""
     if place.endswith((".yaml", ".yml")) and "://" not in place:
         return load_config(place, [], JobConfig).model_dump(mode="json")
-    from data_pipeline.object_store import ObjectStore, join
+    from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
     url = place if place.endswith((".yaml", ".yml")) else join(place.rstrip("/"), "config.yaml")
     text = ObjectStore().get(url).decode()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer(help="Make shards, index them, and look at what is there.", no_args_is_help=True)
 
@@ -46,9 +46,9 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Check shards and write the manifest by which runs read them. Samples with a fault are left out and recorded."""
-    from data_pipeline.index_build import DROPPED, IndexOptions, build_manifest
-    from data_pipeline.object_store import join
-    from data_pipeline.shard_urls import absolute, expand
+    from isthmus.data_pipeline.dataset.index_build import DROPPED, IndexOptions, build_manifest
+    from isthmus.data_pipeline.dataset.shard_urls import absolute, expand
+    from isthmus.data_pipeline.store.object_store import join
 
     options = IndexOptions(chunk_bytes=max(1, int(chunk_mb * 2**20)), policy=_policy(on or []))
     store, out = _store(endpoint_url, region), absolute(out.rstrip("/"))
@@ -82,9 +82,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare shards and indexes with the manifest; exit code 2 when something differs."""
-    from data_pipeline.data_check import verify as check
-    from data_pipeline.errors import DataError
-    from data_pipeline.manifest import Manifest
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+    from isthmus.data_pipeline.dataset.verify import verify as check
+    from isthmus.data_pipeline.errors import DataError
 
     store = _store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
@@ -112,8 +112,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show counts, sizes, caption lengths, and a sheet of random samples."""
-    from data_pipeline.data_check import caption_histogram, contact_sheet, draw_samples
-    from data_pipeline.manifest import Manifest
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+    from isthmus.data_pipeline.dataset.verify import caption_histogram, contact_sheet, draw_samples
 
     store = _store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
@@ -140,8 +140,8 @@ def show(
 @app.command()
 def ls(manifest: ManifestUrl, endpoint_url: Endpoint = None, region: Region = None, as_json: Json = False) -> None:
     """List the shards of a manifest; of any other folder, its objects."""
-    from data_pipeline.errors import NotFoundError
-    from data_pipeline.manifest import Manifest
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+    from isthmus.data_pipeline.errors import NotFoundError
 
     store = _store(endpoint_url, region)
     try:
@@ -179,11 +179,11 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Write images with captions as WebDataset shards, ready for `isthmus data index`."""
-    from data_pipeline.errors import DataError
-    from data_pipeline.index_build import run_in_processes
-    from data_pipeline.ingest import ingest as write
-    from data_pipeline.ingest_sources import KINDS, guess_kind, read_records
-    from data_pipeline.shard_urls import absolute
+    from isthmus.data_pipeline.dataset.index_build import run_in_processes
+    from isthmus.data_pipeline.dataset.shard_urls import absolute
+    from isthmus.data_pipeline.errors import DataError
+    from isthmus.data_pipeline.ingest.shards import ingest as write
+    from isthmus.data_pipeline.ingest.sources import KINDS, guess_kind, read_records
 
     known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(source)
     if known is None:
@@ -212,25 +212,25 @@ def ingest(
 
 
 def _store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
-    from data_pipeline.config import StoreConfig
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.config import StoreConfig
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     return ObjectStore(StoreConfig(endpoint_url=endpoint_url, region=region))
 
 
 def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:
     if address is None:
-        from data_pipeline.index_build import run_in_processes
+        from isthmus.data_pipeline.dataset.index_build import run_in_processes
 
         return run_in_processes(processes)
-    from cluster.ray_map import run_in_ray
+    from isthmus.cluster.ray_nodes.ray_map import run_in_ray
 
     return run_in_ray(address)
 
 
 def _policy(settings: list[str]) -> dict[Any, Any]:
-    from data_pipeline.errors import DataError
-    from data_pipeline.shard_check import DEFAULT_POLICY, FAULTS
+    from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS
+    from isthmus.data_pipeline.errors import DataError
 
     policy = dict(DEFAULT_POLICY)
     for setting in settings:

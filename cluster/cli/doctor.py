@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.jobs import Address, Run, is_url, open_jobs, stored_config
-from cluster.errors import ClusterError
+from isthmus.cluster.cli.jobs import Address, Run, is_url, open_jobs, stored_config
+from isthmus.cluster.errors import ClusterError
 
 app = typer.Typer()
 
@@ -19,8 +19,8 @@ def doctor(
     out: Annotated[Path | None, typer.Option("--out", help="File to write [default: RUN-doctor.tar.gz].")] = None,
 ) -> None:
     """Collect configuration, versions, events, logs and stack dumps of a run into one archive without secrets."""
-    from cluster.doctor import collect, write_private
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.cluster.checks.doctor import collect, write_private
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     facts: dict[str, Any] = {}
     logs: dict[str, str] = {}

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.config import ConfigPath, Json, Overrides
-from cluster.config import JobConfig
-from trainer.config_io import load_config
-from trainer.errors import ConfigError
+from isthmus.cluster.cli.config import ConfigPath, Json, Overrides
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.estimate.hardware import Assumptions, Cluster, Gpu
-    from trainer.estimate.step import StageEstimate
+    from isthmus.trainer.estimate.hardware import Assumptions, Cluster, Gpu
+    from isthmus.trainer.estimate.step import StageEstimate
 
 
 def estimate(
@@ -29,10 +29,10 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict memory per GPU, step time, days and cost of a run."""
-    from trainer.estimate.architectures import load_parts
-    from trainer.estimate.hardware import Cluster, find_gpu, with_overrides
-    from trainer.estimate.report import draw, draw_sweep
-    from trainer.estimate.step import divisible, estimate_stage
+    from isthmus.trainer.estimate.architectures import load_parts
+    from isthmus.trainer.estimate.hardware import Cluster, find_gpu, with_overrides
+    from isthmus.trainer.estimate.report import draw, draw_sweep
+    from isthmus.trainer.estimate.step import divisible, estimate_stage
 
     resolved = load_config(config, overrides or [], JobConfig)
     card, assumptions = with_overrides(find_gpu(gpu), _numbers(assume or []))
@@ -67,7 +67,7 @@ def _print_estimates(
     from rich.console import Console
     from rich.table import Table
 
-    from trainer.estimate import report
+    from isthmus.trainer.estimate import report
 
     hardware, assumed = f"{cluster.num_gpus} x {cluster.gpu.name}", {"assumptions": vars(assumptions)}
     if as_json:
@@ -92,7 +92,7 @@ def _print_sweep(
     from rich.console import Console
     from rich.table import Table
 
-    from trainer.estimate import report
+    from isthmus.trainer.estimate import report
 
     if as_json:
         stages = [{e.stage: report.as_json(e, None) for e in estimates} for estimates in by_size]

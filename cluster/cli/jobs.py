@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
-from cluster.config import JobConfig
-from cluster.errors import ClusterError
-from trainer.config_io import check_config, load_config, parse_yaml
-from trainer.context import Outcome
+from isthmus.cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import ClusterError
+from isthmus.trainer.config.loading import check_config, load_config, parse_yaml
+from isthmus.trainer.context import Outcome
 
 if TYPE_CHECKING:
-    from cluster.jobs import Job, Jobs
-    from cluster.run_view import RunView
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.cluster.submission.jobs import Job, Jobs
+    from isthmus.cluster.submission.run_view import RunView
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer()
 
@@ -57,7 +57,7 @@ def submit(
 @app.command()
 def resume(run: Run, address: Address = None, watch: Watch = False) -> None:
     """Go on with a run from its last committed checkpoint; by URL also on another cluster."""
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     if is_url(run):
         resolved = stored_config(run.rstrip("/"), ObjectStore())
@@ -98,7 +98,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Print the log of a run's newest job."""
-    from cluster.logs import parse_line, render_line
+    from isthmus.cluster.logs import parse_line, render_line
 
     jobs = open_jobs(address)
     job = jobs.latest(run)
@@ -157,9 +157,9 @@ def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change
 
 def _check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
     """Refuse at once what the driver would refuse, where the run's folder can be read from here."""
-    from cluster.run_view import impatient
-    from data_pipeline.errors import DataError
-    from trainer.run_store import check_config_of_run
+    from isthmus.cluster.submission.run_view import impatient
+    from isthmus.data_pipeline.errors import DataError
+    from isthmus.trainer.runs.store import check_config_of_run
 
     with suppress(DataError, OSError):
         check_config_of_run(config, impatient(config.store), allow_change)
@@ -167,7 +167,7 @@ def _check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
 
 def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
     """Say what is lacking where no allowed group fits at the moment; return whether that is so."""
-    from cluster.demand import Demand, lacking, largest_world_size
+    from isthmus.cluster.placement.demand import Demand, lacking, largest_world_size
 
     demand = Demand.of(config)
     free, total = jobs.resources()
@@ -180,7 +180,7 @@ def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
 
 def _report_first_sign(jobs: "Jobs", job: "Job") -> None:
     """Wait some seconds for the driver's first word; raise its error, print what it waits for."""
-    from cluster.status import RunState
+    from isthmus.cluster.status import RunState
 
     deadline = time.monotonic() + FIRST_SIGN_SECONDS
     while time.monotonic() < deadline:
@@ -204,9 +204,9 @@ def _show_dry_run(config: JobConfig) -> None:
     import tempfile
     from pathlib import Path
 
-    from cluster.code_package import build_package, package_bytes
-    from cluster.demand import Demand
-    from cluster.jobs import job_environment, job_metadata
+    from isthmus.cluster.placement.demand import Demand
+    from isthmus.cluster.submission.code_package import build_package, package_bytes
+    from isthmus.cluster.submission.jobs import job_environment, job_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         count, size = package_bytes(build_package(config, Path(folder)))
@@ -227,7 +227,7 @@ def _show_dry_run(config: JobConfig) -> None:
 
 def _views(run: str | None, address: str | None) -> "list[RunView]":
     """Return what is known of one run or of all, the newest job of each."""
-    from cluster.run_view import RunView
+    from isthmus.cluster.submission.run_view import RunView
 
     if run and is_url(run):
         return [RunView.of_folder(run.rstrip("/"))]
@@ -241,7 +241,7 @@ def _views(run: str | None, address: str | None) -> "list[RunView]":
 
 
 def _view(job: "Job") -> "RunView":
-    from cluster.run_view import RunView
+    from isthmus.cluster.submission.run_view import RunView
 
     return RunView.of_job(job)
 
@@ -256,7 +256,7 @@ def _show(views: "list[RunView]", *, one: bool, as_json: bool) -> None:
 
 
 def _rendered(views: "list[RunView]", *, one: bool) -> Any:
-    from cluster.run_text import details, table
+    from isthmus.cluster.submission.run_text import details, table
 
     return details(views[0]) if one and views else table(views)
 
@@ -310,7 +310,7 @@ class _Lines:
 
     def tell(self, views: "list[RunView]") -> None:
         """Print the lines that are due."""
-        from cluster.run_text import line
+        from isthmus.cluster.submission.run_text import line
 
         for view in views:
             news = (view.state, line(view).partition(": ")[2], len(view.status.restarts) if view.status else 0)
@@ -322,7 +322,7 @@ class _Lines:
 
 def stored_config(run_url: str, store: "ObjectStore") -> JobConfig:
     """Return the configuration that a run's folder holds."""
-    from data_pipeline.object_store import NotFoundError, join
+    from isthmus.data_pipeline.store.object_store import NotFoundError, join
 
     url = join(run_url, "config.yaml")
     try:
@@ -334,10 +334,10 @@ def stored_config(run_url: str, store: "ObjectStore") -> JobConfig:
 
 def open_jobs(address: str | None) -> "Jobs":
     """Connect to a cluster's Jobs API with token authentication."""
-    from cluster.auth import use_tokens
+    from isthmus.cluster.ray_nodes.auth import use_tokens
 
     use_tokens(create=False)
-    from cluster.jobs import Jobs
+    from isthmus.cluster.submission.jobs import Jobs
 
     return Jobs(address)
 

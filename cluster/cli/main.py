@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from cluster.cli import (
+from isthmus.cluster.cli import (
     assets,
     checkpoints,
     config,
@@ -21,10 +21,10 @@ from cluster.cli import (
     runs,
     train,
 )
-from cluster.errors import ClusterError
-from data_pipeline.errors import DataError
-from model.errors import ModelError
-from trainer.errors import ConfigError, TrainerError
+from isthmus.cluster.errors import ClusterError
+from isthmus.data_pipeline.errors import DataError
+from isthmus.model.errors import ModelError
+from isthmus.trainer.errors import ConfigError, TrainerError
 
 EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
 USAGE_ERROR = 2

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.cli.config import ConfigPath, Overrides
-from cluster.config import JobConfig
-from trainer.config_io import load_config
+from isthmus.cluster.cli.config import ConfigPath, Overrides
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import load_config
 
 app = typer.Typer()
 
@@ -24,7 +24,7 @@ def manifests(
     """Print the KubeRay and Kueue manifests of a run, ready for `kubectl apply -f -`."""
     import yaml
 
-    from cluster import kubernetes
+    from isthmus.cluster.manifests import render as kubernetes
 
     resolved = load_config(config, overrides or [], JobConfig)
     if kind == "raycluster":

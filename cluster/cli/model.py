@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.vision import VisionEncoder
+    from isthmus.model.frozen.vision import VisionEncoder
 
 app = typer.Typer()
 
@@ -27,9 +27,9 @@ def caption(
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.", min=1)] = 30,
 ) -> None:
     """Write one caption per picture."""
-    from model.assemble import load_captioner
-    from model.generate import Decoding
-    from model.generate import caption as write
+    from isthmus.model.formats.assemble import load_captioner
+    from isthmus.model.generate import Decoding
+    from isthmus.model.generate import caption as write
 
     model, encoder = load_captioner(_folder(export))
     decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=beams)
@@ -42,8 +42,8 @@ def caption(
 @app.command()
 def ask(export: Export, image: Image, question: Annotated[str, typer.Argument(help="Question.")]) -> None:
     """Answer a question about a picture."""
-    from model.assemble import load_captioner
-    from model.generate import answer
+    from isthmus.model.formats.assemble import load_captioner
+    from isthmus.model.generate import answer
 
     model, encoder = load_captioner(_folder(export))
     typer.echo(answer(model, encoder, _pixels([image], model.vision), [question])[0])
@@ -55,7 +55,7 @@ def import_(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Turn a published BLIP-2 folder into an own export that can be continued and asked."""
-    from model.import_hf import import_captioner
+    from isthmus.model.formats.hf_import import import_captioner
 
     import_captioner(source, target)
     typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
@@ -63,10 +63,10 @@ def import_(
 
 def _folder(place: str) -> Path:
     """Return the local folder of an export: `place` itself, or the export of the run that `place` is."""
-    from data_pipeline.object_store import NotFoundError, ObjectStore, join
-    from trainer.export import EXPORT
-    from trainer.folders import local_folder
-    from trainer.run_store import RUN
+    from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+    from isthmus.trainer.frozen.node_cache import local_folder
+    from isthmus.trainer.runs.export import EXPORT
+    from isthmus.trainer.runs.store import RUN
 
     store = ObjectStore()
     try:

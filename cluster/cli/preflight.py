@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.config import ConfigPath, Json, Overrides
-from cluster.cli.jobs import ADDRESS_HELP
-from cluster.config import JobConfig
-from trainer.config_io import load_config
+from isthmus.cluster.cli.config import ConfigPath, Json, Overrides
+from isthmus.cluster.cli.jobs import ADDRESS_HELP
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import load_config
 
 if TYPE_CHECKING:
-    from cluster.preflight import Check
+    from isthmus.cluster.checks.preflight import Check
 
 app = typer.Typer()
 NOT_READY = 2
@@ -40,22 +40,22 @@ def preflight(
 
 
 def _here(config: JobConfig) -> "list[Check]":
-    from cluster.embedded import embedded_ray
+    from isthmus.cluster.embedded import embedded_ray
 
     with embedded_ray(config):
-        from cluster.preflight import run_checks
+        from isthmus.cluster.checks.preflight import run_checks
 
         return run_checks(config)
 
 
 def _on_cluster(config: JobConfig, address: str) -> "list[Check]":
-    from cluster.auth import use_tokens
+    from isthmus.cluster.ray_nodes.auth import use_tokens
 
     use_tokens(create=False)
-    from cluster.jobs import Jobs
-    from cluster.preflight import MARK, Check
+    from isthmus.cluster.checks.preflight import MARK, Check
+    from isthmus.cluster.submission.jobs import Jobs
 
-    for line in Jobs(address).run_to_end(config, "cluster.preflight"):
+    for line in Jobs(address).run_to_end(config, "isthmus.cluster.checks.preflight"):
         if line.startswith(MARK):
             return [Check(**fields) for fields in json.loads(line.removeprefix(MARK))]
     raise AssertionError("run_to_end raises where the job gives no answer")

@@ -14,8 +14,8 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write a page about a run: results, curves, examples, goodput, restarts; opens anywhere, offline."""
-    from cluster.report import write_report
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.cluster.report import write_report
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     path = write_report(run, ObjectStore(), out)
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")

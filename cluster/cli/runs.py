@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.config import Json
+from isthmus.cluster.cli.config import Json
 
 if TYPE_CHECKING:
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer(help="Look at runs in object storage.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder."""
-    from data_pipeline.object_store import ObjectStore
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     store = ObjectStore()
     root = folder.rstrip("/")
@@ -40,8 +40,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a run: who has it, its attempts, its checkpoints, what was handed over."""
-    from data_pipeline.object_store import ObjectStore
-    from trainer.run_store import read_run
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from isthmus.trainer.runs.store import read_run
 
     store = ObjectStore()
     url = run.rstrip("/")
@@ -66,10 +66,10 @@ def show(
 
 def summary(url: str, store: "ObjectStore") -> dict[str, Any]:
     """Return what a list shows of a run."""
-    from data_pipeline.object_store import join
-    from trainer.checkpoint_reader import committed
-    from trainer.lease import read_lease
-    from trainer.run_store import LEASE, read_run
+    from isthmus.data_pipeline.store.object_store import join
+    from isthmus.trainer.checkpoint.reader import committed
+    from isthmus.trainer.runs.lease import read_lease
+    from isthmus.trainer.runs.store import LEASE, read_run
 
     run = read_run(url, store)
     lease = read_lease(join(url, LEASE), store)
@@ -83,7 +83,7 @@ def summary(url: str, store: "ObjectStore") -> dict[str, Any]:
 
 
 def _is_run(url: str, root: str) -> bool:
-    from trainer.run_store import RUN
+    from isthmus.trainer.runs.store import RUN
 
     return url[len(root) :].strip("/").count("/") == 1 and url.endswith(f"/{RUN}")
 

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
-from cluster.config import JobConfig
-from trainer.config_io import load_config
+from isthmus.cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import load_config
 
 app = typer.Typer()
 
@@ -24,11 +24,11 @@ def train(
     """Train a run on this machine, or go on with it; the first Ctrl-C saves a checkpoint and stops."""
     resolved = load_config(config, overrides or [], JobConfig)
     if local:
-        from trainer.local import train_here
+        from isthmus.trainer.run_local import train_here
 
         log_to_terminal()
         raise typer.Exit(train_here(resolved, allow_change=allow_change or []).exit_code)
-    from cluster.driver import run_local
+    from isthmus.cluster.driver import run_local
 
     raise typer.Exit(run_local(resolved, allow_change or []).exit_code)
 
@@ -48,9 +48,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
-    from data_pipeline.object_store import NotFoundError, ObjectStore, join
-    from trainer.config_io import check_config, parse_yaml
-    from trainer.report import evaluate_export, evaluate_run
+    from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+    from isthmus.trainer.config.loading import check_config, parse_yaml
+    from isthmus.trainer.evaluate import evaluate_export, evaluate_run
 
     log_to_terminal(logging.WARNING)
     folder = run.rstrip("/")

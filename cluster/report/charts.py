@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cluster.report.markup import Html, h
+from isthmus.cluster.report.markup import Html, h
 
 WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 36

@@ -10,17 +10,17 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, StringConstraints, ValidationError, model_validator
 
-from cluster.status import RunStatus, read_status
-from data_pipeline.errors import DataError
-from data_pipeline.object_store import NotFoundError, ObjectStore, join
-from trainer.checkpoint_reader import committed
-from trainer.errors import CheckpointError
-from trainer.goodput import Account
-from trainer.metrics import read_jsonl
-from trainer.run_store import CONFIG, read_run
-from trainer.samples import FOLDER, INDEX
-from trainer.stage import GOODPUT_NAME
-from trainer.state import TrainState
+from isthmus.cluster.status import RunStatus, read_status
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.train_state import TrainState
+from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.monitoring.goodput import Account
+from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.samples import FOLDER, INDEX
+from isthmus.trainer.runs.store import CONFIG, read_run
+from isthmus.trainer.trainer import GOODPUT_NAME
 
 logger = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2")

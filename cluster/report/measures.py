@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cluster.report.folder import StageFacts
+from isthmus.cluster.report.folder import StageFacts
 
 K_OF_RECALL = {f"{way}_r{k}": k for way in ("i2t", "t2i") for k in (1, 5, 10)}
 LABELS = {
@@ -82,7 +82,7 @@ def _before_training(stage: StageFacts, figure: str) -> list[Baseline]:
 
 def _guesses(texts: list[dict[str, str]]) -> dict[str, dict[str, float]]:
     """Score the most frequent caption, and the captions generated for the next image, against the true ones."""
-    from trainer.captioning_scores import score_captions  # noqa: PLC0415 - slow to import, and only needed here
+    from isthmus.trainer.evaluation.caption_metrics import score_captions  # noqa: PLC0415 - slow to import, and only needed here
 
     pairs = [(text["caption"], text["generated"]) for text in texts if "generated" in text and "caption" in text]
     if len(pairs) < 2:

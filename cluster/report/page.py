@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.report import sections
-from cluster.report.folder import RunFacts, read_folder
-from cluster.report.markup import Html, h, join, table
-from cluster.report.measures import Given
-from cluster.report.style import CSS
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.report import sections
+from isthmus.cluster.report.folder import RunFacts, read_folder
+from isthmus.cluster.report.markup import Html, h, join, table
+from isthmus.cluster.report.measures import Given
+from isthmus.cluster.report.style import CSS
+from isthmus.data_pipeline.store.object_store import ObjectStore
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import time
 from datetime import timedelta
 
-from cluster.report.charts import COLOURS, Mark, line_chart
-from cluster.report.folder import Entry, RunFacts, Samples, StageFacts
-from cluster.report.markup import Html, h, join, picture, table
-from cluster.report.measures import Given, Measure, captioning, retrieval
-from trainer.goodput import Activity
+from isthmus.cluster.report.charts import COLOURS, Mark, line_chart
+from isthmus.cluster.report.folder import Entry, RunFacts, Samples, StageFacts
+from isthmus.cluster.report.markup import Html, h, join, picture, table
+from isthmus.cluster.report.measures import Given, Measure, captioning, retrieval
+from isthmus.trainer.monitoring.goodput import Activity
 
 NO_EVALUATION = "No evaluation is on file: none was configured (evaluation.manifest), or none has been reached yet."
 GALLERY = 16

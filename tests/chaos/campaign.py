@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.local_s3 import local_s3
+from isthmus.demo.local_s3 import local_s3
 from tests.chaos import report
 from tests.chaos.pipeline import BUCKET, ROOT, Place, Run
 from tests.chaos.proxy import proxy

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import StoreConfig
-from data_pipeline.errors import StoreError
-from data_pipeline.object_store import ObjectInfo, ObjectStore
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from tests.chaos.schedule import Fault
 
 START_FILE = "start.json"
@@ -175,8 +175,13 @@ def install(points: Points) -> None:
     """Wrap the functions of this process that stand for the named points."""
     import torch.distributed as dist
 
-    from data_pipeline import cache, reader
-    from trainer import build, checkpoint, engine, metrics, snapshot, stage, task
+    from isthmus.data_pipeline.reading import cache, reader
+    from isthmus.trainer import build, task
+    from isthmus.trainer import trainer as stage
+    from isthmus.trainer.checkpoint import manager as checkpoint
+    from isthmus.trainer.checkpoint import staging as snapshot
+    from isthmus.trainer.engine import engine
+    from isthmus.trainer.monitoring import loggers as metrics
 
     _before(stage, "build_parts", points, "build")
     _before(checkpoint.CheckpointManager, "latest", points, "resume")

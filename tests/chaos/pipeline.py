@@ -14,17 +14,17 @@ from typing import Any
 
 import psutil
 
-from cluster.config import JobConfig
-from cluster.local_s3 import LocalS3, kill_hard
-from cluster.tiny.assets import write_tiny_assets
-from data_pipeline.index_build import IndexOptions, build_manifest, run_in_processes
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest, run_in_processes
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.demo.local_s3 import LocalS3, kill_hard
+from isthmus.demo.tiny.assets import write_tiny_assets
+from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import Rank
 from tests.chaos.proxy import Proxy
 from tests.chaos.schedule import Fault, Schedule
 from tests.chaos.start import start
-from trainer.checkpoint_reader import committed
-from trainer.config_io import load_config
-from trainer.context import Rank
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "chaos"

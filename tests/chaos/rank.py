@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import JobConfig
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer import run_local as local
+from isthmus.trainer.context import Outcome, Rank
+from isthmus.trainer.distributed.process_group import load_deepspeed
+from isthmus.trainer.runs.export import export_run
+from isthmus.trainer.runs.store import RunStore
 from tests.chaos.faults import BEAT_SECONDS, ChaosStore, Points, install, skew_clock
 from tests.chaos.record import record_steps
 from tests.chaos.schedule import Fault
-from trainer import local
-from trainer.context import Outcome, Rank
-from trainer.export import export_run
-from trainer.process_group import load_deepspeed
-from trainer.run_store import RunStore
 
 FAILED = 1
 

@@ -3,9 +3,9 @@
 import sys
 from functools import partial
 
-from cluster import driver
+from isthmus.cluster import driver
+from isthmus.trainer.runs.store import RunStore
 from tests.chaos.faults import BEAT_SECONDS
-from trainer.run_store import RunStore
 
 if __name__ == "__main__":
     driver.Supervisor = partial(driver.Supervisor, entry="tests.chaos.ray_rank")  # type: ignore[misc, assignment]

@@ -1,16 +1,16 @@
-"""What a rank under Ray runs: the product's own `cluster.rank`, with faults, and a record of each step."""
+"""What a rank under Ray runs: the product's own rank function, with faults, and a record of each step."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from cluster import rank
-from cluster.worker import Assignment
+from isthmus.cluster.workers import rank
+from isthmus.cluster.workers.actor import Assignment
+from isthmus.trainer.context import RunContext
 from tests.chaos.faults import START_FILE, ChaosStore, Points, install
 from tests.chaos.record import record_steps
 from tests.chaos.schedule import Fault
-from trainer.context import RunContext
 
 
 def train(assignment: Assignment, context: RunContext) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 
-from cluster.drain import drain_node
-from cluster.status import read_status
+from isthmus.cluster.ray_nodes.drain import drain_node
+from isthmus.cluster.status import read_status
+from isthmus.trainer.config.loading import to_yaml
 from tests.chaos.faults import START_FILE
 from tests.chaos.pipeline import ROOT, Attempt, Run
 from tests.chaos.schedule import Fault
 from tests.integration.cluster.raylets import Raylets
-from trainer.config_io import to_yaml
 
 NODES, CPUS_PER_NODE = 2, 4
 """Either node alone has room for two ranks and two readers."""

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer import task
+from isthmus.trainer import task
 
 
 def record_steps(path: Path, attempt: int, rank: int) -> None:

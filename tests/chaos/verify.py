@@ -8,12 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.object_store import join
+from isthmus.data_pipeline.store.object_store import join
+from isthmus.trainer.checkpoint.reader import committed, folders
+from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.runs.lease import read_lease
 from tests.chaos.faults import number_of_files
 from tests.chaos.pipeline import BUCKET, STEPS, Run
-from trainer.checkpoint_reader import committed, folders
-from trainer.lease import read_lease
-from trainer.metrics import read_jsonl
 
 ENDING_SECONDS = 20.0
 LOSS_TOLERANCE = 1e-5

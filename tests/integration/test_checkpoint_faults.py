@@ -9,15 +9,15 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from cluster.local_s3 import LocalS3
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.local_s3 import LocalS3
+from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.errors import CheckpointError, LeaseError
+from isthmus.trainer.runs.lease import Lease
 from tests.faulty_store import KINDS, Fault, FaultyStore
 from tests.saved_states import fragments_of, holds, manager, state_of
 from tests.seaweed import BUCKET
-from trainer.checkpoint_reader import committed
-from trainer.errors import CheckpointError, LeaseError
-from trainer.lease import Lease
 
 pytestmark = pytest.mark.integration
 WRITES_PER_SAVE = 3
@@ -113,7 +113,7 @@ def test_save_and_find_on_s3(seaweed: LocalS3):
 
 def test_bucket_that_vanishes_in_mid_run_is_one_clear_error(monkeypatch):
     """SeaweedFS makes a missing bucket anew, so this is against moto, which refuses as S3 does."""
-    monkeypatch.setattr("trainer.checkpoint.FIRST_PAUSE_SECONDS", 1e6)  # one try
+    monkeypatch.setattr("isthmus.trainer.checkpoint.manager.FIRST_PAUSE_SECONDS", 1e6)  # one try
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import ray
 
-from data_pipeline.config import DataConfig, StoreConfig
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.object_store import AccessError, ObjectStore
+from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.reading.loader import Loader
+from isthmus.data_pipeline.store.object_store import AccessError, ObjectStore
 from tests.seaweed import BUCKET
 from tests.unit.data_pipeline.tar_set import Encoder, assert_equal, good_sample, loader, take, write_set
 
@@ -73,8 +73,8 @@ def test_processes_give_the_same_bytes_ignore_sigterm_and_are_replaced(store, ma
 
 ORPHAN = """
 import os, sys
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.unit.data_pipeline.tar_set import loader
 if __name__ == "__main__":
     made = loader(sys.argv[1], store=ObjectStore(StoreConfig(endpoint_url=sys.argv[2], region="us-east-1")), readers=1)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from isthmus.trainer.engine.engine import Engine
+from isthmus.trainer.engine.optimizer import parameter_groups
 from tests.engine_toys import (
     BATCH,
     LR_FACTORS,
@@ -25,8 +27,6 @@ from tests.engine_toys import (
     train,
 )
 from tests.ranks import run_ranks
-from trainer.engine import Engine
-from trainer.optim import parameter_groups
 
 pytestmark = pytest.mark.integration
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 30, "reduce_bucket_size": 100_000, "sub_group_size": 200}

@@ -9,24 +9,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.config import JobConfig
-from data_pipeline.object_store import ObjectStore
-from model.config import LanguageConfig, QFormerConfig
-from model.exchange import ProcessGroupExchange
-from model.qformer import QFormer
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.stage2 import Stage2Inputs, Stage2Model
-from model.tiny import write_tiny_language
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.objectives.communicator import ProcessGroupExchange
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.tiny import write_tiny_language
+from isthmus.trainer.context import LocalContext
+from isthmus.trainer.estimate.hardware import Assumptions, Cluster, find_gpu
+from isthmus.trainer.estimate.memory import FP32, trainable_parameters
+from isthmus.trainer.estimate.shapes import VisionShape, language_shape
+from isthmus.trainer.estimate.step import Parts, estimate_stage
+from isthmus.trainer.estimate.traffic import stage_traffic
+from isthmus.trainer.frozen.zero3 import frozen_language
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
 from tests.tensor_memory import TensorMemory
-from trainer.context import LocalContext
-from trainer.estimate.hardware import Assumptions, Cluster, find_gpu
-from trainer.estimate.memory import FP32, trainable_parameters
-from trainer.estimate.shapes import VisionShape, language_shape
-from trainer.estimate.step import Parts, estimate_stage
-from trainer.estimate.traffic import stage_traffic
-from trainer.frozen_weights import frozen_language
 
 pytestmark = pytest.mark.integration
 
@@ -62,7 +62,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def on_rank(rank: int, _world_size: int, root: str) -> dict[str, Any]:
-    from trainer.process_group import join_process_group
+    from isthmus.trainer.distributed.process_group import join_process_group
 
     join_process_group(LocalContext().rank, 60)
     results = {"stage1": measure(lambda: Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), f"{root}/far.json", rank)}

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.format import step_name
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, Shelf
+from isthmus.trainer.checkpoint.replication import PeerSnapshots
+from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.engine import Engine
 from tests.engine_toys import make_engine, train
 from tests.local_peers import LocalPeers
 from tests.ranks import run_ranks
 from tests.saved_states import manager, state_of
-from trainer.checkpoint_format import step_name
-from trainer.checkpoint_reader import SavedCheckpoint
-from trainer.engine import Engine
-from trainer.gather import gather_lists
-from trainer.peer_memory import PeerMemory, Shelf
-from trainer.peer_snapshots import PeerSnapshots
 
 pytestmark = pytest.mark.integration
 TEMPLATES = ("stage1_zero1", "stage1_zero2", "stage2_zero3")

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.object_store import ObjectStore
-from model.config import LanguageConfig
-from model.language import LanguageModel, load_language
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig
+from isthmus.model.frozen.language import LanguageModel, load_language
+from isthmus.trainer.context import LocalContext, Rank
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity
+from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError
+from isthmus.trainer.frozen.zero3 import frozen_language
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
-from trainer.context import LocalContext, Rank
-from trainer.errors import TrainerError
-from trainer.frozen_identity import FrozenGuard, frozen_identity
-from trainer.frozen_weights import frozen_language
-from trainer.safetensors_folder import FrozenWeightsError
 
 pytestmark = pytest.mark.integration
 WIDTH, ROWS, QUERIES = 24, 4, 3
@@ -86,7 +86,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def on_two_ranks(rank: int, world_size: int, folders: dict[str, str], template: str) -> dict[str, Any]:
-    from trainer.process_group import join_process_group
+    from isthmus.trainer.distributed.process_group import join_process_group
 
     context = LocalContext()
     join_process_group(context.rank, 60)

@@ -7,6 +7,8 @@ import logging
 
 import pytest
 
+from isthmus.trainer.context import Outcome
+from isthmus.trainer.run_local import train_here
 from tests.learning import (
     ONE,
     configure,
@@ -17,8 +19,6 @@ from tests.learning import (
     write_language,
 )
 from tests.ranks import run_ranks
-from trainer.context import Outcome
-from trainer.local import train_here
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 CHANCE = 1 / ONE.num_held_out

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.report import write_report
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.report import write_report
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.run_folder import local_run
 
 BROWSER = shutil.which("chromium")

@@ -11,9 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from data_pipeline import s3
-from data_pipeline.index_build import IndexOptions, build_manifest, run_in_processes
-from data_pipeline.object_store import AccessError, AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest, run_in_processes
+from isthmus.data_pipeline.store import s3
+from isthmus.data_pipeline.store.object_store import (
+    AccessError,
+    AlreadyExistsError,
+    ChangedError,
+    NotFoundError,
+    ObjectStore,
+    join,
+)
 from tests.corpus import named_members, write_shards, write_tar
 from tests.seaweed import BUCKET
 
@@ -21,8 +28,8 @@ pytestmark = pytest.mark.integration
 
 _MAIN = """
 import sys
-from cluster.cli.data import app
-from data_pipeline.errors import DataError
+from isthmus.cluster.cli.data import app
+from isthmus.data_pipeline.errors import DataError
 try:
     app(args=sys.argv[1:], standalone_mode=False)
 except DataError as error:
@@ -173,10 +180,10 @@ def test_ray_tasks_index_like_local_processes(tmp_path):
     code = """
 import sys
 import ray
-from cluster.ray_map import run_in_ray
-from data_pipeline.errors import DataError
-from data_pipeline.index_build import IndexOptions, build_manifest
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.ray_nodes.ray_map import run_in_ray
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.store.object_store import ObjectStore
 urls = sys.argv[2:]
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 manifest, _ = build_manifest(urls, sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))

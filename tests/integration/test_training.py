@@ -12,22 +12,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluster.cli.main import app
-from cluster.config import JobConfig
-from cluster.tiny.assets import write_corpus, write_tiny_assets
-from cluster.tiny.scenes import draw_scene, make_scene
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.cli.main import app
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.tiny.assets import write_corpus, write_tiny_assets
+from isthmus.demo.tiny.scenes import draw_scene, make_scene
+from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import LocalContext, Outcome, StopReason
+from isthmus.trainer.evaluate import evaluate_run
+from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.run_local import train_here
+from isthmus.trainer.runs.export import export_run
+from isthmus.trainer.runs.store import RunStore
+from isthmus.trainer.strikes import NonFiniteError
+from isthmus.trainer.task import Stage1Task
 from tests.ranks import run_ranks
-from trainer.checkpoint_reader import committed
-from trainer.config_io import load_config
-from trainer.context import LocalContext, Outcome, StopReason
-from trainer.export import export_run
-from trainer.local import train_here
-from trainer.metrics import read_jsonl
-from trainer.report import evaluate_run
-from trainer.run_store import RunStore
-from trainer.strikes import NonFiniteError
-from trainer.task import Stage1Task
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"

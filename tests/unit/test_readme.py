@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from cluster.cli.main import app
+from isthmus.cluster.cli.main import app
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -63,12 +63,12 @@ def _by_paper(path):
 
 
 def _estimated(path):
-    from cluster.config import JobConfig
-    from trainer.config_io import load_config
-    from trainer.estimate import report
-    from trainer.estimate.architectures import load_parts
-    from trainer.estimate.hardware import Assumptions, find_gpu
-    from trainer.estimate.step import Cluster, estimate_stage
+    from isthmus.cluster.config import JobConfig
+    from isthmus.trainer.config.loading import load_config
+    from isthmus.trainer.estimate import report
+    from isthmus.trainer.estimate.architectures import load_parts
+    from isthmus.trainer.estimate.hardware import Assumptions, find_gpu
+    from isthmus.trainer.estimate.step import Cluster, estimate_stage
 
     config = load_config(path, [], JobConfig)
     parts, _ = load_parts(config)

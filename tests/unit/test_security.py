@@ -16,25 +16,25 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.captions import read_captions
-from data_pipeline.manifest import Manifest
-from data_pipeline.object_store import ObjectStore
-from data_pipeline.quarantine import BadSample
-from data_pipeline.shard_check import check_shard
-from data_pipeline.tar_walk import ObjectStream
-from data_pipeline.transforms import decode_image
+from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.dataset.shard_check import check_shard
+from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
+from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.captions import read_captions
+from isthmus.data_pipeline.sample.images import decode_image
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.checkpoint.format import MANIFEST, canonical_json, entry_of
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+from isthmus.trainer.config.loading import load_config, parse_yaml, to_yaml
+from isthmus.trainer.errors import CheckpointError, TrainerError
+from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, read_entries
+from isthmus.trainer.runs.lease import LeaseState
+from isthmus.trainer.runs.store import RunStore, read_run
 from tests.saved_states import fragments_of, manager, state_of
-from trainer.checkpoint_format import MANIFEST, canonical_json, entry_of
-from trainer.checkpoint_reader import SavedCheckpoint
-from trainer.config_io import load_config, parse_yaml, to_yaml
-from trainer.errors import CheckpointError, TrainerError
-from trainer.lease import LeaseState
-from trainer.run_store import RunStore, read_run
-from trainer.safetensors_folder import FrozenWeightsError, read_entries
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("model", "data_pipeline", "trainer", "cluster")
+PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "demo")
 DEEP = "[" * 200_000
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
@@ -78,7 +78,7 @@ def test_pickle_is_read_in_one_place_only_from_our_own_pipe():
                 "marshal",
             }:
                 importing.add(str(path.relative_to(ROOT)))
-    assert importing == {"trainer/checkpoint_writer.py"}
+    assert importing == {"trainer/checkpoint/upload_process.py"}
 
 
 def test_nothing_that_is_read_can_name_code():
@@ -99,7 +99,7 @@ def test_nothing_that_is_read_can_name_code():
 
 
 def test_a_pickled_file_among_weights_runs_no_code(tmp_path):
-    from model.own_format import read_trained
+    from isthmus.model.formats.native import read_trained
 
     touched = tmp_path / "touched"
     folder = tmp_path / "hostile"
@@ -117,9 +117,9 @@ def test_a_pickled_file_among_weights_runs_no_code(tmp_path):
 
 
 def test_transformers_loads_no_pickled_vision_weights(tmp_path):
-    from model.config import VisionConfig
-    from model.tiny_parts import write_tiny_vision
-    from model.vision import load_vision
+    from isthmus.model.config import VisionConfig
+    from isthmus.model.frozen.vision import load_vision
+    from isthmus.model.tiny_parts import write_tiny_vision
 
     write_tiny_vision(tmp_path / "vision")
     (weights,) = (tmp_path / "vision").glob("*.safetensors")
@@ -250,7 +250,7 @@ def test_garbage_that_begins_like_an_image_is_a_bad_sample(data):
 
 
 def test_a_hostile_manifest_is_one_clear_error(tmp_path):
-    from data_pipeline.errors import DataError
+    from isthmus.data_pipeline.errors import DataError
 
     for text in (DEEP, '{"format": 1}', '{"format": "isthmus-manifest", "version": 1}\n' + DEEP, "\0\0"):
         (tmp_path / "manifest.jsonl").write_text(text)
@@ -366,8 +366,8 @@ def test_deeply_nested_json_is_one_clear_error(checkpoint, tmp_path):
 
 
 def test_a_run_name_cannot_leave_its_folder(tmp_path):
-    from cluster.config import JobConfig
-    from trainer.errors import ConfigError
+    from isthmus.cluster.config import JobConfig
+    from isthmus.trainer.errors import ConfigError
 
     for name in ("../other", "/etc", "a/b", "a\nb", ".."):
         with pytest.raises(ConfigError, match=r"run\.name"):
@@ -378,7 +378,7 @@ def test_a_run_name_cannot_leave_its_folder(tmp_path):
     "text", ["a: !!python/name:os.system", "a: !!python/object/new:os.system [x]", "a: !include /etc/passwd"]
 )
 def test_tags_in_yaml_name_no_code(text):
-    from trainer.errors import ConfigError
+    from isthmus.trainer.errors import ConfigError
 
     with pytest.raises(ConfigError):
         parse_yaml(text, "hostile.yaml")
@@ -388,8 +388,8 @@ def test_tags_in_yaml_name_no_code(text):
 
 
 def test_no_secret_is_in_what_a_run_writes(tmp_path, monkeypatch, caplog):
-    from cluster.config import JobConfig
-    from cluster.jobs import job_environment
+    from isthmus.cluster.config import JobConfig
+    from isthmus.cluster.submission.jobs import job_environment
 
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, SECRET)
@@ -407,7 +407,7 @@ def command_line(pid):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         shown = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        if "trainer.checkpoint_writer" in shown:
+        if "isthmus.trainer.checkpoint.upload_process" in shown:
             return shown
         time.sleep(0.01)
     raise AssertionError(f"no command line: {shown}")
@@ -415,7 +415,7 @@ def command_line(pid):
 
 def test_no_secret_is_on_a_command_line(tmp_path, monkeypatch):
     """`ps` shows arguments to everyone; what the writer process needs goes through its pipe."""
-    from trainer.checkpoint_writer import SnapshotMemory, WriterProcess
+    from isthmus.trainer.checkpoint.upload_process import SnapshotMemory, WriterProcess
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     memory = SnapshotMemory(64)
@@ -426,7 +426,7 @@ def test_no_secret_is_on_a_command_line(tmp_path, monkeypatch):
         writer.close(at_once=True)
         number = memory.fd
         memory.close()
-    assert shown[-4:-1] == ["trainer.checkpoint_writer", str(number), "64"]
+    assert shown[-4:-1] == ["isthmus.trainer.checkpoint.upload_process", str(number), "64"]
     assert SECRET not in " ".join(shown)
 
 
@@ -434,12 +434,12 @@ def test_no_secret_is_on_a_command_line(tmp_path, monkeypatch):
 
 
 def test_the_local_s3_server_listens_on_loopback_alone_and_its_key_is_private(tmp_path):
-    from cluster.local_s3 import _keys
+    from isthmus.demo.local_s3 import _keys
 
     access, secret = _keys(tmp_path)
     assert (tmp_path / "s3.json").stat().st_mode & 0o077 == 0
     assert len(secret) >= 32
-    text = (ROOT / "cluster" / "local_s3.py").read_text()
+    text = (ROOT / "demo" / "local_s3.py").read_text()
     assert "-ip=127.0.0.1" in text
     assert "-ip.bind=127.0.0.1" in text
     command = re.findall(r"command \+?= (\[.*?\])", text, re.DOTALL)
@@ -449,7 +449,8 @@ def test_the_local_s3_server_listens_on_loopback_alone_and_its_key_is_private(tm
 
 def test_the_token_is_on_and_fresh_for_an_embedded_ray(tmp_path):
     variables = "os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN']"
-    program = f"import os; from cluster.auth import use_tokens; use_tokens(create=True); print({variables})"
+    imports = "import os; from isthmus.cluster.ray_nodes.auth import use_tokens"
+    program = f"{imports}; use_tokens(create=True); print({variables})"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
     settings = {"env": environment, "cwd": ROOT, "text": True, "timeout": 60}
     answers = [subprocess.check_output([sys.executable, "-c", program], **settings).split() for _ in range(2)]

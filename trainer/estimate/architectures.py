@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError
-from data_pipeline.object_store import ObjectStore, join
-from trainer.config import TrainConfig
-from trainer.errors import ConfigError
-from trainer.estimate.shapes import language_shape, vision_shape
-from trainer.estimate.step import Parts
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.config.schema import TrainConfig
+from isthmus.trainer.errors import ConfigError
+from isthmus.trainer.estimate.shapes import language_shape, vision_shape
+from isthmus.trainer.estimate.step import Parts
 
 BUNDLED = Path(__file__).parents[2] / "recipes" / "architectures"
 

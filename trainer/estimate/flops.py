@@ -7,8 +7,8 @@ A trainable product costs three times its forward work, one that only passes a g
 
 from dataclasses import dataclass
 
-from model.config import QFormerConfig
-from trainer.estimate.shapes import LanguageShape, VisionShape
+from isthmus.model.config import QFormerConfig
+from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from trainer.errors import ConfigError
+from isthmus.trainer.errors import ConfigError
 
 GIB = 1 << 30
 

@@ -8,9 +8,9 @@ operands, since no weight needs a gradient. test_estimate_truth.py holds the cou
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model.config import Dtype, QFormerConfig
-from trainer.estimate.flops import Text
-from trainer.estimate.shapes import LanguageShape, VisionShape
+from isthmus.model.config import Dtype, QFormerConfig
+from isthmus.trainer.estimate.flops import Text
+from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 FP32, HALF = 4, 2
 DTYPE_BYTES: dict[Dtype, int] = {"float32": FP32, "bfloat16": HALF, "float16": HALF}

@@ -4,10 +4,10 @@ Korthikanti et al. 2022, section 4.1, count 34 bytes per unit of width, row and 
 (three casts before the projections, norms in single precision), and 7 bytes stay per attention score.
 """
 
-from model.config import QFormerConfig
-from trainer.estimate.flops import Text
-from trainer.estimate.memory import FP32, HALF
-from trainer.estimate.shapes import LanguageShape, VisionShape
+from isthmus.model.config import QFormerConfig
+from isthmus.trainer.estimate.flops import Text
+from isthmus.trainer.estimate.memory import FP32, HALF
+from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 BYTES_PER_UNIT = 50
 BYTES_PER_SCORE = 7

@@ -5,8 +5,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.estimate.hardware import GIB, Assumptions, Cluster, Gpu
-from trainer.estimate.step import StageEstimate
+from isthmus.trainer.estimate.hardware import GIB, Assumptions, Cluster, Gpu
+from isthmus.trainer.estimate.step import StageEstimate
 
 GIGA, TERA, PETA = 1e9, 1e12, 1e15
 

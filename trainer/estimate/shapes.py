@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import ConfigError
+from isthmus.trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)

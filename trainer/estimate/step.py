@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from trainer.config import StageName, TrainConfig
-from trainer.deepspeed_config import load_template
-from trainer.errors import ConfigError
-from trainer.estimate.flops import Text, Work, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
-from trainer.estimate.hardware import Assumptions, Cluster
-from trainer.estimate.memory import (
+from isthmus.trainer.config.schema import StageName, TrainConfig
+from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.errors import ConfigError
+from isthmus.trainer.estimate.flops import Text, Work, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
+from isthmus.trainer.estimate.hardware import Assumptions, Cluster
+from isthmus.trainer.estimate.memory import (
     DTYPE_BYTES,
     FP32,
     HALF,
@@ -21,8 +21,8 @@ from trainer.estimate.memory import (
     stage2_activations,
     trainable_parameters,
 )
-from trainer.estimate.shapes import LanguageShape, VisionShape
-from trainer.estimate.traffic import Traffic, distinct_share, stage_traffic
+from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
+from isthmus.trainer.estimate.traffic import Traffic, distinct_share, stage_traffic
 
 SECONDS_PER_DAY = 86400.0
 MOMENTS_AND_MASTER = 3

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from model.config import QFormerConfig
-from trainer.estimate.memory import FP32
-from trainer.estimate.shapes import LanguageShape, VisionShape
+from isthmus.model.config import QFormerConfig
+from isthmus.trainer.estimate.memory import FP32
+from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 LABEL_BYTES = 16
 """Row and image id of a sample."""

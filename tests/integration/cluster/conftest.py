@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.tiny.assets import write_tiny_assets
+from isthmus.demo.tiny.assets import write_tiny_assets
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.manager import CheckpointManager
 from tests.saved_states import fragments_of, holds, state_of
-from trainer.checkpoint import CheckpointManager
 
 STEP_SECONDS = 0.2  # on a loaded machine, too, a snapshot arrives before the next one is due, else that is left out
 

@@ -14,7 +14,7 @@ import ray
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
-from cluster import auth
+from isthmus.cluster.ray_nodes import auth
 
 OBJECT_STORE_BYTES = 80 << 20
 ROOT = Path(__file__).parents[3]

@@ -5,14 +5,14 @@ import threading
 
 import pytest
 
-from cluster.config import JobConfig
-from cluster.status import StatusBoard
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.status import StatusBoard
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import LocalContext, StopReason
+from isthmus.trainer.run_local import train_here
+from isthmus.trainer.runs.store import RunStore
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
-from trainer.config_io import load_config
-from trainer.context import LocalContext, StopReason
-from trainer.local import train_here
-from trainer.run_store import RunStore
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT = 180.0
@@ -89,7 +89,7 @@ def wait_for_steps(board, world_size):
 
 
 def test_the_world_shrinks_and_grows_and_trains_as_if_nothing_had_happened(raylets, assets, tmp_path):
-    from cluster.supervisor import Supervisor
+    from isthmus.cluster.supervision.supervisor import Supervisor
 
     config = recipe(assets, tmp_path, "elastic")
     run = RunStore.open(config, ObjectStore(), owner="test")

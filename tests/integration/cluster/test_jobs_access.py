@@ -11,10 +11,10 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from cluster.auth import PATH_VARIABLE, TOKEN_VARIABLE
-from cluster.cli.jobs import app
-from cluster.errors import ClusterError
-from cluster.jobs import Jobs
+from isthmus.cluster.cli.jobs import app
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.ray_nodes.auth import PATH_VARIABLE, TOKEN_VARIABLE
+from isthmus.cluster.submission.jobs import Jobs
 from tests.integration.cluster.raylets import Raylets, free_port, wait_for
 
 pytestmark = pytest.mark.integration

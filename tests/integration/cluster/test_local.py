@@ -9,12 +9,12 @@ import sys
 import psutil
 import pytest
 
-from cluster.config import JobConfig
-from cluster.status import RunState, read_status
-from cluster.tiny.assets import write_tiny_assets
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.status import RunState, read_status
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.tiny.assets import write_tiny_assets
+from isthmus.trainer.config.loading import load_config, to_yaml
 from tests.integration.cluster.raylets import ROOT, wait_for
-from trainer.config_io import load_config, to_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 LIMIT = 120.0
@@ -45,7 +45,7 @@ def recipe(tmp_path):
 
 
 def train(recipe, mark, *overrides):
-    command = [sys.executable, "-m", "cluster.cli.main", "train", str(recipe), *overrides]
+    command = [sys.executable, "-m", "isthmus.cluster.cli.main", "train", str(recipe), *overrides]
     environment = {**os.environ, MARK: mark}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from cluster.status import StatusBoard
-from cluster.supervisor import Supervisor
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.status import StatusBoard
+from isthmus.cluster.supervision.supervisor import Supervisor
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.integration.cluster.raylets import Raylets, wait_for
 from tests.unit.cluster.configs import job_config
 

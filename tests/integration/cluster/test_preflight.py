@@ -26,7 +26,7 @@ def ready_config(folder, assets, **changes):
 
 
 def checked(config):
-    from cluster.preflight import run_checks
+    from isthmus.cluster.checks.preflight import run_checks
 
     return {(check.name, check.where): check for check in run_checks(config)}
 

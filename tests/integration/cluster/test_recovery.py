@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError
-from cluster.status import RunState, StatusBoard
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.status import RunState, StatusBoard
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.integration.cluster.raylets import Raylets, wait_for
 from tests.unit.cluster.configs import job_config
 
@@ -34,7 +34,7 @@ class Supervised:
     """A supervisor at work in a thread."""
 
     def __init__(self, folder: Path, **cluster):
-        from cluster.supervisor import Supervisor
+        from isthmus.cluster.supervision.supervisor import Supervisor
 
         self.folder = folder
         workers = {"min": 1, "max": 2}
@@ -201,7 +201,7 @@ def test_shrinks_when_a_raylet_is_lost_and_grows_when_one_comes(raylets, supervi
 
 
 def test_a_drain_notice_gives_a_checkpoint_before_the_deadline_and_work_elsewhere(raylets, supervise):
-    from cluster.drain import drain_node
+    from isthmus.cluster.ray_nodes.drain import drain_node
 
     run = supervise(steps=100_000)
     run.wait_for_step(6, world=2)

@@ -13,16 +13,16 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli import doctor
-from cluster.cli.jobs import app
-from cluster.config import JobConfig
-from cluster.jobs import Jobs
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.cluster.cli import doctor
+from isthmus.cluster.cli.jobs import app
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.submission.jobs import Jobs
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.config.loading import load_config, to_yaml
+from isthmus.trainer.errors import ConfigError
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
 from tests.seaweed import BUCKET
-from trainer.checkpoint_reader import committed
-from trainer.config_io import load_config, to_yaml
-from trainer.errors import ConfigError
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT = 240.0
@@ -162,7 +162,7 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator, undi
     operator.kill("ray::reader-1")
     operator.kill("ray::train-1")
     killed_at = operator.wait_for_checkpoint("disturbed", 15)
-    operator.kill("cluster.driver")
+    operator.kill("isthmus.cluster.driver")
     operator.wait_for_end("disturbed")
     view = operator.status("disturbed")
     assert view["state"] == "failed", operator.story("disturbed")
@@ -248,7 +248,7 @@ def test_a_full_cluster_is_said_at_once(operator):
 def test_a_run_whose_head_is_lost_ends_on_another_cluster_with_the_same_bits(operator, undisturbed, monkeypatch):
     operator.isthmus("submit", operator.recipe("orphan"))
     operator.wait_for_checkpoint("orphan", 10)
-    operator.kill("cluster.driver")
+    operator.kill("isthmus.cluster.driver")
     operator.raylets.lose_head()
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", operator.seaweed.endpoint_url)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.exchange import ProcessGroupExchange
+from isthmus.model.objectives.communicator import ProcessGroupExchange
 from tests.fixtures_stage1 import LOSSES, Reference, _case2, in_double, losses_and_gradients
 from tests.ranks import run_ranks
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.exchange import LocalExchange, ProcessGroupExchange
-from model.generate import Decoding, caption
+from isthmus.model.generate import Decoding, caption
+from isthmus.model.objectives.communicator import LocalExchange, ProcessGroupExchange
 from tests.ranks import run_ranks
 from tests.stage2_parts import CAPTIONS, picture, stage2_parts
 
@@ -60,10 +60,10 @@ def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path):
 
 
 def partitioned_captions(rank, world_size, root, kind):
-    from data_pipeline.object_store import ObjectStore
-    from trainer.context import LocalContext
-    from trainer.frozen_weights import frozen_language
-    from trainer.process_group import join_process_group
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from isthmus.trainer.context import LocalContext
+    from isthmus.trainer.distributed.process_group import join_process_group
+    from isthmus.trainer.frozen.zero3 import frozen_language
 
     parts = stage2_parts(Path(root), kind)
     context = LocalContext()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cluster.config import JobConfig
+from isthmus.cluster.config import JobConfig
 
 
 def job_config(url: str = "s3://bucket/runs", name: str = "demo", **sections: Any) -> JobConfig:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli import checkpoints, runs
-from cluster.errors import ClusterError
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.cli import checkpoints, runs
+from isthmus.cluster.errors import ClusterError
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.saved_states import fragments_of, manager, state_of
 from tests.unit.trainer.test_run_store import open_run
 

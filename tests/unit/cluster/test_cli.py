@@ -16,14 +16,18 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "boto3", "numpy", "matplot
 
 def isthmus(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli.main", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "isthmus.cluster.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['isthmus', '--help']\n"
-        "from cluster.cli.main import main\n"
+        "from isthmus.cluster.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         f"heavy = sorted(set({HEAVY!r}) & set(sys.modules)); print('heavy:', heavy, file=sys.stderr)"
     )

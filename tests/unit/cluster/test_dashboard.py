@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
+from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
 
 pytestmark = pytest.mark.unit
 DASHBOARD = json.loads((Path(__file__).parents[3] / "cluster" / "dashboards" / "grafana.json").read_text())

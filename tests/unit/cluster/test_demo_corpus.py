@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cluster.demo import packages
-from cluster.demo.emoji import Drawing, build_corpus
-from cluster.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, credits_markdown, fetch, unpack
-from cluster.errors import ClusterError
+from isthmus.cluster.errors import ClusterError
+from isthmus.demo import packages
+from isthmus.demo.emoji import Drawing, build_corpus
+from isthmus.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, credits_markdown, fetch, unpack
 
 pytestmark = pytest.mark.unit
 

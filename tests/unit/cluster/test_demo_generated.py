@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from cluster.config import JobConfig
-from cluster.demo import main
-from cluster.demo.emoji import SPLITS
-from cluster.demo.generated import generate_corpus, generate_models
-from cluster.errors import ClusterError
-from model.tokenize import QFormerEncoder
-from model.vision import load_vision
-from trainer.config_io import load_config
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import ClusterError
+from isthmus.demo import main
+from isthmus.demo.emoji import SPLITS
+from isthmus.demo.generated import generate_corpus, generate_models
+from isthmus.model.frozen.vision import load_vision
+from isthmus.model.text.qformer_tokenizer import QFormerEncoder
+from isthmus.trainer.config.loading import load_config
 
 pytestmark = pytest.mark.unit
 

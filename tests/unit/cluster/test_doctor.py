@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
-from cluster import doctor
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.cluster.checks import doctor
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 pytestmark = pytest.mark.unit
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from cluster import drain
+from isthmus.cluster.ray_nodes import drain
 
 pytestmark = pytest.mark.unit
 SLEEP = "import time; print(flush=True); time.sleep(60)"
 
 
 def driver(address):
-    command = [sys.executable, "-c", SLEEP, "-m", "cluster.driver"]
+    command = [sys.executable, "-c", SLEEP, "-m", "isthmus.cluster.driver"]
     process = subprocess.Popen(command, env={"RAY_ADDRESS": address}, stdout=subprocess.PIPE)
     assert process.stdout.readline()
     return process

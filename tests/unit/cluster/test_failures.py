@@ -2,13 +2,13 @@
 
 import pytest
 
-from cluster.config import RestartConfig
-from cluster.failures import Failure, FailureKind, RestartPolicy, classify, root_cause
-from data_pipeline.backend import ReaderFailed
-from data_pipeline.errors import AccessError, DataError, StalledError
-from data_pipeline.quarantine import BudgetExceeded
-from model.errors import ModelError
-from trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
+from isthmus.cluster.config import RestartConfig
+from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy, classify, root_cause
+from isthmus.data_pipeline.errors import AccessError, DataError, StalledError
+from isthmus.data_pipeline.reading.backend import ReaderFailed
+from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
+from isthmus.model.errors import ModelError
+from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
 
 pytestmark = pytest.mark.unit
 LOST = Failure(FailureKind.LOST, "train-1 died", rank=1, node="n1")

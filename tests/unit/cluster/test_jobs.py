@@ -5,12 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from cluster import auth
-from cluster.cli.jobs import app
-from cluster.code_package import build_package, package_bytes
-from cluster.errors import ClusterError
-from cluster.jobs import Jobs, dashboard_url, job_environment, job_metadata
-from trainer.config_io import load_config, to_yaml
+from isthmus.cluster.cli.jobs import app
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.ray_nodes import auth
+from isthmus.cluster.submission.code_package import build_package, package_bytes
+from isthmus.cluster.submission.jobs import Jobs, dashboard_url, job_environment, job_metadata
+from isthmus.trainer.config.loading import load_config, to_yaml
 
 from .configs import JobConfig, job_config
 
@@ -28,7 +28,9 @@ def secret(monkeypatch):
 def test_the_package_holds_source_and_configuration_only(tmp_path):
     build_package(job_config(), tmp_path)
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {"cluster/driver.py", "cluster/manifests/raycluster.yaml", "trainer/context.py", "config.yaml"} <= names
+    ours = ("__init__.py", "cluster/driver.py", "cluster/manifests/raycluster.yaml", "trainer/context.py")
+    assert {"config.yaml", *(f"isthmus/{name}" for name in ours)} <= names
+    assert not [name for name in names if name.startswith("isthmus/demo")]
     assert {name.rpartition(".")[2] for name in names} <= {"py", "json", "yaml", "txt"}
     assert not [name for name in names if "__pycache__" in name or name.startswith((".", "tests"))]
     assert package_bytes(tmp_path)[1] < 20 << 20
@@ -135,7 +137,7 @@ class NewCluster:
 
     def __init__(self, monkeypatch, refusals, message):
         self.refusals, self.message, self.asked = refusals, message, 0
-        monkeypatch.setattr("cluster.jobs.AGENT_POLL_SECONDS", 0.0)
+        monkeypatch.setattr("isthmus.cluster.submission.jobs.AGENT_POLL_SECONDS", 0.0)
         self.jobs = object.__new__(Jobs)
         self.jobs.address, self.jobs._client = "http://127.0.0.1:1", self
 
@@ -151,18 +153,19 @@ REFUSED = "Request failed with status code 500: Traceback\nNo available agent to
 
 def test_a_cluster_that_has_just_started_is_given_time_to_take_the_job(monkeypatch, tmp_path):
     cluster = NewCluster(monkeypatch, 3, REFUSED)
-    assert cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+    assert cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "isthmus.cluster.driver", {})
     assert cluster.asked == 4
 
 
 def test_a_cluster_without_an_agent_is_not_waited_for_endlessly(monkeypatch, tmp_path):
-    monkeypatch.setattr("cluster.jobs.AGENT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("isthmus.cluster.submission.jobs.AGENT_TIMEOUT_SECONDS", 0.2)
+    cluster = NewCluster(monkeypatch, 10**9, REFUSED)
     with pytest.raises(ClusterError, match="was not accepted: No available agent"):
-        NewCluster(monkeypatch, 10**9, REFUSED).jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+        cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "isthmus.cluster.driver", {})
 
 
 def test_any_other_refusal_is_told_at_once(monkeypatch, tmp_path):
     cluster = NewCluster(monkeypatch, 10**9, "Request failed with status code 500: out of disk")
     with pytest.raises(ClusterError, match="out of disk"):
-        cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "cluster.driver", {})
+        cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "isthmus.cluster.driver", {})
     assert cluster.asked == 1

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import kubernetes
-from cluster.cli.manifests import app
-from trainer.config_io import to_yaml
+from isthmus.cluster.cli.manifests import app
+from isthmus.cluster.manifests import render as kubernetes
+from isthmus.trainer.config.loading import to_yaml
 
 from .configs import job_config
 
@@ -86,7 +86,8 @@ def test_workers_tolerate_spot_and_drain_before_they_end():
     pod = kubernetes.ray_cluster(config)["spec"]["workerGroupSpecs"][0]["template"]["spec"]
     assert pod["tolerations"] == [{"key": "spot", "operator": "Exists"}]
     assert pod["nodeSelector"] == {"tier": "spot"}
-    assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["python", "-m", "cluster.drain"]
+    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]
+    assert hook["command"] == ["python", "-m", "isthmus.cluster.ray_nodes.drain"]
     assert pod["terminationGracePeriodSeconds"] > config.cluster.stop_grace_seconds
 
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from cluster import logs
+from isthmus.cluster import logs
 
 pytestmark = pytest.mark.unit
 
@@ -25,12 +25,12 @@ def stream():
 
 def test_a_line_names_run_stage_step_and_rank(stream):
     logs.set_place(stage="stage1", step=120, rank=3)
-    logging.getLogger("trainer.watch").info("loss %.1f", 0.5)
+    logging.getLogger("isthmus.trainer.monitoring.monitor").info("loss %.1f", 0.5)
     line = json.loads(stream.getvalue())
     assert line.pop("time").endswith("Z")
     assert line == {
         "level": "info", "run": "demo", "stage": "stage1", "step": 120, "rank": 3,
-        "logger": "trainer.watch", "message": "loss 0.5",
+        "logger": "isthmus.trainer.monitoring.monitor", "message": "loss 0.5",
     }  # fmt: skip
 
 

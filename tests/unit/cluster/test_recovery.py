@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.recovery import Recovery
+from isthmus.cluster.supervision.recovery import Recovery
 
 pytestmark = pytest.mark.unit
 

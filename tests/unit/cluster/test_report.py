@@ -8,20 +8,20 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from cluster.cli.report import report
-from cluster.demo.curves import compare, load_band, make_band, verdict
-from cluster.demo.report import curve_verdict
-from cluster.demo.report import write_report as write_demo_report
-from cluster.errors import ClusterError
-from cluster.report import write_report
-from cluster.report.charts import Mark, line_chart
-from cluster.report.folder import read_folder
-from cluster.report.markup import h
-from cluster.report.measures import captioning
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.cluster.cli.report import report
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.report import write_report
+from isthmus.cluster.report.charts import Mark, line_chart
+from isthmus.cluster.report.folder import read_folder
+from isthmus.cluster.report.markup import h
+from isthmus.cluster.report.measures import captioning
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.demo.curves import compare, load_band, make_band, verdict
+from isthmus.demo.report import curve_verdict
+from isthmus.demo.report import write_report as write_demo_report
+from isthmus.trainer.errors import TrainerError
 from tests.run_folder import HOSTILE, local_run, write_run
-from trainer.errors import TrainerError
 
 pytestmark = pytest.mark.unit
 SECTIONS = ["Results", "Losses", "Retrieval", "Captions", "Attention", "Similarity", "Goodput", "Restarts", "Memory"]
@@ -166,7 +166,7 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
         path = write_demo_report(config, store, tmp_path)
         assert store.get(join(config.run.url, config.run.name, "report.html")) == path.read_bytes()
         page = Page(path.read_text())
-        monkeypatch.setattr("cluster.demo.report.BANDS", tmp_path)
+        monkeypatch.setattr("isthmus.demo.report.BANDS", tmp_path)
         assert "none are on file" in curve_verdict(config, store)
         band = make_band("recipes/demo.yaml", [read_folder("s3://bucket/runs/demo", store)])
         (tmp_path / "demo.json").write_text(band.model_dump_json())

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.sample_keys import sample_keys
-from cluster.tiny.assets import write_corpus
-from data_pipeline.loader import open_loader
-from data_pipeline.object_store import ObjectStore
+from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.data_pipeline.reading.loader import open_loader
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.tiny.assets import write_corpus
 
 from .configs import job_config
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.plan import Plan, SampleRef
+from isthmus.data_pipeline.order.plan import Plan, SampleRef
 
 
 @dataclass

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.batch import Batch
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, open_loader
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.object_store import ObjectStore, join
-from data_pipeline.shard_index import Member, Sample, ShardIndex, index_hash
+from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.dataset.shard_index import Member, Sample, ShardIndex, index_hash
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 
 def picture(number, size=(40, 30), file_format="JPEG"):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from data_pipeline.cache import ChunkId, ChunkMemory, DiskCache
+from isthmus.data_pipeline.reading.cache import ChunkId, ChunkMemory, DiskCache
 
 pytestmark = pytest.mark.unit
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.captions import choose_caption, clean_caption, read_captions
-from data_pipeline.quarantine import BadSample
+from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
 
 pytestmark = pytest.mark.unit
 

@@ -7,14 +7,14 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_pipeline.errors import DataError, NotFoundError
-from data_pipeline.index_build import IndexOptions, IndexShard, build_manifest, run_in_processes
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.object_store import ObjectStore
-from data_pipeline.shard_check import DEFAULT_POLICY, FAULTS, check_shard
-from data_pipeline.shard_index import ShardIndex
-from data_pipeline.shard_urls import braces, expand
-from data_pipeline.tar_walk import ObjectStream
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, IndexShard, build_manifest, run_in_processes
+from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS, check_shard
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.dataset.shard_urls import braces, expand
+from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
+from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.corpus import named_members, picture, sample, write_shards, write_tar
 
 pytestmark = pytest.mark.unit

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from data_pipeline.errors import DataError
-from data_pipeline.index_build import run_in_processes
-from data_pipeline.ingest import ingest
-from data_pipeline.ingest_sources import Record, guess_kind, read_records
-from data_pipeline.object_store import ObjectStore
+from isthmus.data_pipeline.dataset.index_build import run_in_processes
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.ingest.shards import ingest
+from isthmus.data_pipeline.ingest.sources import Record, guess_kind, read_records
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.corpus import picture
 
 pytestmark = pytest.mark.unit

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data_pipeline.loader as loader_module
-from data_pipeline.backend import DirectBackend, ReaderDied
-from data_pipeline.config import BudgetConfig
-from data_pipeline.errors import DataError, NotFoundError
-from data_pipeline.quarantine import BudgetExceeded
+import isthmus.data_pipeline.reading.loader as loader_module
+from isthmus.data_pipeline.config import BudgetConfig
+from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.reading.backend import DirectBackend, ReaderDied
+from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from tests.unit.data_pipeline.tar_set import assert_equal, good_sample, loader, picture, take, tar_files, write_set
 
 pytestmark = pytest.mark.unit

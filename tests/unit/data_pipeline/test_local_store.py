@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from data_pipeline.object_store import (
+from isthmus.data_pipeline.store.object_store import (
     AccessError,
     AlreadyExistsError,
     ChangedError,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import DataError
-from data_pipeline.plan import Plan
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.order.plan import Plan
 from tests.unit.data_pipeline.planned import PlannedSet, step_samples
 
 pytestmark = pytest.mark.unit

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data_pipeline.config import BudgetConfig
-from data_pipeline.quarantine import BadRecord, Budget, BudgetExceeded
+from isthmus.data_pipeline.config import BudgetConfig
+from isthmus.data_pipeline.reading.quarantine import BadRecord, Budget, BudgetExceeded
 
 pytestmark = pytest.mark.unit
 

@@ -4,9 +4,9 @@ import zlib
 
 import pytest
 
-from data_pipeline import s3
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import (
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store import s3
+from isthmus.data_pipeline.store.object_store import (
     AccessError,
     AlreadyExistsError,
     ChangedError,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.hashing import uniform_stream
-from data_pipeline.quarantine import BadSample
-from data_pipeline.transforms import decode_image, random_resized_crop_box, resize_square
+from isthmus.data_pipeline.hashing import uniform_stream
+from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.images import decode_image, random_resized_crop_box, resize_square
 
 pytestmark = pytest.mark.unit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention_masks
+from isthmus.model.qformer import attention_masks
 
 pytestmark = pytest.mark.unit
 

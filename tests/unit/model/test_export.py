@@ -12,18 +12,18 @@ from transformers import (
     GenerationConfig,
 )
 
-from model.assemble import load_captioner
-from model.config import QFormerConfig
-from model.errors import ModelError
-from model.exchange import LocalExchange
-from model.generate import Decoding, answer, caption, itc_score, itm_score
-from model.hf_format import export_captioner, export_retriever, hf_can_hold
-from model.own_format import bridge_configs, export_bridge, load_trained
-from model.qformer import QFormer
-from model.reference_names import reference_name
-from model.stage1 import Stage1Model
-from model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
-from model.weight_writer import file_tensors, write_tensors
+from isthmus.model.config import QFormerConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.formats.assemble import load_captioner
+from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.formats.native import bridge_configs, export_bridge, load_trained
+from isthmus.model.generate import Decoding, answer, caption, itc_score, itm_score
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
+from isthmus.model.weight_writer import file_tensors, write_tensors
 from tests.stage2_parts import QFORMER, stage2_parts
 
 pytestmark = pytest.mark.unit
@@ -249,7 +249,7 @@ def test_a_transformers_folder_becomes_an_own_export_that_answers(exported, root
     from PIL import Image
     from typer.testing import CliRunner
 
-    from cluster.cli.model import app
+    from isthmus.cluster.cli.model import app
 
     parts, folder, _, _ = exported
     own = root / f"own-{folder.name}"

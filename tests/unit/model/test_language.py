@@ -17,11 +17,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from model import language as language_module
-from model.config import LanguageConfig
-from model.errors import ModelError
-from model.language import build_language, load_language
-from model.tiny import write_tiny_language
+from isthmus.model.config import LanguageConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.frozen import language as language_module
+from isthmus.model.frozen.language import build_language, load_language
+from isthmus.model.tiny import write_tiny_language
 
 pytestmark = pytest.mark.unit
 
@@ -172,6 +172,6 @@ def test_logits_are_formed_at_target_positions_only(folders):
 
 
 def test_ignored_label_is_the_same_everywhere():
-    from model import language_tokens
+    from isthmus.model.text import language_tokenizer as language_tokens
 
     assert language_module.IGNORED == language_tokens.IGNORED == -100

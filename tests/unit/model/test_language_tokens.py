@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from model.config import LanguageConfig
-from model.errors import ModelError
-from model.language_tokens import LanguageEncoder, split_point
-from model.tiny import write_tiny_language, write_tiny_tokenizer
+from isthmus.model.config import LanguageConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.text.language_tokenizer import LanguageEncoder, split_point
+from isthmus.model.tiny import write_tiny_language, write_tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 

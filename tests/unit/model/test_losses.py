@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.losses import NegativeDraw, contrastive_loss, draw_negatives, text_identity
+from isthmus.model.objectives.losses import NegativeDraw, contrastive_loss, draw_negatives, text_identity
 
 pytestmark = pytest.mark.unit
 

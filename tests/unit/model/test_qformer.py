@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from model.bert_init import load_bert
-from model.config import QFormerConfig
-from model.errors import ModelError
-from model.exchange import LocalExchange
-from model.lavis_format import lavis_state, load_lavis
-from model.qformer import QFormer, is_query_side
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
-from model.tokenize import QFormerEncoder
+from isthmus.model.config import QFormerConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.formats.lavis import lavis_state, load_lavis
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.qformer.bert_init import load_bert
+from isthmus.model.qformer.qformer import QFormer, is_query_side
+from isthmus.model.text.qformer_tokenizer import QFormerEncoder
+from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
 
 pytestmark = pytest.mark.unit
 

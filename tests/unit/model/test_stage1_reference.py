@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.exchange import LocalExchange
-from model.savings import PLAIN, Savings
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.savings import PLAIN, Savings
 from tests.fixtures_stage1 import (
     LOSSES,
     Reference,

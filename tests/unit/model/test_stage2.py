@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.errors import ModelError
-from model.exchange import LocalExchange
+from isthmus.model.errors import ModelError
+from isthmus.model.objectives.communicator import LocalExchange
 from tests.fixtures_stage2 import check_stage2
 from tests.stage2_parts import CAPTIONS, stage2_parts
 

@@ -26,12 +26,12 @@ from transformers import (
     ViTModel,
 )
 
-from model.config import QFormerConfig, VisionConfig
-from model.efficientnet_lite import EfficientNetLite
-from model.errors import ModelError
-from model.qformer import QFormer
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.vision import image_statistics, load_vision
+from isthmus.model.config import QFormerConfig, VisionConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.frozen.efficientnet_lite import EfficientNetLite
+from isthmus.model.frozen.vision import image_statistics, load_vision
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.qformer.qformer import QFormer
 
 pytestmark = pytest.mark.unit
 

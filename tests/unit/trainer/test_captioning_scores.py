@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.captioning_scores import exact_match, score_captions, tokenize
+from isthmus.trainer.evaluation.caption_metrics import exact_match, score_captions, tokenize
 
 pytestmark = pytest.mark.unit
 

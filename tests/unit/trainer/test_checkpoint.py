@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, entry_of, step_name
+from isthmus.trainer.checkpoint.interval import Interval, young_daly_seconds
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.checkpoint.retention import best_step, kept_steps, prune
+from isthmus.trainer.checkpoint.staging import Snapshot
+from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.errors import CheckpointError, LeaseError
 from tests.faulty_store import Fault, FaultyStore
 from tests.saved_states import SHAPES, fragments_of, full, holds, manager, state_of
-from trainer.checkpoint_format import MANIFEST, Manifest, entry_of, step_name
-from trainer.checkpoint_reader import SavedCheckpoint, committed
-from trainer.config import CheckpointConfig
-from trainer.errors import CheckpointError, LeaseError
-from trainer.interval import Interval, young_daly_seconds
-from trainer.retention import best_step, kept_steps, prune
-from trainer.snapshot import Snapshot
 
 pytestmark = pytest.mark.unit
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def one_try(monkeypatch):
     """No time is left for a second try of a failed save, however slow the first one was."""
-    monkeypatch.setattr("trainer.checkpoint.FIRST_PAUSE_SECONDS", 1e6)
+    monkeypatch.setattr("isthmus.trainer.checkpoint.manager.FIRST_PAUSE_SECONDS", 1e6)
 
 
 def save(folder: str, *steps: int, **settings: object) -> None:

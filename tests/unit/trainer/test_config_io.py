@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import JobConfig
-from trainer.config_io import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
-from trainer.errors import ConfigError
+from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.loading import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
+from isthmus.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.deepspeed_config import TEMPLATES, load_template
-from trainer.errors import ConfigError
+from isthmus.trainer.engine.deepspeed_config import TEMPLATES, load_template
+from isthmus.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from cluster.config import JobConfig
-from model.config import QFormerConfig
-from trainer.config_io import load_config
-from trainer.errors import ConfigError
-from trainer.estimate.architectures import BUNDLED, bundled_config
-from trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work, vision_flops
-from trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu, with_overrides
-from trainer.estimate.memory import FP32, HALF, trainable_parameters
-from trainer.estimate.original import original_stage1_activations, original_stage2_activations
-from trainer.estimate.shapes import language_shape, vision_shape
-from trainer.estimate.step import Parts, divisible, estimate_stage
+from isthmus.cluster.config import JobConfig
+from isthmus.model.config import QFormerConfig
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.errors import ConfigError
+from isthmus.trainer.estimate.architectures import BUNDLED, bundled_config
+from isthmus.trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work, vision_flops
+from isthmus.trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu, with_overrides
+from isthmus.trainer.estimate.memory import FP32, HALF, trainable_parameters
+from isthmus.trainer.estimate.original import original_stage1_activations, original_stage2_activations
+from isthmus.trainer.estimate.shapes import language_shape, vision_shape
+from isthmus.trainer.estimate.step import Parts, divisible, estimate_stage
 
 pytestmark = pytest.mark.unit
 

@@ -10,19 +10,19 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import LanguageConfig, QFormerConfig
-from model.exchange import LocalExchange
-from model.language import load_language
-from model.qformer import QFormer
-from model.savings import Savings
-from model.stage1 import Stage1Inputs, Stage1Model
-from model.stage2 import Stage2Inputs, Stage2Model
-from model.tiny import TinyLanguage, write_tiny_language
+from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.frozen.language import load_language
+from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.savings import Savings
+from isthmus.model.tiny import TinyLanguage, write_tiny_language
+from isthmus.trainer.estimate.flops import Text, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
+from isthmus.trainer.estimate.memory import Kept, stage1_activations, stage2_activations, trainable_parameters
+from isthmus.trainer.estimate.shapes import VisionShape, language_shape
+from isthmus.trainer.frozen.zero3 import _save_no_weights
 from tests.tensor_memory import TensorMemory
-from trainer.estimate.flops import Text, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
-from trainer.estimate.memory import Kept, stage1_activations, stage2_activations, trainable_parameters
-from trainer.estimate.shapes import VisionShape, language_shape
-from trainer.frozen_weights import _save_no_weights
 
 pytestmark = pytest.mark.unit
 

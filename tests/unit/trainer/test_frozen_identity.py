@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipeline.object_store import ObjectStore
-from trainer import frozen_identity as module
-from trainer.errors import TrainerError
-from trainer.frozen_identity import FrozenGuard, frozen_identity
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.frozen import identity as module
+from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity
 
 pytestmark = pytest.mark.unit
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.goodput import Activity, GoodputLedger, MemoryLedger, read_account
+from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger, MemoryLedger, read_account
 
 pytestmark = pytest.mark.unit
 

@@ -9,12 +9,12 @@ import pytest
 from moto import mock_aws
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.config import StoreConfig
-from data_pipeline.object_store import ObjectStore
-from trainer import metrics
-from trainer.errors import TrainerError
-from trainer.metrics import JsonlSink, Position, TensorBoardSink, WandbSink, read_jsonl
-from trainer.mirror import Mirror
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.monitoring import loggers as metrics
+from isthmus.trainer.monitoring.loggers import JsonlSink, Position, TensorBoardSink, WandbSink, read_jsonl
+from isthmus.trainer.monitoring.synced_folder import Mirror
 
 pytestmark = pytest.mark.unit
 BATCH = 4

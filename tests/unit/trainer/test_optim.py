@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.config import OptimizerConfig
-from trainer.errors import ConfigError
-from trainer.optim import ClippedAdamW, clip_factor, learning_rate, parameter_groups
+from isthmus.trainer.config.schema import OptimizerConfig
+from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, learning_rate, parameter_groups
+from isthmus.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 CONFIG = OptimizerConfig(peak_lr=1e-4, min_lr=1e-5, warmup_start_lr=1e-6, warmup_steps=10)

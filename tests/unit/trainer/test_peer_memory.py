@@ -6,13 +6,13 @@ import zlib
 
 import pytest
 
+from isthmus.trainer.checkpoint.format import FileEntry
+from isthmus.trainer.checkpoint.replica_buffer import HeldPart, Shelf, SnapshotId, newest_complete
+from isthmus.trainer.checkpoint.replication import PeerSnapshots, held_checkpoint
+from isthmus.trainer.context import Rank
+from isthmus.trainer.errors import CheckpointError, LeaseError
 from tests.local_peers import LocalPeers
 from tests.saved_states import fragments_of, holds, manager, state_of
-from trainer.checkpoint_format import FileEntry
-from trainer.context import Rank
-from trainer.errors import CheckpointError, LeaseError
-from trainer.peer_memory import HeldPart, Shelf, SnapshotId, newest_complete
-from trainer.peer_snapshots import PeerSnapshots, held_checkpoint
 
 pytestmark = pytest.mark.unit
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.pictures import attention_map, curves, sample_grid, similarity_matrix, to_png
+from isthmus.trainer.evaluation.figures import attention_map, curves, sample_grid, similarity_matrix, to_png
 
 pytestmark = pytest.mark.unit
 

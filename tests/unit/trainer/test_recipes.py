@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from cluster.config import JobConfig
-from model.language import build_language
-from model.qformer import QFormer
-from model.savings import Savings
-from model.stage1 import Stage1Model
-from model.stage2 import Stage2Model
-from trainer.config_io import load_config
-from trainer.deepspeed_config import load_template
-from trainer.estimate.architectures import BUNDLED, bundled_config, load_parts
-from trainer.estimate.hardware import Assumptions, Cluster, find_gpu
-from trainer.estimate.step import estimate_stage
-from trainer.frozen_weights import zero3_config
+from isthmus.cluster.config import JobConfig
+from isthmus.model.frozen.language import build_language
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage2 import Stage2Model
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.savings import Savings
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.estimate.architectures import BUNDLED, bundled_config, load_parts
+from isthmus.trainer.estimate.hardware import Assumptions, Cluster, find_gpu
+from isthmus.trainer.estimate.step import estimate_stage
+from isthmus.trainer.frozen.zero3 import zero3_config
 
 pytestmark = pytest.mark.unit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.task import backward_beside
+from isthmus.trainer.task import backward_beside
 
 pytestmark = pytest.mark.unit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.retrieval import candidate_pairs, recalls, relevance, rerank
+from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank
 
 pytestmark = pytest.mark.unit
 

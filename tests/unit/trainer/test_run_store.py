@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.config.loading import check_config
+from isthmus.trainer.config.schema import TrainConfig
+from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
+from isthmus.trainer.runs.lease import Lease, LeaseState, read_lease
+from isthmus.trainer.runs.stage2_init import hand_over
+from isthmus.trainer.runs.store import RunStore, read_run
 from tests.saved_states import fragments_of, full, manager, state_of
-from trainer.config import TrainConfig
-from trainer.config_io import check_config
-from trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
-from trainer.handoff import hand_over
-from trainer.lease import Lease, LeaseState, read_lease
-from trainer.run_store import RunStore, read_run
 
 pytestmark = pytest.mark.unit
 STORE = ObjectStore()

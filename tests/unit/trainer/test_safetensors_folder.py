@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from data_pipeline.object_store import ObjectStore
-from trainer.safetensors_folder import INDEX_NAME, FrozenWeightsError, read_entries
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.frozen.safetensors_index import INDEX_NAME, FrozenWeightsError, read_entries
 
 pytestmark = pytest.mark.unit
 

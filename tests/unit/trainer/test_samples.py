@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.object_store import ObjectStore
-from trainer.evaluate_stage1 import EXAMPLES, _examples
-from trainer.mirror import Mirror
-from trainer.samples import Example, Examples, thumbnail, write_samples
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.evaluation.retrieval import EXAMPLES, _examples
+from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
+from isthmus.trainer.monitoring.synced_folder import Mirror
 
 pytestmark = pytest.mark.unit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.seeds import derive_seed, seed_step, stage_seed
+from isthmus.trainer.seeds import derive_seed, seed_step, stage_seed
 
 pytestmark = pytest.mark.unit
 

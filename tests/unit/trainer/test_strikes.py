@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from data_pipeline.batch import Batch
-from model.losses import LossOutput
-from trainer.agreement import Agreement, agree
-from trainer.context import StopReason
-from trainer.strikes import NonFiniteError, Strikes
-from trainer.watch import console_line, loss_figures
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.model.objectives.losses import LossOutput
+from isthmus.trainer.context import StopReason
+from isthmus.trainer.distributed.step_status import Agreement, agree
+from isthmus.trainer.monitoring.monitor import console_line, loss_figures
+from isthmus.trainer.strikes import NonFiniteError, Strikes
 
 pytestmark = pytest.mark.unit
 LOSSES = LossOutput(

@@ -1,0 +1,119 @@
+"""One archive with what is needed to understand a run: configuration, versions, events, logs, last stack dumps.
+
+Everything in it is text that went through `redact`: values of the named secrets, tokens and keys are taken out.
+Weights, images and TensorBoard files stay where they are; the listing names them.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from isthmus.cluster.ray_nodes.auth import TOKEN_VARIABLE, read_token
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
+
+MAX_FILE_BYTES = 1 << 20
+"""Longer files are represented by their end."""
+MAX_LOG_CHARACTERS = 8 << 20
+TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".txt", ".log")
+NAMES_OF_SECRETS = r"(?:secret|token|passw(?:or)?d|credential|api_?key|access_?key)"
+PATTERNS = (
+    re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    re.compile(r"(?i)\bbearer\s+([A-Za-z0-9._~+/=-]{8,})"),
+    re.compile(rf"(?i)\b\w*{NAMES_OF_SECRETS}\w*[\"']?\s*[=:]\s*[\"']?([A-Za-z0-9/+=_.-]{{8,}})"),
+    re.compile(r"://[^/\s:@]+:([^/\s@]+)@"),
+    re.compile(r"(?i)x-amz-(?:signature|security-token|credential)=([^&\s\"]+)"),
+)
+REMOVED = "<removed>"
+
+
+def collect(
+    run_url: str, store: ObjectStore, logs: dict[str, str], facts: dict[str, object], secrets: tuple[str, ...]
+) -> bytes:
+    """Return the archive (tar.gz) of a run.
+
+    Args:
+        run_url: the run's folder.
+        store: access to it.
+        logs: log of each of its jobs, by the job's id; empty where there is no cluster.
+        facts: whatever else is known, such as the jobs and the nodes; becomes facts.json.
+        secrets: names of variables whose values must not appear.
+    """
+    values = secret_values(secrets)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in _texts(run_url, store, logs, facts):
+            data = redact(text, values).encode()
+            entry = tarfile.TarInfo(f"doctor/{name}")
+            entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def secret_values(names: tuple[str, ...]) -> list[str]:
+    """Return the values of the named variables and our token, longest first; short ones are no secrets."""
+    found = {os.environ.get(name, "") for name in (*names, TOKEN_VARIABLE)} | {read_token() or ""}
+    return sorted((value for value in found if len(value) >= 4), key=len, reverse=True)
+
+
+def redact(text: str, values: list[str]) -> str:
+    """Return a text without the given values and without what looks like a key, token or signature."""
+    for value in values:
+        text = text.replace(value, REMOVED)
+    for pattern in PATTERNS:
+        text = pattern.sub(_without_secret, text)
+    return text
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.touch(mode=0o600)
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _without_secret(match: re.Match[str]) -> str:
+    secret = match.group(1) if match.re.groups else match.group(0)
+    return match.group(0).replace(secret, REMOVED)
+
+
+def _texts(
+    run_url: str, store: ObjectStore, logs: dict[str, str], facts: dict[str, object]
+) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each file of the archive."""
+    infos = list(store.list(run_url))
+    yield "listing.txt", "".join(f"{info.size:>14} {info.url}\n" for info in infos)
+    yield "facts.json", json.dumps({**facts, "versions_here": _versions()}, indent=1, default=str)
+    for job, log in logs.items():
+        yield f"jobs/{job}.log", log[-MAX_LOG_CHARACTERS:]
+    for info in infos:
+        if info.url.endswith(TEXT_SUFFIXES) and not _is_link(info.url):
+            yield "run" + info.url.removeprefix(run_url), _text_of(info, store)
+
+
+def _is_link(url: str) -> bool:
+    """Whether a local file is a link: in a run folder of someone else it may lead to a private file of ours."""
+    return Path(url.removeprefix("file://")).is_symlink()
+
+
+def _text_of(info: ObjectInfo, store: ObjectStore) -> str:
+    """Return a file's text, of a long one the end."""
+    start = max(0, info.size - MAX_FILE_BYTES)
+    try:
+        data = bytes(store.get_range(info.url, start, info.size - start)) if info.size else b""
+    except DataError as error:
+        return f"not readable: {error}\n"
+    text = data.decode(errors="replace")
+    return text if start == 0 else f"... {start} bytes left out ...\n{text}"
+
+
+def _versions() -> dict[str, str]:
+    names = sorted({distribution.metadata["Name"] for distribution in metadata.distributions()} - {None})
+    return {name: metadata.version(name) for name in names}

@@ -1,0 +1,99 @@
+"""Preflight's look at what a run reads and writes: the run's store, the frozen weights, the data."""
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.errors import ChangedError, DataError
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+
+PROBE_BYTES = 16 << 20
+MEGA = 1e6
+MIN_HEAD_BYTES = 8
+"""A safetensors file begins with the length of its header."""
+
+
+@dataclass(frozen=True)
+class StoreSpeed:
+    """Throughput of one object written and read."""
+
+    write_megabytes_per_second: float
+    read_megabytes_per_second: float
+
+
+def check_store(config: JobConfig) -> StoreSpeed:
+    """Write, read, list, compare-and-swap and delete under the run's URL, as the run will.
+
+    Raises:
+        DataError: something is not permitted, or a stale compare-and-swap is not refused.
+    """
+    store = ObjectStore(config.store)
+    folder = join(config.run.url, f".preflight-{uuid.uuid4().hex}")
+    url, swapped = join(folder, "probe"), join(folder, "swap")
+    content = os.urandom(PROBE_BYTES)
+    try:
+        began = time.perf_counter()
+        store.put(url, content)
+        wrote = time.perf_counter()
+        if store.get(url) != content:
+            raise DataError(f"{url}: other bytes were read than were written; this store cannot be used")
+        read = time.perf_counter()
+        if [info.url for info in store.list(folder)] != [url]:
+            raise DataError(f"{folder}: a written object is not listed; this store cannot be used")
+        _check_swap(store, swapped)
+    finally:
+        store.delete(url)
+        store.delete(swapped)
+    return StoreSpeed(PROBE_BYTES / (wrote - began) / MEGA, PROBE_BYTES / (read - wrote) / MEGA)
+
+
+def check_weights(config: JobConfig) -> str:
+    """Read config.json and the head of every weight file of the frozen parts; return what was found.
+
+    Raises:
+        DataError: a folder has no weights, or a file cannot be read.
+    """
+    store = ObjectStore(config.store)
+    parts = {"vision": config.model.vision.path, "language": config.model.language and config.model.language.path}
+    found = []
+    for name, folder in parts.items():
+        if not folder:
+            continue
+        store.get(join(folder, "config.json"))
+        files = [info for info in store.list(folder) if info.url.endswith(".safetensors")]
+        if not files:
+            raise DataError(f"{folder}: no *.safetensors for model.{name}.path; convert the weights first")
+        for info in files:
+            store.get_range(info.url, 0, MIN_HEAD_BYTES, etag=info.etag)
+        found.append(f"{name} {sum(info.size for info in files) / 1e9:.2f} GB in {len(files)} files")
+    return ", ".join(found)
+
+
+def check_data(config: JobConfig) -> str:
+    """Load every manifest and look at its first shard; return what was found.
+
+    Raises:
+        DataError: a manifest or its first shard cannot be read, or the shard is not the indexed one.
+    """
+    store = ObjectStore(config.store)
+    found = []
+    for source in config.data.sources:
+        manifest = Manifest.load(source.manifest, store)
+        shard = manifest.shards[0]
+        store.get_range(shard.url, 0, MIN_HEAD_BYTES, etag=shard.etag)
+        found.append(f"{manifest.num_samples} samples in {len(manifest.shards)} shards")
+    return "; ".join(found)
+
+
+def _check_swap(store: ObjectStore, url: str) -> None:
+    """Check that the second of two writers with the same tag is refused: the run's lease rests on it."""
+    first = store.put_if_absent(url, b"1")
+    store.compare_and_swap(url, b"2", first.etag)
+    try:
+        store.compare_and_swap(url, b"3", first.etag)
+    except ChangedError:
+        return
+    raise DataError(f"{url}: a stale compare-and-swap was not refused; two drivers could write one run on this store")

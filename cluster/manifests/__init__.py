@@ -1,0 +1,1 @@
+"""KubeRay and Kueue templates and what fills them."""

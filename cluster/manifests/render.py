@@ -1,0 +1,176 @@
+"""Kubernetes manifests of a run: KubeRay's RayJob or RayCluster, the Kueue queue, rendered from the configuration.
+
+What is the same for every run stands in cluster/manifests/*.yaml; here only what the configuration decides is added.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from isthmus.cluster.config import JobConfig, NodeConfig
+from isthmus.cluster.placement.demand import Demand
+from isthmus.cluster.submission import secret_names
+from isthmus.cluster.submission.jobs import job_environment, job_metadata
+from isthmus.trainer.config.loading import to_yaml
+
+FOLDER = Path(__file__).parent
+CONFIG_MOUNT = "/etc/isthmus"
+GRACE_MARGIN_SECONDS = 30
+OBJECT_STORE_SHARE = 0.3
+"""Part of a pod's memory for /dev/shm, as Ray's own default."""
+
+Manifest = dict[str, Any]
+
+
+def render(config: JobConfig) -> list[Manifest]:
+    """Return the manifests of a run in the order in which they are applied."""
+    return [*queue(config), config_map(config), ray_job(config)]
+
+
+def ray_cluster(config: JobConfig) -> Manifest:
+    """Return a RayCluster for the run: on-demand head without work, spot GPU group, CPU reader group."""
+    manifest = _template("raycluster.yaml")[0]
+    manifest["metadata"] |= {"name": config.run.name, "namespace": config.cluster.kubernetes.namespace}
+    manifest["spec"] = _cluster_spec(config, manifest["spec"])
+    return manifest
+
+
+def ray_job(config: JobConfig) -> Manifest:
+    """Return a RayJob that makes the cluster, runs the driver on its head and takes the cluster down at the end."""
+    kubernetes = config.cluster.kubernetes
+    environment = job_environment(config)
+    del environment[secret_names.VARIABLE]  # what this machine holds says nothing about the pods
+    manifest = _template("rayjob.yaml")[0]
+    manifest["metadata"] |= {"name": config.run.name, "namespace": kubernetes.namespace}
+    if kubernetes.queue:
+        manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = kubernetes.queue
+    manifest["spec"] |= {
+        "entrypoint": f"exec python -m isthmus.cluster.driver {CONFIG_MOUNT}/config.yaml",
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": environment}),
+        "metadata": job_metadata(config),
+        "ttlSecondsAfterFinished": kubernetes.ttl_seconds,
+        "suspend": bool(kubernetes.queue),
+        "rayClusterSpec": _cluster_spec(config, _template("raycluster.yaml")[0]["spec"]),
+    }
+    if kubernetes.queue:
+        _fix_size(manifest["spec"]["rayClusterSpec"])
+    return manifest
+
+
+def queue(config: JobConfig) -> list[Manifest]:
+    """Return Kueue's flavour, cluster queue and local queue with a quota of one run; empty without a queue."""
+    kubernetes = config.cluster.kubernetes
+    if not kubernetes.queue:
+        return []
+    flavor, cluster_queue, local_queue = _template("kueue.yaml")
+    local_queue["metadata"] = {"name": kubernetes.queue, "namespace": kubernetes.namespace}
+    groups = [
+        (kubernetes.head, 1),
+        (kubernetes.workers, num_worker_pods(config)),
+        (kubernetes.readers, num_reader_pods(config)),
+    ]
+    quota = {
+        "cpu": sum(node.cpus * count for node, count in groups),
+        "memory": f"{sum(_mebibytes(node) * count for node, count in groups)}Mi",
+        "nvidia.com/gpu": sum(node.gpus * count for node, count in groups),
+    }
+    resources = [{"name": name, "nominalQuota": amount} for name, amount in quota.items()]
+    cluster_queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"] = resources
+    return [flavor, cluster_queue, local_queue]
+
+
+def config_map(config: JobConfig) -> Manifest:
+    """Return the ConfigMap that holds the resolved configuration, which holds no secret."""
+    metadata = {"name": f"{config.run.name}-config", "namespace": config.cluster.kubernetes.namespace}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"config.yaml": to_yaml(config)}}
+
+
+def num_worker_pods(config: JobConfig, num_workers: int | None = None) -> int:
+    """Return how many pods of the GPU group hold this many workers (all: the largest world size)."""
+    pod, workers = config.cluster.kubernetes.workers, config.cluster.workers
+    fits = [int(pod.cpus // workers.cpus)] + ([pod.gpus // workers.gpus] if workers.gpus else [])
+    return math.ceil((num_workers or max(config.world_sizes)) / max(1, min(fits)))
+
+
+def num_reader_pods(config: JobConfig) -> int:
+    """Return how many pods of the reader group hold all readers."""
+    demand = Demand.of(config)
+    cpus_per_reader = max(1.0, demand.reader.get("CPU", 0.0))
+    readers_per_pod = max(1, int(config.cluster.kubernetes.readers.cpus // cpus_per_reader))
+    return math.ceil(demand.num_readers(max(config.world_sizes)) / readers_per_pod)
+
+
+def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
+    kubernetes = config.cluster.kubernetes
+    spec["rayVersion"] = ray.__version__
+    head = spec["headGroupSpec"]["template"]
+    _fill_pod(config, head, kubernetes.head)
+    _mount_config(config, head)
+    gpu, readers = spec["workerGroupSpecs"]
+    smallest, largest = num_worker_pods(config, min(config.world_sizes)), num_worker_pods(config)
+    gpu |= {"replicas": largest, "minReplicas": smallest, "maxReplicas": largest}
+    count = num_reader_pods(config)
+    readers |= {"replicas": count, "minReplicas": min(count, 1), "maxReplicas": count}
+    for group, node in ((gpu, kubernetes.workers), (readers, kubernetes.readers)):
+        _fill_pod(config, group["template"], node)
+        volume = group["template"]["spec"]["volumes"][0]["emptyDir"]
+        volume["sizeLimit"] = f"{int(_mebibytes(node) * OBJECT_STORE_SHARE)}Mi"
+    return spec
+
+
+def _fix_size(spec: Manifest) -> None:
+    """Take out the autoscaler: Kueue admits a job as a whole and refuses one that would change its own size."""
+    spec["enableInTreeAutoscaling"] = False
+    del spec["autoscalerOptions"]
+
+
+def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
+    """Write image, resources, environment and placement into a pod template."""
+    kubernetes = config.cluster.kubernetes
+    container = template["spec"]["containers"][0]
+    amounts: dict[str, str] = {"cpu": str(node.cpus), "memory": node.memory}
+    if node.gpus:
+        amounts["nvidia.com/gpu"] = str(node.gpus)
+    template["spec"]["terminationGracePeriodSeconds"] = _grace_seconds(config) + GRACE_MARGIN_SECONDS
+    container["image"] = kubernetes.image
+    container["resources"] = {"requests": dict(amounts), "limits": dict(amounts)}
+    container["env"] = [
+        {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(_grace_seconds(config))},
+        {"name": "ISTHMUS_STOP_GRACE_SECONDS", "value": str(int(config.cluster.stop_grace_seconds))},
+    ]
+    if kubernetes.secret:
+        container["envFrom"] = [{"secretRef": {"name": kubernetes.secret}}]
+    if kubernetes.service_account:
+        template["spec"]["serviceAccountName"] = kubernetes.service_account
+    if node.selector:
+        template["spec"]["nodeSelector"] = dict(node.selector)
+    if node.tolerations:
+        template["spec"]["tolerations"] = [{"key": key, "operator": "Exists"} for key in node.tolerations]
+
+
+def _mount_config(config: JobConfig, head: Manifest) -> None:
+    head["spec"]["containers"][0]["volumeMounts"] = [{"name": "config", "mountPath": CONFIG_MOUNT, "readOnly": True}]
+    head["spec"]["volumes"] = [{"name": "config", "configMap": {"name": f"{config.run.name}-config"}}]
+
+
+def _grace_seconds(config: JobConfig) -> int:
+    return math.ceil(config.cluster.stop_grace_seconds)
+
+
+def _mebibytes(node: NodeConfig) -> int:
+    return int(node.memory[:-2]) * (1024 if node.memory.endswith("Gi") else 1)
+
+
+def _template(name: str) -> list[Manifest]:
+    """Return the documents of a template; each is a copy without shared parts."""
+    return [_unshared(document) for document in yaml.safe_load_all((FOLDER / name).read_text())]
+
+
+def _unshared(value: Any) -> Any:
+    """Return nested data in which no two places share a mapping or list, as YAML anchors make them."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Which size fits where, and the placed group."""

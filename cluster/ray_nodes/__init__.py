@@ -1,0 +1,1 @@
+"""All that depends on Ray's internals."""

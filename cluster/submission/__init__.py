@@ -1,0 +1,1 @@
+"""From the operator's machine: Jobs API, code package, what is known of a run."""

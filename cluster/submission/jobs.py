@@ -1,0 +1,362 @@
+"""Runs as Ray jobs: submit, find, stop, follow, over the Jobs API with token authentication.
+
+A job carries the run's name and folder as metadata, so that any machine with the address and the token can act on a
+run by its name. No secret travels: credentials are named, and the nodes' own environment holds their values.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
+
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.logs import QUIET
+from isthmus.cluster.ray_nodes.auth import MODE_VARIABLE, TOKEN_REMEDY, read_token, use_tokens
+from isthmus.cluster.submission import secret_names
+from isthmus.cluster.submission.code_package import CONFIG_NAME, build_package
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.store.object_store import join
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_SECONDS = 4.0
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+STOP_MARGIN_SECONDS = 30
+RUN_TO_END_SECONDS = 300.0
+SILENCE_SECONDS = 30.0
+NO_AGENT = "No available agent"
+"""What Ray's dashboard says until the first node's agent has reported."""
+AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
+NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
+USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
+"""A line such as `1.5/2.0 CPU` of the dashboard's summary."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RUN_KEY, URL_KEY, STORE_KEY = "isthmus_run", "isthmus_url", "isthmus_store"
+FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a run, as the cluster knows it."""
+
+    id: str
+    run: str
+    run_url: str
+    store: StoreConfig
+    status: JobStatus
+    started_at: float
+    """Unix seconds; 0: not started."""
+    message: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended."""
+        return self.status in FINAL
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """Connect to a dashboard: `address`, else RAY_API_SERVER_ADDRESS, RAY_ADDRESS (http), else port 8265 here.
+
+        Raises:
+            ClusterError: nobody answers, the token is missing or wrong, or the versions differ.
+        """
+        self.address = dashboard_url(address)
+        use_tokens(create=False)
+        check_reachable(self.address)
+        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        self._client = JobSubmissionClient(self.address)
+
+    def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
+        """Submit a run; a run that is already at work is returned as it is. The bool says whether it is new.
+
+        `allow_change` are keys that may differ from the run's earlier starts.
+        """
+        name = config.run.name
+        jobs = self.of_run(name)
+        active = next((job for job in jobs if not job.is_over), None)
+        if active:
+            return active, False
+        job_id = f"{name}-{len(jobs) + 1}"
+        is_new = self._send(
+            config, job_id, "isthmus.cluster.driver", job_metadata(config), allow_change
+        )  # else another came first
+        return self.get(job_id), is_new
+
+    def run_to_end(self, config: JobConfig, module: str) -> list[str]:
+        """Run one of our modules as a job that is no run, and return the lines of its log.
+
+        Raises:
+            ClusterError: it failed without a result, or did not end in time.
+        """
+        job_id = f"{module.rpartition('.')[2]}-{config.run.name}-{uuid.uuid4().hex[:8]}"
+        self._send(config, job_id, module, {})
+        deadline = time.monotonic() + RUN_TO_END_SECONDS
+        while (status := self._client.get_job_status(job_id)) not in FINAL:
+            if time.monotonic() > deadline:
+                self._client.stop_job(job_id)
+                raise ClusterError(f"{self.address}: {job_id} did not end within {RUN_TO_END_SECONDS:g} s")
+            time.sleep(0.5)
+        lines = str(self._client.get_job_logs(job_id)).splitlines()
+        if status is not JobStatus.SUCCEEDED and not any(line.startswith("isthmus-") for line in lines):
+            raise ClusterError(f"{self.address}: {job_id} failed: {lines[-1] if lines else status}")
+        return lines
+
+    def _send(
+        self, config: JobConfig, job_id: str, module: str, metadata: dict[str, str], arguments: Sequence[str] = ()
+    ) -> bool:
+        """Ship the code and start a module with the configuration; False: a job of that id exists already."""
+        # A cluster on this machine has this Python, another one its image's.
+        python = sys.executable if urlsplit(self.address).hostname in LOOPBACK else "python"
+        with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+            package = build_package(config, Path(folder))
+            try:
+                _once_there_is_an_agent(
+                    self._client.submit_job,
+                    # Without `exec` a shell stands between the job and the driver, which outlives that shell's death.
+                    entrypoint=f"exec {shlex.join([python, '-m', module, CONFIG_NAME, *arguments])}",
+                    submission_id=job_id,
+                    runtime_env={"working_dir": str(package), "env_vars": job_environment(config)},
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return False
+                raise ClusterError(f"{self.address}: the job was not accepted: {_last_line(error)}") from error
+        return True
+
+    def get(self, job_id: str) -> Job:
+        """Return a job by its id."""
+        job = _as_job(self._client.get_job_info(job_id))
+        if job is None:
+            raise ClusterError(f"{self.address}: job {job_id} is not a run of isthmus; see `isthmus ls`")
+        return job
+
+    def all(self) -> list[Job]:
+        """Return the jobs of all runs, newest first."""
+        found = [_as_job(details) for details in self._client.list_jobs()]
+        return sorted(
+            (job for job in found if job), key=lambda job: (job.started_at or float("inf"), job.id), reverse=True
+        )
+
+    def of_run(self, run: str) -> list[Job]:
+        """Return the jobs of one run, newest first."""
+        return [job for job in self.all() if job.run == run]
+
+    def latest(self, run: str) -> Job:
+        """Return the newest job of a run.
+
+        Raises:
+            ClusterError: the cluster knows no job of that run.
+        """
+        jobs = self.of_run(run)
+        if not jobs:
+            known = sorted({job.run for job in self.all()})
+            raise ClusterError(
+                f"{self.address}: no run {run!r}; known: {', '.join(known) or 'none'}. "
+                "A run of another cluster is resumed by the URL of its folder"
+            )
+        return jobs[0]
+
+    def stop(self, job: Job, timeout_seconds: float) -> Job:
+        """Ask a job to save and stop, and wait for its end.
+
+        Raises:
+            ClusterError: it has not ended in time.
+        """
+        if not job.is_over:
+            self._client.stop_job(job.id)
+        deadline = time.monotonic() + timeout_seconds
+        while not (now := self.get(job.id)).is_over:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job.run}: still {now.status.lower()} after {timeout_seconds:g} s; try again")
+            time.sleep(0.5)
+        return now
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return address, state and resources of every node; nothing of their processes."""
+        answer = _ask(f"{self.address}/nodes?view=summary")
+        summary = answer.json().get("data", {}).get("summary", [])
+        return [{key: node.get(key) for key in NODE_KEYS} for node in summary]
+
+    def resources(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Return free and total resources of every live node, as the dashboard last heard."""
+        data = _ask(f"{self.address}/nodes?view=summary").json().get("data", {})
+        used = data.get("nodeLogicalResources", {})
+        free, total = [], []
+        for raylet in (node.get("raylet", {}) for node in data.get("summary", [])):
+            if raylet.get("state") == "ALIVE":
+                has = {key: float(amount) for key, amount in raylet.get("resourcesTotal", {}).items()}
+                taken = {name: float(amount) for amount, name in USED.findall(used.get(raylet.get("nodeId"), ""))}
+                total.append(has)
+                free.append({key: amount - taken.get(key, 0.0) for key, amount in has.items()})
+        return free, total
+
+    def logs(self, job: Job) -> str:
+        """Return what the job has written so far."""
+        return str(self._client.get_job_logs(job.id))
+
+    def follow(self, job: Job) -> Iterator[str]:
+        """Yield the lines of the job's log as they come, until the job ends.
+
+        Raises:
+            ClusterError: the connection broke.
+        """
+        stream = self._client.tail_job_logs(job.id)
+        loop = asyncio.new_event_loop()
+        rest = ""
+        try:
+            while (part := loop.run_until_complete(self._next(stream))) is not None:
+                *lines, rest = (rest + part).split("\n")
+                yield from lines
+        except (OSError, RuntimeError) as error:
+            raise ClusterError(
+                f"{self.address}: the log broke off, the head may be gone; see isthmus status {job.run}, "
+                f"or on another cluster isthmus resume {job.run_url}"
+            ) from error
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+        if rest:
+            yield rest
+
+    async def _next(self, stream: AsyncIterator[str]) -> str | None:
+        """Return the next part; a silent connection counts as broken once the dashboard does not answer either."""
+        part = asyncio.ensure_future(anext(stream, None))
+        while not (await asyncio.wait({part}, timeout=SILENCE_SECONDS))[0]:
+            _ask(f"{self.address}/api/version")
+        return part.result()
+
+
+def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
+    """Submit; a cluster that has just started answers before it can take jobs, and is given a while."""
+    retrying = Retrying(
+        retry=retry_if_exception_message(match=f"(?s).*{NO_AGENT}"),
+        wait=wait_fixed(AGENT_POLL_SECONDS),
+        stop=stop_after_delay(AGENT_TIMEOUT_SECONDS),
+        reraise=True,
+    )
+    retrying(submit, **job)
+
+
+def job_environment(config: JobConfig) -> dict[str, str]:
+    """Return the job's environment variables. Ray stores and shows them, so no value of a secret is among them."""
+    grace = int(config.cluster.stop_grace_seconds) + STOP_MARGIN_SECONDS
+    present = [name for name in config.cluster.secrets if os.environ.get(name)]
+    return {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONUNBUFFERED": "1",
+        **QUIET,
+        secret_names.VARIABLE: ",".join(present),
+    }
+
+
+def job_metadata(config: JobConfig) -> dict[str, str]:
+    """Return what makes a job recognisable as a run, and its folder readable."""
+    return {
+        RUN_KEY: config.run.name,
+        URL_KEY: join(config.run.url, config.run.name),
+        STORE_KEY: config.store.model_dump_json(),
+    }
+
+
+def dashboard_url(address: str | None) -> str:
+    """Return the dashboard's URL for an address; host:port is taken for http.
+
+    Raises:
+        ClusterError: a Ray client address, or no URL at all.
+    """
+    text = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
+    if text.startswith("ray://") or text in ("auto", "local"):
+        raise ClusterError(f"{text}: give the dashboard's address, such as http://HOST:8265")
+    url = text if "://" in text else f"http://{text}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ClusterError(f"{text}: not an address; give the dashboard's, such as http://HOST:8265")
+    return url.rstrip("/")
+
+
+def check_reachable(url: str) -> None:
+    """Check within seconds that a dashboard answers, accepts our token, and runs our version of Ray.
+
+    Raises:
+        ClusterError: one line with the remedy.
+    """
+    token = _token()
+    try:
+        answer = _ask(f"{url}/api/version")
+    except requests.RequestException as error:
+        raise ClusterError(
+            f"{url}: no Ray dashboard answers ({_reason(error)}); check --address, or forward the port: "
+            "kubectl port-forward service/NAME-head-svc 8265"
+        ) from error
+    if answer.status_code in (401, 403):
+        problem = "refused the token: it is not this cluster's" if token else "wants a token, and there is none here"
+        raise ClusterError(f"{url}: the cluster {problem}; {TOKEN_REMEDY}")
+    try:
+        version = str(answer.json()["ray_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"{url}: answers, but not as a Ray dashboard (HTTP {answer.status_code}); check --address"
+        ) from error
+    if version != ray.__version__:
+        raise ClusterError(
+            f"{url}: the cluster runs Ray {version}, this machine {ray.__version__}; "
+            f"install ray=={version} here or use an image with Ray {ray.__version__}"
+        )
+    if not token:
+        logger.warning("%s: the cluster has no token authentication; whoever reaches it can run code there", url)
+
+
+def _token() -> str | None:
+    return read_token() if os.environ.get(MODE_VARIABLE, "token") == "token" else None
+
+
+def _ask(url: str) -> requests.Response:
+    """Send one GET with our token."""
+    token = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return requests.get(url, headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
+
+
+def _as_job(details: JobDetails) -> Job | None:
+    metadata: dict[str, Any] = details.metadata or {}
+    if RUN_KEY not in metadata or not details.submission_id:
+        return None
+    store = StoreConfig.model_validate(json.loads(metadata.get(STORE_KEY, "{}")))
+    started = (details.start_time or 0) / 1000
+    return Job(
+        details.submission_id, metadata[RUN_KEY], metadata.get(URL_KEY, ""), store, details.status, started,
+        (details.message or "").strip(),
+    )  # fmt: skip
+
+
+def _reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.Timeout):
+        return f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
+    return "connection refused" if "refused" in str(error) else type(error).__name__
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]

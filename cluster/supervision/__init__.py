@@ -1,0 +1,1 @@
+"""On the head: attempt after attempt, what a failure means, what follows."""

@@ -1,0 +1,118 @@
+"""One attempt at a stage: a group of fixed size trains until it ends, fails or is asked to stop."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isthmus.cluster.failures import Failure, FailureKind, root_cause
+from isthmus.cluster.placement.group import WorkerGroup
+from isthmus.cluster.ray_nodes.nodes import draining_nodes
+from isthmus.trainer.context import StopReason
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+ECHO_SECONDS = 3.0
+"""After the first failure, time for the failure that caused it to show."""
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended: finished, stopped for a reason, or failed."""
+
+    step: int | None
+    """Step that was being trained on all ranks, after a stop the saved one; none: training did not begin."""
+    finished: bool = False
+    stop: StopReason | None = None
+    failure: Failure | None = None
+
+
+@dataclass
+class Attempt:
+    """Supervises a launched group. `wanted_stop` is asked at each turn, `on_progress` is told."""
+
+    group: WorkerGroup
+    stop_grace_seconds: float
+    unresponsive_seconds: float
+    wanted_stop: Callable[[], StopReason | None]
+    on_progress: Callable[[int | None, dict[str, float]], None]
+    step: int | None = None
+    stop: StopReason | None = None
+    stop_deadline: float = float("inf")
+
+    def run(self) -> AttemptEnd:
+        """Return how the attempt ended; the group is left for the caller to clear."""
+        while True:
+            self.group.update(POLL_SECONDS)
+            self.step = self.group.step if self.group.step is not None else self.step
+            self.on_progress(self.step, self.group.metrics)
+            end = self._end()
+            if end:
+                return end
+            self._consider_stopping()
+
+    def _end(self) -> AttemptEnd | None:
+        ended = [member.ended for member in self.group.members if member.ended]
+        if any(end.failure for end in ended):
+            failure = self._explain()
+            ended = [member.ended for member in self.group.members if member.ended]
+            steps = [end.step for end in ended if end.failure and end.step is not None]
+            return AttemptEnd(max(steps, default=self.step), failure=failure)
+        if len(ended) == self.group.world_size:
+            if all(end.outcome == FINISHED for end in ended):
+                return AttemptEnd(self.step, finished=True)
+            reasons = {end.stop for end in ended if end.stop}
+            order = (StopReason.OPERATOR, StopReason.RESIZE, StopReason.PREEMPTION, StopReason.SIGNAL)
+            reason = next((reason for reason in order if reason in reasons), StopReason.SIGNAL)
+            saved = self.group.metrics.get("committed_step")
+            return AttemptEnd(self.step if saved is None else int(saved), stop=reason)
+        if time.monotonic() > self.stop_deadline:
+            return self._out_of_time()
+        return self._hung()
+
+    def _explain(self) -> Failure:
+        """Give the other processes a moment to end as well, then return the failure that explains all."""
+        deadline = time.monotonic() + ECHO_SECONDS
+        failures: list[Failure] = []
+        while True:
+            failures = [member.ended.failure for member in self.group.members if member.ended and member.ended.failure]
+            explained = any(failure.kind is not FailureKind.ERROR for failure in failures)
+            if explained or len(failures) == self.group.world_size or time.monotonic() > deadline:
+                return root_cause(failures)
+            self.group.update(0.2)
+
+    def _out_of_time(self) -> AttemptEnd:
+        """Return the end of a group that did not stop within the grace period."""
+        cause = f"no checkpoint within {self.stop_grace_seconds:g} s of the stop request ({self.stop})"
+        logger.warning("%s; raise cluster.stop_grace_seconds; the last committed checkpoint stands", cause)
+        if self.stop is StopReason.OPERATOR:
+            return AttemptEnd(self.step, stop=self.stop)
+        return AttemptEnd(self.step, failure=Failure(FailureKind.PREEMPTION, cause))
+
+    def _hung(self) -> AttemptEnd | None:
+        member = self.group.unresponsive(self.unresponsive_seconds)
+        if member is None:
+            return None
+        for name, stacks in self.group.stacks().items():
+            logger.error("stacks of %s:\n%s", name, stacks)
+        cause = f"{member.name} (pid {member.host.pid}) has not answered for {self.unresponsive_seconds:g} s"
+        return AttemptEnd(self.step, failure=Failure(FailureKind.LOST, cause, "", member.rank.rank, member.host.node))
+
+    def _consider_stopping(self) -> None:
+        if self.stop is StopReason.OPERATOR:
+            return
+        reason = self._reason_to_stop()
+        if reason is None or reason is self.stop:
+            return
+        logger.info("asking the group to save and stop: %s", reason)
+        self.group.stop(reason)
+        self.stop = reason
+        self.stop_deadline = min(self.stop_deadline, time.monotonic() + self.stop_grace_seconds)
+
+    def _reason_to_stop(self) -> StopReason | None:
+        wanted = self.wanted_stop()
+        if wanted is StopReason.OPERATOR or self.stop:
+            return wanted if wanted is StopReason.OPERATOR else None
+        return StopReason.PREEMPTION if self.group.node_ids & set(draining_nodes()) else wanted

@@ -1,0 +1,188 @@
+"""Takes a stage to its end, whatever is lost on the way: attempt, classify, decide, next attempt.
+
+Each attempt is a group of fixed size, chosen from the live nodes, without retries inside. The supervisor
+classifies how the attempt ended, decides and starts the next one.
+"""
+
+import logging
+import time
+from typing import Any
+
+from ray.autoscaler.sdk import request_resources
+
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy
+from isthmus.cluster.logs import set_place
+from isthmus.cluster.metrics import DRIVER_GAUGES, Gauges
+from isthmus.cluster.placement.group import WorkerGroup
+from isthmus.cluster.placement.placer import Placer
+from isthmus.cluster.status import Restart, RunState, StatusBoard
+from isthmus.cluster.supervision.attempt import Attempt, AttemptEnd
+from isthmus.cluster.supervision.recovery import Recovery
+from isthmus.cluster.supervision.replica_store import Shelves
+from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.schema import StageName
+from isthmus.trainer.context import StopReason
+
+logger = logging.getLogger(__name__)
+
+ENTRY = "isthmus.cluster.workers.rank"
+NAMED_SAMPLES = 4
+
+
+class Supervisor:
+    """Runs attempts at the stages of one run."""
+
+    def __init__(self, config: JobConfig, run_token: Any, board: StatusBoard, *, entry: str = ENTRY) -> None:
+        """`run_token` lets workers write under the driver's lease; `entry` is the module that trains."""
+        self._config = config
+        self._run_token = run_token
+        self._board = board
+        self._entry = entry
+        self._policy = RestartPolicy(config.cluster.restart)
+        self._placer = Placer(config)
+        self._recovery: Recovery | None = None
+        self._shelves: Shelves | None = None
+        self._stop = False
+        self._gauges = Gauges(config.run.name, "", DRIVER_GAUGES)
+        self._num_attempts = 0
+
+    def request_stop(self) -> None:
+        """Ask for a last checkpoint and the end of the run; safe in a signal handler."""
+        self._stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the operator wants the run to stop."""
+        return self._stop
+
+    def run_stage(self, stage: StageName) -> bool:
+        """Train a stage to its end; False: stopped by the operator.
+
+        Raises:
+            ClusterError: starting again cannot help, or a restart budget is used up.
+        """
+        set_place(stage=stage)
+        self._board.begin_stage(stage, self._config.stage(stage).steps)
+        request_resources(bundles=[dict(self._placer.demand.worker)] * max(self._config.world_sizes))
+        if not self._config.checkpoint.peer_memory_every_steps:
+            return self._attempts(stage)
+        self._shelves = Shelves()
+        try:
+            return self._attempts(stage)
+        finally:
+            self._shelves.close()
+            self._shelves = None
+
+    def _attempts(self, stage: StageName) -> bool:
+        while not self._stop:
+            group = self._placer.place(self._policy.bad_nodes, self._on_waiting, lambda: self._stop)
+            if group is None:
+                break
+            end = self._attempt(group, stage)
+            if end.finished:
+                steps = self._config.stage(stage).steps
+                self._board.update(step=steps, committed_step=steps, now=True)
+                return True
+            if end.stop is StopReason.OPERATOR:
+                self._board.update(step=end.step or self._board.status.step)
+                break
+            self._prepare_next(end, stage, group.world_size)
+        return False
+
+    def _attempt(self, group: WorkerGroup, stage: StageName) -> AttemptEnd:
+        """Let a placed group train, and clear it away."""
+        self._num_attempts += 1
+        placed_at = time.monotonic()
+        self._board.update(RunState.STARTING, world_size=group.world_size, attempt=self._num_attempts, message="")
+        logger.info("attempt %d: world size %d, nodes: %d", self._num_attempts, group.world_size, len(group.node_ids))
+        if self._recovery:
+            self._recovery.mark("place")
+        cluster = self._config.cluster
+        attempt = Attempt(
+            group,
+            cluster.stop_grace_seconds,
+            cluster.unresponsive_seconds,
+            wanted_stop=lambda: self._wanted_stop(group, placed_at),
+            on_progress=self._on_progress,
+        )
+        try:
+            peers = self._shelves.for_group([member.host.node for member in group.members]) if self._shelves else None
+            group.launch(self._config, stage, self._run_token, self._entry, peers)
+            end = attempt.run()
+        finally:
+            ended_at = time.monotonic()
+            group.kill()
+        if not end.finished and end.stop is not StopReason.OPERATOR:
+            self._recovery = Recovery(end.step or 0, ended_at)
+            self._recovery.mark("clear")
+        return end
+
+    def _wanted_stop(self, group: WorkerGroup, placed_at: float) -> StopReason | None:
+        if self._stop:
+            self._board.update(RunState.STOPPING, message="saving a last checkpoint")
+            return StopReason.OPERATOR
+        settled = time.monotonic() - placed_at > self._config.cluster.grow_after_seconds and group.step is not None
+        if settled and self._placer.can_grow(group, self._policy.bad_nodes):
+            return StopReason.RESIZE
+        return None
+
+    def _on_progress(self, step: int | None, metrics: dict[str, float]) -> None:
+        if step is None:
+            return
+        state = None if self._board.status.state is RunState.STOPPING else RunState.RUNNING
+        committed = metrics.get("committed_step")
+        saved = self._board.status.committed_step if committed is None else int(committed)
+        self._board.update(state, step=step, metrics=metrics, message="", committed_step=saved)
+        if self._recovery and self._recovery.reached(step):
+            lost, seconds = self._recovery.lost_steps, self._recovery.seconds
+            logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)
+            self._board.complete_restart(lost, seconds, self._recovery.phases)
+            self._gauges.set({"recovery_seconds": seconds, "lost_steps": float(self._total_lost())})
+            self._recovery = None
+        self._gauges.set({"world_size": float(self._board.status.world_size)})
+
+    def _total_lost(self) -> int:
+        return sum(restart.lost_steps or 0 for restart in self._board.status.restarts)
+
+    def _prepare_next(self, end: AttemptEnd, stage: StageName, world_size: int) -> None:
+        """Note how the attempt ended, and pause; raises where nothing may follow."""
+        step = end.step or 0
+        failure = end.failure
+        if end.stop in (StopReason.PREEMPTION, StopReason.SIGNAL):
+            failure = Failure(FailureKind.PREEMPTION, f"saved and stopped at step {step} after a {end.stop} notice")
+        kind, cause = (failure.kind, str(failure)) if failure else ("resize", "more workers fit now")
+        logger.warning("attempt %d ended at step %d: %s", self._num_attempts, step, cause)
+        if failure:
+            decision = self._policy.decide(failure, stage, step)
+            if decision.repeated:
+                raise ClusterError(f"{decision.stop}; {self._describe_samples(stage, step)}")
+            if decision.stop:
+                raise ClusterError(decision.stop)
+            self._pause(decision.pause_seconds)
+        restart = Restart(at=time.time(), kind=kind, cause=cause, stage=stage, step=step, world_size=world_size)
+        self._board.add_restart(restart)
+        self._gauges.set({"restarts": float(len(self._board.status.restarts))})
+
+    def _describe_samples(self, stage: StageName, step: int) -> str:
+        """Name the samples of a step: all in the log, some in the returned text."""
+        try:
+            keys = sample_keys(self._config, ObjectStore(self._config.store), stage, step)
+        except (DataError, OSError) as error:
+            return f"its samples cannot be told: {error}"
+        logger.error("samples of step %d of %s: %s", step, stage, " ".join(keys))
+        named = ", ".join(keys[:NAMED_SAMPLES])
+        return f"its {len(keys)} samples are in the log, the first: {named}"
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stop:
+            time.sleep(min(0.2, seconds))
+        if self._recovery:
+            self._recovery.mark("pause")
+
+    def _on_waiting(self, message: str) -> None:
+        self._board.update(RunState.WAITING, message=message)

@@ -1,0 +1,227 @@
+"""One training process: an actor that runs a stage of the run, answers the driver and turns SIGTERM into a stop.
+
+The actor's method `run` holds one thread for the whole stage; the others answer `poll`, `stop` and `stacks` meanwhile.
+"""
+
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.failures import Failure, classify, on_rank
+from isthmus.cluster.logs import set_place, use_json_logs
+from isthmus.cluster.metrics import Gauges
+from isthmus.cluster.supervision.replica_store import RayPeers
+from isthmus.trainer.config.schema import StageName
+from isthmus.trainer.context import Rank, StopReason
+
+logger = logging.getLogger(__name__)
+
+CONCURRENT_CALLS = 4
+"""One for `run`, the rest for short answers."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one process is to do in an attempt."""
+
+    config: JobConfig
+    stage: StageName
+    rank: Rank
+    master: tuple[str, int]
+    """Address and port of rank 0's rendezvous."""
+    run_token: Any
+    """What `RunStore.attach` needs to write under the driver's lease."""
+    entry: str = "isthmus.cluster.workers.rank"
+    """Module whose `train(assignment, context)` trains the stage."""
+    peers: RayPeers | None = None
+    """This rank's memory on other nodes; none: off."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a process lives, and a port that was free there a moment ago."""
+
+    node: str
+    address: str
+    port: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a process is at, as the driver polls it."""
+
+    phase: str = "starting"
+    """starting, training or done."""
+    step: int = 0
+    """Step that is being trained; counted from 0 within the stage."""
+    age_seconds: float = 0.0
+    """Time since the step began."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    stop: StopReason | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: an outcome or a failure."""
+
+    outcome: str | None = None
+    """Value of isthmus.trainer.context's Outcome."""
+    stop: StopReason | None = None
+    """Why it stopped before its last step, if it did."""
+    failure: Failure | None = None
+    progress: Progress = field(default_factory=Progress)
+    """What it was at when it ended."""
+
+    @property
+    def step(self) -> int | None:
+        """Step that was being trained; none: training had not begun."""
+        return self.progress.step if self.progress.phase == "training" else None
+
+
+class RayContext:
+    """RunContext of a training process under Ray: stop requests come from the driver or by SIGTERM."""
+
+    def __init__(self, rank: Rank, gauges: Gauges) -> None:
+        """Begin without a stop request and without progress."""
+        self._rank = rank
+        self._gauges = gauges
+        self._stop: StopReason | None = None
+        self._progress = Progress()
+        self._step_began = time.monotonic()
+
+    @property
+    def rank(self) -> Rank:
+        """Place of this process."""
+        return self._rank
+
+    def stop_request(self) -> StopReason | None:
+        """Return why this process was asked to stop, if it was."""
+        return self._stop
+
+    def begin_step(self, step: int) -> None:
+        """Note that `step` is being trained."""
+        set_place(step=step)
+        self._step_began = time.monotonic()
+        self._progress = Progress("training", step, metrics=self._progress.metrics)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Keep the newest figures for the driver and for Prometheus."""
+        self._progress = Progress(self._progress.phase, self._progress.step, metrics=dict(metrics))
+        self._gauges.set(metrics)
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Ask for a stop at the next step boundary; the first reason stays."""
+        self._stop = self._stop or reason
+
+    def progress(self) -> Progress:
+        """Return what this process is at."""
+        now = self._progress
+        return Progress(now.phase, now.step, time.monotonic() - self._step_began, now.metrics, self._stop)
+
+
+class TrainWorker:
+    """The actor around one training process."""
+
+    def __init__(self, name: str, config: JobConfig) -> None:
+        """Catch SIGTERM and start logging; runs on the main thread of the actor's process."""
+        self._name = name
+        self._context: RayContext | None = None
+        self._early_stop: StopReason | None = None
+        if not config.cluster.workers.gpus:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        faulthandler.enable()
+        use_json_logs(run=config.run.name)
+        watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))
+
+    def __repr__(self) -> str:
+        """Return the name that Ray puts before this actor's log lines."""
+        return self._name
+
+    def host(self) -> Host:
+        """Return where this process lives."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as sock:
+            sock.bind((address, 0))
+            port = int(sock.getsockname()[1])
+        return Host(ray.get_runtime_context().get_node_id(), address, port, os.getpid())
+
+    def run(self, assignment: Assignment) -> Ended:
+        """Run one stage to its end, its stop or its failure. Never raises what the training code raised."""
+        rank = assignment.rank
+        set_place(stage=assignment.stage, rank=rank.rank, step=None)
+        context = RayContext(
+            rank, Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
+        )
+        self._context = context
+        logger.info("begins as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
+        if self._early_stop:
+            context.request_stop(self._early_stop)
+        _set_environment(assignment)
+        try:
+            outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
+        except Exception as error:
+            logger.exception("%s failed at step %d", self._name, context.progress().step)
+            return Ended(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
+        return Ended(outcome=outcome, stop=context.stop_request(), progress=context.progress())
+
+    def poll(self) -> Progress:
+        """Return what this process is at."""
+        return self._context.progress() if self._context else Progress()
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask for a checkpoint and an end at the next step boundary."""
+        self._early_stop = self._early_stop or reason
+        if self._context:
+            self._context.request_stop(reason)
+
+    def stacks(self) -> str:
+        """Return the stacks of all threads."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+
+
+def _set_environment(assignment: Assignment) -> None:
+    """Tell torch.distributed where the ranks meet, as torchrun does."""
+    rank, (host, port) = assignment.rank, assignment.master
+    os.environ.update(
+        RANK=str(rank.rank),
+        WORLD_SIZE=str(rank.world_size),
+        LOCAL_RANK=str(rank.local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+
+
+def watch_sigterm(on_signal: Any) -> None:
+    """Call `on_signal` on a thread of its own whenever SIGTERM arrives. Needs the main thread.
+
+    Python runs signal handlers on the main thread between two bytecodes, and an actor's main thread sits in Ray's
+    native loop; the wake-up descriptor is written by the C-level handler at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            if os.read(reader, 1)[0] == signal.SIGTERM:
+                on_signal()
+
+    threading.Thread(target=watch, name="sigterm", daemon=True).start()

@@ -1,0 +1,175 @@
+"""Builds the manifest of a data set: shards are checked and indexed side by side, finished ones are not done again."""
+
+import hashlib
+import itertools
+import json
+import logging
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, Action, Drop, Fault, check_shard
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex, index_hash
+from isthmus.data_pipeline.dataset.shard_urls import absolute
+from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
+from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, join
+
+CHUNK_BYTES = 16 << 20
+DROPPED = "dropped.jsonl"
+_VERSION = 1  # of the checks; a change indexes every shard again
+_SHOWN = 5
+
+T = TypeVar("T")
+R = TypeVar("R")
+Runner = Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]
+"""Calls a function for every item, in any place and order, and yields the results as they come."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """What decides the content of an index."""
+
+    chunk_bytes: int = CHUNK_BYTES
+    policy: Mapping[Fault, Action] = field(default_factory=lambda: dict(DEFAULT_POLICY))
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Outcome of one shard, stored beside its index so that an interrupted build goes on."""
+
+    fingerprint: str
+    shard: dict[str, Any]
+    chunk_samples: list[int]
+    drops: list[Drop]
+    failures: list[str] = field(default_factory=list)
+    """Faults whose policy is to fail."""
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class IndexShard:
+    """The work for one shard; picklable, so that it runs in any process."""
+
+    store: ObjectStore
+    folder_url: str
+    options: IndexOptions
+
+    def __call__(self, url: str) -> ShardRecord:
+        """Check and index a shard, unless that was done for this version of it.
+
+        Raises:
+            StoreError: the shard cannot be read.
+        """
+        info = self.store.head(url)
+        fingerprint = _fingerprint(info, self.options)
+        record_url = join(self.folder_url, "indexes", f"{_name(url)}.json")
+        known = self._known(record_url, fingerprint)
+        if known:
+            return known
+        samples, drops = check_shard(ObjectStream(self.store, info))
+        index = ShardIndex.build(samples, self.options.chunk_bytes)
+        data = index.to_bytes()
+        index_url = join(self.folder_url, "indexes", f"{_name(url)}.idx")
+        shard = Shard(url, info.size, info.etag, index.total_samples, index_url, index_hash(data))
+        failures = [
+            f"{url}: {drop.fault} at byte {drop.offset}{f' (key {drop.key})' if drop.key else ''}: {drop.detail}"
+            for drop in drops
+            if self.options.policy[drop.fault] == "fail"
+        ]
+        record = ShardRecord(fingerprint, asdict(shard), index.chunk_samples, drops, failures)
+        if not failures:
+            self.store.put(index_url, data)
+            self.store.put(record_url, json.dumps(asdict(record)).encode())  # last: it tells that the index is whole
+        return record
+
+    def _known(self, record_url: str, fingerprint: str) -> ShardRecord | None:
+        try:
+            fields = json.loads(self.store.get(record_url))
+        except NotFoundError:
+            return None
+        except json.JSONDecodeError:
+            _log.warning("%s is unreadable; its shard is indexed again", record_url)
+            return None
+        if fields.get("fingerprint") != fingerprint:
+            return None
+        fields["drops"] = [Drop(*drop) for drop in fields["drops"]]
+        return ShardRecord(**fields | {"reused": True})
+
+
+def build_manifest(
+    urls: Sequence[str],
+    folder_url: str,
+    store: ObjectStore,
+    options: IndexOptions,
+    run: Runner[str, ShardRecord],
+    on_shard: Callable[[ShardRecord], None] = lambda _: None,
+) -> tuple[Manifest, Counter[Fault]]:
+    """Index all shards and write the manifest into its folder; returns it with the number of drops by fault.
+
+    Raises:
+        DataError: a fault whose policy is to fail, or no sample is left. What is done stays done for the next call.
+    """
+    # A manifest is read from any working directory.
+    urls, folder_url = [absolute(url) for url in urls], absolute(folder_url)
+    records: dict[str, ShardRecord] = {}
+    for record in run(IndexShard(store, folder_url, options), urls):
+        records[record.shard["url"]] = record
+        on_shard(record)
+    ordered = [records[url] for url in urls]
+    failures = [failure for record in ordered for failure in record.failures]
+    if failures:
+        rest = f"\n... and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
+        raise DataError(
+            "\n".join(failures[:_SHOWN]) + f"{rest}\nrepair these shards, leave them out, or index with --on FAULT=drop"
+        )
+    manifest = Manifest(
+        [Shard(**record.shard) for record in ordered], [record.chunk_samples for record in ordered], options.chunk_bytes
+    )
+    dropped = [{"shard": record.shard["url"]} | drop._asdict() for record in ordered for drop in record.drops]
+    store.put(join(folder_url, DROPPED), "".join(json.dumps(line) + "\n" for line in dropped).encode())
+    counts = Counter(drop.fault for record in ordered for drop in record.drops)
+    if not manifest.num_samples:
+        why = ", ".join(f"{count} {fault}" for fault, count in counts.most_common()) or "the archives are empty"
+        raise DataError(f"no sample of {len(urls)} shards is usable ({why}); see {join(folder_url, DROPPED)}")
+    manifest.save(folder_url, store)
+    return manifest, counts
+
+
+def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
+    """Return a Runner over local processes; with one process it is this one."""
+
+    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        if num_processes == 1:
+            yield from map(function, items)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+            rest = iter(items)
+            pending = {pool.submit(function, item) for item in itertools.islice(rest, 4 * num_processes)}
+            try:
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    pending |= {pool.submit(function, item) for _, item in zip(done, rest, strict=False)}
+                    for future in done:
+                        yield future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return run
+
+
+def _fingerprint(info: ObjectInfo, options: IndexOptions) -> str:
+    parts = [_VERSION, info.url, info.size, info.etag, options.chunk_bytes, sorted(options.policy.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _name(url: str) -> str:
+    """Return a file name that is legible and unique for the shard."""
+    stem = url.rpartition("/")[2].removesuffix(".tar")
+    return f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

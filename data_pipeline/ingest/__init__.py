@@ -1,0 +1,1 @@
+"""From folders, JSONL, Parquet and COCO to shards."""

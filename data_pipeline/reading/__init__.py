@@ -1,0 +1,1 @@
+"""Batches of one rank: loader, readers, where readers run, their caches."""

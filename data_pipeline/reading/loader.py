@@ -1,0 +1,290 @@
+"""Batches of one rank, step by step: asks readers for lane parts ahead of need and puts them together."""
+
+import functools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.hashing import stable_hash
+from isthmus.data_pipeline.order.plan import Plan, SampleRef
+from isthmus.data_pipeline.reading.backend import Backend, DirectBackend, ProcessBackend, ReaderDied
+from isthmus.data_pipeline.reading.batch import Batch, LanePart, PartRequest, TextEncoder
+from isthmus.data_pipeline.reading.quarantine import BadRecord, Budget
+from isthmus.data_pipeline.reading.reader import Reader
+from isthmus.data_pipeline.store.object_store import ObjectStore
+
+_log = logging.getLogger(__name__)
+_CHUNK_LOOKAHEAD_STEPS = 8  # steps beyond the prefetched batches whose chunks are fetched
+_MAX_ATTEMPTS = 3
+
+
+class _Pending(NamedTuple):
+    request: PartRequest
+    future: "Future[LanePart]"
+    attempts: int
+
+
+class Loader:
+    """The batches of rank `rank` of `world_size`; the step is its whole state.
+
+    Args:
+        config: Reading, caching, prefetching, tolerance.
+        store: Access to shards and indexes; readers get a copy.
+        plan: The order.
+        encoder: Captions and seeds -> token tensors.
+        image_size_pixels: Side of the square images.
+        rank: This rank.
+        world_size: Number of ranks; must divide the plan's lanes.
+        train: False: whole images without augmentation, and rows beyond the first epoch are holes.
+
+    Raises:
+        DataError: `world_size` does not divide the lanes.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        store: ObjectStore,
+        plan: Plan,
+        encoder: TextEncoder,
+        *,
+        image_size_pixels: int,
+        rank: int,
+        world_size: int,
+        train: bool = True,
+    ) -> None:
+        if plan.lanes % world_size:
+            raise DataError(
+                f"{world_size} ranks do not divide data.lanes = {plan.lanes}; use a world size that divides "
+                f"{plan.lanes} (lanes are fixed for a run)"
+            )
+        self.plan = plan
+        self._config, self._encoder, self._train = config, encoder, train
+        self._image_size = image_size_pixels
+        self.lanes = list(range(rank, plan.lanes, world_size))
+        make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
+        self._backend = _open_backend(config, make_reader, self.lanes, rank, world_size)
+        self._ahead_steps = config.prefetch_steps if self._backend.works_ahead else 0
+        self._samples: dict[tuple[int, int], tuple[SampleRef, ...]] = {}
+        self._bad_records: list[BadRecord] = []
+        self._budget = Budget(config.budget)
+        self._metrics = LoaderMetrics()
+        self._step = 0
+
+    def batches(self, start_step: int, num_steps: int) -> Iterator[Batch]:
+        """Yield the batches of steps start_step .. start_step + num_steps - 1.
+
+        Raises:
+            BudgetExceeded: too many bad samples.
+            DataError: storage or readers fail for good.
+        """
+        pending: deque[list[_Pending]] = deque()
+        end_step = start_step + num_steps
+        next_step = start_step
+        self._samples.clear()
+        for step in range(start_step, end_step):
+            begin = time.perf_counter()
+            while next_step < min(end_step, step + 1 + self._ahead_steps):
+                pending.append(
+                    [self._ask(self._request(next_step, lane, next_step == start_step)) for lane in self.lanes]
+                )
+                next_step += 1
+            parts = self._collect(pending)
+            self._metrics.wait_seconds += time.perf_counter() - begin
+            self._step = step + 1
+            yield self._assemble(step, parts)
+
+    def take_bad_records(self) -> list[BadRecord]:
+        """Return the records of the bad samples in the batches since the last call; the caller keeps them."""
+        records, self._bad_records = self._bad_records, []
+        return records
+
+    def metrics(self) -> dict[str, float]:
+        """Return totals since the start: seconds, bytes, counts by cause, GET percentiles, epoch of each source."""
+        epochs = {f"epoch/{source}": epoch for source, epoch in enumerate(self.plan.epochs(self._step))}
+        return self._metrics.numbers() | epochs
+
+    def close(self) -> None:
+        """Stop the readers."""
+        self._backend.close()
+
+    def _request(self, step: int, lane: int, is_first: bool) -> PartRequest:
+        """Describe a lane's step; the first request also expects the chunks of all steps up to the lookahead."""
+        horizon = step + self._ahead_steps + _CHUNK_LOOKAHEAD_STEPS
+        samples = self._lane_samples(step, lane)
+        lookahead = range(step, horizon + 1) if is_first else range(horizon, horizon + 1)
+        expected = dict.fromkeys(
+            (sample.source, sample.shard, sample.chunk)
+            for later in lookahead
+            for sample in self._lane_samples(later, lane)
+        )
+        del self._samples[step, lane]
+        needed = {(sample.source, sample.shard) for sample in samples} | {chunk[:2] for chunk in expected}
+        shards = {(source, shard): self.plan.manifests[source].shards[shard] for source, shard in needed}
+        return PartRequest(step, lane, samples, shards, tuple(expected))
+
+    def _lane_samples(self, step: int, lane: int) -> tuple[SampleRef, ...]:
+        key = (step, lane)
+        if key not in self._samples:
+            self._samples[key] = tuple(self.plan.lane_samples(step, lane))
+        return self._samples[key]
+
+    def _ask(self, request: PartRequest, attempts: int = 1) -> _Pending:
+        return _Pending(request, self._backend.submit(request), attempts)
+
+    def _collect(self, pending: deque[list[_Pending]]) -> list[LanePart]:
+        """Wait for the first step's parts; what a dead or silent reader owes is asked again of a fresh one."""
+        parts = []
+        for place in range(len(self.lanes)):
+            while True:
+                asked = pending[0][place]
+                try:
+                    parts.append(asked.future.result(self._config.reader_timeout_seconds))
+                    break
+                except FutureTimeout:
+                    self._backend.replace(asked.request.lane)
+                except ReaderDied:
+                    _log.warning("the reader of lane %d died; asking another", asked.request.lane)
+                self._ask_again(pending)
+        pending.popleft()
+        return parts
+
+    def _ask_again(self, pending: deque[list[_Pending]]) -> None:
+        for step in pending:
+            for place, asked in enumerate(step):
+                if not (asked.future.done() and isinstance(asked.future.exception(), ReaderDied)):
+                    continue
+                if asked.attempts == _MAX_ATTEMPTS:
+                    raise DataError(_gave_up(asked.request, self._config))
+                self._metrics.parts_asked_again += 1
+                step[place] = self._ask(asked.request, asked.attempts + 1)
+
+    def _assemble(self, step: int, parts: list[LanePart]) -> Batch:
+        """Put the lane parts, which are in row order, into one batch."""
+        width = self.plan.lane_batch_size
+        size = self._image_size
+        images_BHWC = torch.empty((len(parts) * width, size, size, 3), dtype=torch.uint8)
+        for place, part in enumerate(parts):
+            images_BHWC[place * width : (place + 1) * width].numpy()[:] = part.images_BHWC
+        samples = [sample for part in parts for sample in part.samples]
+        captions = [caption for part in parts for caption in part.captions]
+        seeds = [stable_hash("text", self.plan.seed, s.source, s.epoch, s.position) for s in samples]
+        self._account(samples, parts)
+        return Batch(
+            step=step,
+            rows_B=torch.tensor([sample.row for sample in samples], dtype=torch.int64),
+            valid_B=torch.tensor([valid for part in parts for valid in part.valid], dtype=torch.bool),
+            images_BCHW=images_BHWC.permute(0, 3, 1, 2),
+            flip_B=torch.tensor([flip for part in parts for flip in part.flips], dtype=torch.bool),
+            tokens=self._encoder(captions, seeds),
+            captions=captions,
+            keys=[key for part in parts for key in part.keys],
+            image_ids_B=torch.tensor([image_id for part in parts for image_id in part.image_ids], dtype=torch.int64),
+            positions=[(sample.source, sample.epoch, sample.position) for sample in samples],
+        )
+
+    def _account(self, samples: list[SampleRef], parts: list[LanePart]) -> None:
+        """Update metrics and budget with the parts of a step."""
+        for part in parts:
+            self._metrics.add(part)
+        records = {record.row: record for part in parts for record in part.bad}
+        self._bad_records.extend(records.values())
+        bad = {place: records[sample.row] for place, sample in enumerate(samples) if sample.row in records}
+        self._budget.add([sample.source for sample in samples], bad)
+
+
+class LoaderMetrics:
+    """Totals of a loader and of all its readers, as plain numbers."""
+
+    def __init__(self) -> None:
+        self.wait_seconds = 0.0
+        self.parts_asked_again = 0
+        self._samples = 0
+        self._bad: Counter[str] = Counter()
+        self._by_reader: dict[str, dict[str, float]] = {}
+        self._get_seconds: deque[float] = deque(maxlen=1000)
+
+    def add(self, part: LanePart) -> None:
+        """Add what a part says about itself and its reader."""
+        self._samples += len(part.valid)
+        self._bad.update(record.cause for record in part.bad)
+        self._by_reader[part.reader] = part.counters
+        self._get_seconds.extend(part.get_seconds)
+
+    def numbers(self) -> dict[str, float]:
+        """Return all of it under flat names."""
+        totals: Counter[str] = Counter()
+        for counters in self._by_reader.values():
+            totals.update(counters)
+        numbers: dict[str, float] = {
+            "wait_seconds": self.wait_seconds,
+            "parts_asked_again": self.parts_asked_again,
+            "samples": self._samples,
+            "bad_samples": sum(self._bad.values()),
+        }
+        numbers |= {f"bad_samples/{cause}": count for cause, count in self._bad.items()} | dict(totals)
+        if self._get_seconds:
+            p50, p99 = np.percentile(self._get_seconds, [50, 99])
+            numbers |= {"get_seconds/p50": float(p50), "get_seconds/p99": float(p99)}
+        return numbers
+
+
+def open_loader(
+    config: DataConfig,
+    store: ObjectStore,
+    encoder: TextEncoder,
+    *,
+    image_size_pixels: int,
+    global_batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    train: bool = True,
+) -> Loader:
+    """Load the manifests, make the plan and open the loader of one rank.
+
+    Raises:
+        DataError: a manifest is missing or unusable, or sizes do not divide.
+    """
+    sources = [(Manifest.load(source.manifest, store), source.weight) for source in config.sources]
+    plan = Plan(
+        sources,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        lanes=config.lanes,
+        shuffle_chunks=config.shuffle_chunks,
+    )
+    return Loader(
+        config, store, plan, encoder, image_size_pixels=image_size_pixels, rank=rank, world_size=world_size, train=train
+    )
+
+
+def _open_backend(
+    config: DataConfig, make_reader: functools.partial[Reader], lanes: list[int], rank: int, world_size: int
+) -> Backend:
+    if config.backend == "ray":
+        from isthmus.data_pipeline.reading.actors import RayBackend  # noqa: PLC0415 - Ray is needed by this backend only
+
+        return RayBackend(make_reader, config, lanes, rank, world_size)
+    if config.readers == 0:
+        return DirectBackend(make_reader)
+    return ProcessBackend(make_reader, config.readers, lanes)
+
+
+def _gave_up(request: PartRequest, config: DataConfig) -> str:
+    shards = ", ".join(sorted({request.shards[s.source, s.shard].url for s in request.samples})[:4])
+    return (
+        f"step {request.step}, lane {request.lane}: {_MAX_ATTEMPTS} readers died or gave no answer within "
+        f"{config.reader_timeout_seconds:g} s (data.reader_timeout_seconds) while reading {shards}; "
+        "look for memory limits and for crashes in the readers' logs"
+    )

@@ -1,0 +1,216 @@
+"""Makes lane parts: reads chunks, cuts samples out of them, checks, decodes, augments. A bad sample becomes a hole."""
+
+import copy
+import functools
+import logging
+import os
+import socket
+import threading
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.manifest import Shard
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError
+from isthmus.data_pipeline.hashing import stable_hash, uniform_stream
+from isthmus.data_pipeline.order.plan import SampleRef
+from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
+from isthmus.data_pipeline.reading.cache import ChunkId, ChunkMemory, DiskCache
+from isthmus.data_pipeline.reading.quarantine import BadRecord, BadSample
+from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
+from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random_resized_crop_box, resize_square
+from isthmus.data_pipeline.store.object_store import ObjectStore
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+_log = logging.getLogger(__name__)
+_CACHED_INDEXES = 256
+
+
+class Reader:
+    """Makes lane parts. Keeps bytes, never state: any reader answers any request with the same pixels.
+
+    Args:
+        config: Cropping, captions, caches.
+        store: Access to shards and indexes.
+        image_size_pixels: Side of the square images.
+        seed: Seed of the augmentation.
+        train: False: whole images, first caption, no mirroring, and samples of later epochs are holes.
+    """
+
+    def __init__(self, config: DataConfig, store: ObjectStore, image_size_pixels: int, seed: int, train: bool) -> None:
+        self._config, self._size, self._seed, self._train = config, image_size_pixels, seed, train
+        self._store = copy.copy(store)  # its counters are this reader's own
+        self._disk = DiskCache(Path(config.cache_dir), config.cache_bytes) if config.cache_dir else None
+        self._memory = ChunkMemory(self._fetch, config.prefetch_bytes)
+        self._index = functools.lru_cache(_CACHED_INDEXES)(functools.partial(ShardIndex.load, store=self._store))
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="chunk-ahead")
+        self._gone: dict[ChunkId, tuple[str, str]] = {}
+        self._left: dict[ChunkId, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._name = f"{socket.gethostname()}/{os.getpid()}/{id(self)}"
+
+    def read(self, request: PartRequest) -> LanePart:
+        """Return the images and texts of one lane in one step.
+
+        Raises:
+            DataError: the store cannot be read at all (credentials, an outage past all retries).
+        """
+        if request.expected_chunks:
+            self._ahead.submit(self._expect, request)
+        shape = (len(request.samples), self._size, self._size, 3)
+        part = LanePart(samples=request.samples, images_BHWC=np.empty(shape, dtype=np.uint8), reader=self._name)
+        for place, ref in enumerate(request.samples):
+            self._add_sample(part, place, request, ref)
+        part.counters = self._totals()
+        part.get_seconds = self._store.metrics.take_get_seconds()
+        return part
+
+    def close(self) -> None:
+        """Stop fetching ahead."""
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+        self._memory.close()
+
+    def _add_sample(self, part: LanePart, place: int, request: PartRequest, ref: SampleRef) -> None:
+        """Append one sample, or a hole with its record."""
+        shard = request.shards[ref.source, ref.shard]
+        index = self._index(shard)
+        number = index.first_sample(ref.chunk) + ref.sample
+        key = f"{ref.source}/{ref.shard}#{index.key(number)}"
+        valid, flip, caption, identity = False, False, "", key
+        try:
+            if self._train or ref.epoch == 0:
+                members = self._members(shard, index, ref.chunk, number)
+                caption, image_id = self._caption(members, ref)
+                identity = key if image_id is None else f"{ref.source}/{image_id}"
+                flip = self._picture(members, ref, part.images_BHWC[place])
+                valid = True
+        except BadSample as bad:
+            caption, identity = "", key
+            where = (ref.source, ref.epoch, ref.position, shard.url, index.key(number), index.offset(number))
+            part.bad.append(BadRecord(request.step, ref.row, *where, bad.cause, bad.detail))
+        if not valid:
+            part.images_BHWC[place] = 0
+        part.valid.append(valid)
+        part.flips.append(flip)
+        part.captions.append(caption)
+        part.keys.append(key)
+        part.image_ids.append(stable_hash("image", identity) >> 1)
+
+    def _caption(self, members: dict[str, memoryview], ref: SampleRef) -> tuple[str, str | None]:
+        captions, image_id = read_captions(members)
+        chosen = choose_caption(captions, self._seed, *_place(ref)) if self._train else captions[0]
+        caption = clean_caption(chosen, self._config.max_caption_words)
+        if not caption:
+            raise BadSample("no_caption", f"nothing is left of {chosen[:40]!r} after cleaning")
+        return caption, image_id
+
+    def _picture(self, members: dict[str, memoryview], ref: SampleRef, target: UInt8Array) -> bool:
+        """Write the cropped and resized image into `target`; return whether it is to be mirrored."""
+        encoded = next((data for extension, data in members.items() if extension in IMAGE_EXTENSIONS), None)
+        if encoded is None:
+            raise BadSample("no_image", f"none of .{', .'.join(members)} is an image")
+        image = decode_image(encoded, self._config.max_image_pixels)
+        height, width = image.shape[:2]
+        if not self._train:
+            target[:] = resize_square(image, (0, 0, height, width), self._size)
+            return False
+        uniform = uniform_stream("augment", self._seed, *_place(ref))
+        flip = next(uniform) < 0.5 and self._config.flip
+        box = random_resized_crop_box(height, width, self._config.crop_scale, uniform)
+        target[:] = resize_square(image, box, self._size)
+        return flip
+
+    def _members(self, shard: Shard, index: ShardIndex, chunk: int, number: int) -> dict[str, memoryview]:
+        """Return the sample's members by extension, each equal to its checksum.
+
+        Damaged bytes are read again from the store, once.
+        """
+        identity = _chunk_id(shard, index, chunk)
+        for _ in range(2):
+            data = memoryview(self._chunk(identity))
+            members = {}
+            damaged = None
+            for member in index.members(number):
+                start = member.offset - identity.start
+                members[member.extension] = data[start : start + member.length]
+                if zlib.crc32(members[member.extension]) != member.crc32:
+                    damaged = member.extension
+            if damaged is None:
+                self._note_use(identity, index, chunk)
+                return members
+            self._count("damaged_reads")
+            if self._disk:  # first, or the thread that fetches ahead would take the damaged file once more
+                self._disk.drop(identity)
+            self._memory.drop(identity)
+        raise BadSample("checksum", f".{damaged} differs from its checksum in the index, read twice")
+
+    def _chunk(self, identity: ChunkId) -> bytes | memoryview:
+        """Return a chunk's bytes; a chunk that is gone for good is remembered as such."""
+        if identity in self._gone:
+            raise BadSample(*self._gone[identity])
+        try:
+            return self._memory.get(identity)
+        except (NotFoundError, ChangedError) as error:
+            cause = "shard_missing" if isinstance(error, NotFoundError) else "shard_changed"
+            self._gone[identity] = cause, str(error)
+            raise BadSample(*self._gone[identity]) from error
+
+    def _fetch(self, identity: ChunkId) -> bytes | memoryview:
+        """Read a chunk from the disk cache or by one ranged request."""
+        if self._disk:
+            cached = self._disk.get(identity)
+            if cached is not None:
+                self._count("disk_cache_hits")
+                return cached
+        data = self._store.get_range(identity.url, identity.start, identity.length, etag=identity.etag)
+        self._count("chunks_fetched")
+        if self._disk:
+            self._disk.put(identity, data)
+        return data
+
+    def _expect(self, request: PartRequest) -> None:
+        """Fetch chunks ahead; what fails here fails again, and is reported, when a sample is needed."""
+        try:
+            chunks = []
+            for source, shard_number, chunk in request.expected_chunks:
+                shard = request.shards[source, shard_number]
+                chunks.append(_chunk_id(shard, self._index(shard), chunk))
+            self._memory.expect(chunks)
+        except (DataError, OSError) as error:
+            _log.debug("fetching ahead: %s", error)
+
+    def _note_use(self, identity: ChunkId, index: ShardIndex, chunk: int) -> None:
+        """Count down the chunk's samples; after the last one its bytes may go."""
+        left = self._left.setdefault(identity, index.num_samples(chunk)) - 1
+        if left > 0:
+            self._left[identity] = left
+            return
+        del self._left[identity]
+        self._memory.exhaust(identity)
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def _totals(self) -> dict[str, float]:
+        metrics = self._store.metrics
+        totals: dict[str, float] = {"bytes_read": metrics.bytes_read, "requests": metrics.requests}
+        totals["queue_bytes"] = self._memory.num_bytes
+        totals |= {f"retries/{cause}": count for cause, count in list(metrics.retries.items())}
+        with self._lock:
+            return totals | dict(self._counts)
+
+
+def _place(ref: SampleRef) -> tuple[int, int, int]:
+    return ref.epoch, ref.source, ref.position
+
+
+def _chunk_id(shard: Shard, index: ShardIndex, chunk: int) -> ChunkId:
+    start, length = index.chunk_range(chunk)
+    return ChunkId(shard.url, shard.etag, start, length)

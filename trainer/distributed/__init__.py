@@ -1,0 +1,1 @@
+"""The process group and the few collectives that are not the model's."""

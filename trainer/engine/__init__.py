@@ -1,0 +1,1 @@
+"""DeepSpeed holds and updates the trainable part."""

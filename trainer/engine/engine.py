@@ -1,0 +1,268 @@
+"""The engine: DeepSpeed holds and updates the trainable part.
+
+Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the state whatever the precision.
+Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step`, in parameter order.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from isthmus.trainer.config.schema import StageConfig, TrainConfig
+from isthmus.trainer.context import Rank, RunContext
+from isthmus.trainer.distributed.process_group import (
+    device_of,
+    join_process_group,
+    leave_process_group,
+    let_gloo_settle,
+    load_deepspeed,
+)
+from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
+from isthmus.trainer.engine.state_shards import (
+    KINDS,
+    Fragment,
+    StateReader,
+    check_shapes,
+    flat_tensors,
+    places,
+    refresh_working_copies,
+)
+from isthmus.trainer.errors import TrainerError
+
+_LOSS_SCALE_START = 2.0**16
+_LOSS_SCALE_GROWTH_STEPS = 2000
+_LOSS_SCALE_MAX = 2.0**24
+
+
+class Trainable(Protocol):
+    """What the engine needs of a task's model, which is an nn.Module too."""
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name exactly the parameters that the stage optimises."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; equal on all ranks."""
+
+    applied: bool
+    """False: a loss or gradient was not finite on some rank, and no rank changed anything."""
+    grad_norm: float
+    """Global norm before clipping; infinite where not applied."""
+
+
+class Engine:
+    """Accumulates gradients, agrees over ranks, clips, updates; hands out and takes back its state in pieces."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        wrapped: Any,
+        optimizer: ClippedAdamW,
+        stage_config: StageConfig,
+        rank: Rank,
+        device: torch.device,
+    ) -> None:
+        """Use `build_engine`."""
+        self.module = module
+        self.device = device
+        self.rank = rank
+        self.loss_scale = _LOSS_SCALE_START if stage_config.precision == "fp16" else None
+        self._parameters = parameters
+        self._wrapped = wrapped
+        self._zero = wrapped.optimizer
+        self._optimizer = optimizer
+        self._max_norm = stage_config.optimizer.max_grad_norm
+        self._precision = stage_config.precision
+        self._steps = 0
+        self._accumulation: ExitStack | None = None
+        optimizer.gradient_factor = self._gradient_factor
+        self._fill_state(step=0)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in the stage's precision; wrap the forward passes of training and evaluation in it."""
+        if self._precision == "fp32":
+            yield
+            return
+        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float16
+        with torch.autocast(self.device.type, dtype=dtype):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar; over all calls and ranks contributions sum up.
+
+        May be called any number of times per step. A loss that is not finite makes the step of all ranks void.
+        """
+        if self._accumulation is None:
+            self._accumulation = ExitStack()
+            self._accumulation.enter_context(self._wrapped.coalesce_grad_reduction())
+        self._zero.clear_backward_seen_flag()
+        # DeepSpeed divides by the world size. A NaN factor carries the news to the global norm without a collective.
+        factor = self.rank.world_size * (self.loss_scale or 1.0)
+        finite = torch.isfinite(loss.detach())
+        with torch.autocast(self.device.type, enabled=False):
+            self._wrapped.backward(loss * torch.where(finite, factor, float("nan")).to(loss.dtype))
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, agree, clip and update with learning rate `lr`. Collective.
+
+        Raises:
+            TrainerError: `backward` was not called since the last step.
+        """
+        if self._accumulation is None:
+            raise TrainerError("step without backward: every rank must call Engine.backward before Engine.step")
+        self._add_missing_gradients()
+        self._accumulation.close()
+        self._accumulation = None
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self._wrapped.step()
+        applied = bool(self._wrapped.was_step_applied())
+        self._steps += 1
+        if not applied:
+            self._count_steps()
+        norm = float(self._zero._global_grad_norm) / (self.loss_scale or 1.0) if applied else float("inf")
+        self._adapt_loss_scale(applied)
+        return StepResult(applied, norm)
+
+    def fragments(self) -> list[Fragment]:
+        """Return views of this rank's pieces; over all ranks every element of every tensor exactly once."""
+        return [
+            Fragment(place.name, kind, place.shape, place.offset, place.view(self._tensor(place.flat, kind)))
+            for place in places(self._zero, self._parameters)
+            for kind in KINDS
+        ]
+
+    def num_parameters(self) -> int:
+        """Return how many numbers are trained, over all ranks."""
+        return sum(math.prod(_full_shape(parameter)) for parameter in self._parameters.values())
+
+    @torch.no_grad()
+    def restore(self, reader: StateReader, step: int, loss_scale: float | None = None) -> None:
+        """Take over the state after `step` steps, saved at any world size and ZeRO stage. Collective.
+
+        Raises:
+            CheckpointError: the state is of another model.
+        """
+        expected = {name: _full_shape(parameter) for name, parameter in self._parameters.items()}
+        check_shapes(reader.shapes(), expected)
+        for fragment in self.fragments():
+            fragment.data.copy_(reader.read(fragment.name, fragment.kind, fragment.offset, fragment.data.numel()))
+        self._steps = step
+        self._wrapped.global_steps = step
+        self._count_steps()
+        if self.loss_scale is not None and loss_scale is not None:
+            self.loss_scale = loss_scale
+        refresh_working_copies(self._zero)
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; leave the process group if the engine made it."""
+        self._wrapped.destroy()
+        let_gloo_settle()
+        leave_process_group()
+
+    def _gradient_factor(self) -> Tensor | float:
+        scale = self.loss_scale or 1.0
+        return clip_factor(self._zero._global_grad_norm / scale, self._max_norm, scale)
+
+    def _add_missing_gradients(self) -> None:
+        """Give parameters that no loss of this rank reached a zero gradient, so that all ranks reduce the same ones."""
+        for parameter in self._parameters.values():
+            if parameter.grad is None and not hasattr(parameter, "ds_id"):
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _fill_state(self, step: int) -> None:
+        """Make the optimizer's state, which it would otherwise make in its first step."""
+        for flat in flat_tensors(self._zero):
+            self._optimizer.state[flat] = {
+                "step": torch.tensor(float(step), device=flat.device if self._optimizer.defaults["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def _count_steps(self) -> None:
+        """Let AdamW count all steps, void ones too: then the bias correction needs no state of its own."""
+        for flat in flat_tensors(self._zero):
+            self._optimizer.state[flat]["step"].fill_(float(self._steps))
+
+    def _tensor(self, flat: nn.Parameter, kind: str) -> Tensor:
+        state: dict[str, Tensor] = self._optimizer.state[flat]
+        return flat if kind == "param" else state[kind]
+
+    def _adapt_loss_scale(self, applied: bool) -> None:
+        """Halve after a void step, double every so many steps; needs no memory but the scale itself."""
+        if self.loss_scale is None:
+            return
+        if not applied:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self._steps % _LOSS_SCALE_GROWTH_STEPS == 0:
+            self.loss_scale = min(_LOSS_SCALE_MAX, self.loss_scale * 2)
+
+
+def build_engine(
+    task_model: nn.Module, stage_config: StageConfig, train_config: TrainConfig, context: RunContext
+) -> Engine:
+    """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
+
+    Args:
+        task_model: A `Trainable`. A frozen language model made by `frozen_language` inside it looks after itself.
+        stage_config: Template, precision and optimizer.
+        train_config: Limits of collectives.
+        context: Place of this process.
+    """
+    rank = context.rank
+    device = device_of(rank)
+    join_process_group(rank, train_config.safety.collective_timeout_seconds)
+    parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
+    template = load_template(stage_config.deepspeed)
+    task_model.to(device)
+    schedule = stage_config.optimizer
+    offloaded = template["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = ClippedAdamW(
+        parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors),
+        schedule,
+        fused=device.type == "cuda" and not offloaded,
+    )
+    _share_scalars(parameters)
+    wrapped, *_ = load_deepspeed().initialize(
+        model=_trainable_module(task_model, parameters, template),
+        optimizer=optimizer,
+        config=template,
+        dist_init_required=False,
+    )
+    return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device)
+
+
+def _trainable_module(model: nn.Module, parameters: dict[str, nn.Parameter], config: dict[str, Any]) -> nn.Module:
+    """Return what DeepSpeed sees: under ZeRO-1 and 2 just the tensors, under ZeRO-3 the modules that fetch them."""
+    if config["zero_optimization"]["stage"] < 3:
+        return nn.ParameterList(parameters.values())
+    wanted = set(map(id, parameters.values()))
+    if any(id(parameter) in wanted for parameter in model.parameters(recurse=False)):
+        raise TrainerError(
+            "deepspeed: stage 3 needs every trainable parameter of the model in a submodule; use a template of stage 1"
+        )
+    children = [c for c in model.children() if any(id(p) in wanted for p in c.parameters())]
+    return nn.ModuleList(children)
+
+
+def _share_scalars(parameters: dict[str, nn.Parameter]) -> None:
+    """Broadcast 0-d parameters from rank 0 here: DeepSpeed's own broadcast views them as bytes, which 0-d cannot be."""
+    for parameter in parameters.values():
+        if parameter.dim() == 0:
+            dist.broadcast(parameter.data, src=0)
+            parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,35 @@
+"""Where the Q-Former's queries look: its last cross-attention, recomputed from what the layer itself projects."""
+
+import torch
+from torch import Tensor
+
+from isthmus.model.qformer.layers import Attention
+from isthmus.model.qformer.qformer import QFormer
+
+
+@torch.no_grad()
+def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
+    """Return the attention of each query over the patches in the last cross-attention layer, mean over heads.
+
+    Letters: B images, P patches, D feature width, Q queries, H heads, d width of a head.
+
+    Args:
+        qformer: In eval mode.
+        image_BPD: Features of the vision encoder.
+
+    Returns:
+        B, Q, P; each row sums to 1.
+    """
+    cross = [layer.cross_attention for layer in qformer.layers if isinstance(layer.cross_attention, Attention)][-1]
+    queries: list[Tensor] = []
+    handle = cross.query.register_forward_hook(lambda _module, _inputs, output: queries.append(output))
+    try:
+        memory = qformer.image_memory(image_BPD)
+        qformer.query_pass(memory, image_BPD.shape[0])
+    finally:
+        handle.remove()
+    query_BHQd = cross.heads(queries[-1]).float()
+    keys_BHPd = memory.layers[-1].keys_BHLd.float()
+    scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
+    weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
+    return weights_BQP

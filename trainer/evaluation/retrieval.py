@@ -1,0 +1,185 @@
+"""Retrieval on held-out pairs: contrast finds candidates, matching orders the best of them (BLIP-2, section 4).
+
+Letters: B rows of a batch, n rows of this rank, I images and T texts of all ranks, Q queries, E projection width,
+M pairs of this rank.
+
+The pairs to match are dealt by image: each rank matches its own images with any text, so only tokens and unit vectors
+cross ranks and never image features.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.qformer.layers import ImageMemory
+from isthmus.trainer.config.schema import EvaluationConfig
+from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.evaluation.attention_maps import query_attention
+from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid, similarity_matrix
+from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank
+from isthmus.trainer.monitoring.loggers import Pictures
+from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail
+
+SHOWN = 16
+IMAGES_AT_A_TIME = 16
+EXAMPLES, FOUND = 8, 4
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Valid rows of this rank."""
+
+    image_nQE: Tensor
+    text_nE: Tensor
+    input_ids_nT: Tensor
+    attention_mask_nT: Tensor
+    image_ids_n: Tensor
+    inputs: list[Stage1Inputs]
+    """One per batch, valid rows only: images are encoded again for matching rather than kept as features."""
+
+
+class RetrievalEvaluation:
+    """One evaluation; the model is in eval mode."""
+
+    def __init__(
+        self, model: Stage1Model, exchange: Exchange, config: EvaluationConfig, beat: Callable[[], None]
+    ) -> None:
+        self._model, self._exchange, self._config, self._beat = model, exchange, config, beat
+
+    @torch.no_grad()
+    def run(
+        self, batches: Iterable[Batch], inputs_of: Callable[[Batch], Stage1Inputs]
+    ) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
+        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before, pictures, texts, examples."""
+        shown: list[Picture] = []
+        thumbnails: list[bytes] = []
+        texts: list[dict[str, str]] = []
+        rows = self._encode(self._kept(batches, inputs_of, shown, thumbnails, texts))
+        own = rows.image_nQE.shape[0]
+        texts = gather_lists(texts)
+        gather = self._exchange.all_gather
+        image_IQE, text_TE, ids_I = gather(rows.image_nQE), gather(rows.text_nE), gather(rows.image_ids_n)
+        scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in torch.split(image_IQE, 256)])
+        captions = [text["caption"] for text in texts]
+        relevant_IT = relevance(ids_I.cpu(), captions).to(scores_IT.device)
+        figures = recalls(scores_IT, relevant_IT, "eval/itc_")
+        if self._config.rerank_top_k:
+            scores_IT = self._rerank(rows, scores_IT)
+        figures |= recalls(scores_IT, relevant_IT, "eval/")
+        for text, best in zip(texts, scores_IT.argmax(dim=1).tolist(), strict=True):
+            text["retrieved"] = captions[best]
+        place = self._own(own)
+        return figures, self._pictures(rows, shown, texts, place), texts, _examples(scores_IT, thumbnails, place.start)
+
+    def _kept(
+        self,
+        batches: Iterable[Batch],
+        inputs_of: Callable[[Batch], Stage1Inputs],
+        shown: list[Picture],
+        thumbnails: list[bytes],
+        texts: list[dict[str, str]],
+    ) -> Iterator[Stage1Inputs]:
+        for batch in batches:
+            self._beat()
+            valid = batch.valid_B.nonzero().flatten().tolist()
+            texts += [{"key": batch.keys[row], "caption": batch.captions[row]} for row in valid]
+            pictures = [batch.images_BCHW[row].permute(1, 2, 0).numpy() for row in valid]
+            shown += pictures[: SHOWN - len(shown)]
+            thumbnails += map(thumbnail, pictures)
+            if valid:
+                inputs = inputs_of(batch)
+                yield inputs.at(inputs.valid_B)
+
+    def _encode(self, parts: Iterable[Stage1Inputs]) -> _Rows:
+        config, device = self._model.config, self._model.temperature.device
+        length, queries = config.max_text_tokens, self._model.qformer.config
+        # A rank may have no valid row at all; its empty part still meets the others'.
+        images = [torch.zeros(0, queries.num_queries, queries.projection_size, device=device)]
+        texts = [torch.zeros(0, queries.projection_size, device=device)]
+        ids, masks = ([torch.zeros(0, length, dtype=torch.long, device=device)] for _ in range(2))
+        image_ids, kept = [torch.zeros(0, dtype=torch.long, device=device)], []
+        for part in parts:
+            encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
+            images.append(encoded.image_BQE)
+            texts.append(encoded.text_BE)
+            ids.append(_widened(part.input_ids_BT, length))
+            masks.append(_widened(part.attention_mask_BT, length))
+            assert part.image_ids_B is not None
+            image_ids.append(part.image_ids_B)
+            kept.append(part)
+        return _Rows(torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept)
+
+    def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
+        ids_TL = self._exchange.all_gather(rows.input_ids_nT)
+        mask_TL = self._exchange.all_gather(rows.attention_mask_nT)
+        pairs = candidate_pairs(scores_IT, self._config.rerank_top_k)
+        matches_IT = torch.zeros_like(scores_IT)
+        first = self._own(rows.image_nQE.shape[0]).start
+        for part in rows.inputs:
+            for inputs in (
+                part.at(slice(i, i + IMAGES_AT_A_TIME)) for i in range(0, len(part.rows_B), IMAGES_AT_A_TIME)
+            ):
+                count = len(inputs.rows_B)
+                mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + count)]
+                matches_IT[mine[:, 0], mine[:, 1]] = self._match(inputs, ids_TL, mask_TL, mine, first)
+                first += count
+                self._beat()
+        matches_IT = self._exchange.all_reduce_sum(matches_IT)
+        chosen_IT = torch.zeros_like(scores_IT, dtype=torch.bool)
+        chosen_IT[pairs[:, 0], pairs[:, 1]] = True
+        return rerank(scores_IT, matches_IT, chosen_IT)
+
+    def _match(self, inputs: Stage1Inputs, ids_TL: Tensor, mask_TL: Tensor, pairs: Tensor, first: int) -> Tensor:
+        """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
+        memory = self._model.qformer.image_memory(self._model.features(inputs))
+        found = []
+        for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
+            index_M, texts_M = part[:, 0] - first, part[:, 1]
+            text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
+            logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
+            found.append((logits_M2[:, 1] - logits_M2[:, 0]).float())
+        return torch.cat(found) if found else pairs.new_zeros(0, dtype=torch.float32)
+
+    def _own(self, count: int) -> slice:
+        """Return the place of this rank's rows among those of all ranks."""
+        counts = self._exchange.all_gather(torch.tensor([count], device=self._model.temperature.device))
+        first = int(counts[: self._exchange.rank].sum())
+        return slice(first, first + count)
+
+    def _pictures(self, rows: _Rows, shown: list[Picture], texts: list[dict[str, str]], own: slice) -> Pictures:
+        if not shown:
+            return {}
+        mine = texts[own][: len(shown)]
+        captions = [text["caption"] for text in mine]
+        few = len(shown)
+        similarity_IT = (rows.image_nQE[:few] @ rows.text_nE[:few].T).amax(dim=1).cpu().numpy()
+        features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
+        weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+        return {
+            "samples": sample_grid(shown, captions, [text["retrieved"] for text in mine]),
+            "similarity": similarity_matrix(similarity_IT, captions),
+            "attention": attention_map(shown[0], weights_QP, captions[0]),
+        }
+
+
+def _examples(scores_IT: Tensor, thumbnails: list[bytes], first: int) -> Examples:
+    """Return some pairs, evenly spread, with what is found for each; thumbnails are those from place `first` on."""
+    places = sorted({i * len(scores_IT) // EXAMPLES for i in range(EXAMPLES)}) if len(scores_IT) else []
+    count = min(FOUND, len(scores_IT))
+    shown = [
+        Example(i, scores_IT[i].topk(count).indices.tolist(), scores_IT[:, i].topk(count).indices.tolist())
+        for i in places
+    ]
+    needed = sorted({index for example in shown for index in (example.index, *example.images)})
+    own = [(index, thumbnails[index - first]) for index in needed if first <= index < first + len(thumbnails)]
+    return Examples(shown, dict(gather_lists(own)))
+
+
+def _widened(tokens_BT: Tensor, length: int) -> Tensor:
+    return F.pad(tokens_BT, (0, length - tokens_BT.shape[1]))

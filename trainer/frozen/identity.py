@@ -1,0 +1,119 @@
+"""Which frozen weights a run uses, and proof that training left them alone.
+
+The identity of a folder is a tree of sha256 hashes, so that many threads and ranks share the work:
+
+    leaf     = sha256(one block of BLOCK_BYTES bytes of a tensor as stored; the last block may be shorter)
+    tensor   = sha256(JSON of [name, type, shape], then its leaves in order)
+    identity = sha256(all tensor hashes in order of names)
+
+It does not depend on how the tensors are spread over files, nor on the number of ranks.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.context import Rank
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.frozen.safetensors_index import TensorEntry, read_entries
+
+BLOCK_BYTES = 16 << 20
+HASH_THREADS = 4
+_DIGEST_BYTES = 32
+
+
+def frozen_identity(folder_url: str, store: ObjectStore, rank: Rank | None = None) -> str:
+    """Return the identity of a folder's tensors, 64 hex digits.
+
+    Args:
+        folder_url: Folder with safetensors files, local or in an object store.
+        store: Access to it.
+        rank: Place of this process when all ranks call together, each to hash its share (collective); none: alone.
+    """
+    rank = rank or Rank(0, 1)
+    entries = [entry for _, entry in sorted(read_entries(folder_url, store).items())]
+    blocks = [(entry, start) for entry in entries for start in range(0, entry.num_bytes, BLOCK_BYTES)]
+    leaves = np.zeros((len(blocks), _DIGEST_BYTES), np.uint8)
+    mine = range(rank.rank, len(blocks), rank.world_size)
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="identity") as pool:
+        for i, leaf in zip(mine, pool.map(lambda i: _hash_block(*blocks[i], store), mine), strict=True):
+            leaves[i] = np.frombuffer(leaf, np.uint8)
+    if rank.world_size > 1:
+        leaves = _sum_over_ranks(leaves)
+    by_tensor: dict[str, list[bytes]] = {entry.name: [] for entry in entries}
+    for (entry, _), row in zip(blocks, leaves, strict=True):
+        by_tensor[entry.name].append(row.tobytes())
+    return hashlib.sha256(b"".join(_hash_tensor(entry, by_tensor[entry.name]) for entry in entries)).hexdigest()
+
+
+class FrozenGuard:
+    """Holds the hashes of this rank's frozen parameters and shows later that they are what they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before = _live_hashes(module)
+
+    def check(self) -> None:
+        """Hash again and compare. Collective: all ranks learn of a change on any.
+
+        Raises:
+            TrainerError: a frozen parameter has changed.
+        """
+        after = _live_hashes(self._module)
+        changed = sorted(
+            name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)
+        )
+        count = torch.tensor([len(changed)], device=_device_of_group())
+        if dist.is_initialized():
+            dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        if count.item():
+            raise TrainerError(
+                f"frozen weights have changed during training: {', '.join(changed[:5]) or 'on another rank'}; "
+                "do not use the checkpoints of this start of the run, and report what was trained with which template"
+            )
+
+
+def _hash_block(entry: TensorEntry, start: int, store: ObjectStore) -> bytes:
+    length = min(BLOCK_BYTES, entry.num_bytes - start)
+    return hashlib.sha256(store.get_range(entry.url, entry.start + start, length, etag=entry.etag)).digest()
+
+
+def _hash_tensor(entry: TensorEntry, leaves: list[bytes]) -> bytes:
+    head = json.dumps([entry.name, str(entry.dtype).removeprefix("torch."), entry.shape]).encode()
+    return hashlib.sha256(head + b"".join(leaves)).digest()
+
+
+def _sum_over_ranks(leaves: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Join rows of which each rank has some and zeros elsewhere."""
+    tensor = torch.from_numpy(leaves).to(_device_of_group())
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
+
+
+def _device_of_group() -> str:
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def _live_hashes(module: nn.Module) -> dict[str, bytes]:
+    tensors = dict(_frozen_tensors(module))
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="guard") as pool:
+        return dict(zip(tensors, pool.map(_hash_live, tensors.values()), strict=True))
+
+
+def _frozen_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what this rank holds of each frozen parameter: its ZeRO-3 partition, or all of it."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            yield name, getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def _hash_live(tensor: Tensor) -> bytes:
+    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)).digest()

@@ -1,0 +1,277 @@
+"""The frozen language model, sharded over all ranks by ZeRO-3 from the first byte.
+
+The skeleton is built without weights; each parameter becomes a partition, and each rank reads the bytes of its own
+partition from the safetensors files straight into it. No rank ever holds the whole model, nothing is broadcast.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig
+from isthmus.trainer.context import Rank
+from isthmus.trainer.distributed.process_group import load_deepspeed
+from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.errors import ConfigError
+from isthmus.trainer.frozen.memory import return_freed_memory
+from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
+
+logger = logging.getLogger(__name__)
+PIECE_BYTES = 32 << 20
+READ_THREADS = 4
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading cost this rank."""
+
+    bytes_read: int
+    bytes_total: int
+    """Bytes of all tensors of the model in its files."""
+    seconds: float
+
+
+def frozen_language(
+    config: LanguageConfig, folder_url: str, store: ObjectStore, rank: Rank, deepspeed: str = "stage2_zero3"
+) -> nn.Module:
+    """Build the frozen language model and load this rank's part of it. Collective; needs the process group.
+
+    The result fetches the weights of each of its modules when that module runs, forward and backward. All ranks
+    must therefore run the same modules in the same order.
+
+    Args:
+        config: Architecture options and storage type.
+        folder_url: Hugging Face folder, local or in an object store.
+        store: Access to it.
+        rank: Place of this process.
+        deepspeed: The stage's template: its `stage3_*` and `offload_param` keys hold here.
+
+    Raises:
+        FrozenWeightsError: the files are damaged, or a tensor is missing, extra or of another shape.
+    """
+    from isthmus.model.frozen.language import build_language  # noqa: PLC0415 - imports transformers, which takes seconds
+
+    entries = read_entries(folder_url, store)
+    folder = local_folder(folder_url, store, leave_out=_WEIGHT_FILES)
+    with parameters_on_meta():
+        language = build_language(config, folder, entries)
+    dtype = getattr(torch, config.dtype)
+    module, report = shard(language, language.weight_names, entries, store, dtype, load_template(deepspeed))
+    logger.info(
+        "rank %d read %.1f of %.1f MB of %s in %.1f s",
+        rank.rank, report.bytes_read / 1e6, report.bytes_total / 1e6, folder_url, report.seconds,
+    )  # fmt: skip
+    return module
+
+
+def shard(
+    skeleton: nn.Module,
+    weight_names: dict[str, str],
+    entries: dict[str, TensorEntry],
+    store: ObjectStore,
+    dtype: torch.dtype,
+    deepspeed: dict[str, Any],
+) -> tuple[nn.Module, LoadReport]:
+    """Turn every parameter of a skeleton into a ZeRO-3 partition, fill it from its tensor, install the fetching hooks.
+
+    Args:
+        skeleton: Module whose parameters have shapes but no contents (`parameters_on_meta`).
+        weight_names: Parameter name, as in `named_parameters`, to tensor name; shared parameters once.
+        entries: Tensor name to place.
+        store: Access to the files.
+        dtype: Storage type of the partitions.
+        deepspeed: The stage's template (`load_template`).
+
+    Raises:
+        FrozenWeightsError: a tensor is missing or of another shape; all are named.
+    """
+    began = time.monotonic()
+    return_freed_memory()
+    chosen = _match(skeleton, weight_names, entries)
+    zero3 = zero3_config(deepspeed)
+    _partition(skeleton, zero3, _kept_in_fp32(skeleton, dtype), dtype)
+    partitions = {name: cast(Any, parameter) for name, parameter in skeleton.named_parameters()}
+    jobs = [piece for name, entry in chosen.items() for piece in _pieces(partitions[name], entry)]
+    bytes_read = _fill(jobs, store)
+    for module in skeleton.modules():
+        if isinstance(module, nn.Linear):
+            _save_no_weights(module)
+    engine, *_ = load_deepspeed().initialize(model=skeleton, config=zero3, dist_init_required=False)
+    # Not a submodule: the engine's hooks go when the engine does, so it must live as long as the model.
+    object.__setattr__(skeleton, "partitioning", engine.optimizer)
+    object.__setattr__(skeleton, "partitioning_engine", engine)
+    skeleton.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
+    total = sum(entry.num_bytes for entry in chosen.values())
+    return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
+
+
+def zero3_config(template: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration under which frozen parameters are partitioned, each in its own type.
+
+    Raises:
+        ConfigError: the template asks for something that does not work with frozen parameters read in place.
+    """
+    zero = template["zero_optimization"] | {"stage": 3, "memory_efficient_linear": False}
+    zero.pop("offload_optimizer", None)
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise ConfigError(
+            "deepspeed: zero_quantized_nontrainable_weights needs an engine with an optimizer over the frozen "
+            "parameters; leave it out (zero_quantized_weights quantises what travels)"
+        )
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise ConfigError("deepspeed: offload_param.device nvme is not supported for frozen weights; use cpu")
+    return template | {"zero_optimization": zero}
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Give modules built inside parameters without memory; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _match(
+    skeleton: nn.Module, weight_names: dict[str, str], entries: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Return the tensor of each parameter, after a look at all shapes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    missing = sorted(name for name in shapes if weight_names.get(name) not in entries)
+    if missing:
+        raise FrozenWeightsError(
+            f"no tensor in the files for {', '.join(missing)}; config.json and weights do not match"
+        )
+    chosen = {name: entries[weight_names[name]] for name in shapes}
+    changed = [
+        f"{entry.name} in {entry.url} has shape {entry.shape}, the model needs {shapes[name]}"
+        for name, entry in chosen.items()
+        if entry.shape != shapes[name]
+    ]
+    if changed:
+        raise FrozenWeightsError("; ".join(changed) + "; config and weights do not match")
+    return chosen
+
+
+def _kept_in_fp32(module: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return which parameters stay fp32 in fp16: those in which the architecture's activations overflow (T5's wo)."""
+    kept: set[str] = set()
+    if dtype is torch.float16:
+        for part in module.modules():
+            kept.update(getattr(part, "_keep_in_fp32_modules", None) or ())
+    return lambda name: not kept.isdisjoint(name.split("."))
+
+
+def _partition(skeleton: nn.Module, config: dict[str, Any], kept: Callable[[str], bool], dtype: torch.dtype) -> None:
+    """Replace every parameter by an empty ZeRO-3 partition; shared parameters stay shared.
+
+    DeepSpeed's own way allocates each tensor in full and broadcasts it. The contents come from the files, so
+    this one takes its conversion, without the broadcast.
+    """
+    init = load_deepspeed().zero.Init(config_dict_or_path=config)
+    made: dict[int, nn.Parameter] = {}
+    for prefix, module in skeleton.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                wanted = torch.float32 if kept(f"{prefix}.{leaf}") else dtype
+                empty = torch.empty(parameter.shape, dtype=wanted, device=init.local_device)
+                partition: Any = nn.Parameter(empty, requires_grad=False)
+                init._convert_to_deepspeed_param(partition)
+                partition.partition()
+                partition.ds_secondary_tensor = None  # hpZ makes its second copy from the first fetch
+                made[id(parameter)] = partition
+            module._parameters[leaf] = made[id(parameter)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive elements of a tensor in a file and where they go."""
+
+    entry: TensorEntry
+    first: int
+    target: Tensor
+
+
+def _pieces(parameter: Any, entry: TensorEntry) -> Iterator[_Piece]:
+    """Cut this rank's part of a tensor into pieces of bounded size."""
+    part = parameter.ds_tensor.ds_numel
+    begin = part * dist.get_rank(parameter.ds_process_group)
+    length = max(0, min(part, entry.num_elements - begin))
+    step = PIECE_BYTES // max(entry.dtype.itemsize, parameter.ds_tensor.element_size())
+    with torch.no_grad():
+        parameter.ds_tensor[length:].zero_()
+    for first in range(0, length, step):
+        target = parameter.ds_tensor.detach()[first : min(first + step, length)]
+        yield _Piece(entry, begin + first, target)
+
+
+def _fill(pieces: list[_Piece], store: ObjectStore) -> int:
+    """Read all pieces, a few at a time; return the bytes read."""
+    if sys.byteorder != "little":
+        raise FrozenWeightsError("safetensors files are little-endian and this machine is not")
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="frozen") as pool:
+        return sum(pool.map(lambda piece: _read(piece, store), pieces))
+
+
+def _read(piece: _Piece, store: ObjectStore) -> int:
+    """Read one piece into its place, by way of a buffer only where type or device differ."""
+    entry, target = piece.entry, piece.target
+    in_place = target.dtype == entry.dtype and target.device.type == "cpu"
+    buffer = target if in_place else torch.empty(target.numel(), dtype=entry.dtype)
+    num_bytes = buffer.numel() * entry.dtype.itemsize
+    start = entry.start + piece.first * entry.dtype.itemsize
+    view = memoryview(buffer.view(torch.uint8).numpy().data)
+    store.get_range(entry.url, start, num_bytes, etag=entry.etag, into=view)
+    if not in_place:
+        target.copy_(buffer)
+    return num_bytes
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Linear map that keeps only a reference to its weight for backward.
+
+    The ordinary one keeps a view of the gathered weight alive, so forward would end up holding the whole model; and
+    its input, which only a weight gradient would need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        (weight,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad @ weight.to(grad.dtype), None, None
+
+
+def _save_no_weights(linear: nn.Linear) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, _FrozenLinear.apply(x, linear.weight, linear.bias))  # type: ignore[no-untyped-call]
+
+    linear.forward = forward  # type: ignore[method-assign, assignment]

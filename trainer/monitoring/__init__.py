@@ -1,0 +1,1 @@
+"""What is seen of a run: metrics, goodput, records, sign of life."""

@@ -1,0 +1,59 @@
+"""A whole run in this process (or in each rank of torchrun), without Ray: for debugging, one GPU, CPU."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.schema import TrainConfig
+from isthmus.trainer.context import LocalContext, Outcome, Rank
+from isthmus.trainer.distributed.process_group import limit_new_groups
+from isthmus.trainer.runs.store import RunStore
+from isthmus.trainer.trainer import run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def train_here(config: TrainConfig, context: LocalContext | None = None, allow_change: Sequence[str] = ()) -> Outcome:
+    """Run the stages of a run one after the other; go on where an earlier start left off.
+
+    `allow_change` are keys that may differ from the run's earlier starts.
+
+    The first SIGTERM or SIGINT asks for a checkpoint and an early end, a second one has its usual effect.
+    """
+    context = context or LocalContext()
+    store = ObjectStore(config.store)
+    owner = f"{socket.gethostname()} process {os.getpid()}"
+    with ExitStack() as stack:
+        stack.enter_context(context.catch_signals())
+        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
+        run = RunStore.open(config, store, owner=owner, allow_change=allow_change)
+        stack.callback(run.close)
+        for stage in config.stages:
+            if run_stage(config, stage, context, store, run) is Outcome.STOPPED:
+                return Outcome.STOPPED
+    return Outcome.FINISHED
+
+
+@contextmanager
+def process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
+    """Hold one process group over all stages: of torchrun's ranks, or of this process alone."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # One process alone needs no place to meet.
+    store = torch._C._distributed_c10d.HashStore() if rank.world_size == 1 else None
+    timeout = timedelta(seconds=timeout_seconds)
+    limit_new_groups(timeout)
+    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, store=store)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

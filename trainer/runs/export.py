@@ -1,0 +1,67 @@
+"""Export of a run: the newest checkpoint of its last stage as a folder that runs elsewhere, in `<run>/export/`."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
+from isthmus.model.formats.native import export_bridge
+from isthmus.trainer.build import WEIGHT_FILES
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.config.schema import TrainConfig
+from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.runs.store import RunStore
+
+logger = logging.getLogger(__name__)
+EXPORT = "export"
+
+
+def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
+    """Export the last stage's newest checkpoint and return the folder's URL; one that was exported is left alone.
+
+    The format is transformers' BLIP-2 where it can hold the vision encoder, else our own (model.own_format).
+
+    Raises:
+        CheckpointError: the last stage has no checkpoint.
+        ModelError: tensors are missing.
+    """
+    stage, url = config.stages[-1], join(run.url, EXPORT)
+    found = committed(run.checkpoints_url(stage), store)
+    if not found:
+        raise CheckpointError(f"{run.checkpoints_url(stage)}: no committed checkpoint to export; train the stage first")
+    saved = max(found, key=lambda checkpoint: checkpoint.step)
+    fact = {"stage": stage, "step": saved.step, "url": url}
+    if run.facts().get(EXPORT) == fact:
+        logger.info("%s: exported already", url)
+        return url
+    with tempfile.TemporaryDirectory(prefix="isthmus-export-") as temporary:
+        folder = Path(temporary) / EXPORT
+        with saved.in_use():
+            _write(config, store, saved, folder)
+        run.fence()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            store.put_file(join(url, *path.relative_to(folder).parts), path)
+    run.record(**{EXPORT: fact})
+    logger.info("%s: exported %s, step %d", url, stage, saved.step)
+    return url
+
+
+def _write(config: TrainConfig, store: ObjectStore, saved: SavedCheckpoint, folder: Path) -> None:
+    trained = {name: saved.full(name) for name in saved.shapes()}
+    model, stage = config.model, config.stages[-1]
+    vision = (model.vision, local_folder(model.vision.path, store))
+    language = None
+    if stage == "stage2" and model.language:
+        language = (model.language, local_folder(model.language.path, store))
+    vocabulary = model.qformer.tokenizer or model.qformer.init_from
+    tokenizer = local_folder(vocabulary, store, leave_out=WEIGHT_FILES) if vocabulary else None
+    if not hf_can_hold(vision[1]):
+        export_bridge(folder, trained, model.qformer, vision, language, tokenizer)
+    elif language:
+        export_captioner(folder, trained, model.qformer, vision, language)
+    elif tokenizer:
+        export_retriever(folder, trained, model.qformer, vision, tokenizer)
+    else:
+        export_bridge(folder, trained, model.qformer, vision)

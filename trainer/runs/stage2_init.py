@@ -1,0 +1,178 @@
+"""From one stage to the next: which trained tensors the new stage begins with.
+
+The choice is made once and written into `run.json` before anything is trained; a run killed in between takes the very
+same checkpoint again.
+"""
+
+import hashlib
+import logging
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.checkpoint.retention import best_step
+from isthmus.trainer.config.schema import Stage2Config, TrainConfig
+from isthmus.trainer.distributed.ranks_agree import from_main_rank
+from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.runs.store import RunStore
+
+logger = logging.getLogger(__name__)
+FRESH = "random"
+OWN_STAGE = "stage1"
+BRIDGE_WEIGHTS = "bridge.safetensors"
+NEW_IN_STAGE2 = ("projection.",)
+"""Prefixes of tensors that stage 2 draws itself where its source has none."""
+
+
+class _Source(Protocol):
+    """Full tensors by name."""
+
+    url: str
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def full(self, name: str) -> Tensor: ...
+    def identity(self) -> str: ...
+
+
+def hand_over(
+    config: TrainConfig, run: RunStore, store: ObjectStore, parameters: dict[str, nn.Parameter]
+) -> dict[str, Any] | None:
+    """Give stage 2's parameters, not yet under an engine, the values that training begins with. Collective.
+
+    Taken are the tensors of the same name; what stage 2 does not have (text side, heads) is dropped by name.
+
+    Args:
+        config: Says where from.
+        run: Where the decision is recorded.
+        store: Access to it.
+        parameters: Trainable parameters by name; changed in place.
+
+    Returns:
+        The record; none when stage 2 begins from drawn values.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, of another model or not the one that was recorded.
+    """
+    assert config.stage2 is not None
+    if config.stage2.init_from == FRESH:
+        return None
+    record = from_main_rank(lambda: _decide(config, run, store, parameters))
+    source = _open(record["url"], store)
+    _check_recorded(source, record)
+    with torch.no_grad():
+        for name in record["taken"]:
+            parameters[name].copy_(source.full(name))
+    logger.info("stage 2 begins with %d tensors of %s", len(record["taken"]), record["url"])
+    return record
+
+
+def _decide(
+    config: TrainConfig, run: RunStore, store: ObjectStore, parameters: dict[str, nn.Parameter]
+) -> dict[str, Any]:
+    """Return the recorded decision, or take it, verify its source, and record it."""
+    assert config.stage2 is not None
+    recorded: dict[str, Any] | None = run.facts().get("handoffs", {}).get("stage2")
+    if recorded is not None and recorded["init_from"] == config.stage2.init_from:
+        return recorded
+    own = config.stage2.init_from == OWN_STAGE
+    source = _chosen(config, config.stage2, run, store) if own else _open(config.stage2.init_from, store)
+    if isinstance(source, SavedCheckpoint) and not own:
+        _verify(source)
+    taken, dropped = match(source, parameters)
+    record = {
+        "init_from": config.stage2.init_from,
+        "url": source.url,
+        "identity": source.identity(),
+        "taken": taken,
+        "dropped": dropped,
+    }
+    run.record(handoffs={"stage2": record})
+    return record
+
+
+def match(source: _Source, parameters: dict[str, nn.Parameter]) -> tuple[list[str], list[str]]:
+    """Return the names taken from the source and those that are dropped.
+
+    Raises:
+        CheckpointError: the source lacks tensors, or has them in another shape.
+    """
+    shapes = source.shapes()
+    lacking = sorted(n for n in parameters.keys() - shapes.keys() if not n.startswith(NEW_IN_STAGE2))
+    other = [
+        f"{name}: {shapes[name]}, the model has {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in shapes and shapes[name] != tuple(parameter.shape)
+    ]
+    if lacking or other:
+        raise CheckpointError(
+            f"{source.url}: is of another model: lacks {lacking or 'nothing'}; of another shape {other or 'none'}; "
+            "give stage2.init_from a checkpoint of the same Q-Former and vision width"
+        )
+    return sorted(parameters.keys() & shapes.keys()), sorted(shapes.keys() - parameters.keys())
+
+
+def _chosen(config: TrainConfig, stage2: Stage2Config, run: RunStore, store: ObjectStore) -> SavedCheckpoint:
+    """Return the verified checkpoint of this run's stage 1: the last, or the best."""
+    folder = run.checkpoints_url(OWN_STAGE)
+    found = committed(folder, store)
+    if not found or config.stage1 is None or found[0].step < config.stage1.steps:
+        at = f"stands at step {found[0].step}" if found else "has no checkpoint"
+        raise CheckpointError(f"{folder}: stage 1 is not finished ({at}); finish it, then start stage 2")
+    saved = found[0]
+    if stage2.init_choice == "best":
+        metric = config.checkpoint.keep_best
+        best = best_step({item.step: item.state.metrics for item in found}, metric)
+        if best is None:
+            raise CheckpointError(
+                f"{folder}: no checkpoint has the metric of checkpoint.keep_best ({metric}); set it to one that "
+                "evaluation measures, or stage2.init_choice=last"
+            )
+        saved = next(item for item in found if item.step == best)
+    _verify(saved)
+    return saved
+
+
+def _verify(saved: SavedCheckpoint) -> None:
+    problems = saved.problems()
+    if problems:
+        raise CheckpointError(
+            f"{saved.url}: is damaged ({'; '.join(problems)}); delete it: stage 1 then ends again from the one before"
+        )
+
+
+def _check_recorded(source: _Source, record: dict[str, Any]) -> None:
+    if source.identity() != record["identity"]:
+        raise CheckpointError(
+            f"{source.url}: is not what was handed over to stage 2 (see handoffs in run.json); restore it, or begin a "
+            "new run from it with stage2.init_from"
+        )
+
+
+class _Export:
+    """The trained tensors of an export of ours."""
+
+    def __init__(self, url: str, data: bytes) -> None:
+        self.url = url
+        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._tensors: dict[str, Tensor] = load_safetensors(data)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def full(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def identity(self) -> str:
+        return self._sha256
+
+
+def _open(url: str, store: ObjectStore) -> _Source:
+    """Open a checkpoint's or an export's folder."""
+    try:
+        return _Export(url, store.get(join(url, BRIDGE_WEIGHTS)))
+    except NotFoundError:
+        return SavedCheckpoint.open(url, store)

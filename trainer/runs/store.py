@@ -1,0 +1,255 @@
+"""The folder of a run in the object store: identity, configuration, one writer, what happened.
+
+runs/<run>/run.json       attempts, finished stages, hand-offs and other facts
+           config.yaml    the resolved configuration of the latest start
+           lease.json     who may write
+           <stage>/  export/
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.object_store import AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
+from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES
+from isthmus.trainer.config.changes import check_changes
+from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml, to_yaml
+from isthmus.trainer.config.schema import TrainConfig
+from isthmus.trainer.distributed.ranks_agree import from_main_rank
+from isthmus.trainer.errors import ConfigError, TrainerError
+from isthmus.trainer.runs.lease import BEAT_SECONDS, Lease, check_token
+
+logger = logging.getLogger(__name__)
+FORMAT = "isthmus-run"
+VERSION = 1
+RUN, CONFIG, LEASE = "run.json", "config.yaml", "lease.json"
+_SWAP_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class RunToken:
+    """Lets other processes write under the owner's lease."""
+
+    number: int
+    """Fencing token."""
+
+
+class RunStore:
+    """A run's folder, under a lease of ours or of the driver that started us."""
+
+    def __init__(self, url: str, store: ObjectStore, token: RunToken, lease: Lease | None) -> None:
+        """Use `open` or `attach`."""
+        self.url, self.token = url, token
+        self._store, self._lease = store, lease
+
+    @staticmethod
+    def open(
+        config: TrainConfig,
+        store: ObjectStore,
+        *,
+        owner: str,
+        allow_change: Sequence[str] = (),
+        beat_seconds: float = BEAT_SECONDS,
+    ) -> "RunStore":
+        """Become the one writer of a run, new or not. In a process group rank 0 does, and the others work under it.
+
+        Raises:
+            LeaseError: another writer has the run.
+            ConfigError: the run was started with a configuration that means something else.
+        """
+        opened: list[RunStore] = []
+
+        def open_here() -> RunToken:
+            opened.append(_open(config, store, owner, allow_change, beat_seconds))
+            return opened[0].token
+
+        token = from_main_rank(open_here)
+        return opened[0] if opened else RunStore.attach(config, store, token)
+
+    @staticmethod
+    def attach(config: TrainConfig, store: ObjectStore, token: RunToken) -> "RunStore":
+        """Work on a run under the lease that another process holds."""
+        return RunStore(run_url(config), store, token, None)
+
+    def stage_url(self, stage: str) -> str:
+        """Return the folder of a stage."""
+        return join(self.url, stage)
+
+    def checkpoints_url(self, stage: str) -> str:
+        """Return the folder of a stage's checkpoints."""
+        return join(self.url, stage, "checkpoints")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `run.json` holds."""
+        return read_run(self.url, self._store)
+
+    def record(self, **facts: Any) -> None:
+        """Set top-level facts in `run.json`; a value that is a mapping is merged into the one there."""
+
+        def merge(run: dict[str, Any]) -> None:
+            for key, value in facts.items():
+                both = isinstance(value, dict) and isinstance(run.get(key), dict)
+                run[key] = {**run[key], **value} if both else value
+
+        _update(self.url, self._store, merge)
+
+    def fence(self) -> None:
+        """Make sure that the run is still ours, before a commit.
+
+        Raises:
+            LeaseError: it is not.
+        """
+        if self._lease is not None:
+            self._lease.check()
+        else:
+            check_token(join(self.url, LEASE), self._store, self.token.number)
+
+    def seconds_between_failures(self) -> float:
+        """Return the observed mean time between failures; a day counts as observed before the first start."""
+        attempts = self.facts().get("attempts", [])
+        failures = sum(1 for attempt in attempts[:-1] if "ended" not in attempt)
+        if not attempts:
+            return DEFAULT_SECONDS_BETWEEN_FAILURES
+        age = datetime.now(UTC) - datetime.fromisoformat(attempts[0]["started"])
+        return (DEFAULT_SECONDS_BETWEEN_FAILURES + max(0.0, age.total_seconds())) / (1 + failures)
+
+    def close(self) -> None:
+        """Note the end of this attempt and release the lease, if it is ours."""
+        if self._lease is None:
+            return
+        number = self.token.number
+
+        def end(run: dict[str, Any]) -> None:
+            for attempt in run["attempts"]:
+                if attempt["token"] == number:
+                    attempt["ended"] = _now()
+
+        try:
+            self._lease.check()
+            _update(self.url, self._store, end)
+        except (TrainerError, RuntimeError) as error:
+            logger.warning("the end of this attempt was not recorded: %s", error)
+        self._lease.release()
+        self._lease = None
+
+
+def run_url(config: TrainConfig) -> str:
+    """Return the folder of a run."""
+    return join(config.run.url, config.run.name)
+
+
+def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
+    """Return what a run's `run.json` holds.
+
+    Raises:
+        TrainerError: there is none, or it is damaged or of a newer release.
+    """
+    run_file = join(url, RUN)
+    try:
+        run = json.loads(store.get(run_file))
+        version = run["version"]
+    except NotFoundError as error:
+        raise TrainerError(f"{run_file}: absent, so this is no run's folder; list them with isthmus runs ls") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrainerError(f"{run_file}: is damaged ({error}); restore it from a copy") from error
+    if version > VERSION:
+        raise TrainerError(f"{run_file}: has version {version}, newer than {VERSION}; use the release that wrote it")
+    return dict(run)
+
+
+def _open(
+    config: TrainConfig, store: ObjectStore, owner: str, allow_change: Sequence[str], beat_seconds: float
+) -> RunStore:
+    url = run_url(config)
+    check_config_of_run(config, store, allow_change)  # at once, before a wait for the lease
+    lease = Lease.take(join(url, LEASE), store, owner, beat_seconds)
+    try:
+        changes = check_config_of_run(config, store, allow_change)
+        _clear(url, store)
+        store.put(join(url, CONFIG), to_yaml(config).encode())
+        attempt = {
+            "token": lease.token,
+            "owner": owner,
+            "started": _now(),
+            "config_hash": config_hash(config),
+            "changes": [{"key": key, "old": old, "new": new} for key, old, new in changes],
+        }
+        fresh = {"format": FORMAT, "version": VERSION, "name": config.run.name, "created": _now(), "attempts": []}
+        _update(url, store, lambda run: run["attempts"].append(attempt), fresh)
+    except BaseException:
+        lease.release()
+        raise
+    return RunStore(url, store, RunToken(lease.token), lease)
+
+
+def _clear(url: str, store: ObjectStore) -> None:
+    """Remove what an earlier owner that was killed has left half written; under the lease nobody else writes."""
+    try:
+        number = store.remove_unfinished(url)
+    except DataError as error:  # a store without this call, or without the right to make it: it only costs space
+        logger.warning("%s: unfinished uploads of earlier attempts stay: %s", url, error)
+    else:
+        if number:
+            logger.info("%s: removed %d unfinished uploads of earlier attempts", url, number)
+
+
+def check_config_of_run(config: TrainConfig, store: ObjectStore, allow_change: Sequence[str] = ()) -> list[Any]:
+    """Return what a start of the run would change in its configuration; a run that does not exist yet: nothing.
+
+    Raises:
+        ConfigError: the run was started with a configuration that means something else.
+    """
+    config_url = join(run_url(config), CONFIG)
+    try:
+        stored = store.get(config_url).decode()
+    except NotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{config_url}: is damaged ({error}); restore it from a copy") from error
+    new = parse_yaml(to_yaml(config), config_url)
+    old = _completed(parse_yaml(stored, config_url), type(config), config_url)
+    return list(check_changes(old, new, allow_change, config_url))
+
+
+def _completed(stored: dict[str, Any], kind: type[TrainConfig], url: str) -> dict[str, Any]:
+    """Give keys that the release before did not know their defaults, under which a run goes on as it was."""
+    try:
+        return parse_yaml(to_yaml(check_config(stored, kind, url)), url)
+    except ConfigError:  # it has keys that this release does not know; the comparison names them
+        return stored
+
+
+def _update(
+    url: str, store: ObjectStore, change: Callable[[dict[str, Any]], None], fresh: dict[str, Any] | None = None
+) -> None:
+    """Change `run.json` by compare-and-swap: of several processes of a run none loses what another wrote."""
+    run_file = join(url, RUN)
+    for _ in range(_SWAP_ATTEMPTS):
+        try:
+            version = store.head(run_file).etag
+            run = read_run(url, store)
+        except NotFoundError:
+            if fresh is None:
+                raise
+            version, run = "", json.loads(json.dumps(fresh))
+        change(run)
+        data = json.dumps(run, indent=1).encode()
+        try:
+            if version:
+                store.compare_and_swap(run_file, data, version)
+            else:
+                store.put_if_absent(run_file, data)
+        except (ChangedError, AlreadyExistsError):
+            continue
+        return
+    raise TrainerError(
+        f"{run_file}: was changed {_SWAP_ATTEMPTS} times by others meanwhile; look who writes to the run"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
