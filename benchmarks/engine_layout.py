@@ -59,7 +59,7 @@ def make_model(folder: Path) -> None:
 
 def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, Any]:
     """Train a few steps in one layout."""
-    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
     from isthmus.trainer.frozen.zero3 import frozen_language
 
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def _two(bridge: Bridge, template: str) -> Any:
 
 def _one(bridge: Bridge, language: Any) -> Any:
     """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
-    from isthmus.trainer.distributed.process_group import load_deepspeed
+    from isthmus.trainer.engine.process_group import load_deepspeed
     from isthmus.trainer.engine.deepspeed_config import load_template
 
     language.partitioning.destroy()

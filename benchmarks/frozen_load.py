@@ -63,7 +63,7 @@ class Watched:
 def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load with `frozen_language`."""
     import isthmus.model.frozen.language  # noqa: F401 - imported ahead, as it is for the peer
-    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
     from isthmus.trainer.frozen.zero3 import frozen_language
 
     context, store = LocalContext(), ObjectStore()
@@ -79,7 +79,7 @@ def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, f
 
 def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load as transformers documents it for ZeRO-3."""
-    from isthmus.trainer.distributed.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
     from isthmus.trainer.engine.deepspeed_config import load_template
     from isthmus.trainer.frozen.memory import return_freed_memory
     from isthmus.trainer.frozen.zero3 import zero3_config

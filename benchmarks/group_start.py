@@ -60,7 +60,7 @@ def with_torch_trainer(folder: str) -> None:
 
 def with_actors(_folder: str) -> None:
     """One attempt as the driver makes it."""
-    from isthmus.cluster.placement.group import WorkerGroup
+    from isthmus.cluster.supervision.group import WorkerGroup
 
     group = WorkerGroup.place(CONFIG, WORLD_SIZE, (), 30.0)
     assert group is not None

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
-from isthmus.cluster.placement.group import Member, WorkerGroup
+from isthmus.cluster.supervision.group import Member, WorkerGroup
 from isthmus.cluster.workers.actor import Host, Progress
 from isthmus.trainer.context import Rank
 

@@ -167,7 +167,7 @@ def _check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
 
 def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
     """Say what is lacking where no allowed group fits at the moment; return whether that is so."""
-    from isthmus.cluster.placement.demand import Demand, lacking, largest_world_size
+    from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
 
     demand = Demand.of(config)
     free, total = jobs.resources()
@@ -204,7 +204,7 @@ def _show_dry_run(config: JobConfig) -> None:
     import tempfile
     from pathlib import Path
 
-    from isthmus.cluster.placement.demand import Demand
+    from isthmus.cluster.supervision.demand import Demand
     from isthmus.cluster.submission.code_package import build_package, package_bytes
     from isthmus.cluster.submission.jobs import job_environment, job_metadata
 

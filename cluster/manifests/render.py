@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from isthmus.cluster.config import JobConfig, NodeConfig
-from isthmus.cluster.placement.demand import Demand
+from isthmus.cluster.supervision.demand import Demand
 from isthmus.cluster.submission import secret_names
 from isthmus.cluster.submission.jobs import job_environment, job_metadata
 from isthmus.trainer.config.loading import to_yaml

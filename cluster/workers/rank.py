@@ -3,7 +3,7 @@
 from isthmus.cluster.workers.actor import Assignment
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.context import RunContext
-from isthmus.trainer.distributed.process_group import join_process_group, leave_process_group
+from isthmus.trainer.engine.process_group import join_process_group, leave_process_group
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import run_stage
 

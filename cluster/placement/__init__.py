@@ -1,1 +1,0 @@
-"""Which size fits where, and the placed group."""

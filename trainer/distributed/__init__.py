@@ -1,1 +1,0 @@
-"""The process group and the few collectives that are not the model's."""
