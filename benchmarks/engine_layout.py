@@ -101,8 +101,8 @@ def _two(bridge: Bridge, template: str) -> Any:
 
 def _one(bridge: Bridge, language: Any) -> Any:
     """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
-    from isthmus.trainer.engine.process_group import load_deepspeed
     from isthmus.trainer.engine.deepspeed_config import load_template
+    from isthmus.trainer.engine.process_group import load_deepspeed
 
     language.partitioning.destroy()
     template = Path(tempfile.mkdtemp()) / "one.json"

@@ -79,8 +79,8 @@ def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, f
 
 def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load as transformers documents it for ZeRO-3."""
-    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
     from isthmus.trainer.engine.deepspeed_config import load_template
+    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
     from isthmus.trainer.frozen.memory import return_freed_memory
     from isthmus.trainer.frozen.zero3 import zero3_config
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
-from isthmus.cluster.supervision.demand import Demand
 from isthmus.cluster.ray_nodes.auth import use_tokens
+from isthmus.cluster.supervision.demand import Demand
 
 logger = logging.getLogger(__name__)
 

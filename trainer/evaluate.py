@@ -22,9 +22,9 @@ from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.reader import committed
 from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
 from isthmus.trainer.context import LocalContext, Rank
-from isthmus.trainer.distributed.process_group import device_of
 from isthmus.trainer.engine.engine import build_engine
 from isthmus.trainer.engine.precision import Precision, Unscaled
+from isthmus.trainer.engine.process_group import device_of
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation.caption_metrics import exact_match
 from isthmus.trainer.evaluation.figures import sample_grid, to_png

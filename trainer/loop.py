@@ -7,9 +7,9 @@ from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import Outcome, RunContext
-from isthmus.trainer.distributed.step_status import agree
 from isthmus.trainer.engine.engine import Engine
 from isthmus.trainer.engine.optimizer import learning_rate
+from isthmus.trainer.engine.step_status import agree
 from isthmus.trainer.evaluator import NOTHING, Evaluation
 from isthmus.trainer.garbage import collected_at_steps
 from isthmus.trainer.monitoring.monitor import Watch

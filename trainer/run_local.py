@@ -13,7 +13,7 @@ import torch.distributed as dist
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.context import LocalContext, Outcome, Rank
-from isthmus.trainer.distributed.process_group import limit_new_groups
+from isthmus.trainer.engine.process_group import limit_new_groups
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import run_stage
 

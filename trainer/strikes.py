@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.objectives.losses import LossOutput
-from isthmus.trainer.distributed.step_status import Agreement
+from isthmus.trainer.engine.step_status import Agreement
 from isthmus.trainer.errors import TrainerError
 
 logger = logging.getLogger(__name__)

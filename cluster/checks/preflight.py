@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.checks.node_facts import NodeFacts, gather
 from isthmus.cluster.checks.store_checks import StoreSpeed, check_data, check_store, check_weights
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
-from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.nodes import Node, live_nodes
+from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
+from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
 from isthmus.data_pipeline.errors import DataError
 from isthmus.trainer.config.loading import load_config
 

@@ -204,9 +204,9 @@ def _show_dry_run(config: JobConfig) -> None:
     import tempfile
     from pathlib import Path
 
-    from isthmus.cluster.supervision.demand import Demand
     from isthmus.cluster.submission.code_package import build_package, package_bytes
     from isthmus.cluster.submission.jobs import job_environment, job_metadata
+    from isthmus.cluster.supervision.demand import Demand
 
     with tempfile.TemporaryDirectory() as folder:
         count, size = package_bytes(build_package(config, Path(folder)))

@@ -1,1 +1,1 @@
-"""KubeRay and Kueue templates and what fills them."""
+"""What is deployed beside a run: KubeRay and Kueue templates, what fills them, the Grafana dashboard."""

@@ -11,9 +11,9 @@ import ray
 import yaml
 
 from isthmus.cluster.config import JobConfig, NodeConfig
-from isthmus.cluster.supervision.demand import Demand
 from isthmus.cluster.submission import secret_names
 from isthmus.cluster.submission.jobs import job_environment, job_metadata
+from isthmus.cluster.supervision.demand import Demand
 from isthmus.trainer.config.loading import to_yaml
 
 FOLDER = Path(__file__).parent

@@ -1,1 +1,1 @@
-"""On the head: attempt after attempt, what a failure means, what follows."""
+"""On the head: which size fits where, attempt after attempt, what a failure means, what follows."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.cluster.failures import Failure, FailureKind, root_cause
-from isthmus.cluster.supervision.group import WorkerGroup
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
+from isthmus.cluster.supervision.group import WorkerGroup
 from isthmus.trainer.context import StopReason
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.failures import Failure, FailureKind
-from isthmus.cluster.supervision.demand import Demand
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
+from isthmus.cluster.supervision.demand import Demand
 from isthmus.cluster.supervision.replica_store import RayPeers
 from isthmus.cluster.workers.actor import CONCURRENT_CALLS, Assignment, Ended, Host, Progress, TrainWorker
 from isthmus.trainer.config.schema import StageName

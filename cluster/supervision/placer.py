@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.ray_nodes.nodes import Node, known_nodes, live_nodes
 from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
-from isthmus.cluster.ray_nodes.nodes import Node, known_nodes, live_nodes
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy
 from isthmus.cluster.logs import set_place
 from isthmus.cluster.metrics import DRIVER_GAUGES, Gauges
-from isthmus.cluster.supervision.group import WorkerGroup
-from isthmus.cluster.supervision.placer import Placer
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.cluster.supervision.attempt import Attempt, AttemptEnd
+from isthmus.cluster.supervision.group import WorkerGroup
+from isthmus.cluster.supervision.placer import Placer
 from isthmus.cluster.supervision.recovery import Recovery
 from isthmus.cluster.supervision.replica_store import Shelves
 from isthmus.cluster.supervision.sample_keys import sample_keys

@@ -10,7 +10,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.model.frozen.language import load_language
 from isthmus.trainer.context import LocalContext
-from isthmus.trainer.distributed.process_group import join_process_group, leave_process_group
+from isthmus.trainer.engine.process_group import join_process_group, leave_process_group
 from isthmus.trainer.frozen.identity import FrozenGuard
 from isthmus.trainer.frozen.zero3 import frozen_language
 from tests.engine_toys import MemoryState, accumulate, make_engine, train

@@ -9,7 +9,7 @@ from isthmus.trainer.checkpoint.format import step_name
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, Shelf
 from isthmus.trainer.checkpoint.replication import PeerSnapshots
-from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.engine.engine import Engine
 from tests.engine_toys import make_engine, train
 from tests.local_peers import LocalPeers

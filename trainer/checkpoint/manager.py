@@ -35,8 +35,8 @@ from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.checkpoint.upload_process import WriterLostError, WriterProcess
 from isthmus.trainer.config.schema import CheckpointConfig
 from isthmus.trainer.context import Rank
-from isthmus.trainer.distributed.collectives import gather_lists
-from isthmus.trainer.distributed.ranks_agree import from_main_rank
+from isthmus.trainer.engine.collectives import gather_lists
+from isthmus.trainer.engine.ranks_agree import from_main_rank
 from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import CheckpointError, LeaseError
 

@@ -23,7 +23,7 @@ from isthmus.trainer.checkpoint.replica_buffer import HeldPart, PeerMemory, Snap
 from isthmus.trainer.checkpoint.staging import Snapshot, layout_of
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.context import Rank
-from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import TrainerError
 

@@ -1,1 +1,1 @@
-"""DeepSpeed holds and updates the trainable part."""
+"""The process group, and DeepSpeed, which holds and updates the trainable part."""

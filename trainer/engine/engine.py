@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from isthmus.trainer.config.schema import StageConfig, TrainConfig
 from isthmus.trainer.context import Rank, RunContext
-from isthmus.trainer.distributed.process_group import (
+from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
+from isthmus.trainer.engine.process_group import (
     device_of,
     join_process_group,
     leave_process_group,
     let_gloo_settle,
     load_deepspeed,
 )
-from isthmus.trainer.engine.deepspeed_config import load_template
-from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
 from isthmus.trainer.engine.state_shards import (
     KINDS,
     Fragment,

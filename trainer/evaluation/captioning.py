@@ -8,7 +8,7 @@ from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import Decoding, caption
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig
-from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.caption_metrics import score_captions
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid

@@ -19,7 +19,7 @@ from isthmus.model.objectives.communicator import Exchange
 from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
 from isthmus.model.qformer.layers import ImageMemory
 from isthmus.trainer.config.schema import EvaluationConfig
-from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid, similarity_matrix
 from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank

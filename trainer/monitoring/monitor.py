@@ -16,8 +16,8 @@ from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import RunContext
-from isthmus.trainer.distributed.step_status import Agreement
 from isthmus.trainer.engine.engine import Engine
+from isthmus.trainer.engine.step_status import Agreement
 from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger
 from isthmus.trainer.monitoring.loggers import Position, Sink
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.data_pipeline.reading.quarantine import BadRecord
-from isthmus.trainer.distributed.collectives import gather_lists
+from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.monitoring.synced_folder import Mirror
 
 NAME = "quarantine.jsonl"

@@ -62,7 +62,7 @@ def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path):
 def partitioned_captions(rank, world_size, root, kind):
     from isthmus.data_pipeline.store.object_store import ObjectStore
     from isthmus.trainer.context import LocalContext
-    from isthmus.trainer.distributed.process_group import join_process_group
+    from isthmus.trainer.engine.process_group import join_process_group
     from isthmus.trainer.frozen.zero3 import frozen_language
 
     parts = stage2_parts(Path(root), kind)

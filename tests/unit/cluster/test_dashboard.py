@@ -9,7 +9,7 @@ import pytest
 from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
 
 pytestmark = pytest.mark.unit
-DASHBOARD = json.loads((Path(__file__).parents[3] / "cluster" / "dashboards" / "grafana.json").read_text())
+DASHBOARD = json.loads((Path(__file__).parents[3] / "cluster" / "manifests" / "grafana.json").read_text())
 OURS = {f"ray_isthmus_{name}" for name in (*WORKER_GAUGES, *DRIVER_GAUGES)}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.cluster.placement.demand import Demand, lacking, largest_world_size
+from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
 
 from .configs import job_config
 

@@ -6,7 +6,7 @@ import torch
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.context import StopReason
-from isthmus.trainer.distributed.step_status import Agreement, agree
+from isthmus.trainer.engine.step_status import Agreement, agree
 from isthmus.trainer.monitoring.monitor import console_line, loss_figures
 from isthmus.trainer.strikes import NonFiniteError, Strikes
 
