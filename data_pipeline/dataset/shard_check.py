@@ -17,9 +17,9 @@ from PIL import Image
 
 from isthmus.data_pipeline.dataset.shard_index import Member, Sample
 from isthmus.data_pipeline.dataset.tar_walk import MAX_MEMBER_BYTES, ArchiveFault, ObjectStream, TarMember, walk
-from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
-from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS
 
 Fault = Literal[
     "truncated",
@@ -40,7 +40,6 @@ DEFAULT_POLICY: Mapping[Fault, Action] = {
 }
 """A sample with a fault is left out; a broken archive is a broken upload, which should be repaired."""
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _CAPTION_EXTENSIONS = ("json", "txt")
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
-from isthmus.data_pipeline.dataset.shard_check import IMAGE_EXTENSIONS
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import DataError, StoreError
-from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 from isthmus.data_pipeline.sample.images import decode_image
 from isthmus.data_pipeline.store.object_store import ObjectStore
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from isthmus.data_pipeline.dataset.shard_check import IMAGE_EXTENSIONS
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 
 SourceKind = Literal["folder", "jsonl", "parquet", "coco"]
 KINDS: tuple[SourceKind, ...] = get_args(SourceKind)

@@ -9,14 +9,6 @@ from isthmus.data_pipeline.config import BudgetConfig
 from isthmus.data_pipeline.errors import DataError
 
 
-class BadSample(Exception):
-    """A sample that cannot be used; it becomes a hole in its batch."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause, self.detail = cause, detail
-
-
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
     """One line of quarantine.jsonl: a sample that became a hole, and why."""

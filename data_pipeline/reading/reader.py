@@ -21,12 +21,13 @@ from isthmus.data_pipeline.hashing import stable_hash, uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
 from isthmus.data_pipeline.reading.cache import ChunkId, ChunkMemory, DiskCache
-from isthmus.data_pipeline.reading.quarantine import BadRecord, BadSample
+from isthmus.data_pipeline.reading.quarantine import BadRecord
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random_resized_crop_box, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _log = logging.getLogger(__name__)
 _CACHED_INDEXES = 256
 

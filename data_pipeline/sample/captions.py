@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from isthmus.data_pipeline.hashing import stable_hash
-from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 
 _PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 _WHITESPACE_RUN = re.compile(r"\s{2,}")

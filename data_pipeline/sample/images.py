@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
 
 UInt8Array = NDArray[np.uint8]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from isthmus.data_pipeline.hashing import uniform_stream
-from isthmus.data_pipeline.reading.quarantine import BadSample
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.images import decode_image, random_resized_crop_box, resize_square
 
 pytestmark = pytest.mark.unit
