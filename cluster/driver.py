@@ -4,7 +4,6 @@
 on an embedded Ray. The driver holds no state of its own: what it knows is in the run's folder, so a new one resumes.
 """
 
-import json
 import logging
 import os
 import signal
@@ -16,28 +15,24 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR  # the API tells the driver no job's id
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.embedded import embedded_ray
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import EXPECTED_ERRORS
 from isthmus.cluster.logs import use_json_logs
 from isthmus.cluster.ray_nodes.auth import use_tokens
+from isthmus.cluster.ray_nodes.jobs_api import submission_id
 from isthmus.cluster.status import RunState, StatusBoard
 from isthmus.cluster.submission.secret_names import check_secrets
 from isthmus.cluster.supervision.supervisor import Supervisor
 from isthmus.cluster.workers.export import export_on_worker
-from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.model.errors import ModelError
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import Outcome
-from isthmus.trainer.errors import ConfigError, TrainerError
 from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
 USER_ERROR = 2
 LAST_LINES_SECONDS = 1.0
 """Time for the workers' last lines, which Ray brings to the driver, to reach the job's log."""
@@ -86,12 +81,6 @@ def main(path: str, *allow_change: str) -> int:
         if ray.is_initialized():
             time.sleep(LAST_LINES_SECONDS)
         ray.shutdown()
-
-
-def submission_id() -> str | None:
-    """Return the id under which Ray's job manager, asked by us or by KubeRay, started this process."""
-    described = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-    return described.get("metadata", {}).get("job_submission_id")  # type: ignore[no-any-return]
 
 
 def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outcome:

@@ -21,9 +21,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
-from isthmus.cluster.cli.main import EXPECTED_ERRORS
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import EXPECTED_ERRORS, ClusterError
 from isthmus.cluster.status import RunState, RunStatus, read_status
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.emoji import SPLITS, build_corpus

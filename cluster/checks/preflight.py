@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.checks.node_facts import NodeFacts, gather
 from isthmus.cluster.checks.store_checks import StoreSpeed, check_data, check_store, check_weights
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.nodes import Node, live_nodes
 from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
@@ -86,7 +87,7 @@ def _check_node(config: JobConfig, node: Node, here: NodeFacts) -> list[Check]:
     try:
         facts = _on_node(node, gather, config.cluster.secrets, config.data.cache_dir)
     except (RayError, TimeoutError) as error:
-        return [Check("node", node.address, ok=False, found=_line(error), remedy="look at the node, or remove it")]
+        return [Check("node", node.address, ok=False, found=last_line(error), remedy="look at the node, or remove it")]
     return list(_judge(config, node, facts, here, skew_seconds=_skew(facts, began, time.time())))
 
 
@@ -122,7 +123,7 @@ def _check_store_from(config: JobConfig, node: Node) -> Check:
         speed: StoreSpeed = _on_node(node, check_store, config)
     except (RayError, DataError, OSError, TimeoutError) as error:
         remedy = "check store.endpoint_url, credentials and the policy (docs/operators.md)"
-        return Check("object store", node.address, ok=False, found=_line(error), remedy=remedy)
+        return Check("object store", node.address, ok=False, found=last_line(error), remedy=remedy)
     found = f"write {speed.write_megabytes_per_second:.0f} MB/s, read {speed.read_megabytes_per_second:.0f} MB/s"
     return Check("object store", node.address, ok=True, found=f"{found}, compare-and-swap holds")
 
@@ -184,12 +185,7 @@ def _guarded(name: str, where: str, check: Callable[[], str], remedy: str) -> Ch
     try:
         return Check(name, where, ok=True, found=check())
     except (DataError, OSError, ValueError) as error:
-        return Check(name, where, ok=False, found=_line(error), remedy=remedy)
-
-
-def _line(error: BaseException) -> str:
-    """Return the last line of an error, which for a failed Ray task is the original one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return Check(name, where, ok=False, found=last_line(error), remedy=remedy)
 
 
 def main(path: str) -> int:

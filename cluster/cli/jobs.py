@@ -11,7 +11,7 @@ import typer
 
 from isthmus.cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import ClusterError, last_line
 from isthmus.trainer.config.loading import check_config, load_config, parse_yaml
 from isthmus.trainer.context import Outcome
 
@@ -295,8 +295,9 @@ def _until_over(views: "Callable[[], list[RunView]]") -> "Iterator[list[RunView]
         except (ClusterError, OSError, RuntimeError) as error:
             silence = time.monotonic() - answered_at
             if silence > SILENCE_SECONDS:
-                reason = str(error).strip().splitlines()[-1]
-                raise ClusterError(f"no answer for {silence:.0f} s, the run may well go on: {reason}") from error
+                raise ClusterError(
+                    f"no answer for {silence:.0f} s, the run may still be running: {last_line(error)}"
+                ) from error
             continue
         answered_at = time.monotonic()
         yield now

@@ -21,12 +21,8 @@ from isthmus.cluster.cli import (
     runs,
     train,
 )
-from isthmus.cluster.errors import ClusterError
-from isthmus.data_pipeline.errors import DataError
-from isthmus.model.errors import ModelError
-from isthmus.trainer.errors import ConfigError, TrainerError
+from isthmus.cluster.errors import EXPECTED_ERRORS
 
-EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
 USAGE_ERROR = 2
 
 app = typer.Typer(

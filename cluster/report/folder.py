@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, StringConstraints, ValidationError, model_validator
 
+from isthmus.cluster.errors import first_line
 from isthmus.cluster.status import RunStatus, read_status
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
@@ -214,7 +215,7 @@ class _Reader:
 def _line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(detail["msg"] for detail in error.errors()[:3])
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _setting(config: dict[str, Any], path: str) -> Any:

@@ -26,9 +26,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import ClusterError, last_line
 from isthmus.cluster.logs import QUIET
 from isthmus.cluster.ray_nodes.auth import MODE_VARIABLE, TOKEN_REMEDY, read_token, use_tokens
+from isthmus.cluster.ray_nodes.jobs_api import quiet_client
 from isthmus.cluster.submission import secret_names
 from isthmus.cluster.submission.code_package import CONFIG_NAME, build_package
 from isthmus.data_pipeline.config import StoreConfig
@@ -83,8 +84,7 @@ class Jobs:
         self.address = dashboard_url(address)
         use_tokens(create=False)
         check_reachable(self.address)
-        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        quiet_client()
         self._client = JobSubmissionClient(self.address)
 
     def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
@@ -142,7 +142,7 @@ class Jobs:
             except RuntimeError as error:
                 if "already exists" in str(error):
                     return False
-                raise ClusterError(f"{self.address}: the job was not accepted: {_last_line(error)}") from error
+                raise ClusterError(f"{self.address}: the job was not accepted: {last_line(error)}") from error
         return True
 
     def get(self, job_id: str) -> Job:
@@ -356,7 +356,3 @@ def _reason(error: requests.RequestException) -> str:
     if isinstance(error, requests.Timeout):
         return f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
     return "connection refused" if "refused" in str(error) else type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
 from isthmus.cluster.supervision.demand import Demand
@@ -78,7 +79,7 @@ class WorkerGroup:
             members = _start(config, placement, world_size)
         except (RayError, ValueError, GetTimeoutError) as error:
             remove_placement_group(placement)
-            raise PlacementError(f"a worker did not start: {_first_line(error)}") from error
+            raise PlacementError(f"a worker did not start: {first_line(error)}") from error
         return WorkerGroup(placement, members)
 
     @property
@@ -212,7 +213,7 @@ def _answer(member: Member) -> Progress | None:
     try:
         progress: Progress = ray.get(member.poll)
     except RayError as error:
-        logger.debug("%s did not answer: %s", member.name, _first_line(error))
+        logger.debug("%s did not answer: %s", member.name, first_line(error))
         return None
     return progress
 
@@ -224,7 +225,7 @@ def _take_result(member: Member) -> None:
     except RayActorError as error:
         member.ended = Ended(failure=_lost(member, error))
     except RayError as error:
-        failure = Failure(FailureKind.ERROR, _first_line(error), str(error), member.rank.rank, member.host.node)
+        failure = Failure(FailureKind.ERROR, first_line(error), str(error), member.rank.rank, member.host.node)
         member.ended = Ended(failure=failure)
     else:
         member.progress = member.ended.progress
@@ -248,11 +249,7 @@ def _why(error: RayActorError) -> str:
     for marker in ("Worker exit detail:", "The actor is dead because"):
         if marker in text:
             return text.split(marker, 1)[1].strip().splitlines()[0].split(". ")[0]
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _wait_until_dead(actors: list[Any]) -> None:

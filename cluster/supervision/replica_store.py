@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from isthmus.cluster.errors import first_line
 from isthmus.cluster.ray_nodes.nodes import live_nodes
 from isthmus.data_pipeline.errors import StoreError
 from isthmus.trainer.checkpoint.replica_buffer import HeldPart, Shelf, SnapshotId, newest_complete
@@ -48,7 +49,7 @@ class RayPeers:
             try:
                 data: bytes = ray.get(shelf.read.remote(key, start, length), timeout=ANSWER_SECONDS)
             except (RayError, KeyError) as error:
-                logger.warning("a shelf does not give %s: %s", key, _first_line(error))
+                logger.warning("a shelf does not give %s: %s", key, first_line(error))
             else:
                 return data
         raise StoreError(f"{key}: the processes that held it are gone; the newest checkpoint stands")
@@ -97,7 +98,7 @@ class Shelves:
             try:
                 found += [(part, self._by_node[node]) for part in ray.get(reference, timeout=0)]
             except RayError as error:
-                logger.warning("the shelf on node %s does not answer: %s", node[:8], _first_line(error))
+                logger.warning("the shelf on node %s does not answer: %s", node[:8], first_line(error))
                 self._drop(node)
         offer = newest_complete(part for part, _ in found)
         keys = {part.key for part in offer}
@@ -128,11 +129,7 @@ def _answering(shelves: list[Any], method: str, *arguments: Any) -> list[Any]:
         try:
             ray.get(reference, timeout=ANSWER_SECONDS)
         except RayError as error:
-            logger.warning("a shelf in peers' memory is left out of this snapshot: %s", _first_line(error))
+            logger.warning("a shelf in peers' memory is left out of this snapshot: %s", first_line(error))
         else:
             done.append(shelf)
     return done
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

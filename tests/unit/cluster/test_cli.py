@@ -70,5 +70,8 @@ def test_an_unknown_verb_is_a_usage_error():
 
 
 def test_neither_the_driver_nor_the_command_line_load_what_trains():
-    code = "import sys, cluster.driver, cluster.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, isthmus.cluster.driver, isthmus.cluster.cli.main\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
