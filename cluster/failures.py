@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from isthmus.cluster.config import RestartConfig
-from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.errors import DataError, ReadersUnavailable, StoreError
 from isthmus.model.errors import ModelError
 from isthmus.trainer.errors import ConfigError, TrainerError
 
 MAX_BACKOFF_SECONDS = 60.0
 BAD_NODE_FAILURES = 2
-TRANSIENT_STORE_ERRORS = ("StalledError", "StoreError")
-"""Store errors that a later attempt may not meet; a reader's error carries the class in its message."""
 OUT_OF_MEMORY_REMEDY = "lower micro_batch_size or model.vision.micro_batch_size, or use activation checkpointing"
 
 
@@ -68,7 +66,9 @@ def classify(error: BaseException) -> Failure:
     cause = str(error).strip() or name
     if name == "BudgetExceeded":
         kind = FailureKind.DATA
-    elif name in TRANSIENT_STORE_ERRORS or (name == "ReaderFailed" and cause.startswith(TRANSIENT_STORE_ERRORS)):
+    elif isinstance(error, ReadersUnavailable):
+        kind = FailureKind.LOST
+    elif isinstance(error, StoreError) and error.retryable:
         kind = FailureKind.STORAGE
     elif isinstance(error, ConfigError | TrainerError | DataError | ModelError):
         kind = FailureKind.USER

@@ -1,12 +1,25 @@
-"""Errors that an operator of the data pipeline can mend."""
+"""Errors of the data pipeline that an operator can fix."""
 
 
 class DataError(ValueError):
     """Data, manifest or object store are not usable as asked; the message names the URL and the next action."""
 
+    retryable = False
+    """Whether the same may succeed later although nobody changes anything: then it is no error of the user."""
+
 
 class StoreError(DataError):
-    """An object store refused or failed a request."""
+    """An object store refused a request, and would refuse it again."""
+
+
+class UnavailableError(StoreError):
+    """An object store did not answer, broke off or was too busy, on every try."""
+
+    retryable = True
+
+
+class StalledError(UnavailableError):
+    """An object store delivered no byte for too long, on every try."""
 
 
 class NotFoundError(StoreError):
@@ -14,7 +27,7 @@ class NotFoundError(StoreError):
 
 
 class AccessError(StoreError):
-    """Credentials are missing, wrong, or not allowed to do this."""
+    """Credentials are missing, expired, wrong, or not allowed to do this; later ones may be."""
 
 
 class AlreadyExistsError(StoreError):
@@ -25,5 +38,11 @@ class ChangedError(StoreError):
     """An object is not the version that was asked for."""
 
 
-class StalledError(StoreError):
-    """An object store delivered no byte for too long, on every try."""
+class ReadersUnavailable(DataError):
+    """No reader process could be had for a long time, as while a pool of CPU nodes is away."""
+
+    retryable = True
+
+
+class PoisonPartError(DataError):
+    """The same samples ended several reader processes while they were being read."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isthmus.data_pipeline.config import StoreConfig
-from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.errors import UnavailableError
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 
 Kind = Literal[
@@ -81,7 +81,7 @@ class FaultyStore(ObjectStore):
         if kind == "kill_before":
             self._die()
         if kind == "refuse":
-            raise StoreError(f"{url}: 503 on purpose")
+            raise UnavailableError(f"{url}: 503 on purpose")
         if kind == "delay":
             time.sleep(DELAY_SECONDS)
         if kind == "reorder":
@@ -94,7 +94,7 @@ class FaultyStore(ObjectStore):
         if kind == "kill_after":
             self._die()
         if kind == "lose_answer":
-            raise StoreError(f"{url}: the answer was lost on purpose")
+            raise UnavailableError(f"{url}: the answer was lost on purpose")
         return info
 
     def _fault_of(self, url: str) -> Kind | None:

@@ -10,13 +10,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.backend import (
     MakeReader,
     ReaderDied,
-    ReaderFailed,
-    portable_error,
+    picklable_error,
     protect_reader,
-    settle,
+    resolve,
 )
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
 
@@ -34,12 +34,13 @@ class ReaderActor:
         """Return the part through the object store.
 
         Raises:
-            ReaderFailed: the store cannot be read; a RuntimeError: a defect, with its traceback.
+            DataError: the store cannot be read.
+            RuntimeError: a defect, with its traceback.
         """
         try:
             return self._reader.read(request)
         except Exception as error:  # noqa: BLE001 - every error goes to the train worker, which raises it
-            raise portable_error(error) from None
+            raise picklable_error(error) from None
 
     def process_id(self) -> int:
         """Return the id of the process that reads."""
@@ -53,7 +54,7 @@ class RayBackend:
     flight. An actor dies with the rank that started it; its name (`reader-<number>`) then belongs to its successor.
     """
 
-    works_ahead = True
+    is_async = True
 
     def __init__(
         self, make_reader: MakeReader, config: DataConfig, lanes: list[int], rank: int, world_size: int
@@ -90,21 +91,21 @@ class RayBackend:
     def _answered(self, number: int, actor: Any, done: "Future[Any]", future: "Future[LanePart]") -> None:
         error = done.exception()
         if isinstance(error, RayTaskError):
-            error = error.cause if isinstance(error.cause, ReaderFailed) else RuntimeError(str(error))
+            error = error.cause if isinstance(error.cause, DataError) else RuntimeError(str(error))
         elif error is not None:
             if self._actors[number] is actor:
                 self._dead.add(number)
             error = ReaderDied(f"actor reader-{number}: {error}")
-        settle(future, None if error else done.result(), error)
+        resolve(future, None if error else done.result(), error)
 
     def _start(self, number: int) -> Any:
         name = f"reader-{number}"
         with contextlib.suppress(ValueError):  # no such actor: the usual case
             self._kill(ray.get_actor(name))
         options = {"num_cpus": 1, "resources": self._resources, "scheduling_strategy": "SPREAD", "max_restarts": 0}
-        # Ray titles processes by class: `ray::reader-7` is what ps and the dashboard shall show.
-        titled = type(name, (ReaderActor,), {})
-        return ray.remote(titled).options(name=name, **options).remote(self._make_reader)
+        # Ray names processes by class, so that ps and the dashboard show `ray::reader-7`.
+        named_class = type(name, (ReaderActor,), {})
+        return ray.remote(named_class).options(name=name, **options).remote(self._make_reader)
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(RayActorError):

@@ -17,8 +17,9 @@ from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
-from isthmus.data_pipeline.reading.backend import Backend, DirectBackend, ProcessBackend, ReaderDied
+from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.batch import Batch, LanePart, PartRequest, TextEncoder
+from isthmus.data_pipeline.reading.processes import ProcessBackend
 from isthmus.data_pipeline.reading.quarantine import BadRecord, Budget
 from isthmus.data_pipeline.reading.reader import Reader
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -74,7 +75,7 @@ class Loader:
         self.lanes = list(range(rank, plan.lanes, world_size))
         make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
         self._backend = _open_backend(config, make_reader, self.lanes, rank, world_size)
-        self._ahead_steps = config.prefetch_steps if self._backend.works_ahead else 0
+        self._ahead_steps = config.prefetch_steps if self._backend.is_async else 0
         self._samples: dict[tuple[int, int], tuple[SampleRef, ...]] = {}
         self._bad_records: list[BadRecord] = []
         self._budget = Budget(config.budget)
@@ -277,7 +278,7 @@ def _open_backend(
 
         return RayBackend(make_reader, config, lanes, rank, world_size)
     if config.readers == 0:
-        return DirectBackend(make_reader)
+        return InProcessBackend(make_reader)
     return ProcessBackend(make_reader, config.readers, lanes)
 
 

@@ -20,7 +20,8 @@ from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError
 from isthmus.data_pipeline.hashing import stable_hash, uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
-from isthmus.data_pipeline.reading.cache import ChunkId, ChunkMemory, DiskCache
+from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
+from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from isthmus.data_pipeline.errors import AccessError, AlreadyExistsError, ChangedError, NotFoundError, StoreError
+from isthmus.data_pipeline.errors import AccessError, AlreadyExistsError, ChangedError, NotFoundError, UnavailableError
 from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics
 
 _HIDDEN = ".isthmus-"  # files of ours that are no objects
@@ -175,7 +175,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock file.
 
     Raises:
-        StoreError: others kept it for too long.
+        UnavailableError: others kept it for too long.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
     with (folder / f"{_HIDDEN}lock").open("w") as file:
@@ -185,7 +185,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     message = f"{file.name} is held by another process for {_LOCK_SECONDS:g} s; look for a stopped one"
-                    raise StoreError(message) from None
+                    raise UnavailableError(message) from None
                 time.sleep(_LOCK_PAUSE_SECONDS)
             else:
                 yield
@@ -203,4 +203,4 @@ def _explained(url: str) -> Iterator[None]:
         raise AccessError(f"{url}: permission denied; check owner and mode of the file and its folder") from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(f"{url}: {error.strerror}; {'free space' if full else 'check the disk'}") from error
+        raise UnavailableError(f"{url}: {error.strerror}; {'free space' if full else 'check the disk'}") from error

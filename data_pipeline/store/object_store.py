@@ -17,6 +17,7 @@ from isthmus.data_pipeline.errors import (
     NotFoundError,
     StalledError,
     StoreError,
+    UnavailableError,
 )
 from isthmus.data_pipeline.store.local_store import LocalBackend
 from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics, join
@@ -32,6 +33,7 @@ __all__ = [
     "StalledError",
     "StoreError",
     "StoreMetrics",
+    "UnavailableError",
     "join",
 ]
 

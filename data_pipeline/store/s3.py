@@ -27,7 +27,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.errors import AlreadyExistsError, ChangedError, NotFoundError, StoreError
 from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics, split_s3_url
-from isthmus.data_pipeline.store.s3_errors import TransientError, classified, given_up
+from isthmus.data_pipeline.store.s3_errors import TransientError, classified, retries_exhausted
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ class S3Backend:
         try:
             return retrying(classify)
         except TransientError as error:
-            raise given_up(kind, url, error, self._config) from error
+            raise retries_exhausted(kind, url, error, self._config) from error
 
     def _head_once(self, url: str) -> ObjectInfo:
         bucket, key = split_s3_url(url)

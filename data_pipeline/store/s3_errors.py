@@ -1,4 +1,4 @@
-"""What an error of the S3 client means: try again, or tell the operator what to mend."""
+"""What an error of the S3 client means: try again, or tell the operator what to fix."""
 
 from botocore.exceptions import (
     ClientError,
@@ -14,7 +14,14 @@ from botocore.exceptions import (
 )
 
 from isthmus.data_pipeline.config import StoreConfig
-from isthmus.data_pipeline.errors import AccessError, ChangedError, NotFoundError, StalledError, StoreError
+from isthmus.data_pipeline.errors import (
+    AccessError,
+    ChangedError,
+    NotFoundError,
+    StalledError,
+    StoreError,
+    UnavailableError,
+)
 
 _NO_CREDENTIALS = (
     NoCredentialsError,
@@ -53,12 +60,12 @@ def classified(kind: str, url: str, error: Exception, config: StoreConfig) -> Ex
     return TransientError("stall" if stalled else "connection", f"{type(error).__name__}: {error}")
 
 
-def given_up(kind: str, url: str, error: TransientError, config: StoreConfig) -> StoreError:
+def retries_exhausted(kind: str, url: str, error: TransientError, config: StoreConfig) -> UnavailableError:
     """Return the error of a request that failed on every try."""
     message = f"{kind} {url} at {_place(config)} failed {config.max_attempts} times, at last with: {error}; "
     if error.cause == "stall":
-        return StalledError(f"{message}look at the network and the store, or raise stall_timeout_seconds")
-    return StoreError(f"{message}look whether the store is up and its address right")
+        return StalledError(f"{message}check the network and the store, or raise stall_timeout_seconds")
+    return UnavailableError(f"{message}check that the store is up and its address right")
 
 
 def _answered(kind: str, url: str, error: ClientError, config: StoreConfig) -> Exception:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.data_pipeline.config import StoreConfig
-from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.errors import UnavailableError
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from tests.chaos.schedule import Fault
 
@@ -132,12 +132,12 @@ class ChaosStore(ObjectStore):
     def _write(self, before: str, after: str, write: Callable[[], ObjectInfo], url: str) -> ObjectInfo:
         kind = self._points.wanted(before)
         if kind == "refuse":
-            raise StoreError(f"{url}: refused on purpose")
+            raise UnavailableError(f"{url}: refused on purpose")
         if kind != "lose":
             self._happen(kind, before)
         info = write()
         if kind == "lose":
-            raise StoreError(f"{url}: the answer was lost on purpose")
+            raise UnavailableError(f"{url}: the answer was lost on purpose")
         if after:
             self._happen(self._points.wanted(after), after)
         return info
@@ -175,7 +175,7 @@ def install(points: Points) -> None:
     """Wrap the functions of this process that stand for the named points."""
     import torch.distributed as dist
 
-    from isthmus.data_pipeline.reading import cache, reader
+    from isthmus.data_pipeline.reading import disk_cache, reader
     from isthmus.trainer import build, task
     from isthmus.trainer import trainer as stage
     from isthmus.trainer.checkpoint import manager as checkpoint
@@ -194,7 +194,7 @@ def install(points: Points) -> None:
     _before(build, "hand_over", points, "handoff")
     _after(build, "hand_over", points, "handed_over")
     _before(metrics.JsonlSink, "write", points, "metrics")
-    _before(cache.DiskCache, "_make_room", points, "cache")
+    _before(disk_cache.DiskCache, "_make_room", points, "cache")
     _in_collectives(dist, points)
     _half_way(snapshot.Snapshot, points)
 

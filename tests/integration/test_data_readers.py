@@ -12,7 +12,6 @@ import pytest
 import ray
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
-from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import AccessError, ObjectStore
 from tests.seaweed import BUCKET
@@ -114,7 +113,7 @@ def test_an_error_in_a_reader_reaches_the_worker(store, manifest, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")  # inherited by the reader that starts now
     config = DataConfig(sources=({"manifest": manifest},), lanes=4, readers=1)
     made = Loader(config, store, plan, Encoder(), image_size_pixels=32, rank=0, world_size=1)
-    with pytest.raises(DataError, match="AccessError"):
+    with pytest.raises(AccessError, match="check the credentials"):
         take(made, 0, 1)
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from isthmus.cluster.config import RestartConfig
 from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy, classify, root_cause
-from isthmus.data_pipeline.errors import AccessError, DataError, StalledError
-from isthmus.data_pipeline.reading.backend import ReaderFailed
+from isthmus.data_pipeline.errors import AccessError, DataError, ReadersUnavailable, StalledError
+from isthmus.data_pipeline.reading.backend import picklable_error
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from isthmus.model.errors import ModelError
 from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
@@ -31,8 +31,9 @@ class OutOfMemoryError(RuntimeError):
         (AccessError("s3://b/k: denied"), FailureKind.USER),
         (BudgetExceeded("a.tar: 3% bad samples"), FailureKind.DATA),
         (StalledError("s3://b/k: no byte for 20 s"), FailureKind.STORAGE),
-        (ReaderFailed("StalledError: s3://b/k: no byte for 20 s"), FailureKind.STORAGE),
-        (ReaderFailed("AccessError: s3://b/k: denied"), FailureKind.USER),
+        (picklable_error(StalledError("s3://b/k: no byte for 20 s")), FailureKind.STORAGE),
+        (ReadersUnavailable("no reader for 3600 s"), FailureKind.LOST),
+        (picklable_error(AccessError("s3://b/k: denied")), FailureKind.USER),
         (OutOfMemoryError("CUDA out of memory"), FailureKind.USER),
         (TypeError("a defect"), FailureKind.USER),
         (RuntimeError("Connection closed by peer"), FailureKind.ERROR),

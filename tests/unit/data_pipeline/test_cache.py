@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from isthmus.data_pipeline.reading.cache import ChunkId, ChunkMemory, DiskCache
+from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
+from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
 
 pytestmark = pytest.mark.unit
 

@@ -12,7 +12,7 @@ from PIL import Image
 import isthmus.data_pipeline.reading.loader as loader_module
 from isthmus.data_pipeline.config import BudgetConfig
 from isthmus.data_pipeline.errors import DataError, NotFoundError
-from isthmus.data_pipeline.reading.backend import DirectBackend, ReaderDied
+from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from tests.unit.data_pipeline.tar_set import assert_equal, good_sample, loader, picture, take, tar_files, write_set
 
@@ -220,10 +220,10 @@ def test_an_index_of_another_data_set_is_refused(tmp_path):
         take(loader(url), 0, 1)
 
 
-class Silent(DirectBackend):
+class Silent(InProcessBackend):
     """A reader that answers nothing until it has been replaced often enough."""
 
-    works_ahead = True
+    is_async = True
 
     def __init__(self, make_reader, replacements):
         super().__init__(make_reader)
@@ -251,10 +251,10 @@ def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
     assert made.metrics()["parts_asked_again"] == 2 * 3 * 4  # twice, three steps ahead, four lanes
 
 
-class Watched(DirectBackend):
+class Watched(InProcessBackend):
     """Notes the steps that are asked for."""
 
-    works_ahead = True
+    is_async = True
 
     def __init__(self, make_reader):
         super().__init__(make_reader)

@@ -1,0 +1,96 @@
+"""The chunks that a reader holds in memory, fetched ahead of need and bounded in bytes."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from isthmus.data_pipeline.reading.disk_cache import ChunkId
+
+_FETCH_THREADS = 4
+
+
+class ChunkMemory:
+    """A reader's chunks in memory, fetched ahead by a few threads and bounded in bytes.
+
+    What a sample needs now is always fetched, dropping the least recently used chunks. What is only expected waits
+    until it fits. Exhausted chunks stay as long as there is room and go first.
+    """
+
+    def __init__(self, fetch: Callable[[ChunkId], bytes | memoryview], max_bytes: int) -> None:
+        self._fetch, self._max_bytes = fetch, max_bytes
+        self._chunks: OrderedDict[ChunkId, Future[bytes | memoryview]] = OrderedDict()  # least recently used first
+        self._exhausted: set[ChunkId] = set()
+        self._expected: OrderedDict[ChunkId, None] = OrderedDict()
+        self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="chunk-fetch")
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+
+    def get(self, chunk: ChunkId) -> bytes | memoryview:
+        """Return a chunk's bytes, waiting for them; errors of the fetch are raised here and not remembered."""
+        with self._lock:
+            self._exhausted.discard(chunk)
+            self._expected.pop(chunk, None)
+            if chunk not in self._chunks:
+                self._evict(self._max_bytes - chunk.length)
+                self._start(chunk)
+            self._chunks.move_to_end(chunk)
+            future = self._chunks[chunk]
+        try:
+            return future.result()
+        except Exception:
+            self.drop(chunk)
+            raise
+
+    def expect(self, chunks: list[ChunkId]) -> None:
+        """Fetch chunks ahead, in this order, as far as they fit beside those in use."""
+        with self._lock:
+            for chunk in chunks:
+                if chunk not in self._chunks:
+                    self._expected[chunk] = None
+            while self._expected:
+                chunk = next(iter(self._expected))
+                if self._bytes_in_use() + chunk.length > self._max_bytes:
+                    return
+                del self._expected[chunk]
+                self._evict(self._max_bytes - chunk.length, only_exhausted=True)
+                self._start(chunk)
+
+    def exhaust(self, chunk: ChunkId) -> None:
+        """Note that no sample of the chunk is needed soon."""
+        with self._lock:
+            if chunk in self._chunks:
+                self._exhausted.add(chunk)
+
+    def drop(self, chunk: ChunkId) -> None:
+        """Forget a chunk."""
+        with self._lock:
+            self._remove(chunk)
+
+    def close(self) -> None:
+        """Drop everything; fetches under way end by themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for chunk in list(self._chunks):
+                self._remove(chunk)
+
+    def _start(self, chunk: ChunkId) -> None:
+        self._chunks[chunk] = self._threads.submit(self._fetch, chunk)
+        self.num_bytes += chunk.length
+
+    def _remove(self, chunk: ChunkId) -> None:
+        if self._chunks.pop(chunk, None) is not None:
+            self.num_bytes -= chunk.length
+            self._exhausted.discard(chunk)
+
+    def _bytes_in_use(self) -> int:
+        return self.num_bytes - sum(chunk.length for chunk in self._exhausted)
+
+    def _evict(self, max_bytes: int, *, only_exhausted: bool = False) -> None:
+        candidates = [chunk for chunk in self._chunks if chunk in self._exhausted]
+        if not only_exhausted:
+            candidates += [chunk for chunk in self._chunks if chunk not in self._exhausted]
+        for chunk in candidates:
+            if self.num_bytes <= max_bytes:
+                return
+            self._remove(chunk)
