@@ -4,14 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: chaos help demo test test-slow unit integration fixtures check format bench clean venv
+.PHONY: bench chaos check clean demo fixtures format graph help integration test test-slow unit venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for longer"
 	@echo "make test    run all tests"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
-	@echo "make check   lint, format, types, import contracts, spelling"
+	@echo "make check   lint, format, types, import contracts, spelling, style limits"
+	@echo "make graph   list which folder imports which; no circle, no upward arrow"
 	@echo "make chaos N=100  run, or go on with, N schedules of faults; result in docs/reliability.md"
 	@echo "make bench   run all benchmarks"
 	@echo "make clean   remove everything that make made"
@@ -47,7 +48,10 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/python tests/house_bars.py
+	$(BIN)/python tests/style_limits.py
+
+graph: venv
+	$(BIN)/python -m tests.import_graph
 
 format: venv
 	$(BIN)/ruff check --fix .

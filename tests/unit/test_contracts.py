@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.import_graph import floors
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,11 @@ LINT_IMPORTS = Path(sys.executable).parent / "lint-imports"
         ("trainer/errors.py", "import deepspeed", "deepspeed only in"),
         ("trainer/errors.py", "import transformers", "transformers only in"),
         ("trainer/errors.py", "import boto3", "boto3 only in"),
+        ("cluster/status.py", "import isthmus.cluster.supervision.supervisor", "layers of cluster"),
+        ("trainer/checkpoint/retention.py", "import isthmus.trainer.monitoring.goodput", "layers of trainer"),
+        ("model/qformer/qformer.py", "import isthmus.model.objectives.losses", "layers of model"),
+        ("data_pipeline/order/plan.py", "import isthmus.data_pipeline.store.s3", "layers of data_pipeline"),
+        ("data_pipeline/dataset/manifest.py", "import isthmus.data_pipeline.reading.loader", "layers of data_pipeline"),
     ],
 )
 def test_a_forbidden_import_breaks_its_contract(tmp_path, file, line, broken):
@@ -31,7 +38,7 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path, file, line, broken):
     shutil.copytree(ROOT / "src", tmp_path / "src", symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     target = tmp_path / file
-    target.write_text(f"{line}\n{target.read_text()}")
+    target.write_text(f"{target.read_text()}\n{line}\n")
     done = subprocess.run(
         [str(LINT_IMPORTS), "--no-cache"],
         cwd=tmp_path,
@@ -45,3 +52,9 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path, file, line, broken):
     broken_lines = [text for text in done.stdout.splitlines() if " BROKEN" in text]
     assert len(broken_lines) == 1
     assert broken in broken_lines[0]
+
+
+def test_nodes_of_a_circle_have_no_floor():
+    graph = {"top": {"a", "ground"}, "a": {"b"}, "b": {"a", "ground"}, "ground": set()}
+    assert floors(graph) == ([["ground"]], ["a", "b", "top"])
+    assert floors({**graph, "b": {"ground"}}) == ([["ground"], ["b"], ["a"], ["top"]], [])
