@@ -65,9 +65,9 @@ def with_actors(_folder: str) -> None:
     group = WorkerGroup.place(CONFIG, WORLD_SIZE, (), 30.0)
     assert group is not None
     group.launch(CONFIG, "stage1", None, "isthmus.cluster.workers.allreduce")
-    while any(member.ended is None for member in group.members):
+    while any(member.result is None for member in group.members):
         group.update(0.1)
-    assert all(member.ended and member.ended.outcome for member in group.members)
+    assert all(member.result and member.result.outcome for member in group.members)
     group.kill()
 
 

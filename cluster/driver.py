@@ -19,7 +19,7 @@ import ray
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.errors import EXPECTED_ERRORS
-from isthmus.cluster.logs import use_json_logs
+from isthmus.cluster.logs import configure_logging
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.jobs_api import submission_id
 from isthmus.cluster.status import RunState, StatusBoard
@@ -58,7 +58,7 @@ def drive(config: JobConfig, job: str | None, allow_change: Sequence[str] = ()) 
 def run_local(config: JobConfig, allow_change: Sequence[str] = ()) -> Outcome:
     """Start an embedded Ray on this machine, drive the run there and stop Ray again; see `drive`."""
     with embedded_ray(config):
-        use_json_logs(sys.stderr, run=config.run.name)
+        configure_logging(sys.stderr, run=config.run.name)
         return drive(config, None, allow_change)
 
 
@@ -67,11 +67,11 @@ def main(path: str, *allow_change: str) -> int:
 
     `allow_change` are keys that may differ from the run's earlier starts.
     """
-    use_json_logs(sys.stdout)
+    configure_logging(sys.stdout)
     use_tokens(create=False)
     try:
         config = load_config(path, [], JobConfig)
-        use_json_logs(sys.stdout, run=config.run.name)
+        configure_logging(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
         return drive(config, submission_id(), allow_change).exit_code
     except EXPECTED_ERRORS as error:

@@ -16,7 +16,7 @@ from typing import Any
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
 from isthmus.cluster.ray_nodes.auth import use_tokens
-from isthmus.cluster.supervision.demand import Demand
+from isthmus.cluster.supervision.resource_request import ResourceRequest
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
     try:
         ray.init(
             address="local",
-            num_cpus=Demand.of(config).total_cpus(max(config.world_sizes)),
+            num_cpus=ResourceRequest.of(config).total_cpus(max(config.world_sizes)),
             namespace=config.run.name,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line with time, level, message and the place: run, stage, step, rank."""
+"""Structured logs: one JSON object per line with time, level, message and context: run, stage, step, rank."""
 
 import json
 import logging
@@ -7,15 +7,16 @@ import sys
 import time
 from typing import Any, TextIO
 
-PLACE_KEYS = ("run", "stage", "step", "rank", "node")
-"""Keys of the place; present in a line once they are known."""
+CONTEXT_KEYS = ("run", "stage", "step", "rank", "node")
+"""Keys of the context; a line has those that are known."""
 
 FORMAT_VARIABLE, PLAIN = "ISTHMUS_LOGS", "plain"
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Environment of a run's processes: progress bars and reports of libraries have no place in a log."""
+"""Environment of a run's processes: no progress bars or reports of libraries in a log."""
 
-_place: dict[str, Any] = {}
+_context: dict[str, Any] = {}
+"""Replaced, never changed: other threads format records meanwhile."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,7 +27,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "time": _timestamp(record.created),
             "level": record.levelname.lower(),
-            **_place,
+            **_context,
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -35,13 +36,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def set_place(**place: Any) -> None:
-    """Add to the place that every later line of this process names; a value of None removes its key."""
-    for key, value in place.items():
-        if value is None:
-            _place.pop(key, None)
-        else:
-            _place[key] = value
+def bind_context(**values: Any) -> None:
+    """Add to the context that every later line of this process carries; a value of None removes its key."""
+    global _context  # noqa: PLW0603 - one context per process, replaced in one assignment
+    _context = {key: value for key, value in (_context | values).items() if value is not None}
 
 
 class PlainFormatter(JsonFormatter):
@@ -52,10 +50,10 @@ class PlainFormatter(JsonFormatter):
         return render_line(json.loads(super().format(record)))
 
 
-def use_json_logs(stream: TextIO | None = None, level: int = logging.INFO, **place: Any) -> None:
+def configure_logging(stream: TextIO | None = None, level: int = logging.INFO, **context: Any) -> None:
     """Send every log record of this process as JSON lines to `stream` (stderr), replacing other root handlers.
 
-    With ISTHMUS_LOGS=plain in the environment the lines are for people.
+    With ISTHMUS_LOGS=plain in the environment the lines are plain text.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(PlainFormatter() if os.environ.get(FORMAT_VARIABLE) == PLAIN else JsonFormatter())
@@ -64,7 +62,7 @@ def use_json_logs(stream: TextIO | None = None, level: int = logging.INFO, **pla
     root.setLevel(level)
     for noisy in ("urllib3", "botocore", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    set_place(**place)
+    bind_context(**context)
 
 
 def parse_line(text: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import ray
 
 from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
 from isthmus.cluster.supervision.group import Member, WorkerGroup
-from isthmus.cluster.workers.actor import Host, Progress
+from isthmus.cluster.workers.actor import Progress, WorkerAddress
 from isthmus.trainer.context import Rank
 
 POLLS = 20
@@ -44,9 +44,11 @@ class AllWorkers:
 def measure(num_workers: int, polls: int) -> dict[str, Any]:
     """Return CPU and wall milliseconds of the driver per poll of all workers, and the share of fresh answers."""
     actor = ray.remote(AllWorkers).options(num_cpus=0, max_concurrency=4 * num_workers).remote()
-    host = Host("node", "127.0.0.1", 1, 1)
+    address = WorkerAddress("node", "127.0.0.1", 1, 1)
     members = [
-        Member(f"train-{i}", actor, host, Rank(i, num_workers), result=actor.run.remote(), answered_at=time.monotonic())
+        Member(
+            f"train-{i}", actor, address, Rank(i, num_workers), running=actor.run.remote(), answered_at=time.monotonic()
+        )
         for i in range(num_workers)
     ]
     group: Any = WorkerGroup(None, members)  # type: ignore[arg-type]

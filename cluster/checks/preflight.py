@@ -22,8 +22,8 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.nodes import Node, live_nodes
-from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
+from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 from isthmus.data_pipeline.errors import DataError
 from isthmus.trainer.config.loading import load_config
 
@@ -71,10 +71,10 @@ def run_checks(config: JobConfig) -> list[Check]:
 
 
 def _check_size(config: JobConfig, nodes: list[Node]) -> Check:
-    demand = Demand.of(config)
-    size = largest_world_size(config.world_sizes, demand, [node.free for node in nodes])
+    request = ResourceRequest.of(config)
+    size = largest_world_size(config.world_sizes, request, [node.free for node in nodes])
     if size is None:
-        found = lacking(min(config.world_sizes), demand, [n.free for n in nodes], [n.total for n in nodes])
+        found = shortfall(min(config.world_sizes), request, [n.free for n in nodes], [n.total for n in nodes])
         return Check("world size", "cluster", ok=False, found=found, remedy="add nodes, or lower cluster.workers")
     return Check(
         "world size", "cluster", ok=True, found=f"{size} of {', '.join(map(str, config.world_sizes))} fits now"
@@ -130,7 +130,7 @@ def _check_store_from(config: JobConfig, node: Node) -> Check:
 
 def _check_all_reduce(config: JobConfig, nodes: list[Node]) -> Check:
     """Run an all-reduce over the largest group that fits now."""
-    size = largest_world_size(config.world_sizes, Demand.of(config), [node.free for node in nodes])
+    size = largest_world_size(config.world_sizes, ResourceRequest.of(config), [node.free for node in nodes])
     if size is None:
         return Check("all-reduce", "workers", ok=False, found="not run: no group fits", remedy="see world size")
     remedy = "check firewalls, NCCL_SOCKET_IFNAME, GPU health (NCCL_DEBUG=INFO)"
@@ -152,9 +152,9 @@ def _reduce_in(group: WorkerGroup, config: JobConfig, remedy: str) -> Check:
     where = f"{group.world_size} workers on {len(group.node_ids)} nodes"
     group.launch(config, config.stages[0], None, "isthmus.cluster.workers.allreduce")
     deadline = time.monotonic() + GROUP_TIMEOUT_SECONDS
-    while any(member.ended is None for member in group.members) and time.monotonic() < deadline:
+    while any(member.result is None for member in group.members) and time.monotonic() < deadline:
         group.update(0.5)
-    ends = [member.ended for member in group.members]
+    ends = [member.result for member in group.members]
     failure = next((end.failure for end in ends if end and end.failure), None)
     if failure or None in ends:
         found = str(failure) if failure else f"no answer within {GROUP_TIMEOUT_SECONDS:g} s"

@@ -167,13 +167,13 @@ def _check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
 
 def _report_full_cluster(jobs: "Jobs", config: JobConfig) -> bool:
     """Say what is lacking where no allowed group fits at the moment; return whether that is so."""
-    from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
+    from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 
-    demand = Demand.of(config)
+    request = ResourceRequest.of(config)
     free, total = jobs.resources()
-    if largest_world_size(config.world_sizes, demand, free) is not None:
+    if largest_world_size(config.world_sizes, request, free) is not None:
         return False
-    text = lacking(min(config.world_sizes), demand, free, total)
+    text = shortfall(min(config.world_sizes), request, free, total)
     typer.secho(f"{config.run.name}: waiting: {text}; add nodes, end other jobs, or lower cluster.workers", err=True)
     return True
 
@@ -206,16 +206,16 @@ def _show_dry_run(config: JobConfig) -> None:
 
     from isthmus.cluster.submission.code_package import build_package, package_bytes
     from isthmus.cluster.submission.jobs import job_environment, job_metadata
-    from isthmus.cluster.supervision.demand import Demand
+    from isthmus.cluster.supervision.resource_request import ResourceRequest
 
     with tempfile.TemporaryDirectory() as folder:
         count, size = package_bytes(build_package(config, Path(folder)))
-    demand, sizes = Demand.of(config), config.world_sizes
+    request, sizes = ResourceRequest.of(config), config.world_sizes
     facts = {
         "folder": f"{config.run.url.rstrip('/')}/{config.run.name}",
         "stages": ", ".join(f"{stage} ({config.stage(stage).steps} steps)" for stage in config.stages),
-        "asks for": demand.described(sizes[-1]),
-        "at least": demand.described(sizes[0]),
+        "asks for": request.describe(sizes[-1]),
+        "at least": request.describe(sizes[0]),
         "code": f"{count} files, {size / 1e3:.0f} kB",
         "environment": " ".join(f"{key}={value}" for key, value in job_environment(config).items()),
         "metadata": " ".join(f"{key}={value}" for key, value in job_metadata(config).items()),

@@ -13,7 +13,7 @@ import yaml
 from isthmus.cluster.config import JobConfig, NodeConfig
 from isthmus.cluster.submission import secret_names
 from isthmus.cluster.submission.jobs import job_environment, job_metadata
-from isthmus.cluster.supervision.demand import Demand
+from isthmus.cluster.supervision.resource_request import ResourceRequest
 from isthmus.trainer.config.loading import to_yaml
 
 FOLDER = Path(__file__).parent
@@ -31,7 +31,7 @@ def render(config: JobConfig) -> list[Manifest]:
 
 
 def ray_cluster(config: JobConfig) -> Manifest:
-    """Return a RayCluster for the run: on-demand head without work, spot GPU group, CPU reader group."""
+    """Return a RayCluster for the run: on-request head without work, spot GPU group, CPU reader group."""
     manifest = _template("raycluster.yaml")[0]
     manifest["metadata"] |= {"name": config.run.name, "namespace": config.cluster.kubernetes.namespace}
     manifest["spec"] = _cluster_spec(config, manifest["spec"])
@@ -97,10 +97,10 @@ def num_worker_pods(config: JobConfig, num_workers: int | None = None) -> int:
 
 def num_reader_pods(config: JobConfig) -> int:
     """Return how many pods of the reader group hold all readers."""
-    demand = Demand.of(config)
-    cpus_per_reader = max(1.0, demand.reader.get("CPU", 0.0))
+    request = ResourceRequest.of(config)
+    cpus_per_reader = max(1.0, request.reader.get("CPU", 0.0))
     readers_per_pod = max(1, int(config.cluster.kubernetes.readers.cpus // cpus_per_reader))
-    return math.ceil(demand.num_readers(max(config.world_sizes)) / readers_per_pod)
+    return math.ceil(request.num_readers(max(config.world_sizes)) / readers_per_pod)
 
 
 def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:

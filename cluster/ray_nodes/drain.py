@@ -19,7 +19,7 @@ import psutil
 from ray import _raylet  # the command `ray drain-node` uses it too; there is no public call
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from isthmus.cluster.logs import use_json_logs
+from isthmus.cluster.logs import configure_logging
 from isthmus.cluster.ray_nodes.auth import use_tokens
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def leave(gcs_address: str, grace_seconds: float) -> None:
 
 def main() -> int:
     """Leave this host, within the grace period; return the exit code."""
-    use_json_logs()
+    configure_logging()
     use_tokens(create=False)
     gcs_address = os.environ.get("RAY_ADDRESS") or f"{os.environ.get('FQ_RAY_IP', '127.0.0.1')}:6379"
     leave(gcs_address, float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS)))

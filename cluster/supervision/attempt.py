@@ -54,10 +54,10 @@ class Attempt:
             self._consider_stopping()
 
     def _end(self) -> AttemptEnd | None:
-        ended = [member.ended for member in self.group.members if member.ended]
+        ended = [member.result for member in self.group.members if member.result]
         if any(end.failure for end in ended):
             failure = self._explain()
-            ended = [member.ended for member in self.group.members if member.ended]
+            ended = [member.result for member in self.group.members if member.result]
             steps = [end.step for end in ended if end.failure and end.step is not None]
             return AttemptEnd(max(steps, default=self.step), failure=failure)
         if len(ended) == self.group.world_size:
@@ -77,7 +77,9 @@ class Attempt:
         deadline = time.monotonic() + ECHO_SECONDS
         failures: list[Failure] = []
         while True:
-            failures = [member.ended.failure for member in self.group.members if member.ended and member.ended.failure]
+            failures = [
+                member.result.failure for member in self.group.members if member.result and member.result.failure
+            ]
             explained = any(failure.kind is not FailureKind.ERROR for failure in failures)
             if explained or len(failures) == self.group.world_size or time.monotonic() > deadline:
                 return root_cause(failures)
@@ -97,8 +99,10 @@ class Attempt:
             return None
         for name, stacks in self.group.stacks().items():
             logger.error("stacks of %s:\n%s", name, stacks)
-        cause = f"{member.name} (pid {member.host.pid}) has not answered for {self.unresponsive_seconds:g} s"
-        return AttemptEnd(self.step, failure=Failure(FailureKind.LOST, cause, "", member.rank.rank, member.host.node))
+        cause = f"{member.name} (pid {member.address.pid}) has not answered for {self.unresponsive_seconds:g} s"
+        return AttemptEnd(
+            self.step, failure=Failure(FailureKind.LOST, cause, "", member.rank.rank, member.address.node)
+        )
 
     def _consider_stopping(self) -> None:
         if self.stop is StopReason.OPERATOR:

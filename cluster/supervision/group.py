@@ -16,9 +16,16 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
-from isthmus.cluster.supervision.demand import Demand
-from isthmus.cluster.supervision.replica_store import RayPeers
-from isthmus.cluster.workers.actor import CONCURRENT_CALLS, Assignment, Ended, Host, Progress, TrainWorker
+from isthmus.cluster.supervision.resource_request import ResourceRequest
+from isthmus.cluster.workers.actor import (
+    CONCURRENT_CALLS,
+    Assignment,
+    Progress,
+    TrainWorker,
+    WorkerAddress,
+    WorkerResult,
+)
+from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import Rank, StopReason
 
@@ -41,15 +48,15 @@ class Member:
 
     name: str
     actor: Any
-    host: Host
+    address: WorkerAddress
     rank: Rank
-    result: Any = None
+    running: Any = None
     """Reference of the running stage."""
     poll: Any = None
     """Reference of the poll under way."""
     progress: Progress = field(default_factory=Progress)
     answered_at: float = 0.0
-    ended: Ended | None = None
+    result: WorkerResult | None = None
 
 
 class WorkerGroup:
@@ -61,15 +68,17 @@ class WorkerGroup:
         self.members = members
 
     @staticmethod
-    def place(config: JobConfig, world_size: int, avoid: Iterable[str], timeout_seconds: float) -> "WorkerGroup | None":
+    def place(
+        config: JobConfig, world_size: int, excluded_nodes: Iterable[str], timeout_seconds: float
+    ) -> "WorkerGroup | None":
         """Reserve resources for all processes and start them; none: the resources were not free in time.
 
         Raises:
             PlacementError: a process died or did not answer while it started.
         """
-        bundles = [dict(Demand.of(config).worker) for _ in range(world_size)]
-        shunned = sorted(avoid)
-        selectors = [{"ray.io/node-id": f"!in({','.join(shunned)})"}] * world_size if shunned else None
+        bundles = [dict(ResourceRequest.of(config).worker) for _ in range(world_size)]
+        excluded = sorted(excluded_nodes)
+        selectors = [{"ray.io/node-id": f"!in({','.join(excluded)})"}] * world_size if excluded else None
         placement = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
         if not placement.wait(timeout_seconds):
             remove_placement_group(placement)
@@ -90,20 +99,20 @@ class WorkerGroup:
     @property
     def node_ids(self) -> set[str]:
         """Nodes on which the group lives."""
-        return {member.host.node for member in self.members}
+        return {member.address.node for member in self.members}
 
     def launch(
-        self, config: JobConfig, stage: StageName, run_token: Any, entry: str, peers: list[RayPeers] | None = None
+        self, config: JobConfig, stage: StageName, run_token: Any, entry: str, peers: list[RayReplicas] | None = None
     ) -> None:
         """Let every process run the stage.
 
         `entry` is the module with `train(assignment, context)`; `peers` is each rank's memory on other nodes.
         """
-        master = (self.members[0].host.address, self.members[0].host.port)
+        master = (self.members[0].address.host, self.members[0].address.port)
         for member in self.members:
             memory = peers[member.rank.rank] if peers else None
             assignment = Assignment(config, stage, member.rank, master, run_token, entry, memory)
-            member.result = member.actor.run.remote(assignment)
+            member.running = member.actor.run.remote(assignment)
             member.answered_at = time.monotonic()
 
     def update(self, wait_seconds: float) -> None:
@@ -111,14 +120,14 @@ class WorkerGroup:
 
         All answers are collected at once; each process costs the driver one call.
         """
-        running = [member for member in self.members if member.ended is None]
+        running = [member for member in self.members if member.result is None]
         if not running:
             return
-        ray.wait([member.result for member in running], num_returns=1, timeout=wait_seconds)
-        ready = _ready([member.result for member in running] + [member.poll for member in running if member.poll])
+        ray.wait([member.running for member in running], num_returns=1, timeout=wait_seconds)
+        ready = _ready([member.running for member in running] + [member.poll for member in running if member.poll])
         _take_polls([member for member in running if member.poll in ready])
         for member in running:
-            if member.result in ready:
+            if member.running in ready:
                 _take_result(member)
             elif member.poll is None or member.poll in ready:
                 member.poll = member.actor.poll.remote()
@@ -126,7 +135,7 @@ class WorkerGroup:
     def unresponsive(self, limit_seconds: float) -> Member | None:
         """Return a running process that has answered no poll for `limit_seconds`."""
         now = time.monotonic()
-        running = (member for member in self.members if member.ended is None)
+        running = (member for member in self.members if member.result is None)
         return next((member for member in running if now - member.answered_at > limit_seconds), None)
 
     @property
@@ -181,14 +190,16 @@ def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> lis
             "runtime_env": {} if worker.gpus else {"env_vars": KEEP_FREED_MEMORY},
         }
         # Ray titles processes by class: `ray::train-3` is what ps and the dashboard shall show.
-        titled = type(f"train-{rank}", (TrainWorker,), {})
-        actors.append(ray.remote(titled).options(**options).remote(f"train-{rank}", config))
-    hosts: list[Host] = ray.get([actor.host.remote() for actor in actors], timeout=START_TIMEOUT_SECONDS)
+        named_class = type(f"train-{rank}", (TrainWorker,), {})
+        actors.append(ray.remote(named_class).options(**options).remote(f"train-{rank}", config))
+    addresses: list[WorkerAddress] = ray.get(
+        [actor.address.remote() for actor in actors], timeout=START_TIMEOUT_SECONDS
+    )
     local: dict[str, int] = {}
     members = []
-    for rank, (actor, host) in enumerate(zip(actors, hosts, strict=True)):
-        local_rank = local[host.node] = local.get(host.node, -1) + 1
-        members.append(Member(f"train-{rank}", actor, host, Rank(rank, world_size, local_rank)))
+    for rank, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
+        local_rank = local[address.node] = local.get(address.node, -1) + 1
+        members.append(Member(f"train-{rank}", actor, address, Rank(rank, world_size, local_rank)))
     return members
 
 
@@ -221,22 +232,22 @@ def _answer(member: Member) -> Progress | None:
 def _take_result(member: Member) -> None:
     """Take in how a process ended, and what it was at then."""
     try:
-        member.ended = ray.get(member.result, timeout=CLEAR_TIMEOUT_SECONDS)
+        member.result = ray.get(member.running, timeout=CLEAR_TIMEOUT_SECONDS)
     except RayActorError as error:
-        member.ended = Ended(failure=_lost(member, error))
+        member.result = WorkerResult(failure=_lost(member, error))
     except RayError as error:
-        failure = Failure(FailureKind.ERROR, first_line(error), str(error), member.rank.rank, member.host.node)
-        member.ended = Ended(failure=failure)
+        failure = Failure(FailureKind.ERROR, first_line(error), str(error), member.rank.rank, member.address.node)
+        member.result = WorkerResult(failure=failure)
     else:
-        member.progress = member.ended.progress
+        member.progress = member.result.progress
 
 
 def _lost(member: Member, error: RayActorError) -> Failure:
     """Return the failure of a process that died: a preemption where its node was being drained."""
     preempted = isinstance(error, ActorDiedError) and error.preempted
-    kind = FailureKind.PREEMPTION if preempted or member.host.node in draining_nodes() else FailureKind.LOST
-    cause = f"{member.name} (pid {member.host.pid} on {member.host.address}) died: {_why(error)}"
-    return Failure(kind, cause, str(error), member.rank.rank, member.host.node)
+    kind = FailureKind.PREEMPTION if preempted or member.address.node in draining_nodes() else FailureKind.LOST
+    cause = f"{member.name} (pid {member.address.pid} on {member.address.host}) died: {_why(error)}"
+    return Failure(kind, cause, str(error), member.rank.rank, member.address.node)
 
 
 def _why(error: RayActorError) -> str:

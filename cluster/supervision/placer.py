@@ -7,8 +7,8 @@ from collections.abc import Callable
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes.nodes import Node, known_nodes, live_nodes
-from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
+from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +21,19 @@ GROW_CHECK_SECONDS = 5.0
 MAX_START_FAILURES = 5
 
 
-class Placer:
+class GroupPlacer:
     """Places groups for one run."""
 
     def __init__(self, config: JobConfig) -> None:
         """Take the allowed world sizes and resources from the configuration."""
         self._config = config
-        self.demand = Demand.of(config)
+        self.request = ResourceRequest.of(config)
         self._grow_checked_at = 0.0
         self._could_grow = False
         self._patience_seconds = FIRST_PATIENCE_SECONDS
 
     def place(
-        self, bad_nodes: frozenset[str], on_waiting: Callable[[str], None], stopped: Callable[[], bool]
+        self, excluded_nodes: frozenset[str], on_waiting: Callable[[str], None], stopped: Callable[[], bool]
     ) -> WorkerGroup | None:
         """Return the largest group that fits, waiting for resources if need be; none: stopped meanwhile.
 
@@ -43,7 +43,7 @@ class Placer:
         deadline = time.monotonic() + self._config.cluster.wait_seconds
         num_failures = 0
         while not stopped():
-            nodes = self._usable(bad_nodes)
+            nodes = self._usable(excluded_nodes)
             try:
                 group = self._try(nodes)
             except PlacementError as error:
@@ -56,9 +56,9 @@ class Placer:
             if group:
                 self._patience_seconds = PATIENCE_SECONDS
                 return group
-            message = lacking(
+            message = shortfall(
                 min(self._config.world_sizes),
-                self.demand,
+                self.request,
                 [node.free for node in nodes],
                 [node.total for node in nodes],
             )
@@ -71,7 +71,7 @@ class Placer:
             time.sleep(WAIT_SECONDS)
         return None
 
-    def can_grow(self, group: WorkerGroup, bad_nodes: frozenset[str]) -> bool:
+    def can_grow(self, group: WorkerGroup, excluded_nodes: frozenset[str]) -> bool:
         """Return whether a larger allowed group would fit, seen at two checks in a row."""
         if group.world_size == max(self._config.world_sizes):
             return False
@@ -79,16 +79,16 @@ class Placer:
         if now - self._grow_checked_at < GROW_CHECK_SECONDS:
             return False
         self._grow_checked_at = now
-        held = [member.host.node for member in group.members]
-        resources = [_with(node, held.count(node.id), self.demand.worker) for node in live_nodes(bad_nodes)]
-        size = largest_world_size(self._config.world_sizes, self.demand, resources)
+        held = [member.address.node for member in group.members]
+        resources = [_with(node, held.count(node.id), self.request.worker) for node in live_nodes(excluded_nodes)]
+        size = largest_world_size(self._config.world_sizes, self.request, resources)
         before, self._could_grow = self._could_grow, size is not None and size > group.world_size
         return before and self._could_grow
 
-    def _usable(self, bad_nodes: frozenset[str]) -> list[Node]:
+    def _usable(self, excluded_nodes: frozenset[str]) -> list[Node]:
         """Return the live nodes without the bad ones; with them where the others do not suffice."""
-        nodes = live_nodes(bad_nodes)
-        if bad_nodes and self._largest([node.total for node in nodes]) is None:
+        nodes = live_nodes(excluded_nodes)
+        if excluded_nodes and self._largest([node.total for node in nodes]) is None:
             logger.warning("the nodes that failed again and again are used: the others do not suffice")
             return live_nodes()
         return nodes
@@ -106,7 +106,7 @@ class Placer:
         return WorkerGroup.place(self._config, possible, avoid, self._patience_seconds) if possible else None
 
     def _largest(self, resources: list[dict[str, float]]) -> int | None:
-        return largest_world_size(self._config.world_sizes, self.demand, resources)
+        return largest_world_size(self._config.world_sizes, self.request, resources)
 
 
 def _with(node: Node, num_workers: int, worker: dict[str, float]) -> dict[str, float]:

@@ -12,15 +12,16 @@ from ray.autoscaler.sdk import request_resources
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
-from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy
-from isthmus.cluster.logs import set_place
+from isthmus.cluster.failures import Failure, FailureKind
+from isthmus.cluster.logs import bind_context
 from isthmus.cluster.metrics import DRIVER_GAUGES, Gauges
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.cluster.supervision.attempt import Attempt, AttemptEnd
 from isthmus.cluster.supervision.group import WorkerGroup
-from isthmus.cluster.supervision.placer import Placer
+from isthmus.cluster.supervision.placer import GroupPlacer
 from isthmus.cluster.supervision.recovery import Recovery
-from isthmus.cluster.supervision.replica_store import Shelves
+from isthmus.cluster.supervision.replica_store import ReplicaStore
+from isthmus.cluster.supervision.restart_policy import RestartPolicy
 from isthmus.cluster.supervision.sample_keys import sample_keys
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -43,9 +44,9 @@ class Supervisor:
         self._board = board
         self._entry = entry
         self._policy = RestartPolicy(config.cluster.restart)
-        self._placer = Placer(config)
+        self._placer = GroupPlacer(config)
         self._recovery: Recovery | None = None
-        self._shelves: Shelves | None = None
+        self._replica_store: ReplicaStore | None = None
         self._stop = False
         self._gauges = Gauges(config.run.name, "", DRIVER_GAUGES)
         self._num_attempts = 0
@@ -65,21 +66,21 @@ class Supervisor:
         Raises:
             ClusterError: starting again cannot help, or a restart budget is used up.
         """
-        set_place(stage=stage)
+        bind_context(stage=stage)
         self._board.begin_stage(stage, self._config.stage(stage).steps)
-        request_resources(bundles=[dict(self._placer.demand.worker)] * max(self._config.world_sizes))
+        request_resources(bundles=[dict(self._placer.request.worker)] * max(self._config.world_sizes))
         if not self._config.checkpoint.peer_memory_every_steps:
             return self._attempts(stage)
-        self._shelves = Shelves()
+        self._replica_store = ReplicaStore()
         try:
             return self._attempts(stage)
         finally:
-            self._shelves.close()
-            self._shelves = None
+            self._replica_store.close()
+            self._replica_store = None
 
     def _attempts(self, stage: StageName) -> bool:
         while not self._stop:
-            group = self._placer.place(self._policy.bad_nodes, self._on_waiting, lambda: self._stop)
+            group = self._placer.place(self._policy.excluded_nodes, self._on_waiting, lambda: self._stop)
             if group is None:
                 break
             end = self._attempt(group, stage)
@@ -110,7 +111,11 @@ class Supervisor:
             on_progress=self._on_progress,
         )
         try:
-            peers = self._shelves.for_group([member.host.node for member in group.members]) if self._shelves else None
+            peers = (
+                self._replica_store.for_group([member.address.node for member in group.members])
+                if self._replica_store
+                else None
+            )
             group.launch(self._config, stage, self._run_token, self._entry, peers)
             end = attempt.run()
         finally:
@@ -126,7 +131,7 @@ class Supervisor:
             self._board.update(RunState.STOPPING, message="saving a last checkpoint")
             return StopReason.OPERATOR
         settled = time.monotonic() - placed_at > self._config.cluster.grow_after_seconds and group.step is not None
-        if settled and self._placer.can_grow(group, self._policy.bad_nodes):
+        if settled and self._placer.can_grow(group, self._policy.excluded_nodes):
             return StopReason.RESIZE
         return None
 

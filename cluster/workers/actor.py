@@ -20,9 +20,9 @@ import ray
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.failures import Failure, classify, on_rank
-from isthmus.cluster.logs import set_place, use_json_logs
+from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.metrics import Gauges
-from isthmus.cluster.supervision.replica_store import RayPeers
+from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import Rank, StopReason
 
@@ -45,16 +45,16 @@ class Assignment:
     """What `RunStore.attach` needs to write under the driver's lease."""
     entry: str = "isthmus.cluster.workers.rank"
     """Module whose `train(assignment, context)` trains the stage."""
-    peers: RayPeers | None = None
+    peers: RayReplicas | None = None
     """This rank's memory on other nodes; none: off."""
 
 
 @dataclass(frozen=True)
-class Host:
+class WorkerAddress:
     """Where a process lives, and a port that was free there a moment ago."""
 
     node: str
-    address: str
+    host: str
     port: int
     pid: int
 
@@ -74,7 +74,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerResult:
     """How a process ended: an outcome or a failure."""
 
     outcome: str | None = None
@@ -113,7 +113,7 @@ class RayContext:
 
     def begin_step(self, step: int) -> None:
         """Note that `step` is being trained."""
-        set_place(step=step)
+        bind_context(step=step)
         self._step_began = time.monotonic()
         self._progress = Progress("training", step, metrics=self._progress.metrics)
 
@@ -144,25 +144,25 @@ class TrainWorker:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         faulthandler.enable()
-        use_json_logs(run=config.run.name)
+        configure_logging(run=config.run.name)
         watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))
 
     def __repr__(self) -> str:
         """Return the name that Ray puts before this actor's log lines."""
         return self._name
 
-    def host(self) -> Host:
+    def address(self) -> WorkerAddress:
         """Return where this process lives."""
-        address = ray.util.get_node_ip_address()
+        host = ray.util.get_node_ip_address()
         with socket.socket() as sock:
-            sock.bind((address, 0))
+            sock.bind((host, 0))
             port = int(sock.getsockname()[1])
-        return Host(ray.get_runtime_context().get_node_id(), address, port, os.getpid())
+        return WorkerAddress(ray.get_runtime_context().get_node_id(), host, port, os.getpid())
 
-    def run(self, assignment: Assignment) -> Ended:
+    def run(self, assignment: Assignment) -> WorkerResult:
         """Run one stage to its end, its stop or its failure. Never raises what the training code raised."""
         rank = assignment.rank
-        set_place(stage=assignment.stage, rank=rank.rank, step=None)
+        bind_context(stage=assignment.stage, rank=rank.rank, step=None)
         context = RayContext(
             rank, Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
         )
@@ -175,8 +175,8 @@ class TrainWorker:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
         except Exception as error:
             logger.exception("%s failed at step %d", self._name, context.progress().step)
-            return Ended(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
-        return Ended(outcome=outcome, stop=context.stop_request(), progress=context.progress())
+            return WorkerResult(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
+        return WorkerResult(outcome=outcome, stop=context.stop_request(), progress=context.progress())
 
     def poll(self) -> Progress:
         """Return what this process is at."""

@@ -73,8 +73,8 @@ def losses(folder, name):
 def node_of(raylets, rank):
     import ray
 
-    host = ray.get(ray.get_actor(f"train-{rank}").host.remote())
-    return next(node for node in raylets.nodes if node.node_id == host.node)
+    address = ray.get(ray.get_actor(f"train-{rank}").address.remote())
+    return next(node for node in raylets.nodes if node.node_id == address.node)
 
 
 def wait_for_steps(board, world_size):

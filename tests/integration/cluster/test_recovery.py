@@ -92,8 +92,8 @@ class Supervised:
         import ray
 
         actor = ray.get_actor(f"train-{rank}")
-        host = ray.get(actor.host.remote())
-        return next(node for node in raylets.nodes if node.node_id == host.node)
+        address = ray.get(actor.address.remote())
+        return next(node for node in raylets.nodes if node.node_id == address.node)
 
 
 @pytest.fixture
@@ -168,12 +168,15 @@ def test_stop_saves_and_leaves_the_rest_for_a_resume(raylets, supervise):
 @pytest.mark.parametrize(
     ("order", "words"),
     [
-        ("trainer.errors ConfigError data.lanes: 3 is wrong", "user error on rank 0: data.lanes: 3 is wrong"),
-        ("data_pipeline.quarantine BudgetExceeded a.tar: 4% bad samples", "data over budget on rank 0: a.tar"),
+        ("isthmus.trainer.errors ConfigError data.lanes: 3 is wrong", "user error on rank 0: data.lanes: 3 is wrong"),
+        (
+            "isthmus.data_pipeline.reading.quarantine BudgetExceeded a.tar: 4% bad samples",
+            "data over budget on rank 0: a.tar",
+        ),
         ("builtins RuntimeError no luck", "3 failures in a row at step 9 of stage1"),
     ],
 )
-def test_what_cannot_be_mended_by_a_restart_stops_the_run(raylets, supervise, order, words):
+def test_what_a_restart_cannot_fix_stops_the_run(raylets, supervise, order, words):
     run = supervise(restart={"backoff_seconds": 0.1})
     (run.folder / "raise-9").write_text(order)
     run.join()

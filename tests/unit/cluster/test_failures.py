@@ -3,7 +3,8 @@
 import pytest
 
 from isthmus.cluster.config import RestartConfig
-from isthmus.cluster.failures import Failure, FailureKind, RestartPolicy, classify, root_cause
+from isthmus.cluster.failures import Failure, FailureKind, classify, root_cause
+from isthmus.cluster.supervision.restart_policy import RestartPolicy
 from isthmus.data_pipeline.errors import AccessError, DataError, ReadersUnavailable, StalledError
 from isthmus.data_pipeline.reading.backend import picklable_error
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
@@ -114,6 +115,6 @@ def test_preemptions_have_a_budget_of_their_own_and_restart_at_once():
 def test_nodes_that_fail_again_are_bad():
     policy = RestartPolicy(RestartConfig())
     policy.decide(LOST, "stage1", 1)
-    assert policy.bad_nodes == frozenset()
+    assert policy.excluded_nodes == frozenset()
     policy.decide(LOST, "stage1", 2)
-    assert policy.bad_nodes == {"n1"}
+    assert policy.excluded_nodes == {"n1"}

@@ -16,15 +16,15 @@ def stream():
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     stream = io.StringIO()
-    logs.use_json_logs(stream, run="demo")
+    logs.configure_logging(stream, run="demo")
     yield stream
     root.handlers[:] = handlers
     root.setLevel(level)
-    logs.set_place(**dict.fromkeys(logs.PLACE_KEYS))
+    logs.bind_context(**dict.fromkeys(logs.CONTEXT_KEYS))
 
 
 def test_a_line_names_run_stage_step_and_rank(stream):
-    logs.set_place(stage="stage1", step=120, rank=3)
+    logs.bind_context(stage="stage1", step=120, rank=3)
     logging.getLogger("isthmus.trainer.monitoring.monitor").info("loss %.1f", 0.5)
     line = json.loads(stream.getvalue())
     assert line.pop("time").endswith("Z")
@@ -35,8 +35,8 @@ def test_a_line_names_run_stage_step_and_rank(stream):
 
 
 def test_none_removes_a_place(stream):
-    logs.set_place(step=1)
-    logs.set_place(step=None)
+    logs.bind_context(step=1)
+    logs.bind_context(step=None)
     logging.getLogger("x").info("y")
     assert "step" not in json.loads(stream.getvalue())
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from isthmus.cluster.supervision.demand import Demand, lacking, largest_world_size
+from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 
 from .configs import job_config
 
 pytestmark = pytest.mark.unit
-GPU = Demand({"CPU": 4, "GPU": 1}, {}, 0)
+GPU = ResourceRequest({"CPU": 4, "GPU": 1}, {}, 0)
 SIZES = (1, 2, 4, 8)
 
 
@@ -31,10 +31,10 @@ def test_a_worker_cannot_be_split_over_two_nodes():
 
 
 def test_readers_take_cpu_nodes_first():
-    demand = Demand({"CPU": 4, "GPU": 1}, {"CPU": 1}, 8)
+    request = ResourceRequest({"CPU": 4, "GPU": 1}, {"CPU": 1}, 8)
     nodes = [{"CPU": 8, "GPU": 2}, {"CPU": 8}]
-    assert largest_world_size((1, 2), demand, nodes) == 2
-    assert largest_world_size((1, 2), demand, nodes[:1]) is None  # 4 CPUs stay for 8 readers
+    assert largest_world_size((1, 2), request, nodes) == 2
+    assert largest_world_size((1, 2), request, nodes[:1]) is None  # 4 CPUs stay for 8 readers
 
 
 def test_choosing_leaves_the_nodes_alone():
@@ -46,19 +46,21 @@ def test_choosing_leaves_the_nodes_alone():
 def test_demand_of_a_configuration():
     data = {"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "backend": "ray", "readers": 3}
     data["reader_resources"] = {"data": 1}
-    demand = Demand.of(job_config(data=data, cluster={"workers": {"max": 4, "cpus": 2}}))
-    assert demand == Demand({"CPU": 2}, {"CPU": 1, "data": 1}, 3)
-    assert demand.total_cpus(2) == 7
-    assert demand.total_cpus(4) == 12  # each of 4 workers has a reader of its own
+    request = ResourceRequest.of(job_config(data=data, cluster={"workers": {"max": 4, "cpus": 2}}))
+    assert request == ResourceRequest({"CPU": 2}, {"CPU": 1, "data": 1}, 3)
+    assert request.total_cpus(2) == 7
+    assert request.total_cpus(4) == 12  # each of 4 workers has a reader of its own
 
 
 def test_inline_readers_reserve_nothing():
     assert (
-        Demand.of(job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})).num_readers(2)
+        ResourceRequest.of(
+            job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})
+        ).num_readers(2)
         == 0
     )
 
 
 def test_what_is_lacking_in_one_line():
-    text = lacking(2, GPU, [{"CPU": 4.0, "GPU": 0.0}], [{"CPU": 32.0, "GPU": 8.0}])
+    text = shortfall(2, GPU, [{"CPU": 4.0, "GPU": 0.0}], [{"CPU": 32.0, "GPU": 8.0}])
     assert text == "needs 2 x {CPU: 4, GPU: 1}; 1 nodes have {CPU: 4, GPU: 0} free of {CPU: 32, GPU: 8}"
