@@ -1,8 +1,8 @@
 """Configuration of storage access and of the data pipeline."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -44,6 +44,11 @@ class BudgetConfig(Config):
     """Bad samples in a row from one source."""
 
 
+def _current_backend_name(name: object) -> object:
+    """Accept the former name, which stored configurations hold."""
+    return "process" if name == "inline" else name
+
+
 class DataConfig(Config):
     """The streaming pipeline from shards to batches."""
 
@@ -69,10 +74,10 @@ class DataConfig(Config):
     """Batches prepared ahead."""
     prefetch_bytes: int = Field(1 << 30, gt=0)
     """Bound of prefetched chunk bytes per reader."""
-    backend: Literal["inline", "ray"] = "inline"
-    """inline: processes of the train worker. ray: reader actors on CPU nodes."""
+    backend: Annotated[Literal["process", "ray"], BeforeValidator(_current_backend_name)] = "process"
+    """process: reader processes of each train worker. ray: reader actors on CPU nodes."""
     readers: int = Field(1, ge=0)
-    """Reader processes per train worker (inline; 0: in the worker itself) or reader actors in all (ray)."""
+    """Reader processes per train worker (process; 0: in the worker itself) or reader actors in all (ray)."""
     reader_resources: dict[str, float] = {}
     """Ray resources that a reader actor asks for besides one CPU, such as {"data": 1} to stay on CPU nodes."""
     reader_timeout_seconds: float = Field(300.0, gt=0)

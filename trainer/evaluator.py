@@ -53,7 +53,7 @@ def held_out_loader(
 ) -> Loader:
     """Open a loader of whole, unaugmented held-out images in this process; rows beyond the data are holes."""
     plain = data.model_copy(
-        update={"sources": (SourceConfig(manifest=manifest),), "backend": "inline", "readers": 0, "cache_dir": None}
+        update={"sources": (SourceConfig(manifest=manifest),), "backend": "process", "readers": 0, "cache_dir": None}
     )
     return open_loader(
         plain,

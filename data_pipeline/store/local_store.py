@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -11,13 +10,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from isthmus.data_pipeline.errors import AccessError, AlreadyExistsError, ChangedError, NotFoundError, UnavailableError
 from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics
 
-_HIDDEN = ".isthmus-"  # files of ours that are no objects
+_HIDDEN = ".isthmus-"  # our own files, which are not objects
 _HASHED_BYTES = 64 * 1024
 _LOCK_SECONDS = 30.0
-_LOCK_PAUSE_SECONDS = 0.01
 
 
 class LocalBackend:
@@ -177,19 +177,13 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         UnavailableError: others kept it for too long.
     """
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with (folder / f"{_HIDDEN}lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    message = f"{file.name} is held by another process for {_LOCK_SECONDS:g} s; look for a stopped one"
-                    raise UnavailableError(message) from None
-                time.sleep(_LOCK_PAUSE_SECONDS)
-            else:
-                yield
-                return
+    lock = FileLock(folder / f"{_HIDDEN}lock", timeout=_LOCK_SECONDS)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        message = f"{lock.lock_file} is held by another process for {_LOCK_SECONDS:g} s; check for a stopped one"
+        raise UnavailableError(message) from None
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def test_demand_of_a_configuration():
     assert request.total_cpus(4) == 12  # each of 4 workers has a reader of its own
 
 
-def test_inline_readers_reserve_nothing():
+def test_reader_processes_reserve_nothing():
     assert (
         ResourceRequest.of(
             job_config(data={"sources": [{"manifest": "s3://b/m"}], "lanes": 8, "readers": 3})

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import isthmus.data_pipeline.reading.loader as loader_module
-from isthmus.data_pipeline.config import BudgetConfig
+from isthmus.data_pipeline.config import BudgetConfig, DataConfig
 from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
@@ -290,3 +290,9 @@ def test_metrics_are_plain_numbers(manifest):
     assert metrics["epoch/0"] == pytest.approx(40 / 60)
     assert metrics["wait_seconds"] > 0
     assert metrics["queue_bytes"] > 0
+
+
+def test_a_stored_configuration_with_the_former_backend_name_is_read():
+    stored = {"sources": ({"manifest": "m"},), "lanes": 4, "backend": "inline"}
+    assert DataConfig(**stored).backend == "process"
+    assert DataConfig(**stored | {"backend": "ray"}).backend == "ray"

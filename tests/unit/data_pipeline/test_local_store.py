@@ -4,7 +4,9 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 
+from isthmus.data_pipeline.store import local_store
 from isthmus.data_pipeline.store.object_store import (
     AccessError,
     AlreadyExistsError,
@@ -12,6 +14,7 @@ from isthmus.data_pipeline.store.object_store import (
     NotFoundError,
     ObjectStore,
     StoreError,
+    UnavailableError,
     join,
 )
 
@@ -148,3 +151,12 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(store, tmp_path):
     assert store.remove_unfinished(f"{tmp_path}/run") == 2
     assert not list(tmp_path.rglob("*.partial"))
     assert store.get(f"{tmp_path}/run/a/x") == b"2"
+
+
+def test_a_lock_that_another_process_keeps_is_named(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_store, "_LOCK_SECONDS", 0.2)
+    etag = store.put(f"{tmp_path}/x", b"1").etag
+    with FileLock(tmp_path / ".isthmus-lock"), pytest.raises(UnavailableError, match="isthmus-lock is held by another"):
+        store.compare_and_swap(f"{tmp_path}/x", b"2", etag)
+    assert store.get(f"{tmp_path}/x") == b"1"
+    store.compare_and_swap(f"{tmp_path}/x", b"2", etag)
