@@ -1,4 +1,4 @@
-"""An S3 server on this machine's loopback for the demo and the tests: SeaweedFS, with keys, ended by its process id."""
+"""An S3 server on this machine's loopback for the demo and the tests: SeaweedFS with access keys."""
 
 import contextlib
 import json
@@ -22,11 +22,12 @@ from isthmus.demo.loopback import free_ports
 START_TIMEOUT_SECONDS = 60.0
 STOP_GRACE_SECONDS = 1.0
 REGION = "us-east-1"
+SOCKET_FOLDER = Path("/tmp")  # noqa: S108 - SeaweedFS puts its gRPC sockets there, whatever TMPDIR says, and leaves them
 
 
 @dataclass
 class LocalS3:
-    """A running server. `environment` holds what the AWS SDK needs; the secret is made anew for each folder."""
+    """A running server. `environment` holds what the AWS SDK needs; each folder has a secret of its own."""
 
     folder: Path
     endpoint_url: str
@@ -34,6 +35,7 @@ class LocalS3:
     secret_key: str
     process: subprocess.Popen[bytes]
     command: list[str]
+    ports: list[int]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -52,23 +54,26 @@ class LocalS3:
         _wait_until_ready(self)
 
     def stop(self) -> None:
-        """End the server; a slow one is killed after a grace."""
+        """Stop the server, by force after a grace period, and remove the sockets it leaves behind."""
         self.process.terminate()
         try:
             self.process.wait(STOP_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for port in self.ports:
+            for socket in SOCKET_FOLDER.glob(f"seaweedfs-*-{port}.sock"):
+                socket.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def local_s3(folder: Path, bucket: str) -> Iterator[LocalS3]:
-    """Run a server that keeps its data in `folder`, with an existing `bucket`; it ends with the block.
+    """Run a server that keeps its data in `folder` and has a `bucket`; it is stopped at the end of the block.
 
     While the block runs, the credentials are also in this process's environment.
 
     Raises:
-        ClusterError: the server is not installed or not ready in time; the message quotes its last words.
+        ClusterError: the server is not installed or not ready in time; the message quotes its last lines.
     """
     folder.mkdir(parents=True, exist_ok=True)
     server = _start(folder)
@@ -90,20 +95,15 @@ def local_s3(folder: Path, bucket: str) -> Iterator[LocalS3]:
 def _start(folder: Path) -> LocalS3:
     access_key, secret_key = _keys(folder)
     ports = free_ports(8)
-    command = [_executable(), "server", "-s3", f"-dir={folder}", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
-    command += [
-        "-ip.bind=127.0.0.1",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-volume.max=40",
-        "-master.volumeSizeLimitMB=512",
-        "-master.telemetry=false",
+    names = [f"{service}.{kind}" for service in ("s3", "master", "volume", "filer") for kind in ("port", "port.grpc")]
+    listens = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+    command = [
+        *(_executable(), "-logtostderr", "server", "-s3", f"-dir={folder}", f"-s3.config={folder / 's3.json'}"),
+        *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0", *listens),
+        *("-volume.max=40", "-master.volumeSizeLimitMB=512", "-master.telemetry=false"),
     ]
-    command += [f"-s3.port={ports[0]}", f"-s3.port.grpc={ports[1]}", f"-master.port={ports[2]}"]
-    command += [f"-master.port.grpc={ports[3]}", f"-volume.port={ports[4]}", f"-volume.port.grpc={ports[5]}"]
-    command += [f"-filer.port={ports[6]}", f"-filer.port.grpc={ports[7]}"]
     process = _launch(command, folder)
-    return LocalS3(folder, f"http://127.0.0.1:{ports[0]}", access_key, secret_key, process, command)
+    return LocalS3(folder, f"http://127.0.0.1:{ports[0]}", access_key, secret_key, process, command, ports)
 
 
 def _keys(folder: Path) -> tuple[str, str]:
@@ -144,8 +144,10 @@ def _wait_until_ready(server: LocalS3) -> None:
         else:
             return
     server.stop()
-    words = (server.folder / "server.log").read_text(errors="replace").splitlines()[-3:]
-    raise ClusterError(f"S3 server in {server.folder}: not ready after {START_TIMEOUT_SECONDS} s: {' | '.join(words)}")
+    last_lines = (server.folder / "server.log").read_text(errors="replace").splitlines()[-3:]
+    raise ClusterError(
+        f"S3 server in {server.folder}: not ready after {START_TIMEOUT_SECONDS} s: {' | '.join(last_lines)}"
+    )
 
 
 def _make_bucket(server: LocalS3, bucket: str) -> None:
@@ -153,6 +155,6 @@ def _make_bucket(server: LocalS3, bucket: str) -> None:
 
 
 def kill_hard(server: LocalS3) -> None:
-    """End the server without any warning, as a crash would."""
+    """Kill the server without warning, as a crash would."""
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
