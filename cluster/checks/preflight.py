@@ -1,4 +1,4 @@
-"""Checks before GPU hours burn: nodes, network between workers, object store, frozen weights, data, versions.
+"""Checks before GPU hours are spent: nodes, network between workers, object store, frozen weights, data, versions.
 
 `python -m isthmus.cluster.checks.preflight config.yaml` runs them inside a Ray job and prints one line of JSON.
 """
@@ -19,9 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.checks.node_facts import NodeFacts, gather
 from isthmus.cluster.checks.store_checks import StoreSpeed, check_data, check_store, check_weights
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.errors import last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.nodes import Node, live_nodes
+from isthmus.cluster.submission.jobs import Jobs
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
 from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 from isthmus.data_pipeline.errors import DataError
@@ -33,6 +35,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 MARK = "isthmus-preflight: "
 """Before the line of JSON in the job's log."""
+MODULE = "isthmus.cluster.checks.preflight"
+MODULE = "isthmus.cluster.checks.preflight"
 NODES_AT_ONCE = 64
 TASK_TIMEOUT_SECONDS = 60.0
 GROUP_TIMEOUT_SECONDS = 90.0
@@ -70,6 +74,24 @@ def run_checks(config: JobConfig) -> list[Check]:
     return checks
 
 
+def run_on_embedded_ray(config: JobConfig) -> list[Check]:
+    """Run all checks on a Ray of our own on this machine, which is ended afterwards."""
+    with embedded_ray(config):
+        return run_checks(config)
+
+
+def run_as_job(config: JobConfig, address: str) -> list[Check]:
+    """Run all checks as a job of a cluster.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or the job gave no answer.
+    """
+    for line in Jobs(address).run_to_end(config, MODULE):
+        if line.startswith(MARK):
+            return [Check(**fields) for fields in json.loads(line.removeprefix(MARK))]
+    raise AssertionError("run_to_end raises where the job gives no answer")
+
+
 def _check_size(config: JobConfig, nodes: list[Node]) -> Check:
     request = ResourceRequest.of(config)
     size = largest_world_size(config.world_sizes, request, [node.free for node in nodes])
@@ -87,7 +109,7 @@ def _check_node(config: JobConfig, node: Node, here: NodeFacts) -> list[Check]:
     try:
         facts = _on_node(node, gather, config.cluster.secrets, config.data.cache_dir)
     except (RayError, TimeoutError) as error:
-        return [Check("node", node.address, ok=False, found=last_line(error), remedy="look at the node, or remove it")]
+        return [Check("node", node.address, ok=False, found=last_line(error), remedy="check the node, or remove it")]
     return list(_judge(config, node, facts, here, skew_seconds=_skew(facts, began, time.time())))
 
 

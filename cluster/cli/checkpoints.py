@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.config import Json
+from isthmus.cluster.cli.options import RUN_FOLDER_HELP, JsonOption, RunFolderArg
 from isthmus.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -14,13 +14,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at, check, copy and delete checkpoints.", no_args_is_help=True)
 
-FolderHelp = "URL of a run's folder, or of a stage's checkpoints folder."
-Folder = Annotated[str, typer.Argument(metavar="RUN", help=FolderHelp)]
-One = Annotated[str, typer.Argument(help="URL of one checkpoint (.../step-000001200).")]
+CheckpointArg = Annotated[str, typer.Argument(help="URL of one checkpoint (.../step-000001200).")]
 
 
 @app.command()
-def ls(run: Folder, as_json: Json = False) -> None:
+def ls(run: RunFolderArg, as_json: JsonOption = False) -> None:
     """List committed checkpoints, newest first."""
     from isthmus.trainer.checkpoint.reader import committed
 
@@ -36,8 +34,8 @@ def ls(run: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def verify(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{FolderHelp[:-1]}, or of one checkpoint.")],
-    as_json: Json = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN_FOLDER_HELP[:-1]}, or of one checkpoint.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Read every byte again and compare with the manifest; exit code 2 where something is damaged."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint, scan
@@ -70,12 +68,12 @@ def verify(
 
 @app.command()
 def prune(
-    run: Folder,
+    run: RunFolderArg,
     keep_last: Annotated[int, typer.Option("--keep-last", min=2, help="Newest checkpoints to keep.")] = 2,
     keep_every_steps: Annotated[int | None, typer.Option(help="Keep those at multiples of this.")] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete checkpoints beyond those to keep, and leftovers; never one in use or handed over to stage 2."""
     from isthmus.trainer.checkpoint.retention import prune as prune_folder
@@ -99,7 +97,9 @@ def prune(
 
 @app.command()
 def cp(
-    checkpoint: One, target: Annotated[str, typer.Argument(help="URL of the new folder.")], as_json: Json = False
+    checkpoint: CheckpointArg,
+    target: Annotated[str, typer.Argument(help="URL of the new folder.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Copy a checkpoint, checked byte by byte on the way; its manifest appears last."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint
@@ -114,7 +114,7 @@ def cp(
 
 
 @app.command()
-def diff(first: One, second: One, as_json: Json = False) -> None:
+def diff(first: CheckpointArg, second: CheckpointArg, as_json: JsonOption = False) -> None:
     """Compare two checkpoints tensor by tensor; exit code 1 where they differ."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint
     from isthmus.trainer.checkpoint.tools import differences

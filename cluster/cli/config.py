@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.cluster.cli.options import JsonOption, OverridesArg, RecipeArg
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import (
     Change,
@@ -18,18 +19,9 @@ from isthmus.trainer.config.loading import (
 
 app = typer.Typer(help="Show, describe and compare run configurations.", no_args_is_help=True)
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe file (YAML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, such as stage1.steps=100.")
-]
-AllowChange = Annotated[
-    list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 @app.command()
-def show(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+def show(config: RecipeArg, overrides: OverridesArg = None, as_json: JsonOption = False) -> None:
     """Print the resolved configuration and its content hash."""
     resolved = load_config(config, overrides or [], JobConfig)
     if as_json:
@@ -48,7 +40,7 @@ def schema() -> None:
 def diff(
     old: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
     new: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the keys whose values differ between two recipes or runs."""
     changes = diff_configs(_resolved(old), _resolved(new))

@@ -1,27 +1,19 @@
 """`isthmus data`: make shards, index them, and look at what is there."""
 
-import contextlib
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store
+from isthmus.cluster.cli.output import progress
 
 app = typer.Typer(help="Make shards, index them, and look at what is there.", no_args_is_help=True)
 
-_PLAIN_LINE_SECONDS = 10.0
-
 ManifestUrl = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
-Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3-compatible endpoint [default: AWS's rules].")]
-Region = Annotated[str | None, typer.Option("--region", help="Region [default: AWS's rules].")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Local processes.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Work as tasks of this Ray cluster ('auto': this node's).")
@@ -41,9 +33,9 @@ def index(
     ] = None,
     processes: Processes = CPUS,
     address: Address = None,
-    endpoint_url: Endpoint = None,
-    region: Region = None,
-    as_json: Json = False,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check shards and write the manifest by which runs read them. Samples with a fault are left out and recorded."""
     from isthmus.data_pipeline.dataset.index_build import DROPPED, IndexOptions, build_manifest
@@ -51,9 +43,9 @@ def index(
     from isthmus.data_pipeline.store.object_store import join
 
     options = IndexOptions(chunk_bytes=max(1, int(chunk_mb * 2**20)), policy=_policy(on or []))
-    store, out = _store(endpoint_url, region), absolute(out.rstrip("/"))
+    store, out = open_store(endpoint_url, region), absolute(out.rstrip("/"))
     shards = expand(urls, store)
-    with _progress("shards", len(shards)) as advance:
+    with progress("shards", len(shards)) as advance:
         manifest, dropped = build_manifest(
             shards, out, store, options, _runner(processes, address), on_shard=lambda _: advance()
         )
@@ -77,18 +69,18 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare the checksums.")] = False,
     processes: Processes = CPUS,
     address: Address = None,
-    endpoint_url: Endpoint = None,
-    region: Region = None,
-    as_json: Json = False,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare shards and indexes with the manifest; exit code 2 when something differs."""
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.dataset.verify import verify as check
     from isthmus.data_pipeline.errors import DataError
 
-    store = _store(endpoint_url, region)
+    store = open_store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
-    with _progress("shards", len(loaded.shards)) as advance:
+    with progress("shards", len(loaded.shards)) as advance:
         problems = check(loaded, store, _runner(processes, address), deep=deep, on_shard=advance)
     if as_json:
         typer.echo(json.dumps({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems}, indent=2))
@@ -107,15 +99,15 @@ def show(
     images: Annotated[int, typer.Option("--images", min=1, help="Samples on the sheet.")] = 24,
     captions: Annotated[int, typer.Option("--captions", min=1, help="Samples in the caption statistics.")] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Which samples.")] = 0,
-    endpoint_url: Endpoint = None,
-    region: Region = None,
-    as_json: Json = False,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show counts, sizes, caption lengths, and a sheet of random samples."""
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.dataset.verify import caption_histogram, contact_sheet, draw_samples
 
-    store = _store(endpoint_url, region)
+    store = open_store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
     drawn = list(draw_samples(loaded, store, max(images, captions), seed))
     sheet.write_bytes(contact_sheet(drawn[:: max(1, len(drawn) // images)][:images]))
@@ -138,12 +130,14 @@ def show(
 
 
 @app.command()
-def ls(manifest: ManifestUrl, endpoint_url: Endpoint = None, region: Region = None, as_json: Json = False) -> None:
+def ls(
+    manifest: ManifestUrl, endpoint_url: EndpointOption = None, region: RegionOption = None, as_json: JsonOption = False
+) -> None:
     """List the shards of a manifest; of any other folder, its objects."""
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.errors import NotFoundError
 
-    store = _store(endpoint_url, region)
+    store = open_store(endpoint_url, region)
     try:
         shards = Manifest.load(manifest, store).shards
         rows: list[dict[str, Any]] = [
@@ -174,9 +168,9 @@ def ingest(
     images: Annotated[Path | None, typer.Option("--images", help="Folder of relative image paths.")] = None,
     samples_per_shard: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 10_000,
     processes: Processes = CPUS,
-    endpoint_url: Endpoint = None,
-    region: Region = None,
-    as_json: Json = False,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write images with captions as WebDataset shards, ready for `isthmus data index`."""
     from isthmus.data_pipeline.dataset.index_build import run_in_processes
@@ -190,11 +184,11 @@ def ingest(
         raise DataError(f"--kind {kind} is unknown; choose one of {', '.join(KINDS)}")
     records = read_records(source.absolute(), known, images.absolute() if images else None)
     folder = absolute(dest.rstrip("/"))
-    with _progress("shards", None) as advance:
+    with progress("shards", None) as advance:
         shards = write(
             records,
             folder,
-            _store(endpoint_url, region),
+            open_store(endpoint_url, region),
             run_in_processes(processes),
             samples_per_shard=samples_per_shard,
             on_shard=lambda _: advance(),
@@ -209,13 +203,6 @@ def ingest(
         "first_drops": dropped[:5],
     }
     _report(facts, as_json=as_json)
-
-
-def _store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
-    from isthmus.data_pipeline.config import StoreConfig
-    from isthmus.data_pipeline.store.object_store import ObjectStore
-
-    return ObjectStore(StoreConfig(endpoint_url=endpoint_url, region=region))
 
 
 def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:
@@ -239,29 +226,6 @@ def _policy(settings: list[str]) -> dict[Any, Any]:
             raise DataError(f"--on {setting}: write FAULT=drop or FAULT=fail; faults: all, {', '.join(FAULTS)}")
         policy |= {name: action for name in FAULTS if fault in (name, "all")}  # type: ignore[misc]
     return policy
-
-
-@contextlib.contextmanager
-def _progress(unit: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Yield a function that counts one more: a bar on a terminal, now and then a line elsewhere (on stderr)."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(unit, total=total)
-            yield lambda: bar.advance(task)
-        return
-    done, shown = 0, time.monotonic()
-
-    def advance() -> None:
-        nonlocal done, shown
-        done += 1
-        if done == total or time.monotonic() - shown >= _PLAIN_LINE_SECONDS:
-            shown = time.monotonic()
-            typer.echo(f"{done}{f' of {total}' if total else ''} {unit}", err=True)
-
-    yield advance
 
 
 def _report(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:

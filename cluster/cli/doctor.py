@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.jobs import Address, Run, is_url, open_jobs, stored_config
+from isthmus.cluster.cli.options import AddressOption, RunArg
 from isthmus.cluster.errors import ClusterError
 
 app = typer.Typer()
@@ -14,12 +14,14 @@ app = typer.Typer()
 
 @app.command()
 def doctor(
-    run: Run,
-    address: Address = None,
+    run: RunArg,
+    address: AddressOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write [default: RUN-doctor.tar.gz].")] = None,
 ) -> None:
     """Collect configuration, versions, events, logs and stack dumps of a run into one archive without secrets."""
     from isthmus.cluster.checks.doctor import collect, write_private
+    from isthmus.cluster.submission.jobs import Jobs
+    from isthmus.cluster.submission.run_folder import is_url, stored_config
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
     facts: dict[str, Any] = {}
@@ -27,7 +29,7 @@ def doctor(
     if is_url(run):
         url, store = run.rstrip("/"), ObjectStore()
     else:
-        jobs = open_jobs(address)
+        jobs = Jobs(address)
         job = jobs.latest(run)
         url, store = job.run_url, ObjectStore(job.store)
         known = jobs.of_run(run)

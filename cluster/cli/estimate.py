@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.cluster.cli.config import ConfigPath, Json, Overrides
+from isthmus.cluster.cli.options import JsonOption, OverridesArg, RecipeArg
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.errors import ConfigError
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    config: ConfigPath,
-    overrides: Overrides = None,
+    config: RecipeArg,
+    overrides: OverridesArg = None,
     gpu: Annotated[str, typer.Option(help="Card, such as a100-40g, a100-80g, h100, h200, l40s.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
@@ -26,7 +26,7 @@ def estimate(
     assume: Annotated[list[str] | None, typer.Option(help="Override an assumption: name=value.")] = None,
     sweep: Annotated[str | None, typer.Option(help="Scaling curve, such as gpus=8,16,32.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Predict memory per GPU, step time, days and cost of a run."""
     from isthmus.trainer.estimate.architectures import load_parts

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from isthmus.cluster.cli.config import ConfigPath, Overrides
+from isthmus.cluster.cli.options import OverridesArg, RecipeArg
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
@@ -15,8 +15,8 @@ Kind = Literal["rayjob", "raycluster", "kueue"]
 
 @app.command()
 def manifests(
-    config: ConfigPath,
-    overrides: Overrides = None,
+    config: RecipeArg,
+    overrides: OverridesArg = None,
     kind: Annotated[
         Kind | None, typer.Option("--kind", help="Only this one [default: all that the run needs].")
     ] = None,

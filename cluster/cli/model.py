@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 EXPORT_HELP = "Folder of an own export or made by `isthmus import`, or a run's folder (local or s3://)."
-Export = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
-Image = Annotated[Path, typer.Argument(help="Picture file.", exists=True, dir_okay=False)]
-Beams = Annotated[int, typer.Option(help="Beams; 1: greedy.", min=1)]
+ExportArg = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
+ImageArg = Annotated[Path, typer.Argument(help="Picture file.", exists=True, dir_okay=False)]
+BeamsOption = Annotated[int, typer.Option(help="Beams; 1: greedy.", min=1)]
 
 
 @app.command()
 def caption(
-    export: Export,
+    export: ExportArg,
     images: Annotated[list[Path], typer.Argument(help="Picture files.", exists=True, dir_okay=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; default: that of training.")] = None,
-    beams: Beams = 5,
+    beams: BeamsOption = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.", min=1)] = 30,
 ) -> None:
     """Write one caption per picture."""
@@ -40,7 +40,7 @@ def caption(
 
 
 @app.command()
-def ask(export: Export, image: Image, question: Annotated[str, typer.Argument(help="Question.")]) -> None:
+def ask(export: ExportArg, image: ImageArg, question: Annotated[str, typer.Argument(help="Question.")]) -> None:
     """Answer a question about a picture."""
     from isthmus.model.formats.assemble import load_captioner
     from isthmus.model.generate import answer

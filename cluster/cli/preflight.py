@@ -1,13 +1,12 @@
-"""`isthmus preflight`: checks before GPU hours burn."""
+"""`isthmus preflight`: checks before GPU hours are spent."""
 
-import json
-import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
-from isthmus.cluster.cli.config import ConfigPath, Json, Overrides
-from isthmus.cluster.cli.jobs import ADDRESS_HELP
+from isthmus.cluster.cli.options import AddressOption, JsonOption, OverridesArg, RecipeArg
+from isthmus.cluster.cli.output import print_json, print_rich
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
@@ -20,49 +19,26 @@ NOT_READY = 2
 
 @app.command()
 def preflight(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)] = None,
-    as_json: Json = False,
+    config: RecipeArg,
+    overrides: OverridesArg = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Check nodes, network, object store, weights, data and versions, and say what to mend; exit code 2: not ready."""
-    resolved = load_config(config, overrides or [], JobConfig)
-    place = address or resolved.cluster.address
-    checks = _on_cluster(resolved, place) if place else _here(resolved)
-    if as_json:
-        from dataclasses import asdict
+    """Check nodes, network, object store, weights, data and versions, and say what to fix; exit code 2: not ready."""
+    from isthmus.cluster.checks.preflight import run_as_job, run_on_embedded_ray
 
-        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    resolved = load_config(config, overrides or [], JobConfig)
+    where = address or resolved.cluster.address
+    checks = run_as_job(resolved, where) if where else run_on_embedded_ray(resolved)
+    if as_json:
+        print_json([asdict(check) for check in checks])
     else:
         _print(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(NOT_READY)
 
 
-def _here(config: JobConfig) -> "list[Check]":
-    from isthmus.cluster.embedded import embedded_ray
-
-    with embedded_ray(config):
-        from isthmus.cluster.checks.preflight import run_checks
-
-        return run_checks(config)
-
-
-def _on_cluster(config: JobConfig, address: str) -> "list[Check]":
-    from isthmus.cluster.ray_nodes.auth import use_tokens
-
-    use_tokens(create=False)
-    from isthmus.cluster.checks.preflight import MARK, Check
-    from isthmus.cluster.submission.jobs import Jobs
-
-    for line in Jobs(address).run_to_end(config, "isthmus.cluster.checks.preflight"):
-        if line.startswith(MARK):
-            return [Check(**fields) for fields in json.loads(line.removeprefix(MARK))]
-    raise AssertionError("run_to_end raises where the job gives no answer")
-
-
 def _print(checks: "list[Check]") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -71,6 +47,6 @@ def _print(checks: "list[Check]") -> None:
     for check in checks:
         mark = "[green]pass[/]" if check.ok else "[red]FAIL[/]"
         table.add_row(mark, check.name, check.where, check.found, check.remedy)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    print_rich(table)
     failed = sum(not check.ok for check in checks)
     typer.echo(f"{len(checks) - failed} checks passed, {failed} failed")

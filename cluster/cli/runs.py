@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.config import Json
+from isthmus.cluster.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -16,7 +16,7 @@ app = typer.Typer(help="Look at runs in object storage.", no_args_is_help=True)
 @app.command()
 def ls(
     folder: Annotated[str, typer.Argument(help="Folder that holds the runs' folders (run.url): local or s3://.")],
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the runs in a folder."""
     from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -37,7 +37,7 @@ def ls(
 @app.command()
 def show(
     run: Annotated[str, typer.Argument(help="URL of a run's folder.")],
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a run: who has it, its attempts, its checkpoints, what was handed over."""
     from isthmus.data_pipeline.store.object_store import ObjectStore

@@ -8,20 +8,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from isthmus.cluster.cli.config import AllowChange, ConfigPath, Json, Overrides
+from isthmus.cluster.cli.options import AllowChangeOption, JsonOption, OverridesArg, RecipeArg
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
 app = typer.Typer()
 
-Here = Annotated[bool, typer.Option("--local", help="In this one process, without Ray: for debugging, or one GPU.")]
+LocalOption = Annotated[
+    bool, typer.Option("--local", help="Train in this process, without Ray: for debugging, or one GPU.")
+]
 
 
 @app.command()
 def train(
-    config: ConfigPath, overrides: Overrides = None, local: Here = False, allow_change: AllowChange = None
+    config: RecipeArg,
+    overrides: OverridesArg = None,
+    local: LocalOption = False,
+    allow_change: AllowChangeOption = None,
 ) -> None:
-    """Train a run on this machine, or go on with it; the first Ctrl-C saves a checkpoint and stops."""
+    """Train a run on this machine, or resume it; the first Ctrl-C saves a checkpoint and stops."""
     resolved = load_config(config, overrides or [], JobConfig)
     if local:
         from isthmus.trainer.run_local import train_here
@@ -45,7 +50,7 @@ def evaluate(
         typer.Option("--stage", help="stage1 or stage2 [default: the last with any]"),
     ] = None,
     num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
     from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join

@@ -12,7 +12,7 @@ import yaml
 
 from isthmus.cluster.config import JobConfig, NodeConfig
 from isthmus.cluster.submission import secret_names
-from isthmus.cluster.submission.jobs import job_environment, job_metadata
+from isthmus.cluster.submission.job import job_environment, job_metadata
 from isthmus.cluster.supervision.resource_request import ResourceRequest
 from isthmus.trainer.config.loading import to_yaml
 

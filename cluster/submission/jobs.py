@@ -5,71 +5,36 @@ run by its name. No secret travels: credentials are named, and the nodes' own en
 """
 
 import asyncio
-import json
 import logging
-import os
-import re
 import shlex
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import ray
-import requests
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError, last_line
-from isthmus.cluster.logs import QUIET
-from isthmus.cluster.ray_nodes.auth import MODE_VARIABLE, TOKEN_REMEDY, read_token, use_tokens
+from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.jobs_api import quiet_client
-from isthmus.cluster.submission import secret_names
+from isthmus.cluster.submission import dashboard
 from isthmus.cluster.submission.code_package import CONFIG_NAME, build_package
-from isthmus.data_pipeline.config import StoreConfig
-from isthmus.data_pipeline.store.object_store import join
+from isthmus.cluster.submission.job import FINAL, Job, as_job, job_environment, job_metadata
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_SECONDS = 4.0
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-STOP_MARGIN_SECONDS = 30
 RUN_TO_END_SECONDS = 300.0
 SILENCE_SECONDS = 30.0
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
 AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
-NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
-USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
-"""A line such as `1.5/2.0 CPU` of the dashboard's summary."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-RUN_KEY, URL_KEY, STORE_KEY = "isthmus_run", "isthmus_url", "isthmus_store"
-FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a run, as the cluster knows it."""
-
-    id: str
-    run: str
-    run_url: str
-    store: StoreConfig
-    status: JobStatus
-    started_at: float
-    """Unix seconds; 0: not started."""
-    message: str
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the job has ended."""
-        return self.status in FINAL
 
 
 class Jobs:
@@ -81,9 +46,9 @@ class Jobs:
         Raises:
             ClusterError: nobody answers, the token is missing or wrong, or the versions differ.
         """
-        self.address = dashboard_url(address)
+        self.address = dashboard.dashboard_url(address)
         use_tokens(create=False)
-        check_reachable(self.address)
+        dashboard.check_reachable(self.address)
         quiet_client()
         self._client = JobSubmissionClient(self.address)
 
@@ -147,14 +112,14 @@ class Jobs:
 
     def get(self, job_id: str) -> Job:
         """Return a job by its id."""
-        job = _as_job(self._client.get_job_info(job_id))
+        job = as_job(self._client.get_job_info(job_id))
         if job is None:
             raise ClusterError(f"{self.address}: job {job_id} is not a run of isthmus; see `isthmus ls`")
         return job
 
     def all(self) -> list[Job]:
         """Return the jobs of all runs, newest first."""
-        found = [_as_job(details) for details in self._client.list_jobs()]
+        found = [as_job(details) for details in self._client.list_jobs()]
         return sorted(
             (job for job in found if job), key=lambda job: (job.started_at or float("inf"), job.id), reverse=True
         )
@@ -194,23 +159,12 @@ class Jobs:
         return now
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Return address, state and resources of every node; nothing of their processes."""
-        answer = _ask(f"{self.address}/nodes?view=summary")
-        summary = answer.json().get("data", {}).get("summary", [])
-        return [{key: node.get(key) for key in NODE_KEYS} for node in summary]
+        """Return address, state and resources of every node."""
+        return dashboard.nodes(self.address)
 
     def resources(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-        """Return free and total resources of every live node, as the dashboard last heard."""
-        data = _ask(f"{self.address}/nodes?view=summary").json().get("data", {})
-        used = data.get("nodeLogicalResources", {})
-        free, total = [], []
-        for raylet in (node.get("raylet", {}) for node in data.get("summary", [])):
-            if raylet.get("state") == "ALIVE":
-                has = {key: float(amount) for key, amount in raylet.get("resourcesTotal", {}).items()}
-                taken = {name: float(amount) for amount, name in USED.findall(used.get(raylet.get("nodeId"), ""))}
-                total.append(has)
-                free.append({key: amount - taken.get(key, 0.0) for key, amount in has.items()})
-        return free, total
+        """Return free and total resources of every live node."""
+        return dashboard.resources(self.address)
 
     def logs(self, job: Job) -> str:
         """Return what the job has written so far."""
@@ -244,7 +198,7 @@ class Jobs:
         """Return the next part; a silent connection counts as broken once the dashboard does not answer either."""
         part = asyncio.ensure_future(anext(stream, None))
         while not (await asyncio.wait({part}, timeout=SILENCE_SECONDS))[0]:
-            _ask(f"{self.address}/api/version")
+            dashboard.ask(f"{self.address}/api/version")
         return part.result()
 
 
@@ -257,102 +211,3 @@ def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
         reraise=True,
     )
     retrying(submit, **job)
-
-
-def job_environment(config: JobConfig) -> dict[str, str]:
-    """Return the job's environment variables. Ray stores and shows them, so no value of a secret is among them."""
-    grace = int(config.cluster.stop_grace_seconds) + STOP_MARGIN_SECONDS
-    present = [name for name in config.cluster.secrets if os.environ.get(name)]
-    return {
-        "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
-        "RAY_DEDUP_LOGS": "0",
-        "PYTHONUNBUFFERED": "1",
-        **QUIET,
-        secret_names.VARIABLE: ",".join(present),
-    }
-
-
-def job_metadata(config: JobConfig) -> dict[str, str]:
-    """Return what makes a job recognisable as a run, and its folder readable."""
-    return {
-        RUN_KEY: config.run.name,
-        URL_KEY: join(config.run.url, config.run.name),
-        STORE_KEY: config.store.model_dump_json(),
-    }
-
-
-def dashboard_url(address: str | None) -> str:
-    """Return the dashboard's URL for an address; host:port is taken for http.
-
-    Raises:
-        ClusterError: a Ray client address, or no URL at all.
-    """
-    text = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
-    if text.startswith("ray://") or text in ("auto", "local"):
-        raise ClusterError(f"{text}: give the dashboard's address, such as http://HOST:8265")
-    url = text if "://" in text else f"http://{text}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(f"{text}: not an address; give the dashboard's, such as http://HOST:8265")
-    return url.rstrip("/")
-
-
-def check_reachable(url: str) -> None:
-    """Check within seconds that a dashboard answers, accepts our token, and runs our version of Ray.
-
-    Raises:
-        ClusterError: one line with the remedy.
-    """
-    token = _token()
-    try:
-        answer = _ask(f"{url}/api/version")
-    except requests.RequestException as error:
-        raise ClusterError(
-            f"{url}: no Ray dashboard answers ({_reason(error)}); check --address, or forward the port: "
-            "kubectl port-forward service/NAME-head-svc 8265"
-        ) from error
-    if answer.status_code in (401, 403):
-        problem = "refused the token: it is not this cluster's" if token else "wants a token, and there is none here"
-        raise ClusterError(f"{url}: the cluster {problem}; {TOKEN_REMEDY}")
-    try:
-        version = str(answer.json()["ray_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ClusterError(
-            f"{url}: answers, but not as a Ray dashboard (HTTP {answer.status_code}); check --address"
-        ) from error
-    if version != ray.__version__:
-        raise ClusterError(
-            f"{url}: the cluster runs Ray {version}, this machine {ray.__version__}; "
-            f"install ray=={version} here or use an image with Ray {ray.__version__}"
-        )
-    if not token:
-        logger.warning("%s: the cluster has no token authentication; whoever reaches it can run code there", url)
-
-
-def _token() -> str | None:
-    return read_token() if os.environ.get(MODE_VARIABLE, "token") == "token" else None
-
-
-def _ask(url: str) -> requests.Response:
-    """Send one GET with our token."""
-    token = _token()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.get(url, headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
-
-
-def _as_job(details: JobDetails) -> Job | None:
-    metadata: dict[str, Any] = details.metadata or {}
-    if RUN_KEY not in metadata or not details.submission_id:
-        return None
-    store = StoreConfig.model_validate(json.loads(metadata.get(STORE_KEY, "{}")))
-    started = (details.start_time or 0) / 1000
-    return Job(
-        details.submission_id, metadata[RUN_KEY], metadata.get(URL_KEY, ""), store, details.status, started,
-        (details.message or "").strip(),
-    )  # fmt: skip
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.Timeout):
-        return f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
-    return "connection refused" if "refused" in str(error) else type(error).__name__

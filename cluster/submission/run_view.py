@@ -9,12 +9,11 @@ from ray.job_submission import JobStatus
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.logs import parse_line
 from isthmus.cluster.status import FILE_NAME, RunState, RunStatus, read_status
-from isthmus.cluster.submission.jobs import Job
+from isthmus.cluster.submission.job import Job
+from isthmus.cluster.submission.run_folder import fail_fast_store
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.errors import DataError
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
-
-GIVE_UP_SECONDS = 4.0
+from isthmus.data_pipeline.store.object_store import join
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class RunView:
     def of_job(job: Job) -> "RunView":
         """Read the status of a job's run."""
         try:
-            return RunView(job.run, job.run_url, job, read_status(job.run_url, impatient(job.store)))
+            return RunView(job.run, job.run_url, job, read_status(job.run_url, fail_fast_store(job.store)))
         except (DataError, OSError) as error:
             return RunView(job.run, job.run_url, job, None, str(error))
 
@@ -43,7 +42,7 @@ class RunView:
         Raises:
             ClusterError: no driver has been at work there.
         """
-        status = read_status(url, impatient(StoreConfig()))
+        status = read_status(url, fail_fast_store(StoreConfig()))
         if status is None:
             raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver was at work there; see isthmus runs ls")
         return RunView(status.run, url, None, status)
@@ -91,11 +90,6 @@ class RunView:
         eta = self.status.eta_seconds if self.status else None
         known = {"run": self.run, "url": self.url, "job": self.job.id if self.job else None, "state": self.state}
         return {**status, **known, "eta_seconds": eta, "problem": self.problem}
-
-
-def impatient(config: StoreConfig) -> ObjectStore:
-    """Return a store that gives up within seconds, for an operator who waits for the answer."""
-    return ObjectStore(config.model_copy(update={"max_attempts": 2, "stall_timeout_seconds": GIVE_UP_SECONDS}))
 
 
 def _driver_error(lines: list[str]) -> str | None:

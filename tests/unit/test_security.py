@@ -389,7 +389,7 @@ def test_tags_in_yaml_name_no_code(text):
 
 def test_no_secret_is_in_what_a_run_writes(tmp_path, monkeypatch, caplog):
     from isthmus.cluster.config import JobConfig
-    from isthmus.cluster.submission.jobs import job_environment
+    from isthmus.cluster.submission.job import job_environment
 
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, SECRET)

@@ -9,7 +9,9 @@ from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes import auth
 from isthmus.cluster.submission.code_package import build_package, package_bytes
-from isthmus.cluster.submission.jobs import Jobs, dashboard_url, job_environment, job_metadata
+from isthmus.cluster.submission.dashboard import dashboard_url
+from isthmus.cluster.submission.job import job_environment, job_metadata
+from isthmus.cluster.submission.jobs import Jobs
 from isthmus.trainer.config.loading import load_config, to_yaml
 
 from .configs import JobConfig, job_config

@@ -7,10 +7,10 @@ import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
+from isthmus.cluster.cli.run_text import details, line, table
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.status import STALE_SECONDS, Restart, RunState, RunStatus, StatusBoard, read_status
-from isthmus.cluster.submission.jobs import Job
-from isthmus.cluster.submission.run_text import details, line, table
+from isthmus.cluster.submission.job import Job
 from isthmus.cluster.submission.run_view import RunView
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore

@@ -1,0 +1,35 @@
+"""Arguments and options that several verbs share, and the object store that they describe."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 [default: RAY_ADDRESS, else this machine's]."
+ENDPOINT_HELP = "Endpoint of an S3-compatible store [default: AWS_ENDPOINT_URL, else AWS]."
+RUN_FOLDER_HELP = "URL of a run's folder, or of a stage's checkpoints folder."
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, such as stage1.steps=100.")
+]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run on the cluster, or URL of its folder.")]
+RunFolderArg = Annotated[str, typer.Argument(metavar="RUN", help=RUN_FOLDER_HELP)]
+AllowChangeOption = Annotated[
+    list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")
+]
+AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
+EndpointOption = Annotated[str | None, typer.Option("--endpoint-url", help=ENDPOINT_HELP)]
+RegionOption = Annotated[str | None, typer.Option("--region", help="Region of the store [default: AWS_REGION].")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Show the state until the run ends.")]
+
+
+def open_store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
+    """Return the object store that the options describe."""
+    from isthmus.data_pipeline.config import StoreConfig
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+    return ObjectStore(StoreConfig(endpoint_url=endpoint_url, region=region))

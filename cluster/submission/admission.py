@@ -1,0 +1,30 @@
+"""What is checked before a run is sent: its earlier starts, and whether the cluster has room for it now."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.submission.jobs import Jobs
+from isthmus.cluster.submission.run_folder import fail_fast_store
+from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
+from isthmus.data_pipeline.errors import DataError
+from isthmus.trainer.runs.store import check_config_of_run
+
+
+def check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
+    """Refuse at once what the driver would refuse, where the run's folder can be read from here.
+
+    Raises:
+        ConfigError: a key differs from the run's earlier starts that must not.
+    """
+    with suppress(DataError, OSError):
+        check_config_of_run(config, fail_fast_store(config.store), allow_change)
+
+
+def shortage(jobs: Jobs, config: JobConfig) -> str | None:
+    """Return what the cluster lacks for the smallest allowed group at the moment; None: a group fits."""
+    request = ResourceRequest.of(config)
+    free, total = jobs.resources()
+    if largest_world_size(config.world_sizes, request, free) is not None:
+        return None
+    return shortfall(min(config.world_sizes), request, free, total)
