@@ -60,13 +60,13 @@ def make_model(folder: Path) -> None:
 def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, Any]:
     """Train a few steps in one layout."""
     from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
-    from isthmus.trainer.frozen.zero3 import frozen_language
+    from isthmus.trainer.frozen.zero3 import load_frozen_lm
 
     torch.set_num_threads(1)
     join_process_group(LocalContext().rank, 60)
     template = Path(folder) / f"{layout}.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": 1, **ZERO}}))
-    language = frozen_language(LanguageConfig(path=folder), folder, ObjectStore(), LocalContext().rank, str(template))
+    language = load_frozen_lm(LanguageConfig(path=folder), folder, ObjectStore(), LocalContext().rank, str(template))
     bridge = Bridge(language)
     ids = torch.randint(5, 1900, (4, 16), generator=torch.Generator().manual_seed(rank))
     x, tokens = torch.ones(4, 8, HEAD_WIDTH), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

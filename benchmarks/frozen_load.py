@@ -61,15 +61,15 @@ class Watched:
 
 
 def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
-    """Load with `frozen_language`."""
+    """Load with `load_frozen_lm`."""
     import isthmus.model.frozen.language  # noqa: F401 - imported ahead, as it is for the peer
     from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
-    from isthmus.trainer.frozen.zero3 import frozen_language
+    from isthmus.trainer.frozen.zero3 import load_frozen_lm
 
     context, store = LocalContext(), ObjectStore()
     join_process_group(context.rank, 60)
     config = LanguageConfig(path=folder)
-    watched = Watched(lambda: frozen_language(config, folder, store, context.rank, template))
+    watched = Watched(lambda: load_frozen_lm(config, folder, store, context.rank, template))
     watched.figures["read calls MB"] = store.metrics.bytes_read / 1e6
     watched.figures["partition MB"] = sum(p.ds_tensor.nbytes for p in watched.model.parameters()) / 1e6
     watched.figures["largest tensor MB"] = max(p.ds_numel * 4 for p in watched.model.parameters()) / 1e6

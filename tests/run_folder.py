@@ -10,7 +10,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger, StoreLedger
 from isthmus.trainer.monitoring.loggers import JsonlSink, Position
 from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import GOODPUT_NAME
 from tests.unit.cluster.configs import job_config
@@ -47,8 +47,8 @@ def write_run(url: str, store: ObjectStore) -> JobConfig:
 
 
 def _stage1(url: str, store: ObjectStore) -> None:
-    mirror = Mirror(url, store)
-    sink = JsonlSink(mirror, Position(0, 0))
+    synced = SyncedFolder(url, store)
+    sink = JsonlSink(synced, Position(0, 0))
     for step in range(5, 41, 5):
         losses = {f"loss/{name}": weight / step**0.5 for name, weight in (("total", 9), ("itc", 4), ("itm", 1))}
         sink.write(Position(step, step * BATCH), {**losses, "memory/gigabytes": 1.2 + step / 100})
@@ -57,13 +57,13 @@ def _stage1(url: str, store: ObjectStore) -> None:
     sink.close()
     texts = [{"key": f"k{i}", "caption": text, "retrieved": CAPTIONS[0]} for i, text in enumerate(CAPTIONS)]
     examples = Examples([Example(i, [i, 0], [0, i]) for i in range(4)], {i: thumbnail(shade(i)) for i in range(4)})
-    write_samples(mirror, 40, texts, examples, {"attention": shade(5), "similarity": shade(6)})
-    mirror.close()
+    write_samples(synced, 40, texts, examples, {"attention": shade(5), "similarity": shade(6)})
+    synced.close()
 
 
 def _stage2(url: str, store: ObjectStore) -> None:
-    mirror = Mirror(url, store)
-    sink = JsonlSink(mirror, Position(0, 0))
+    synced = SyncedFolder(url, store)
+    sink = JsonlSink(synced, Position(0, 0))
     sink.write(Position(0, 0), {"eval/loss": 9.5, "eval/loss_wrong_image": 9.25})
     for step in range(5, 21, 5):
         sink.write(Position(step, step * BATCH), {"loss/total": 5 - step / 10, "loss/lm": 5 - step / 10})
@@ -75,8 +75,8 @@ def _stage2(url: str, store: ObjectStore) -> None:
     answers = (CAPTIONS[0], "something else", HOSTILE, "a red star", "a blue star")
     texts = [{"key": f"k{i}", "caption": CAPTIONS[i], "generated": answers[i]} for i in range(5)]
     examples = Examples([Example(i) for i in range(5)], {i: thumbnail(shade(i)) for i in range(5)})
-    write_samples(mirror, 20, texts, examples, {"attention": shade(7)})
-    mirror.close()
+    write_samples(synced, 20, texts, examples, {"attention": shade(7)})
+    synced.close()
 
 
 def _restart(board: StatusBoard) -> None:

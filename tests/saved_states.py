@@ -49,7 +49,7 @@ def manager(
     folder: str,
     store: ObjectStore | None = None,
     rank: Rank | None = None,
-    fence: Callable[[], None] = lambda: None,
+    assert_owner: Callable[[], None] = lambda: None,
     token: int = 1,
     peers: PeerMemory | None = None,
     **config: Any,
@@ -57,7 +57,7 @@ def manager(
     settings = {"save_timeout_seconds": 20.0, **config}
     place = rank or Rank(0, 1)
     chosen = CheckpointConfig(**settings)
-    return CheckpointManager(folder, store or ObjectStore(), chosen, place, fence, token=token, peers=peers)
+    return CheckpointManager(folder, store or ObjectStore(), chosen, place, assert_owner, token=token, peers=peers)
 
 
 def holds(saved: Any, step: int) -> bool:

@@ -22,8 +22,8 @@ from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.identity import frozen_identity
 from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.frozen.zero3 import frozen_language
-from isthmus.trainer.runs.stage2_init import hand_over
+from isthmus.trainer.frozen.zero3 import load_frozen_lm
+from isthmus.trainer.runs.stage2_init import init_from_stage1
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.seeds import derive_seed
 from isthmus.trainer.task import Stage1Task, Stage2Task, Task
@@ -77,7 +77,7 @@ def _stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     language_config = config.model.language
     encoder = LanguageEncoder(local_folder(language_config.path, store, leave_out=WEIGHT_FILES), language_config)
     vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
-    language = frozen_language(language_config, language_config.path, store, rank, config.stage2.deepspeed)
+    language = load_frozen_lm(language_config, language_config.path, store, rank, config.stage2.deepspeed)
     with _drawn_from(config.run.seed):
         qformer = QFormer(config.model.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
@@ -89,7 +89,7 @@ def _stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         task,
         encoder,
         _identities(paths, store, rank),
-        lambda run: hand_over(config, run, store, model.trainable_parameters()),
+        lambda run: init_from_stage1(config, run, store, model.trainable_parameters()),
     )
 
 

@@ -19,7 +19,7 @@ from isthmus.model.generate import answer, evaluating
 from isthmus.model.objectives.communicator import LocalExchange
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder
 from isthmus.trainer.build import build_parts
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
 from isthmus.trainer.context import LocalContext, Rank
 from isthmus.trainer.engine.engine import build_engine
@@ -143,7 +143,7 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
 
 def _newest(config: TrainConfig, run_url: str, store: ObjectStore, stage: StageName | None) -> tuple[StageName, Any]:
     for name in reversed(config.stages) if stage is None else (stage,):
-        found = committed(join(run_url, name, "checkpoints"), store)
+        found = list_checkpoints(join(run_url, name, "checkpoints"), store)
         if found:
             return name, found[0]
     raise TrainerError(

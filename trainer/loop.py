@@ -54,9 +54,9 @@ def fit(
             if last or agreed.stop or checkpoints.due(step, agreed.step_seconds):
                 with watch.saving(step):
                     checkpoints.save(step, engine.fragments(), state_at(step, measured.figures))
-            elif checkpoints.hold_due(step):
+            elif checkpoints.replication_due(step):
                 with watch.saving(step):
-                    checkpoints.hold(engine.fragments(), state_at(step, measured.figures))
+                    checkpoints.replicate(engine.fragments(), state_at(step, measured.figures))
             collect(step)
             if agreed.stop:
                 break

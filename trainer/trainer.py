@@ -24,7 +24,7 @@ from isthmus.trainer.monitoring.goodput import GoodputLedger, MemoryLedger, Stor
 from isthmus.trainer.monitoring.loggers import JsonlSink, Position, Sink, TensorBoardSink, WandbSink
 from isthmus.trainer.monitoring.monitor import Outlets, Watch
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.monitoring.watchdog import Watchdog
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.strikes import Strikes
@@ -71,7 +71,7 @@ class _Stage:
         self._config, self._name, self._context, self._store, self._run = config, name, context, store, run
         self._stage, self._url = config.stage(name), run.stage_url(name)
         self._stack, self._peers = stack, peers
-        self._mirror = stack.enter_context(closing(Mirror(self._url, store))) if context.rank.is_main else None
+        self._synced = stack.enter_context(closing(SyncedFolder(self._url, store))) if context.rank.is_main else None
         self._began = time.time()
         self._watchdog = stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
 
@@ -154,16 +154,16 @@ class _Stage:
             self._config.checkpoint,
             self._context.rank,
             self._before_commit,
-            token=self._run.token.number,
+            token=self._run.token,
             seconds_between_failures=self._run.seconds_between_failures(),
             peers=self._peers,
         )
 
     def _before_commit(self) -> None:
         """Let a checkpoint commit only when the run is still ours and all records up to its step are in place."""
-        self._run.fence()
-        if self._mirror:
-            self._mirror.wait()
+        self._run.assert_owner()
+        if self._synced:
+            self._synced.wait()
 
     def _restore(self, engine: Engine, saved: SavedCheckpoint | None, parts: Parts, loader: Loader) -> int:
         """Take over a checkpoint, if there is one, and return the step from which to go on."""
@@ -189,13 +189,13 @@ class _Stage:
     ) -> Watch:
         # From nothing: what an earlier try left, an evaluation at step 0 included, is done again.
         resumed = Position(step, step * self._stage.global_batch_size) if step else Position(-1, -1)
-        outlets = Outlets(quarantine=QuarantineLog(self._mirror, step))
-        if self._mirror:
-            sinks: list[Sink] = [JsonlSink(self._mirror, resumed), TensorBoardSink(self._mirror, resumed)]
+        outlets = Outlets(quarantine=QuarantineLog(self._synced, step))
+        if self._synced:
+            sinks: list[Sink] = [JsonlSink(self._synced, resumed), TensorBoardSink(self._synced, resumed)]
             if self._config.logging.wandb_project:
                 resolved = self._config.model_dump(mode="json")
                 sinks.append(WandbSink(self._config.logging.wandb_project, self._config.run.name, self._name, resolved))
-            outlets = Outlets(sinks, self._mirror, outlets.quarantine)
+            outlets = Outlets(sinks, self._synced, outlets.quarantine)
         watch = Watch(
             self._name,
             self._stage,

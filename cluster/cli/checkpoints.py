@@ -20,10 +20,10 @@ CheckpointArg = Annotated[str, typer.Argument(help="URL of one checkpoint (.../s
 @app.command()
 def ls(run: RunFolderArg, as_json: JsonOption = False) -> None:
     """List committed checkpoints, newest first."""
-    from isthmus.trainer.checkpoint.reader import committed
+    from isthmus.trainer.checkpoint.reader import list_checkpoints
 
     store = _store()
-    found = [_described(saved) for folder in _folders(run, store) for saved in committed(folder, store)]
+    found = [_described(saved) for folder in _folders(run, store) for saved in list_checkpoints(folder, store)]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -52,7 +52,7 @@ def verify(
             found |= {url: [f"{url}: is a damaged manifest"] for url in damaged}
     digests = {}
     for saved in checkpoints:
-        found[saved.url] = saved.problems()
+        found[saved.url] = saved.verify()
         digests[saved.url] = None if found[saved.url] else saved.digest()
     if as_json:
         answer = [{"url": url, "problems": problems, "digest": digests.get(url)} for url, problems in found.items()]
@@ -161,11 +161,11 @@ def _is_checkpoint(url: str) -> bool:
 def _folders(run: str, store: "ObjectStore") -> list[str]:
     """Return the folders of checkpoints that a run's folder, or such a folder itself, stands for."""
     from isthmus.data_pipeline.store.object_store import join
-    from isthmus.trainer.checkpoint.reader import folders
+    from isthmus.trainer.checkpoint.reader import list_step_dirs
 
     root = run.rstrip("/")
     candidates = [root, *(join(root, stage, "checkpoints") for stage in ("stage1", "stage2"))]
-    found = [url for url in candidates if folders(url, store)]
+    found = [url for url in candidates if list_step_dirs(url, store)]
     if not found:
         raise ClusterError(
             f"{root}: holds no checkpoints; give the folder of a run (isthmus runs ls) or of checkpoints"

@@ -67,7 +67,7 @@ def show(
 def summary(url: str, store: "ObjectStore") -> dict[str, Any]:
     """Return what a list shows of a run."""
     from isthmus.data_pipeline.store.object_store import join
-    from isthmus.trainer.checkpoint.reader import committed
+    from isthmus.trainer.checkpoint.reader import list_checkpoints
     from isthmus.trainer.runs.lease import read_lease
     from isthmus.trainer.runs.store import LEASE, read_run
 
@@ -76,7 +76,7 @@ def summary(url: str, store: "ObjectStore") -> dict[str, Any]:
     holder = "free" if lease is None or lease.released else f"held by {lease.owner} since {lease.since}"
     stages = {}
     for stage in ("stage1", "stage2"):
-        steps = sorted(saved.step for saved in committed(join(url, stage, "checkpoints"), store))
+        steps = sorted(saved.step for saved in list_checkpoints(join(url, stage, "checkpoints"), store))
         if steps:
             stages[stage] = steps
     return {"name": run["name"], "url": url, "holder": holder, "attempts": len(run["attempts"]), "stages": stages}

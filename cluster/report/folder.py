@@ -14,7 +14,7 @@ from isthmus.cluster.errors import first_line
 from isthmus.cluster.status import RunStatus, read_status
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.monitoring.goodput import Account
@@ -178,7 +178,7 @@ class _Reader:
         )
 
     def _newest(self, folder: str) -> Saved | None:
-        found = committed(folder, self._store)
+        found = list_checkpoints(folder, self._store)
         if not found:
             return None
         with closing(found[0]) as saved:

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.ray_nodes.nodes import live_nodes
 from isthmus.cluster.workers.replicas import RayReplicas
-from isthmus.trainer.checkpoint.replica_buffer import HeldPart, Shelf, newest_complete
+from isthmus.trainer.checkpoint.replica_buffer import ReplicaBuffer, ReplicaPart, newest_complete
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ class ReplicaStore:
         following = nodes[(nodes.index(node) + 1) % len(nodes)]
         return [self._by_node[name] for name in dict.fromkeys((node, following))]
 
-    def _newest_available(self) -> tuple[tuple[HeldPart, ...], dict[str, list[Any]]]:
+    def _newest_available(self) -> tuple[tuple[ReplicaPart, ...], dict[str, list[Any]]]:
         """Return the newest complete snapshot and which buffers hold its parts; unresponsive buffers are ended."""
         calls = {node: buffer.parts.remote() for node, buffer in self._by_node.items()}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=LIST_SECONDS)
-        found: list[tuple[HeldPart, Any]] = []
+        found: list[tuple[ReplicaPart, Any]] = []
         for node, reference in calls.items():
             try:
                 found += [(part, self._by_node[node]) for part in ray.get(reference, timeout=0)]
@@ -77,7 +77,7 @@ class ReplicaStore:
 
     def _start(self, node: str) -> Any:
         self._num_started += 1
-        named_class = type("replica-buffer", (Shelf,), {})  # what ps and the dashboard show
+        named_class = type("replica-buffer", (ReplicaBuffer,), {})  # what ps and the dashboard show
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         options = {"name": f"replica-buffer-{node[:8]}-{self._num_started}", "num_cpus": 0, "max_restarts": 0}
         return ray.remote(named_class).options(scheduling_strategy=strategy, **options).remote()

@@ -9,14 +9,13 @@ from ray.exceptions import RayError, RayTaskError
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.runs.store import RunToken
 
 logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 3
 
 
-def export_on_worker(config: JobConfig, token: RunToken) -> str:
+def export_on_worker(config: JobConfig, token: int) -> str:
     """Export a run under the driver's lease and return the folder's URL; a lost node is tried again elsewhere.
 
     Raises:
@@ -38,7 +37,7 @@ def export_on_worker(config: JobConfig, token: RunToken) -> str:
     return url
 
 
-def _export(config: JobConfig, token: RunToken) -> str:
+def _export(config: JobConfig, token: int) -> str:
     # Torch and transformers are loaded in the task, not in the driver.
     export = importlib.import_module("isthmus.trainer.runs.export")
     run_store = importlib.import_module("isthmus.trainer.runs.store")

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from isthmus.cluster.errors import first_line
 from isthmus.data_pipeline.errors import StoreError
-from isthmus.trainer.checkpoint.replica_buffer import HeldPart, SnapshotId
+from isthmus.trainer.checkpoint.replica_buffer import ReplicaPart, SnapshotId
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ class RayReplicas:
 
     targets: list[Any]
     """Buffers that receive its parts."""
-    offer: tuple[HeldPart, ...] = ()
+    available: tuple[ReplicaPart, ...] = ()
     holders: dict[str, list[Any]] = field(default_factory=dict)
     """Buffers that hold each available part, by the part's key."""
 
-    def hold(self, part: HeldPart, data: memoryview, keep: SnapshotId | None) -> None:
+    def replicate(self, part: ReplicaPart, data: memoryview, keep: SnapshotId | None) -> None:
         """Copy a part to its buffers, block by block."""
         buffers = _call_all(self.targets, "begin", part, keep)
         for start in range(0, len(data), BLOCK_BYTES):

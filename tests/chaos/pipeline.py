@@ -19,7 +19,7 @@ from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manife
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.local_s3 import LocalS3, kill_hard
 from isthmus.demo.tiny.assets import write_tiny_assets
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import Rank
 from tests.chaos.proxy import Proxy
@@ -224,7 +224,7 @@ class Run:
     def _flip_checkpoint(self) -> bool:
         """Damage the newest checkpoint of a stage that has an older one to fall back to."""
         for stage, steps in STEPS.items():
-            found = committed(join(self.url, stage, "checkpoints"), self.store)
+            found = list_checkpoints(join(self.url, stage, "checkpoints"), self.store)
             if len(found) > 1 and found[0].step < steps:
                 url = join(found[0].url, found[0].manifest.parts[-1].name)
                 data = bytearray(self.store.get(url))

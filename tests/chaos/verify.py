@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.data_pipeline.store.object_store import join
-from isthmus.trainer.checkpoint.reader import committed, folders
+from isthmus.trainer.checkpoint.reader import list_checkpoints, list_step_dirs
 from isthmus.trainer.monitoring.loggers import read_jsonl
 from isthmus.trainer.runs.lease import read_lease
 from tests.chaos.faults import number_of_files
@@ -37,7 +37,7 @@ def ending(run: Run) -> Ending:
     store = run.store
     digests, losses = {}, {}
     for stage, steps in STEPS.items():
-        saved = committed(join(run.url, stage, "checkpoints"), store)[0]
+        saved = list_checkpoints(join(run.url, stage, "checkpoints"), store)[0]
         digests[stage] = f"step {saved.step}: {saved.digest()}"
         assert saved.step == steps, f"{stage} ends at step {saved.step}, not at {steps}"
         records = read_jsonl(store.get(join(run.url, stage, "metrics.jsonl")).decode())
@@ -129,9 +129,9 @@ def _stray_objects(run: Run, stage: str) -> list[str]:
     """Name files in the checkpoints' folder that belong to no kept checkpoint."""
     folder = join(run.url, stage, "checkpoints")
     known = set()
-    for saved in committed(folder, run.store):
+    for saved in list_checkpoints(folder, run.store):
         known |= {join(saved.url, entry.name) for entry in saved.manifest.files} | {join(saved.url, "MANIFEST.json")}
-    here = [info.url for files in folders(folder, run.store).values() for info in files]
+    here = [info.url for files in list_step_dirs(folder, run.store).values() for info in files]
     return [f"stray object {url}" for url in here if url not in known]
 
 

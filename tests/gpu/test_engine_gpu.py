@@ -12,7 +12,7 @@ from isthmus.model.frozen.language import load_language
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.process_group import join_process_group, leave_process_group
 from isthmus.trainer.frozen.identity import FrozenGuard
-from isthmus.trainer.frozen.zero3 import frozen_language
+from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from tests.engine_toys import MemoryState, accumulate, make_engine, train
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_frozen_model_on_the_device(tmp_path: Path, template: str, dtype: str) -
     context = LocalContext()
     join_process_group(context.rank, 60)
     language_config = LanguageConfig(path=str(tmp_path), dtype=dtype)
-    sharded = frozen_language(language_config, str(tmp_path), ObjectStore(), context.rank, template)
+    sharded = load_frozen_lm(language_config, str(tmp_path), ObjectStore(), context.rank, template)
     whole = load_language(language_config, tmp_path).cuda()
     guard = FrozenGuard(sharded)
     ids = torch.randint(5, 90, (2, 6)).cuda()

@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.local_s3 import LocalS3
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.errors import CheckpointError, LeaseError
 from isthmus.trainer.runs.lease import Lease
 from tests.faulty_store import KINDS, Fault, FaultyStore
@@ -108,7 +108,7 @@ def test_save_and_find_on_s3(seaweed: LocalS3):
     checkpoints.wait()
     assert holds(checkpoints.latest(), 3)
     checkpoints.close()
-    assert [saved.step for saved in committed(folder, store)] == [3, 2]
+    assert [saved.step for saved in list_checkpoints(folder, store)] == [3, 2]
 
 
 def test_bucket_that_vanishes_in_mid_run_is_one_clear_error(monkeypatch):

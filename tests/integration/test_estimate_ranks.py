@@ -23,7 +23,7 @@ from isthmus.trainer.estimate.memory import FP32, trainable_parameters
 from isthmus.trainer.estimate.shapes import VisionShape, language_shape
 from isthmus.trainer.estimate.step import Parts, estimate_stage
 from isthmus.trainer.estimate.traffic import stage_traffic
-from isthmus.trainer.frozen.zero3 import frozen_language
+from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
 from tests.tensor_memory import TensorMemory
@@ -71,7 +71,7 @@ def on_rank(rank: int, _world_size: int, root: str) -> dict[str, Any]:
 
         def stage2(template: str = template, folder: str = folder) -> Stage2Model:
             config, rank_of = LanguageConfig(path=folder), LocalContext().rank
-            language = frozen_language(config, folder, ObjectStore(), rank_of, template)
+            language = load_frozen_lm(config, folder, ObjectStore(), rank_of, template)
             return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False), language)
 
         results[f"{kind} {reuse}"] = measure(stage2, template, rank)

@@ -7,8 +7,8 @@ import pytest
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.checkpoint.format import step_name
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
-from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, Shelf
-from isthmus.trainer.checkpoint.replication import PeerSnapshots
+from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, ReplicaBuffer
+from isthmus.trainer.checkpoint.replication import Replicator
 from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.engine.engine import Engine
 from tests.engine_toys import make_engine, train
@@ -56,15 +56,15 @@ def train_thrice(folder: str, template: str) -> list[float]:
     engine, start = resume(f"{folder}/through", template)
     norms = train(engine, start, END // 2)
     save(f"{folder}/checkpoint", engine, END // 2)
-    shelf = Shelf()
-    snapshots = PeerSnapshots(LocalPeers([shelf], [shelf]), 10, "one", engine.rank, lambda: None)
+    buffer = ReplicaBuffer()
+    snapshots = Replicator(LocalPeers([buffer], [buffer]), 10, "one", engine.rank, lambda: None)
     snapshots.take(engine.fragments(), state_of(END // 2))
     norms += train(engine, END // 2, END)
     save(f"{folder}/through", engine, END)
     snapshots.wait(60)
     snapshots.close()
     engine.close()
-    memory = LocalPeers(gather_lists([shelf]), [])
+    memory = LocalPeers(gather_lists([buffer]), [])
     for way in WAYS:
         engine, start = resume(f"{folder}/{way}", template, memory if way == "memory" else None)
         assert start == END // 2

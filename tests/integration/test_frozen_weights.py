@@ -17,7 +17,7 @@ from isthmus.trainer.context import LocalContext, Rank
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError
-from isthmus.trainer.frozen.zero3 import frozen_language
+from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
 
@@ -97,7 +97,7 @@ def through_sharded(folder: str, template: str, rank: Rank) -> dict[str, Any]:
     """Gradients through the sharded model; what the rank holds and has read; the guard over 50 steps."""
     store = ObjectStore()
     config = LanguageConfig(path=folder)
-    language = frozen_language(config, folder, store, rank, template)
+    language = load_frozen_lm(config, folder, store, rank, template)
     num_read = store.metrics.bytes_read
     bridge = Bridge(language)
     engine = make_engine(template, model=bridge)
@@ -118,9 +118,9 @@ def through_sharded(folder: str, template: str, rank: Rank) -> dict[str, Any]:
     with pytest.raises(TrainerError, match="frozen weights have changed"):
         guard.check()
     identity = frozen_identity(folder, store, rank)
-    half = frozen_language(LanguageConfig(path=folder, dtype="float16"), folder, store, rank, template)
+    half = load_frozen_lm(LanguageConfig(path=folder, dtype="float16"), folder, store, rank, template)
     with pytest.raises(FrozenWeightsError, match=r"has shape .* the model needs"):
-        frozen_language(config, misshapen(folder, rank), store, rank, template)
+        load_frozen_lm(config, misshapen(folder, rank), store, rank, template)
     wide = {name for name, p in half.named_parameters() if p.ds_tensor.dtype is torch.float32}
     engine.close()
     return {"gradients": gradients, "held": held, "read": num_read, "identity": identity, "wide": wide}

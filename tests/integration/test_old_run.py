@@ -15,7 +15,7 @@ import torch
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.status import RunState, read_status
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import Outcome
 from isthmus.trainer.monitoring.loggers import read_jsonl
@@ -104,6 +104,6 @@ def test_the_other_files_of_e100c06_are_read() -> None:
         3,
         {"clear": 0.5, "start": 12.0},
     )
-    (saved,) = committed(f"{url}/stage1/checkpoints", store)
-    assert (saved.step, saved.problems(), saved.state.stage) == (3, [], "stage1")
+    (saved,) = list_checkpoints(f"{url}/stage1/checkpoints", store)
+    assert (saved.step, saved.verify(), saved.state.stage) == (3, [], "stage1")
     saved.close()

@@ -17,7 +17,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus, write_tiny_assets
 from isthmus.demo.tiny.scenes import draw_scene, make_scene
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
 from isthmus.trainer.evaluate import evaluate_run
@@ -170,8 +170,8 @@ def pair(assets, tmp_path_factory):
 
 def weights(runs, stage, newest=0):
     """Return the step and the trained tensors of a checkpoint, the newest by default."""
-    saved = committed(str(runs / "tiny" / stage / "checkpoints"), ObjectStore())[newest]
-    return saved.step, {name: saved.full(name) for name in sorted(saved.shapes())}
+    saved = list_checkpoints(str(runs / "tiny" / stage / "checkpoints"), ObjectStore())[newest]
+    return saved.step, {name: saved.read_tensor(name) for name in sorted(saved.shapes())}
 
 
 def known_losses(runs, stage):

@@ -23,7 +23,7 @@ from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.images import decode_image
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.checkpoint.format import MANIFEST, canonical_json, entry_of
+from isthmus.trainer.checkpoint.format import MANIFEST, canonical_json, hash_file
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.config.loading import load_config, parse_yaml, to_yaml
 from isthmus.trainer.errors import CheckpointError, TrainerError
@@ -302,7 +302,7 @@ def forge_part(checkpoint, change):
     change(header)
     text = json.dumps(header).encode()
     part.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-    found = vars(entry_of(part.name, [part.read_bytes()]))
+    found = vars(hash_file(part.name, [part.read_bytes()]))
     forge(checkpoint, lambda raw: raw["parts"][0].update(found))
 
 
@@ -325,20 +325,20 @@ def before_the_data(header):
 def test_a_part_that_lies_about_its_tensors_is_refused(checkpoint, change):
     forge_part(checkpoint, change)
     saved = SavedCheckpoint.open(str(checkpoint), ObjectStore())
-    assert not saved.problems()
+    assert not saved.verify()
     with pytest.raises(CheckpointError):
         all_tensors(saved)
     saved.close()
 
 
 def all_tensors(saved):
-    return {name: saved.full(name) for name in saved.shapes()}
+    return {name: saved.read_tensor(name) for name in saved.shapes()}
 
 
 def test_headers_larger_than_the_file_are_refused(checkpoint, tmp_path):
     (part,) = checkpoint.glob("part-*")
     part.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    forge(checkpoint, lambda raw: raw["parts"][0].update(vars(entry_of(part.name, [part.read_bytes()]))))
+    forge(checkpoint, lambda raw: raw["parts"][0].update(vars(hash_file(part.name, [part.read_bytes()]))))
     saved = SavedCheckpoint.open(str(checkpoint), ObjectStore())
     with pytest.raises(CheckpointError, match="no safetensors file"):
         saved.shapes()
@@ -415,11 +415,11 @@ def command_line(pid):
 
 def test_no_secret_is_on_a_command_line(tmp_path, monkeypatch):
     """`ps` shows arguments to everyone; what the writer process needs goes through its pipe."""
-    from isthmus.trainer.checkpoint.upload_process import SnapshotMemory, WriterProcess
+    from isthmus.trainer.checkpoint.upload_process import SnapshotMemory, UploadProcess
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     memory = SnapshotMemory(64)
-    writer = WriterProcess(ObjectStore(), memory)
+    writer = UploadProcess(ObjectStore(), memory)
     try:
         shown = command_line(writer._process.pid)
     finally:

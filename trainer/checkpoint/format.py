@@ -216,7 +216,7 @@ def parse_json(data: bytes, url: str) -> dict[str, Any]:
     return raw
 
 
-def entry_of(name: str, blocks: Iterable[bytes | memoryview]) -> FileEntry:
+def hash_file(name: str, blocks: Iterable[bytes | memoryview]) -> FileEntry:
     """Return size and checksums of a file given in blocks."""
     digest, crc, size = hashlib.sha256(), 0, 0
     for block in blocks:
@@ -226,7 +226,7 @@ def entry_of(name: str, blocks: Iterable[bytes | memoryview]) -> FileEntry:
     return FileEntry(name, size, digest.hexdigest(), crc)
 
 
-def blocks_of(data: bytes | memoryview) -> Iterable[memoryview]:
+def iter_blocks(data: bytes | memoryview) -> Iterable[memoryview]:
     """Cut bytes into blocks."""
     view = memoryview(data)
     return (view[start : start + HASH_BLOCK_BYTES] for start in range(0, len(view), HASH_BLOCK_BYTES))

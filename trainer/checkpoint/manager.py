@@ -19,7 +19,7 @@ from isthmus.trainer.checkpoint.format import (
     Manifest,
     NewerFormatError,
     canonical_json,
-    entry_of,
+    hash_file,
     parse_json,
     record_name,
     state_name,
@@ -28,11 +28,11 @@ from isthmus.trainer.checkpoint.format import (
 from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES, Interval
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, scan
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
-from isthmus.trainer.checkpoint.replication import PeerSnapshots
+from isthmus.trainer.checkpoint.replication import Replicator
 from isthmus.trainer.checkpoint.retention import prune
 from isthmus.trainer.checkpoint.staging import Snapshot, layout_of
 from isthmus.trainer.checkpoint.train_state import TrainState
-from isthmus.trainer.checkpoint.upload_process import WriterLostError, WriterProcess
+from isthmus.trainer.checkpoint.upload_process import UploadProcess, UploadProcessLostError
 from isthmus.trainer.config.schema import CheckpointConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import gather_lists
@@ -68,7 +68,7 @@ class CheckpointManager:
         store: Access to it; picklable.
         config: When to save, what to keep.
         rank: Place of this process.
-        fence: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
+        assert_owner: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
         token: Fencing token of the run's owner; written into each manifest.
         seconds_between_failures: As observed; used by the automatic interval on rank 0.
         peers: Memory of other nodes for snapshots between the checkpoints; none: there is none.
@@ -80,7 +80,7 @@ class CheckpointManager:
         store: ObjectStore,
         config: CheckpointConfig,
         rank: Rank,
-        fence: Callable[[], None],
+        assert_owner: Callable[[], None],
         *,
         token: int = 0,
         seconds_between_failures: float = DEFAULT_SECONDS_BETWEEN_FAILURES,
@@ -88,15 +88,15 @@ class CheckpointManager:
     ) -> None:
         self.last_committed: Committed | None = None
         self._url, self._store, self._config, self._rank = folder_url, store, config, rank
-        self._fence, self._token = fence, token
+        self._assert_owner, self._token = assert_owner, token
         self._session, between = from_main_rank(lambda: (uuid.uuid4().hex[:12], seconds_between_failures))
         self._interval = Interval(config, between)
-        self._peers: PeerSnapshots | None = None
+        self._peers: Replicator | None = None
         if peers is not None and config.peer_memory_every_steps:
-            self._peers = PeerSnapshots(peers, config.peer_memory_every_steps, self._session, rank, fence)
+            self._peers = Replicator(peers, config.peer_memory_every_steps, self._session, rank, assert_owner)
         self._snapshot: Snapshot | None = None
         self._preparation: threading.Thread | None = None
-        self._writer: WriterProcess | None = None
+        self._writer: UploadProcess | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._closing = threading.Event()
@@ -107,7 +107,7 @@ class CheckpointManager:
 
         def allocate() -> None:
             try:
-                self._writer = WriterProcess(self._store, self._allocate(fragments).memory)
+                self._writer = UploadProcess(self._store, self._allocate(fragments).memory)
                 if self._peers is not None:
                     self._peers.prepare(fragments)
             except (CheckpointError, OSError) as error:
@@ -147,11 +147,11 @@ class CheckpointManager:
         self._cost_seconds = stall
         return stall
 
-    def hold_due(self, step: int) -> bool:
+    def replication_due(self, step: int) -> bool:
         """Return whether a snapshot is to be held in peers' memory after a step at which no checkpoint is saved."""
         return self._peers is not None and self._peers.due(step)
 
-    def hold(self, fragments: list[Fragment], state: TrainState) -> float:
+    def replicate(self, fragments: list[Fragment], state: TrainState) -> float:
         """Copy the state, begin to send it to peers' memory, and return the seconds of standstill. Collective.
 
         That it did not get there is no error: the newest checkpoint stands behind it.
@@ -258,7 +258,7 @@ class CheckpointManager:
         """Verify this rank's share of the files; (True, text): it could not be told."""
         files = saved.manifest.files[self._rank.rank :: self._rank.world_size]
         try:
-            return [(False, text) for text in saved.problems(files)] if files else []
+            return [(False, text) for text in saved.verify(files)] if files else []
         except DataError as error:
             return [(True, str(error))]
 
@@ -292,11 +292,11 @@ class CheckpointManager:
     def _try_save(self, step: int, state: TrainState, snapshot: Snapshot, deadline: float) -> None:
         folder = join(self._url, step_name(step))
         if self._writer is None or not self._writer.alive:
-            self._writer = WriterProcess(self._store, snapshot.memory)
+            self._writer = UploadProcess(self._store, snapshot.memory)
         remaining = max(1.0, deadline - time.monotonic())
         try:
             part = self._writer.upload(folder, self._rank.rank, self._rank.world_size, remaining)
-        except WriterLostError:
+        except UploadProcessLostError:
             self._writer.close(at_once=True)
             self._writer = None
             raise
@@ -305,7 +305,7 @@ class CheckpointManager:
             return
         parts = (part, *(self._part_of(folder, rank, deadline) for rank in range(1, self._rank.world_size)))
         text = canonical_json(state.as_json())
-        digest = entry_of("", [text])
+        digest = hash_file("", [text])
         described = FileEntry(state_name(digest.sha256), digest.size, digest.sha256, digest.crc32)
         self._store.put(join(folder, described.name), text)
         self._commit(folder, Manifest(step, self._token, self._rank.world_size, parts, described))
@@ -330,7 +330,7 @@ class CheckpointManager:
             LeaseError: another owner has the run.
         """
         url, data = join(folder, MANIFEST), manifest.to_bytes()
-        self._fence()
+        self._assert_owner()
         try:
             self._store.put_if_absent(url, data)
         except AlreadyExistsError:

@@ -22,7 +22,7 @@ from isthmus.trainer.checkpoint.format import (
     Manifest,
     NewerFormatError,
     Piece,
-    entry_of,
+    hash_file,
     header_end,
     parse_header,
     parse_json,
@@ -145,7 +145,7 @@ class SavedCheckpoint:
             )
         return result
 
-    def full(self, name: str, kind: str = "param") -> Tensor:
+    def read_tensor(self, name: str, kind: str = "param") -> Tensor:
         """Return a whole tensor in its shape."""
         shape = self.shapes().get(name)
         if shape is None:
@@ -159,7 +159,7 @@ class SavedCheckpoint:
         """Return the sha256 of the manifest, which stands for every byte."""
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
-    def problems(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
+    def verify(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
         """Read files again (all by default) and return what does not agree with the manifest, one line each."""
         return [problem for entry in files or self.manifest.files if (problem := self._problem(entry))]
 
@@ -169,7 +169,7 @@ class SavedCheckpoint:
         for name in sorted(self.shapes()):
             for kind in sorted(KINDS):
                 digest.update(f"{name}\0{kind}\0".encode())
-                digest.update(self.full(name, kind).reshape(-1).numpy().data.cast("B"))
+                digest.update(self.read_tensor(name, kind).reshape(-1).numpy().data.cast("B"))
         return digest.hexdigest()
 
     @contextmanager
@@ -211,7 +211,7 @@ class SavedCheckpoint:
             size = self._store.head(url).size
             if size != entry.size:
                 return f"{url}: has {size} bytes, the manifest says {entry.size}"
-            found = entry_of(entry.name, BlockReader(self._store, url, size, self._pool).blocks())
+            found = hash_file(entry.name, BlockReader(self._store, url, size, self._pool).blocks())
         except NotFoundError:
             return f"{url}: is missing"
         except ChangedError as error:
@@ -221,7 +221,7 @@ class SavedCheckpoint:
         return None
 
 
-def folders(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
+def list_step_dirs(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
     """Return the files of every checkpoint's folder, committed or not, by step in increasing order."""
     found: dict[int, list[ObjectInfo]] = {}
     for info in store.list(folder_url):
@@ -232,7 +232,7 @@ def folders(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
     return dict(sorted(found.items()))
 
 
-def committed(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
+def list_checkpoints(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
     """Return the checkpoints that count, newest first; see `scan`."""
     return scan(folder_url, store)[0]
 
@@ -248,7 +248,7 @@ def scan(folder_url: str, store: ObjectStore) -> tuple[list[SavedCheckpoint], li
     """
     found: list[SavedCheckpoint] = []
     damaged = []
-    for files in folders(folder_url, store).values():
+    for files in list_step_dirs(folder_url, store).values():
         manifest = next((info.url for info in files if info.url.endswith(f"/{MANIFEST}")), None)
         if manifest is None:
             continue

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from isthmus.data_pipeline.store.object_store import join
-from isthmus.trainer.checkpoint.format import FileEntry, blocks_of, entry_of, step_name
+from isthmus.trainer.checkpoint.format import FileEntry, hash_file, iter_blocks, step_name
 from isthmus.trainer.errors import CheckpointError
 
 
@@ -23,7 +23,7 @@ class SnapshotId(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeldPart:
+class ReplicaPart:
     """One rank's part of a snapshot."""
 
     snapshot: SnapshotId
@@ -43,11 +43,11 @@ class PeerMemory(Protocol):
     """What one rank sees of the shelves."""
 
     @property
-    def offer(self) -> tuple[HeldPart, ...]:
+    def available(self) -> tuple[ReplicaPart, ...]:
         """All parts of the newest snapshot that was complete when the ranks started; the same on all ranks."""
         ...
 
-    def hold(self, part: HeldPart, data: memoryview, keep: SnapshotId | None) -> None:
+    def replicate(self, part: ReplicaPart, data: memoryview, keep: SnapshotId | None) -> None:
         """Put a part on its shelves; of the earlier ones `keep` stays. Raises StoreError when no shelf took it."""
         ...
 
@@ -56,14 +56,14 @@ class PeerMemory(Protocol):
         ...
 
 
-class Shelf:
+class ReplicaBuffer:
     """Memory for parts; a part counts once it is complete and its sha256 is as announced."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, tuple[HeldPart, bytearray]] = {}
+        self._parts: dict[str, tuple[ReplicaPart, bytearray]] = {}
         self._complete: set[str] = set()
 
-    def begin(self, part: HeldPart, keep: SnapshotId | None) -> None:
+    def begin(self, part: ReplicaPart, keep: SnapshotId | None) -> None:
         """Make room for a part: everything goes but the snapshot `keep` and the one that the part is of."""
         staying = (keep, part.snapshot)
         self._parts = {key: held for key, held in self._parts.items() if held[0].snapshot in staying}
@@ -83,12 +83,12 @@ class Shelf:
             CheckpointError: its bytes are not those that were announced.
         """
         part, data = self._parts[key]
-        found = entry_of(part.entry.name, blocks_of(memoryview(data)))
+        found = hash_file(part.entry.name, iter_blocks(memoryview(data)))
         if found != part.entry:
             raise CheckpointError(f"{key}: sha256 {found.sha256} arrived, {part.entry.sha256} was sent; it is not held")
         self._complete.add(key)
 
-    def parts(self) -> list[HeldPart]:
+    def parts(self) -> list[ReplicaPart]:
         """Return the complete parts."""
         return [self._parts[key][0] for key in sorted(self._complete)]
 
@@ -99,9 +99,9 @@ class Shelf:
         return bytes(memoryview(self._parts[key][1])[start : start + length])
 
 
-def newest_complete(parts: Iterable[HeldPart]) -> tuple[HeldPart, ...]:
+def newest_complete(parts: Iterable[ReplicaPart]) -> tuple[ReplicaPart, ...]:
     """Return the parts, by rank, of the newest snapshot of which every rank's part is among these; empty: none."""
-    snapshots: dict[SnapshotId, dict[int, HeldPart]] = {}
+    snapshots: dict[SnapshotId, dict[int, ReplicaPart]] = {}
     for part in parts:
         snapshots.setdefault(part.snapshot, {})[part.rank] = part
     whole = [by_rank for by_rank in snapshots.values() if len(by_rank) == next(iter(by_rank.values())).world_size]

@@ -11,15 +11,15 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectInfo, 
 from isthmus.trainer.checkpoint.format import (
     FileEntry,
     Manifest,
-    blocks_of,
     canonical_json,
-    entry_of,
+    hash_file,
+    iter_blocks,
     part_name,
     state_name,
     step_name,
 )
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
-from isthmus.trainer.checkpoint.replica_buffer import HeldPart, PeerMemory, SnapshotId
+from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, ReplicaPart, SnapshotId
 from isthmus.trainer.checkpoint.staging import Snapshot, layout_of
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.context import Rank
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
 
 
-class PeerSnapshots:
+class Replicator:
     """Holds every so many steps' state in peers' memory. Used alike by all ranks.
 
     A snapshot that some rank is still sending is not overtaken: the next one is left out on all ranks. So of two
@@ -42,19 +42,19 @@ class PeerSnapshots:
         every_steps: Steps between them.
         session: Name of this attempt, the same on all ranks.
         rank: Place of this process.
-        fence: Called on rank 0 before its part counts; raises when the run is no longer ours.
+        assert_owner: Called on rank 0 before its part counts; raises when the run is no longer ours.
     """
 
     def __init__(
-        self, memory: PeerMemory, every_steps: int, session: str, rank: Rank, fence: Callable[[], None]
+        self, memory: PeerMemory, every_steps: int, session: str, rank: Rank, assert_owner: Callable[[], None]
     ) -> None:
         self._memory, self._every_steps, self._session = memory, every_steps, session
-        self._rank, self._fence = rank, fence
+        self._rank, self._assert_owner = rank, assert_owner
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._held: SnapshotId | None = None
         """Newest that this rank has handed over."""
-        self._keep: SnapshotId | None = memory.offer[0].snapshot if memory.offer else None
+        self._keep: SnapshotId | None = memory.available[0].snapshot if memory.available else None
         """Newest that is known to be whole; shelves keep it until the next one is."""
 
     def due(self, step: int) -> bool:
@@ -88,8 +88,8 @@ class PeerSnapshots:
 
     def newest(self) -> SavedCheckpoint | None:
         """Return the snapshot that was offered, as a checkpoint that is still to be verified."""
-        parts = self._memory.offer
-        return held_checkpoint(self._memory, parts) if parts else None
+        parts = self._memory.available
+        return replica_checkpoint(self._memory, parts) if parts else None
 
     def wait(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Give the one under way a moment."""
@@ -108,23 +108,23 @@ class PeerSnapshots:
         identity = SnapshotId(self._session, state.step)
         data = snapshot.bytes()
         rank, world_size = self._rank.rank, self._rank.world_size
-        entry = entry_of("", blocks_of(data))
+        entry = hash_file("", iter_blocks(data))
         entry = replace(entry, name=part_name(rank, world_size, entry.sha256))
-        part = HeldPart(identity, rank, world_size, entry, canonical_json(state.as_json()))
+        part = ReplicaPart(identity, rank, world_size, entry, canonical_json(state.as_json()))
         try:
             if self._rank.is_main:
-                self._fence()
-            self._memory.hold(part, data, keep)
+                self._assert_owner()
+            self._memory.replicate(part, data, keep)
         except (TrainerError, DataError, OSError) as error:
             logger.warning("snapshot of step %d is not in peers' memory, training goes on: %s", state.step, error)
             return
         self._held = identity
 
 
-class _HeldFiles(ObjectStore):
+class _ReplicaFiles(ObjectStore):
     """The files of a held snapshot under the URLs that its reader asks for."""
 
-    def __init__(self, url: str, memory: PeerMemory, parts: tuple[HeldPart, ...], state: FileEntry) -> None:
+    def __init__(self, url: str, memory: PeerMemory, parts: tuple[ReplicaPart, ...], state: FileEntry) -> None:
         super().__init__()
         self._memory = memory
         self._parts = {join(url, part.entry.name): part for part in parts}
@@ -157,11 +157,11 @@ class _HeldFiles(ObjectStore):
         return into[: len(data)]
 
 
-def held_checkpoint(memory: PeerMemory, parts: tuple[HeldPart, ...]) -> SavedCheckpoint:
+def replica_checkpoint(memory: PeerMemory, parts: tuple[ReplicaPart, ...]) -> SavedCheckpoint:
     """Return a held snapshot, all its parts in the order of ranks, as a checkpoint whose files lie in memory."""
     first = parts[0]
     url = join("peers:/", first.snapshot.session, step_name(first.snapshot.step))
-    state = entry_of("", [first.state])
+    state = hash_file("", [first.state])
     state = replace(state, name=state_name(state.sha256))
     manifest = Manifest(first.snapshot.step, 0, first.world_size, tuple(part.entry for part in parts), state)
-    return SavedCheckpoint(url, _HeldFiles(url, memory, parts, state), manifest)
+    return SavedCheckpoint(url, _ReplicaFiles(url, memory, parts, state), manifest)

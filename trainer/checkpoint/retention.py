@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.checkpoint.format import MANIFEST
-from isthmus.trainer.checkpoint.reader import IN_USE, SavedCheckpoint, committed, folders
+from isthmus.trainer.checkpoint.reader import IN_USE, SavedCheckpoint, list_checkpoints, list_step_dirs
 from isthmus.trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ def prune(
     A folder of a later step may be a save in progress, so it is never touched; steps in `protected` stay as well.
     Returns the steps and the leftovers deleted, or with `dry_run` those that would be.
     """
-    saved = {checkpoint.step: checkpoint for checkpoint in committed(folder_url, store)}
+    saved = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder_url, store)}
     if not saved:
         return [], []
     kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config)
     kept |= set(protected)
     newest = max(saved)
     steps, leftovers = [], []
-    for step, files in folders(folder_url, store).items():
+    for step, files in list_step_dirs(folder_url, store).items():
         urls = [info.url for info in files]
         in_use = any(f"/{IN_USE}/" in url for url in urls)
         if step > newest or in_use:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from isthmus.data_pipeline.store.object_store import AlreadyExistsError, ObjectStore, join
-from isthmus.trainer.checkpoint.format import MANIFEST, entry_of
+from isthmus.trainer.checkpoint.format import MANIFEST, hash_file
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.engine.state_shards import KINDS
 from isthmus.trainer.errors import CheckpointError
@@ -19,7 +19,7 @@ def copy_checkpoint(saved: SavedCheckpoint, target_url: str, store: ObjectStore)
     """
     for entry in saved.manifest.files:
         data = store.get(join(saved.url, entry.name))
-        if entry_of(entry.name, [data]) != entry:
+        if hash_file(entry.name, [data]) != entry:
             raise CheckpointError(f"{join(saved.url, entry.name)}: is damaged; nothing was committed at {target_url}")
         store.put(join(target_url, entry.name), data)
     url, manifest = join(target_url, MANIFEST), saved.manifest.to_bytes()
@@ -43,7 +43,7 @@ def differences(one: SavedCheckpoint, two: SavedCheckpoint) -> list[dict[str, An
             add(name, "", f"shape {first.get(name, 'absent')} against {second.get(name, 'absent')}")
             continue
         for kind in KINDS:
-            a, b = one.full(name, kind), two.full(name, kind)
+            a, b = one.read_tensor(name, kind), two.read_tensor(name, kind)
             unequal = int((a.reshape(-1).view(torch.int32) != b.reshape(-1).view(torch.int32)).sum())
             if unequal:
                 largest = float((a - b).abs().max())

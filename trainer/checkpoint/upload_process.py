@@ -21,13 +21,13 @@ from typing import Any
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.trainer.checkpoint.format import FileEntry, blocks_of, entry_of, part_name
+from isthmus.trainer.checkpoint.format import FileEntry, hash_file, iter_blocks, part_name
 from isthmus.trainer.errors import CheckpointError
 
 _STOP_SECONDS = 5.0
 
 
-class WriterLostError(CheckpointError):
+class UploadProcessLostError(CheckpointError):
     """The writer process died or hangs; a new one is needed."""
 
 
@@ -45,7 +45,7 @@ class SnapshotMemory:
         os.close(self.fd)
 
 
-class WriterProcess:
+class UploadProcess:
     """A child that uploads parts out of a snapshot memory, one at a time."""
 
     def __init__(self, store: ObjectStore, memory: SnapshotMemory) -> None:
@@ -64,7 +64,7 @@ class WriterProcess:
 
         Raises:
             CheckpointError: the upload failed.
-            WriterLostError: the process died, or it took too long.
+            UploadProcessLostError: the process died, or it took too long.
         """
         self._send({"folder": folder_url, "rank": rank, "world_size": world_size})
         assert self._process.stdout is not None
@@ -72,7 +72,7 @@ class WriterProcess:
         line = self._process.stdout.readline() if ready else b""
         if not line:
             cause = "died" if ready else f"was not done after {timeout_seconds:g} s"
-            raise WriterLostError(f"{folder_url}: the process that uploads part {rank} {cause}; see its last words")
+            raise UploadProcessLostError(f"{folder_url}: the process that uploads part {rank} {cause}; see its stderr")
         answer = json.loads(line)
         if "error" in answer:
             raise CheckpointError(answer["error"])
@@ -104,11 +104,11 @@ class WriterProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise WriterLostError("the process that uploads checkpoints has died; see its last words") from error
+            raise UploadProcessLostError("the process that uploads checkpoints has died; see its stderr") from error
 
 
 def _upload(store: ObjectStore, data: memoryview, request: dict[str, Any]) -> FileEntry:
-    entry = entry_of("", blocks_of(data))
+    entry = hash_file("", iter_blocks(data))
     name = part_name(request["rank"], request["world_size"], entry.sha256)
     store.put(join(request["folder"], name), data)
     return FileEntry(name, entry.size, entry.sha256, entry.crc32)

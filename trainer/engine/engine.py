@@ -215,7 +215,7 @@ def build_engine(
     """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
 
     Args:
-        task_model: A `Trainable`. A frozen language model made by `frozen_language` inside it looks after itself.
+        task_model: A `Trainable`. A frozen language model made by `load_frozen_lm` inside it looks after itself.
         stage_config: Template, precision and optimizer.
         train_config: Limits of collectives.
         context: Place of this process.

@@ -45,7 +45,7 @@ class LoadReport:
     seconds: float
 
 
-def frozen_language(
+def load_frozen_lm(
     config: LanguageConfig, folder_url: str, store: ObjectStore, rank: Rank, deepspeed: str = "stage2_zero3"
 ) -> nn.Module:
     """Build the frozen language model and load this rank's part of it. Collective; needs the process group.

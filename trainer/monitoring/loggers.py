@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary as _summary
 
 from isthmus.trainer.errors import TrainerError
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 MAX_EVENT_FILE_BYTES = 8 << 20
 SUMMARY: Any = _summary
@@ -61,12 +61,12 @@ class JsonlSink:
 
     NAME = "metrics.jsonl"
 
-    def __init__(self, mirror: Mirror, resumed: Position) -> None:
-        path = mirror.pull(self.NAME)
+    def __init__(self, synced: SyncedFolder, resumed: Position) -> None:
+        path = synced.pull(self.NAME)
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed.step]
             _replace(path, "".join(f"{line}\n" for line in kept).encode())
-            mirror.replaced(self.NAME)
+            synced.replaced(self.NAME)
         self._file = path.open("a")
 
     def write(self, at: Position, values: Mapping[str, float]) -> None:
@@ -111,10 +111,10 @@ class TensorBoardSink:
 
     FOLDER = "tensorboard"
 
-    def __init__(self, mirror: Mirror, resumed: Position) -> None:
-        self._folder = mirror.path / self.FOLDER
+    def __init__(self, synced: SyncedFolder, resumed: Position) -> None:
+        self._folder = synced.path / self.FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
-        _cut_events(mirror, self.FOLDER, resumed)
+        _cut_events(synced, self.FOLDER, resumed)
         self._open(max(resumed.step, 0))
 
     def _open(self, step: int) -> None:
@@ -193,16 +193,16 @@ class WandbSink:
         self._run.finish()
 
 
-def _cut_events(mirror: Mirror, folder: str, resumed: Position) -> None:
+def _cut_events(synced: SyncedFolder, folder: str, resumed: Position) -> None:
     """Remove records beyond the resumed step: whole files opened after it, and the end of those opened before."""
-    opened_at = {name: int(found[1]) for name in mirror.names(folder) if (found := _OPENED_AT.search(name))}
+    opened_at = {name: int(found[1]) for name in synced.names(folder) if (found := _OPENED_AT.search(name))}
     before = max((step for step in opened_at.values() if step < resumed.step), default=resumed.step)
     for name, step in opened_at.items():
         if step > resumed.step:
-            mirror.delete(name)
+            synced.delete(name)
         elif step in (before, resumed.step):
-            _cut_event_file(mirror.pull(name), resumed)
-            mirror.replaced(name)
+            _cut_event_file(synced.pull(name), resumed)
+            synced.replaced(name)
 
 
 _OPENED_AT = re.compile(r"tfevents\.(\d+)\.\d+$")

@@ -22,7 +22,7 @@ from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger
 from isthmus.trainer.monitoring.loggers import Position, Sink
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.samples import write_samples
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.monitoring.watchdog import Watchdog
 from isthmus.trainer.task import Measured
 
@@ -47,7 +47,7 @@ class Outlets:
     """Where rank 0 writes; other ranks have none."""
 
     sinks: Sequence[Sink] = ()
-    mirror: Mirror | None = None
+    synced: SyncedFolder | None = None
     quarantine: QuarantineLog = field(default_factory=lambda: QuarantineLog(None, 0))
 
 
@@ -127,8 +127,8 @@ class Watch:
         for sink in self._outlets.sinks:
             sink.write(self._position(step), figures)
             sink.pictures(self._position(step), pictures)
-        if self._outlets.mirror and measured.texts:
-            write_samples(self._outlets.mirror, step, measured.texts, measured.examples, pictures)
+        if self._outlets.synced and measured.texts:
+            write_samples(self._outlets.synced, step, measured.texts, measured.examples, pictures)
         if self._outlets.sinks and figures:
             shown = " ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items())
             logger.info("%s %d/%d held out | %s", self._name, step, self._stage.steps, shown)
@@ -167,16 +167,16 @@ class Watch:
         for sink in self._outlets.sinks:
             sink.flush()
         self.ledger.write()
-        if self._outlets.mirror:
-            self._outlets.mirror.push()
+        if self._outlets.synced:
+            self._outlets.synced.push()
 
     def close(self) -> None:
-        """Write everything and let go of the sinks; the mirror, which is not ours, takes them to the store."""
+        """Write everything and let go of the sinks; the synced, which is not ours, takes them to the store."""
         for sink in self._outlets.sinks:
             sink.close()
         self.ledger.write()
-        if self._outlets.mirror:
-            self._outlets.mirror.push()
+        if self._outlets.synced:
+            self._outlets.synced.push()
 
     def _position(self, step: int) -> Position:
         return Position(step, step * self._stage.global_batch_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.trainer.engine.collectives import gather_lists
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 NAME = "quarantine.jsonl"
 
@@ -14,19 +14,19 @@ NAME = "quarantine.jsonl"
 class QuarantineLog:
     """Collects records at each save: what a checkpoint holds has its bad samples on file."""
 
-    def __init__(self, mirror: Mirror | None, resumed_step: int) -> None:
-        """Cut off records of steps that are done again; `mirror` is given on rank 0 only."""
+    def __init__(self, synced: SyncedFolder | None, resumed_step: int) -> None:
+        """Cut off records of steps that are done again; `synced` is given on rank 0 only."""
         self._path: Path | None = None
-        if mirror is None:
+        if synced is None:
             return
-        self._path = mirror.pull(NAME)
+        self._path = synced.pull(NAME)
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) < resumed_step]
             partial = self._path.with_name(f".{NAME}.part")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.replace(self._path)
-            mirror.replaced(NAME)
+            synced.replaced(NAME)
 
     def add(self, records: Sequence[BadRecord]) -> None:
         """Append the records of all ranks, ordered by step and row. Collective."""

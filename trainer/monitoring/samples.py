@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from isthmus.trainer.evaluation.figures import Picture, to_png
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 FOLDER = "samples"
 INDEX = "samples.json"
@@ -51,7 +51,7 @@ def thumbnail(picture: Picture) -> bytes:
 
 
 def write_samples(
-    mirror: Mirror,
+    synced: SyncedFolder,
     step: int,
     texts: Sequence[Mapping[str, str]],
     examples: Examples,
@@ -68,9 +68,9 @@ def write_samples(
         "pictures": [f"{title}.png" for title in pictures],
     }
     files[INDEX] = json.dumps(index, ensure_ascii=False).encode()
-    (mirror.path / name).mkdir(parents=True, exist_ok=True)
+    (synced.path / name).mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
-        partial = mirror.path / name / f".{file}.part"
+        partial = synced.path / name / f".{file}.part"
         partial.write_bytes(data)
-        partial.replace(mirror.path / name / file)
-        mirror.replaced(f"{name}/{file}")
+        partial.replace(synced.path / name / file)
+        synced.replaced(f"{name}/{file}")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 PUSH_TIMEOUT_SECONDS = 120.0
 
 
-class Mirror:
+class SyncedFolder:
     """Local view `path` of the folder `url`; one writer at a time."""
 
     def __init__(self, url: str, store: ObjectStore) -> None:
@@ -27,7 +27,7 @@ class Mirror:
         self.path = Path(tempfile.mkdtemp(prefix="isthmus-")) if self._remote else Path(url.removeprefix("file://"))
         self.path.mkdir(parents=True, exist_ok=True)
         self._pushed: dict[Path, int] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror") if self._remote else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="synced") if self._remote else None
         self._pending: Future[None] | None = None
 
     def names(self, folder: str = "") -> list[str]:

@@ -8,7 +8,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
 from isthmus.model.formats.native import export_bridge
 from isthmus.trainer.build import WEIGHT_FILES
-from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.frozen.node_cache import local_folder
@@ -28,7 +28,7 @@ def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
         ModelError: tensors are missing.
     """
     stage, url = config.stages[-1], join(run.url, EXPORT)
-    found = committed(run.checkpoints_url(stage), store)
+    found = list_checkpoints(run.checkpoints_url(stage), store)
     if not found:
         raise CheckpointError(f"{run.checkpoints_url(stage)}: no committed checkpoint to export; train the stage first")
     saved = max(found, key=lambda checkpoint: checkpoint.step)
@@ -40,7 +40,7 @@ def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
         folder = Path(temporary) / EXPORT
         with saved.in_use():
             _write(config, store, saved, folder)
-        run.fence()
+        run.assert_owner()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             store.put_file(join(url, *path.relative_to(folder).parts), path)
     run.record(**{EXPORT: fact})
@@ -49,7 +49,7 @@ def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
 
 
 def _write(config: TrainConfig, store: ObjectStore, saved: SavedCheckpoint, folder: Path) -> None:
-    trained = {name: saved.full(name) for name in saved.shapes()}
+    trained = {name: saved.read_tensor(name) for name in saved.shapes()}
     model, stage = config.model, config.stages[-1]
     vision = (model.vision, local_folder(model.vision.path, store))
     language = None

@@ -148,7 +148,7 @@ class Lease:
         raise LeaseError(self._lost)
 
 
-def check_token(url: str, store: ObjectStore, token: int) -> None:
+def assert_token(url: str, store: ObjectStore, token: int) -> None:
     """Make sure that the owner with `token` still holds the lease; for processes that work under it.
 
     Raises:

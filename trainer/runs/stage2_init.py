@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
-from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step
 from isthmus.trainer.config.schema import Stage2Config, TrainConfig
 from isthmus.trainer.engine.ranks_agree import from_main_rank
@@ -34,11 +34,11 @@ class _Source(Protocol):
     url: str
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def full(self, name: str) -> Tensor: ...
+    def read_tensor(self, name: str) -> Tensor: ...
     def identity(self) -> str: ...
 
 
-def hand_over(
+def init_from_stage1(
     config: TrainConfig, run: RunStore, store: ObjectStore, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Any] | None:
     """Give stage 2's parameters, not yet under an engine, the values that training begins with. Collective.
@@ -65,7 +65,7 @@ def hand_over(
     _check_recorded(source, record)
     with torch.no_grad():
         for name in record["taken"]:
-            parameters[name].copy_(source.full(name))
+            parameters[name].copy_(source.read_tensor(name))
     logger.info("stage 2 begins with %d tensors of %s", len(record["taken"]), record["url"])
     return record
 
@@ -118,7 +118,7 @@ def match(source: _Source, parameters: dict[str, nn.Parameter]) -> tuple[list[st
 def _chosen(config: TrainConfig, stage2: Stage2Config, run: RunStore, store: ObjectStore) -> SavedCheckpoint:
     """Return the verified checkpoint of this run's stage 1: the last, or the best."""
     folder = run.checkpoints_url(OWN_STAGE)
-    found = committed(folder, store)
+    found = list_checkpoints(folder, store)
     if not found or config.stage1 is None or found[0].step < config.stage1.steps:
         at = f"stands at step {found[0].step}" if found else "has no checkpoint"
         raise CheckpointError(f"{folder}: stage 1 is not finished ({at}); finish it, then start stage 2")
@@ -137,7 +137,7 @@ def _chosen(config: TrainConfig, stage2: Stage2Config, run: RunStore, store: Obj
 
 
 def _verify(saved: SavedCheckpoint) -> None:
-    problems = saved.problems()
+    problems = saved.verify()
     if problems:
         raise CheckpointError(
             f"{saved.url}: is damaged ({'; '.join(problems)}); delete it: stage 1 then ends again from the one before"
@@ -163,7 +163,7 @@ class _Export:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def full(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def identity(self) -> str:

@@ -9,7 +9,6 @@ runs/<run>/run.json       attempts, finished stages, hand-offs and other facts
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +20,7 @@ from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.engine.ranks_agree import from_main_rank
 from isthmus.trainer.errors import ConfigError, TrainerError
-from isthmus.trainer.runs.lease import BEAT_SECONDS, Lease, check_token
+from isthmus.trainer.runs.lease import BEAT_SECONDS, Lease, assert_token
 
 logger = logging.getLogger(__name__)
 FORMAT = "isthmus-run"
@@ -30,18 +29,10 @@ RUN, CONFIG, LEASE = "run.json", "config.yaml", "lease.json"
 _SWAP_ATTEMPTS = 20
 
 
-@dataclass(frozen=True)
-class RunToken:
-    """Lets other processes write under the owner's lease."""
-
-    number: int
-    """Fencing token."""
-
-
 class RunStore:
     """A run's folder, under a lease of ours or of the driver that started us."""
 
-    def __init__(self, url: str, store: ObjectStore, token: RunToken, lease: Lease | None) -> None:
+    def __init__(self, url: str, store: ObjectStore, token: int, lease: Lease | None) -> None:
         """Use `open` or `attach`."""
         self.url, self.token = url, token
         self._store, self._lease = store, lease
@@ -63,7 +54,7 @@ class RunStore:
         """
         opened: list[RunStore] = []
 
-        def open_here() -> RunToken:
+        def open_here() -> int:
             opened.append(_open(config, store, owner, allow_change, beat_seconds))
             return opened[0].token
 
@@ -71,7 +62,7 @@ class RunStore:
         return opened[0] if opened else RunStore.attach(config, store, token)
 
     @staticmethod
-    def attach(config: TrainConfig, store: ObjectStore, token: RunToken) -> "RunStore":
+    def attach(config: TrainConfig, store: ObjectStore, token: int) -> "RunStore":
         """Work on a run under the lease that another process holds."""
         return RunStore(run_url(config), store, token, None)
 
@@ -97,7 +88,7 @@ class RunStore:
 
         _update(self.url, self._store, merge)
 
-    def fence(self) -> None:
+    def assert_owner(self) -> None:
         """Make sure that the run is still ours, before a commit.
 
         Raises:
@@ -106,7 +97,7 @@ class RunStore:
         if self._lease is not None:
             self._lease.check()
         else:
-            check_token(join(self.url, LEASE), self._store, self.token.number)
+            assert_token(join(self.url, LEASE), self._store, self.token)
 
     def seconds_between_failures(self) -> float:
         """Return the observed mean time between failures; a day counts as observed before the first start."""
@@ -121,7 +112,7 @@ class RunStore:
         """Note the end of this attempt and release the lease, if it is ours."""
         if self._lease is None:
             return
-        number = self.token.number
+        number = self.token
 
         def end(run: dict[str, Any]) -> None:
             for attempt in run["attempts"]:
@@ -183,7 +174,7 @@ def _open(
     except BaseException:
         lease.release()
         raise
-    return RunStore(url, store, RunToken(lease.token), lease)
+    return RunStore(url, store, lease.token, lease)
 
 
 def _clear(url: str, store: ObjectStore) -> None:

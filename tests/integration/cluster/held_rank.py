@@ -38,8 +38,8 @@ def train(assignment, context):
         step += 1
         if checkpoints.due(step, STEP_SECONDS):
             checkpoints.save(step, fragments_of(step, rank.rank, rank.world_size), state_of(step))
-        elif checkpoints.hold_due(step):
-            checkpoints.hold(fragments_of(step, rank.rank, rank.world_size), state_of(step))
+        elif checkpoints.replication_due(step):
+            checkpoints.replicate(fragments_of(step, rank.rank, rank.world_size), state_of(step))
         context.report({"step": float(step), "seconds_per_step": STEP_SECONDS})
     checkpoints.close()
     dist.destroy_process_group()

@@ -18,7 +18,7 @@ from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.submission.jobs import Jobs
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.trainer.checkpoint.reader import committed
+from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config, to_yaml
 from isthmus.trainer.errors import ConfigError
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
@@ -86,7 +86,7 @@ class Operator:
         return json.loads(self.isthmus("status", name, "--json"))[0]
 
     def checkpoints(self, name):
-        return committed(join(self.url(name), "stage1", "checkpoints"), ObjectStore(self.config.store))
+        return list_checkpoints(join(self.url(name), "stage1", "checkpoints"), ObjectStore(self.config.store))
 
     @property
     def config(self):
@@ -149,7 +149,7 @@ def assert_same_bits(first, second):
     assert first.shapes() == second.shapes()
     for name in first.shapes():
         for kind in ("param", "exp_avg", "exp_avg_sq"):
-            assert (first.full(name, kind) == second.full(name, kind)).all(), (name, kind)
+            assert (first.read_tensor(name, kind) == second.read_tensor(name, kind)).all(), (name, kind)
 
 
 def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator, undisturbed):

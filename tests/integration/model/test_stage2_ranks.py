@@ -63,13 +63,13 @@ def partitioned_captions(rank, world_size, root, kind):
     from isthmus.data_pipeline.store.object_store import ObjectStore
     from isthmus.trainer.context import LocalContext
     from isthmus.trainer.engine.process_group import join_process_group
-    from isthmus.trainer.frozen.zero3 import frozen_language
+    from isthmus.trainer.frozen.zero3 import load_frozen_lm
 
     parts = stage2_parts(Path(root), kind)
     context = LocalContext()
     join_process_group(context.rank, 60)
     config, folder = parts.language
-    parts.model.language = frozen_language(config, str(folder), ObjectStore(), context.rank)
+    parts.model.language = load_frozen_lm(config, str(folder), ObjectStore(), context.rank)
     held = sum(parameter.numel() for parameter in parts.model.language.parameters())
     # Ranks bring different numbers of rows and of tokens: rank 1 ends long before rank 0.
     images = torch.stack([picture(row) for row in range(3 if rank == 0 else 1)])

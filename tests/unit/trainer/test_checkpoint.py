@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, entry_of, step_name
+from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, hash_file, step_name
 from isthmus.trainer.checkpoint.interval import Interval, young_daly_seconds
-from isthmus.trainer.checkpoint.reader import SavedCheckpoint, committed
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step, kept_steps, prune
 from isthmus.trainer.checkpoint.staging import Snapshot
 from isthmus.trainer.config.schema import CheckpointConfig
@@ -84,7 +84,7 @@ def test_digest_does_not_know_the_world_size(tmp_path, writers):
     for rank, snapshot in enumerate(parts):
         data = bytes(snapshot.bytes())
         store.put(join(str(tmp_path), f"p{rank}"), data)
-        entries.append(entry_of(f"p{rank}", [data]))
+        entries.append(hash_file(f"p{rank}", [data]))
     saved = SavedCheckpoint(str(tmp_path), store, Manifest(4, 1, writers, tuple(entries), entries[0]))
     assert holds(saved, 4)
     expected = hashlib.sha256()
@@ -146,16 +146,16 @@ def test_late_commit_of_an_earlier_owner_does_not_count(tmp_path):
     save(folder, 10, token=1)
     save(folder, 15, token=2)
     save(folder, 20, token=1)
-    assert [saved.step for saved in committed(folder, ObjectStore())] == [15, 10]
+    assert [saved.step for saved in list_checkpoints(folder, ObjectStore())] == [15, 10]
     save(folder, 20, token=2)
-    assert [saved.step for saved in committed(folder, ObjectStore())][:2] == [20, 15]
+    assert [saved.step for saved in list_checkpoints(folder, ObjectStore())][:2] == [20, 15]
 
 
 def test_fenced_out_writer_cannot_commit(tmp_path):
-    def fence() -> None:
+    def assert_owner() -> None:
         raise LeaseError("held by another")
 
-    checkpoints = manager(str(tmp_path), fence=fence)
+    checkpoints = manager(str(tmp_path), assert_owner=assert_owner)
     checkpoints.save(1, fragments_of(1), state_of(1))
     with pytest.raises(LeaseError):
         checkpoints.wait()
@@ -267,7 +267,7 @@ def test_retention(tmp_path):
         checkpoints.save(step, fragments_of(step), state_of(step, metrics=metrics))
         checkpoints.wait()
     checkpoints.close()
-    assert [saved.step for saved in committed(folder, ObjectStore())] == [6, 5, 3, 2]
+    assert [saved.step for saved in list_checkpoints(folder, ObjectStore())] == [6, 5, 3, 2]
 
 
 def test_best_is_least_for_a_loss_and_earliest_of_equals():
@@ -284,7 +284,7 @@ def test_checkpoint_in_use_is_not_deleted(tmp_path):
         save(folder, 2, 3, 4)
         assert holds(SavedCheckpoint.open(join(folder, step_name(1)), store), 1)
     save(folder, 5)
-    assert [saved.step for saved in committed(folder, store)] == [5, 4]
+    assert [saved.step for saved in list_checkpoints(folder, store)] == [5, 4]
 
 
 def test_leftovers_are_collected_but_never_those_of_a_later_step(tmp_path):

@@ -14,7 +14,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.monitoring import loggers as metrics
 from isthmus.trainer.monitoring.loggers import JsonlSink, Position, TensorBoardSink, WandbSink, read_jsonl
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 pytestmark = pytest.mark.unit
 BATCH = 4
@@ -33,22 +33,22 @@ def place(request, tmp_path, monkeypatch):
         yield "s3://bucket/run/stage1", ObjectStore(StoreConfig(region="us-east-1"))
 
 
-def write_steps(mirror, first, last, *, killed=False, checkpoint_at=None, resumed=0):
+def write_steps(synced, first, last, *, killed=False, checkpoint_at=None, resumed=0):
     """Write a record for each step, push at the checkpoint, and end cleanly or not at all."""
     at = Position(resumed, resumed * BATCH)
-    sinks = [JsonlSink(mirror, at), TensorBoardSink(mirror, at)]
+    sinks = [JsonlSink(synced, at), TensorBoardSink(synced, at)]
     for step in range(first, last + 1):
         for sink in sinks:
             sink.write(Position(step, step * BATCH), {"loss/total": 1.0 / step, "optim/lr": step / 10})
         if step == checkpoint_at or (killed and step == last):
             for sink in sinks:
                 sink.flush()
-            mirror.push()
-            mirror.wait()
+            synced.push()
+            synced.wait()
     if not killed:
         for sink in sinks:
             sink.close()
-        mirror.close()
+        synced.close()
 
 
 def read_back(url, store, folder):
@@ -67,7 +67,7 @@ def read_back(url, store, folder):
 
 def test_a_run_that_is_never_killed(place, tmp_path):
     url, store = place
-    write_steps(Mirror(url, store), 1, 8)
+    write_steps(SyncedFolder(url, store), 1, 8)
     records, events = read_back(url, store, tmp_path / "copy")
     assert [record["step"] for record in records] == list(range(1, 9))
     assert records[3]["samples"] == 16
@@ -80,9 +80,9 @@ def test_a_run_that_is_never_killed(place, tmp_path):
 @pytest.mark.parametrize("resumed", [0, 3, 5, 7])
 def test_steps_done_again_are_there_once(place, tmp_path, resumed):
     url, store = place
-    write_steps(Mirror(url, store), 1, 5, killed=True, checkpoint_at=3)
-    write_steps(Mirror(url, store), 4, 7, killed=True, resumed=3)
-    write_steps(Mirror(url, store), resumed + 1, 10, resumed=resumed)
+    write_steps(SyncedFolder(url, store), 1, 5, killed=True, checkpoint_at=3)
+    write_steps(SyncedFolder(url, store), 4, 7, killed=True, resumed=3)
+    write_steps(SyncedFolder(url, store), resumed + 1, 10, resumed=resumed)
     records, events = read_back(url, store, tmp_path / "copy")
     assert [record["step"] for record in records] == list(range(1, 11))
     for tag, unit in (("loss/total", 1), ("by_samples/loss/total", BATCH)):
@@ -92,16 +92,16 @@ def test_steps_done_again_are_there_once(place, tmp_path, resumed):
 def test_many_small_event_files_resume_too(place, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "MAX_EVENT_FILE_BYTES", 300)
     url, store = place
-    write_steps(Mirror(url, store), 1, 20, killed=True)
+    write_steps(SyncedFolder(url, store), 1, 20, killed=True)
     assert len([info for info in store.list(url) if "tfevents" in info.url]) > 3
-    write_steps(Mirror(url, store), 12, 20, resumed=11)
+    write_steps(SyncedFolder(url, store), 12, 20, resumed=11)
     _, events = read_back(url, store, tmp_path / "copy")
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 21))
 
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 4}\n{"step": 2, "sam')
-    sink = JsonlSink(Mirror(str(tmp_path), ObjectStore()), Position(2, 8))
+    sink = JsonlSink(SyncedFolder(str(tmp_path), ObjectStore()), Position(2, 8))
     sink.write(Position(3, 12), {"loss/total": float("nan")})
     sink.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -111,12 +111,12 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
 
 def test_pictures_land_in_tensorboard(place, tmp_path):
     url, store = place
-    mirror = Mirror(url, store)
-    sinks = [JsonlSink(mirror, Position(0, 0)), TensorBoardSink(mirror, Position(0, 0))]
+    synced = SyncedFolder(url, store)
+    sinks = [JsonlSink(synced, Position(0, 0)), TensorBoardSink(synced, Position(0, 0))]
     for sink in sinks:
         sink.pictures(Position(1, 4), {"samples": np.zeros((8, 6, 3), dtype=np.uint8)})
         sink.close()
-    mirror.close()
+    synced.close()
     _, events = read_back(url, store, tmp_path / "copy")
     (image,) = events.Images("samples")
     assert (image.height, image.width, image.step) == (8, 6, 1)

@@ -7,8 +7,8 @@ import zlib
 import pytest
 
 from isthmus.trainer.checkpoint.format import FileEntry
-from isthmus.trainer.checkpoint.replica_buffer import HeldPart, Shelf, SnapshotId, newest_complete
-from isthmus.trainer.checkpoint.replication import PeerSnapshots, held_checkpoint
+from isthmus.trainer.checkpoint.replica_buffer import ReplicaBuffer, ReplicaPart, SnapshotId, newest_complete
+from isthmus.trainer.checkpoint.replication import Replicator, replica_checkpoint
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import CheckpointError, LeaseError
 from tests.local_peers import LocalPeers
@@ -19,18 +19,18 @@ pytestmark = pytest.mark.unit
 
 def part(step, rank=0, world_size=1, session="a", data=b"12345678"):
     entry = FileEntry(f"part-{rank}", len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data))
-    return HeldPart(SnapshotId(session, step), rank, world_size, entry, b"{}")
+    return ReplicaPart(SnapshotId(session, step), rank, world_size, entry, b"{}")
 
 
-def put(shelf, held, keep=None, data=b"12345678"):
-    shelf.begin(held, keep)
-    shelf.write(held.key, 0, data)
-    shelf.complete(held.key)
+def put(buffer, held, keep=None, data=b"12345678"):
+    buffer.begin(held, keep)
+    buffer.write(held.key, 0, data)
+    buffer.complete(held.key)
 
 
-def take(memory, step, rank=0, world_size=1, session="a", fence=lambda: None):
+def take(memory, step, rank=0, world_size=1, session="a", assert_owner=lambda: None):
     """Hold a state for one rank and wait for it."""
-    snapshots = PeerSnapshots(memory, 1, session, Rank(rank, world_size), fence)
+    snapshots = Replicator(memory, 1, session, Rank(rank, world_size), assert_owner)
     snapshots.take(fragments_of(step, rank, world_size), state_of(step))
     snapshots.wait()
     snapshots.close()
@@ -45,100 +45,100 @@ def test_newest_complete_needs_every_rank_of_one_attempt():
 
 
 def test_part_counts_when_all_of_it_arrived():
-    shelf, held = Shelf(), part(1)
-    shelf.begin(held, None)
-    shelf.write(held.key, 0, b"1234")
-    assert shelf.parts() == []
+    buffer, held = ReplicaBuffer(), part(1)
+    buffer.begin(held, None)
+    buffer.write(held.key, 0, b"1234")
+    assert buffer.parts() == []
     with pytest.raises(KeyError):
-        shelf.read(held.key, 0, 4)
+        buffer.read(held.key, 0, 4)
     with pytest.raises(CheckpointError, match="not held"):
-        shelf.complete(held.key)
-    shelf.write(held.key, 4, b"5678")
-    shelf.complete(held.key)
-    assert shelf.parts() == [held]
-    assert shelf.read(held.key, 2, 4) == b"3456"
+        buffer.complete(held.key)
+    buffer.write(held.key, 4, b"5678")
+    buffer.complete(held.key)
+    assert buffer.parts() == [held]
+    assert buffer.read(held.key, 2, 4) == b"3456"
 
 
-def test_a_shelf_keeps_the_last_whole_snapshot_until_the_next_is_whole():
-    shelf = Shelf()
-    put(shelf, part(1))
-    put(shelf, part(2), keep=SnapshotId("a", 1))
-    assert [held.snapshot.step for held in shelf.parts()] == [1, 2]
-    shelf.begin(part(3), keep=SnapshotId("a", 2))
-    assert [held.snapshot.step for held in shelf.parts()] == [2]
-    put(shelf, part(3, rank=1, world_size=2), keep=SnapshotId("a", 2))
-    assert {held.snapshot.step for held in shelf.parts()} == {2, 3}
-    assert len(shelf._parts) == 3
+def test_a_buffer_keeps_the_last_whole_snapshot_until_the_next_is_whole():
+    buffer = ReplicaBuffer()
+    put(buffer, part(1))
+    put(buffer, part(2), keep=SnapshotId("a", 1))
+    assert [held.snapshot.step for held in buffer.parts()] == [1, 2]
+    buffer.begin(part(3), keep=SnapshotId("a", 2))
+    assert [held.snapshot.step for held in buffer.parts()] == [2]
+    put(buffer, part(3, rank=1, world_size=2), keep=SnapshotId("a", 2))
+    assert {held.snapshot.step for held in buffer.parts()} == {2, 3}
+    assert len(buffer._parts) == 3
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_loss_of_one_node_leaves_the_whole_state(world_size, lost):
-    nodes = [Shelf() for _ in range(world_size)]
+    nodes = [ReplicaBuffer() for _ in range(world_size)]
     for rank in range(world_size):
         take(LocalPeers(nodes, [nodes[rank], nodes[(rank + 1) % world_size]]), 7, rank, world_size)
-    left = [shelf for node, shelf in enumerate(nodes) if node != lost]
+    left = [buffer for node, buffer in enumerate(nodes) if node != lost]
     memory = LocalPeers(left, [])
-    saved = held_checkpoint(memory, memory.offer)
-    assert saved.problems() == []
+    saved = replica_checkpoint(memory, memory.available)
+    assert saved.verify() == []
     assert saved.state == state_of(7)
     assert holds(saved, 7)
 
 
 def test_used_only_when_ahead_of_the_newest_checkpoint(tmp_path):
-    shelf = Shelf()
-    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=2)
-    assert [step for step in range(1, 6) if checkpoints.hold_due(step)] == [2, 4]
+    buffer = ReplicaBuffer()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=2)
+    assert [step for step in range(1, 6) if checkpoints.replication_due(step)] == [2, 4]
     checkpoints.prepare(fragments_of(4))
     checkpoints.save(4, fragments_of(4), state_of(4))
     checkpoints.wait()
     for step in (4, 6):
-        checkpoints.hold(fragments_of(step), state_of(step))
+        checkpoints.replicate(fragments_of(step), state_of(step))
         checkpoints._peers.wait()
-        again = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=2)
+        again = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=2)
         found = again.newest()
         assert holds(found, step)
         assert found.url.startswith("peers:") == (step == 6)
         again.close()
     checkpoints.close()
-    off = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]))
-    assert (off.newest().step, off.hold_due(6)) == (4, False)
+    off = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]))
+    assert (off.newest().step, off.replication_due(6)) == (4, False)
     off.close()
 
 
 def test_same_bytes_as_a_checkpoint_of_that_step(tmp_path):
-    shelf = Shelf()
-    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    buffer = ReplicaBuffer()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=1)
     checkpoints.save(3, fragments_of(3), state_of(3))
     checkpoints.wait()
-    checkpoints.hold(fragments_of(3), state_of(3))
+    checkpoints.replicate(fragments_of(3), state_of(3))
     checkpoints.close()
-    memory = LocalPeers([shelf], [])
-    held, saved = held_checkpoint(memory, memory.offer), checkpoints.latest()
+    memory = LocalPeers([buffer], [])
+    held, saved = replica_checkpoint(memory, memory.available), checkpoints.latest()
     assert held.manifest.files == saved.manifest.files
     assert held.digest() == saved.digest()
 
 
 def test_damaged_memory_falls_back_to_the_checkpoint(tmp_path, caplog):
-    shelf = Shelf()
-    checkpoints = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    buffer = ReplicaBuffer()
+    checkpoints = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=1)
     checkpoints.save(1, fragments_of(1), state_of(1))
     checkpoints.wait()
-    checkpoints.hold(fragments_of(2), state_of(2))
+    checkpoints.replicate(fragments_of(2), state_of(2))
     checkpoints.close()
-    ((_, data),) = shelf._parts.values()
+    ((_, data),) = buffer._parts.values()
     data[-1] ^= 1
-    again = manager(str(tmp_path), peers=LocalPeers([shelf], [shelf]), peer_memory_every_steps=1)
+    again = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=1)
     assert holds(again.newest(), 1)
     again.close()
     assert "passed over" in caplog.text
 
 
-def test_shelves_that_vanish_after_the_offer_fall_back_to_the_checkpoint(tmp_path):
-    shelf = Shelf()
-    take(LocalPeers([shelf], [shelf]), 2)
-    memory = LocalPeers([shelf], [])
-    memory.shelves = []
+def test_buffers_that_vanish_after_they_were_found_fall_back_to_the_checkpoint(tmp_path):
+    buffer = ReplicaBuffer()
+    take(LocalPeers([buffer], [buffer]), 2)
+    memory = LocalPeers([buffer], [])
+    memory.buffers = []
     checkpoints = manager(str(tmp_path), peers=memory, peer_memory_every_steps=1)
     checkpoints.save(1, fragments_of(1), state_of(1))
     checkpoints.wait()
@@ -146,33 +146,33 @@ def test_shelves_that_vanish_after_the_offer_fall_back_to_the_checkpoint(tmp_pat
     checkpoints.close()
 
 
-def test_no_shelf_is_a_warning_and_no_error(caplog):
+def test_no_buffer_is_a_warning_and_no_error(caplog):
     take(LocalPeers([], []), 2)
     assert "training goes on" in caplog.text
 
 
 def test_owner_that_lost_the_run_holds_nothing():
-    def fence():
+    def assert_owner():
         raise LeaseError("held by another")
 
-    shelf = Shelf()
-    take(LocalPeers([shelf], [shelf]), 2, fence=fence)
-    assert shelf.parts() == []
+    buffer = ReplicaBuffer()
+    take(LocalPeers([buffer], [buffer]), 2, assert_owner=assert_owner)
+    assert buffer.parts() == []
 
 
 def test_a_snapshot_under_way_is_not_overtaken():
-    shelf = Shelf()
+    buffer = ReplicaBuffer()
 
     class Slow(LocalPeers):
-        def hold(self, part, data, keep):
+        def replicate(self, part, data, keep):
             time.sleep(0.3)
-            super().hold(part, data, keep)
+            super().replicate(part, data, keep)
 
-    snapshots = PeerSnapshots(Slow([shelf], [shelf]), 1, "a", Rank(0, 1), lambda: None)
+    snapshots = Replicator(Slow([buffer], [buffer]), 1, "a", Rank(0, 1), lambda: None)
     for step in (1, 2):
         snapshots.take(fragments_of(step), state_of(step))
     snapshots.wait()
-    assert [held.snapshot.step for held in shelf.parts()] == [1]
+    assert [held.snapshot.step for held in buffer.parts()] == [1]
     snapshots.take(fragments_of(3), state_of(3))
     snapshots.close()
-    assert [held.snapshot.step for held in shelf.parts()] == [1, 3]
+    assert [held.snapshot.step for held in buffer.parts()] == [1, 3]

@@ -13,7 +13,7 @@ from isthmus.trainer.config.loading import check_config
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
 from isthmus.trainer.runs.lease import Lease, LeaseState, read_lease
-from isthmus.trainer.runs.stage2_init import hand_over
+from isthmus.trainer.runs.stage2_init import init_from_stage1
 from isthmus.trainer.runs.store import RunStore, read_run
 from tests.saved_states import fragments_of, full, manager, state_of
 
@@ -61,22 +61,22 @@ def test_released_lease_is_taken_at_once(tmp_path):
     run = open_run(tmp_path, "ann")
     run.close()
     again = open_run(tmp_path, "bob")
-    assert again.token.number == run.token.number + 1
+    assert again.token == run.token + 1
     again.close()
 
 
 def test_stale_lease_is_taken_over_and_the_old_writer_is_fenced_out(tmp_path):
     old = open_run(tmp_path, "ann")
     worker = RunStore.attach(config(tmp_path), STORE, old.token)
-    worker.fence()
+    worker.assert_owner()
     abandon(old)
     new = open_run(tmp_path, "bob")
     for store in (old, worker):
         with pytest.raises(LeaseError, match="held by bob"):
-            store.fence()
-    new.fence()
+            store.assert_owner()
+    new.assert_owner()
     old.close()
-    new.fence()
+    new.assert_owner()
     new.close()
 
 
@@ -173,7 +173,7 @@ def test_folder_that_is_no_run(tmp_path):
 
 
 def stage1(run: RunStore, *steps: int, **metrics: float) -> None:
-    checkpoints = manager(run.checkpoints_url("stage1"), token=run.token.number, keep_last=9)
+    checkpoints = manager(run.checkpoints_url("stage1"), token=run.token, keep_last=9)
     for step in steps:
         checkpoints.save(step, fragments_of(step), state_of(step, metrics=metrics if step == steps[0] else {}))
         checkpoints.wait()
@@ -184,11 +184,11 @@ def stage2_parameters() -> dict[str, nn.Parameter]:
     return {"qformer.a": nn.Parameter(torch.zeros(7, 5)), "projection.weight": nn.Parameter(torch.ones(2, 2))}
 
 
-def test_hand_over_takes_by_name_drops_the_rest_and_is_done_once(tmp_path):
+def test_init_from_stage1_takes_by_name_drops_the_rest_and_is_done_once(tmp_path):
     run = open_run(tmp_path)
     stage1(run, 2, 4)
     parameters = stage2_parameters()
-    record = hand_over(config(tmp_path), run, STORE, parameters)
+    record = init_from_stage1(config(tmp_path), run, STORE, parameters)
     assert torch.equal(parameters["qformer.a"].flatten(), full(4)["qformer.a", "param"])
     assert torch.equal(parameters["projection.weight"], torch.ones(2, 2))
     assert record["taken"] == ["qformer.a"]
@@ -196,36 +196,36 @@ def test_hand_over_takes_by_name_drops_the_rest_and_is_done_once(tmp_path):
     assert run.facts()["handoffs"]["stage2"] == record
     stage1(run, 6)
     again = stage2_parameters()
-    assert hand_over(config(tmp_path), run, STORE, again) == record
+    assert init_from_stage1(config(tmp_path), run, STORE, again) == record
     assert torch.equal(again["qformer.a"], parameters["qformer.a"])
     run.close()
 
 
-def test_hand_over_of_the_best(tmp_path):
+def test_init_from_stage1_of_the_best(tmp_path):
     changes = {"stage2__init_choice": "best", "checkpoint__keep_best": "eval/r1"}
     run = open_run(tmp_path, **changes)
     stage1(run, 2, 4, **{"eval/r1": 0.5})
     parameters = stage2_parameters()
-    hand_over(config(tmp_path, **changes), run, STORE, parameters)
+    init_from_stage1(config(tmp_path, **changes), run, STORE, parameters)
     assert torch.equal(parameters["qformer.a"].flatten(), full(2)["qformer.a", "param"])
     run.close()
 
 
-def test_hand_over_refuses_what_is_unfinished_damaged_or_foreign(tmp_path):
+def test_init_from_stage1_refuses_what_is_unfinished_damaged_or_foreign(tmp_path):
     run = open_run(tmp_path)
     with pytest.raises(CheckpointError, match="has no checkpoint"):
-        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+        init_from_stage1(config(tmp_path), run, STORE, stage2_parameters())
     stage1(run, 2)
     with pytest.raises(CheckpointError, match="stands at step 2"):
-        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+        init_from_stage1(config(tmp_path), run, STORE, stage2_parameters())
     stage1(run, 4)
     with pytest.raises(CheckpointError, match=r"lacks \['qformer.other'\]"):
-        hand_over(config(tmp_path), run, STORE, {"qformer.other": nn.Parameter(torch.zeros(1))})
+        init_from_stage1(config(tmp_path), run, STORE, {"qformer.other": nn.Parameter(torch.zeros(1))})
     with pytest.raises(CheckpointError, match=r"qformer.a: \(7, 5\), the model has \(3,\)"):
-        hand_over(config(tmp_path), run, STORE, {"qformer.a": nn.Parameter(torch.zeros(3))})
+        init_from_stage1(config(tmp_path), run, STORE, {"qformer.a": nn.Parameter(torch.zeros(3))})
     part = next((tmp_path / "night/stage1/checkpoints/step-000000004").glob("part-*"))
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="is damaged"):
-        hand_over(config(tmp_path), run, STORE, stage2_parameters())
+        init_from_stage1(config(tmp_path), run, STORE, stage2_parameters())
     assert "handoffs" not in run.facts()
     run.close()

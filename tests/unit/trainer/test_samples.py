@@ -11,7 +11,7 @@ from PIL import Image
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.evaluation.retrieval import EXAMPLES, _examples
 from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
-from isthmus.trainer.monitoring.synced_folder import Mirror
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 pytestmark = pytest.mark.unit
 
@@ -21,11 +21,11 @@ def picture(shade, height=200, width=320):
 
 
 def test_a_folder_holds_texts_thumbnails_and_pictures(tmp_path):
-    mirror = Mirror(str(tmp_path), ObjectStore())
+    synced = SyncedFolder(str(tmp_path), ObjectStore())
     texts = [{"key": "a", "caption": "a <b>fox</b>", "retrieved": "ünïcode"}, {"key": "b", "caption": "a pig"}]
     for shade in (10, 250):
         examples = Examples([Example(0, [1, 0], [0])], {0: thumbnail(picture(shade))})
-        write_samples(mirror, 7, texts, examples, {"attention": picture(shade)})
+        write_samples(synced, 7, texts, examples, {"attention": picture(shade)})
     folder = tmp_path / "samples" / "step-000000007"
     assert sorted(file.name for file in folder.iterdir()) == ["00000.jpg", "attention.png", "samples.json"]
     index = json.loads((folder / "samples.json").read_text())
