@@ -9,7 +9,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.report.folder import read_folder
 from isthmus.cluster.report.markup import Html, h, table
 from isthmus.cluster.report.measures import Baseline
-from isthmus.cluster.report.page import Extra, render
+from isthmus.cluster.report.page import ReportExtras, render
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.curves import load_band, verdict
 from isthmus.demo.packages import EVERYTHING
@@ -41,7 +41,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, instead_of:
     """
     url = join(config.run.url, config.run.name)
     facts = read_folder(url, store)
-    extra = Extra(
+    extra = ReportExtras(
         {} if instead_of else BASELINES,
         {
             "Unseen concepts": _unseen(cache, {} if instead_of else UNSEEN_BASELINES),

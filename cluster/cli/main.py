@@ -9,15 +9,12 @@ import typer
 from isthmus.cluster.cli import (
     assets,
     checkpoints,
+    checks,
     config,
     data,
-    doctor,
-    estimate,
     jobs,
-    manifests,
     model,
-    preflight,
-    report,
+    planning,
     runs,
     train,
 )
@@ -33,9 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 something for you to mend, 75 stopped early: start again.",
 )
-for verbs in (train.app, jobs.app, model.app, preflight.app, manifests.app, doctor.app, report.app):
+for verbs in (train.app, jobs.app, model.app, checks.app, planning.app, runs.report_app):
     app.add_typer(verbs)
-app.command()(estimate.estimate)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")

@@ -1,6 +1,7 @@
-"""`isthmus runs ls|show`: runs as their folders tell them, without a cluster."""
+"""`isthmus runs ls|show`, `isthmus report`: what the folders of runs hold, read without a cluster."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer(help="Look at runs in object storage.", no_args_is_help=True)
+report_app = typer.Typer()
 
 
 @app.command()
@@ -62,6 +64,19 @@ def show(
         typer.echo(f"  {stage}: {outcome}; checkpoints at {', '.join(map(str, steps))}")
     for stage, record in found["record"].get("handoffs", {}).items():
         typer.echo(f"  {stage} began with {len(record['taken'])} tensors of {record['url']}")
+
+
+@report_app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN_URL", help="Folder of a run: local or s3://.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
+) -> None:
+    """Write a page about a run: results, curves, examples, goodput, restarts; opens anywhere, offline."""
+    from isthmus.cluster.report import write_report
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+    path = write_report(run, ObjectStore(), out)
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def summary(url: str, store: "ObjectStore") -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The report of a run: one HTML file from its folder."""
 
-from isthmus.cluster.report.page import Extra, write_report
+from isthmus.cluster.report.page import ReportExtras, write_report
 
-__all__ = ["Extra", "write_report"]
+__all__ = ["ReportExtras", "write_report"]

@@ -29,25 +29,25 @@ METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
 T = TypeVar("T")
 
 
-class Entry(BaseModel):
-    """One example of an evaluation: places in its list of texts."""
+class Example(BaseModel):
+    """One example of an evaluation: indices into the list of texts."""
 
     index: int
     texts: list[int]
     images: list[int]
 
 
-class Index(BaseModel):
+class SampleIndex(BaseModel):
     """`samples.json`, checked."""
 
     step: int
     texts: list[dict[str, str]]
-    examples: list[Entry]
+    examples: list[Example]
     pictures: list[Annotated[str, StringConstraints(pattern=r"^\w+\.png$")]]
 
     @model_validator(mode="after")
-    def _places_exist(self) -> Self:
-        if any(not 0 <= place < len(self.texts) for entry in self.examples for place in _places(entry)):
+    def _check_indices(self) -> Self:
+        if any(not 0 <= index < len(self.texts) for entry in self.examples for index in _indices(entry)):
             raise ValueError(f"an example lies beyond the {len(self.texts)} texts")
         return self
 
@@ -58,7 +58,7 @@ class Samples:
 
     step: int
     texts: list[dict[str, str]]
-    examples: list[Entry]
+    examples: list[Example]
     pictures: dict[str, bytes]
     """By file name: thumbnails and drawings."""
 
@@ -68,7 +68,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointSummary:
     """The newest committed checkpoint."""
 
     step: int
@@ -84,7 +84,7 @@ class StageFacts:
     records: list[dict[str, Any]] = field(default_factory=list)
     samples: Samples | None = None
     quarantined: int = 0
-    checkpoint: Saved | None = None
+    checkpoint: CheckpointSummary | None = None
 
     def series(self, figure: str) -> list[tuple[float, float]]:
         """Return (step, value) of a figure over the stage."""
@@ -177,12 +177,12 @@ class _Reader:
             self.guarded(f"{name}/checkpoints", lambda: self._newest(join(self._url, name, "checkpoints"))),
         )
 
-    def _newest(self, folder: str) -> Saved | None:
+    def _newest(self, folder: str) -> CheckpointSummary | None:
         found = list_checkpoints(folder, self._store)
         if not found:
             return None
         with closing(found[0]) as saved:
-            return Saved(saved.step, saved.size_bytes, saved.state)
+            return CheckpointSummary(saved.step, saved.size_bytes, saved.state)
 
     def weight_bytes(self, config: dict[str, Any], part: str) -> int:
         folder = _setting(config, f"model.{part}.path")
@@ -201,10 +201,10 @@ class _Reader:
         if newest is None:
             return None
         folder = f"{stage}/{FOLDER}/{newest.removesuffix(f'/{INDEX}')}"
-        index = self.parsed(f"{folder}/{INDEX}", Index.model_validate_json)
+        index = self.parsed(f"{folder}/{INDEX}", SampleIndex.model_validate_json)
         return None if index is None else self._with_pictures(folder, index)
 
-    def _with_pictures(self, folder: str, index: Index) -> Samples:
+    def _with_pictures(self, folder: str, index: SampleIndex) -> Samples:
         wanted = sorted({number for entry in index.examples for number in (entry.index, *entry.images)})
         files = [*(f"{number:05d}.jpg" for number in wanted), *index.pictures]
         found = {file: self.parsed(f"{folder}/{file}", bytes) for file in files}
@@ -225,5 +225,5 @@ def _setting(config: dict[str, Any], path: str) -> Any:
     return value
 
 
-def _places(entry: Entry) -> tuple[int, ...]:
+def _indices(entry: Example) -> tuple[int, ...]:
     return (entry.index, *entry.texts, *entry.images)

@@ -10,30 +10,30 @@ from pathlib import Path
 from isthmus.cluster.report import sections
 from isthmus.cluster.report.folder import RunFacts, read_folder
 from isthmus.cluster.report.markup import Html, h, join, table
-from isthmus.cluster.report.measures import Given
+from isthmus.cluster.report.measures import Baselines
 from isthmus.cluster.report.style import CSS
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 
 @dataclass(frozen=True)
-class Extra:
+class ReportExtras:
     """What whoever writes the report knows beyond the run's folder."""
 
-    baselines: Given = field(default_factory=dict)
+    baselines: Baselines = field(default_factory=dict)
     sections: Mapping[str, Html] = field(default_factory=dict)
     """Further sections, title -> content."""
     warning: str | None = None
     """Stands above everything."""
 
 
-def write_report(url: str, store: ObjectStore, out: Path, extra: Extra | None = None) -> Path:
+def write_report(url: str, store: ObjectStore, out: Path, extra: ReportExtras | None = None) -> Path:
     """Write the report of a run's folder, local or remote, to a file, replacing it.
 
     Raises:
         TrainerError: the folder is no run's.
         DataError: the object store refuses access.
     """
-    page = render(read_folder(url, store), extra or Extra())
+    page = render(read_folder(url, store), extra or ReportExtras())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.part")
     partial.write_text(page, encoding="utf-8")
@@ -41,7 +41,7 @@ def write_report(url: str, store: ObjectStore, out: Path, extra: Extra | None = 
     return out
 
 
-def render(facts: RunFacts, extra: Extra) -> str:
+def render(facts: RunFacts, extra: ReportExtras) -> str:
     """Return the page."""
     parts: dict[str, Html] = {
         "Results": sections.results(facts, extra.baselines),

@@ -4,9 +4,9 @@ import time
 from datetime import timedelta
 
 from isthmus.cluster.report.charts import COLOURS, Mark, line_chart
-from isthmus.cluster.report.folder import Entry, RunFacts, Samples, StageFacts
+from isthmus.cluster.report.folder import Example, RunFacts, Samples, StageFacts
 from isthmus.cluster.report.markup import Html, h, join, picture, table
-from isthmus.cluster.report.measures import Given, Measure, captioning, retrieval
+from isthmus.cluster.report.measures import Baselines, Measure, captioning, retrieval
 from isthmus.trainer.monitoring.goodput import Activity
 
 NO_EVALUATION = "No evaluation is on file: none was configured (evaluation.manifest), or none has been reached yet."
@@ -18,12 +18,12 @@ def missing(text: str) -> Html:
     return h("p", text, class_="missing")
 
 
-def results(facts: RunFacts, given: Given) -> Html:
+def results(facts: RunFacts, known: Baselines) -> Html:
     """Return the table of measures with their baselines."""
     measures: list[Measure] = []
     for name, find in (("stage1", retrieval), ("stage2", captioning)):
         if name in facts.stages:
-            measures += find(facts.stages[name], given)
+            measures += find(facts.stages[name], known)
     if not measures:
         return missing(NO_EVALUATION)
     rows = [
@@ -78,7 +78,7 @@ def retrieval_examples(facts: RunFacts) -> Html:
     )
 
 
-def _image_to_texts(samples: Samples, example: Entry) -> Html:
+def _image_to_texts(samples: Samples, example: Example) -> Html:
     truth = samples.texts[example.index].get("caption", "")
     found = [samples.texts[index].get("caption", "") for index in example.texts]
     items = [h("li", text, class_="right" if text == truth else None) for text in found]
@@ -86,7 +86,7 @@ def _image_to_texts(samples: Samples, example: Entry) -> Html:
     return h("div", image, h("span", truth, class_="truth"), h("ol", *items), class_="card")
 
 
-def _text_to_images(samples: Samples, example: Entry) -> Html:
+def _text_to_images(samples: Samples, example: Example) -> Html:
     truth = samples.texts[example.index].get("caption", "")
     strip = []
     for index in example.images:

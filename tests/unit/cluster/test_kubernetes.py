@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from isthmus.cluster.cli.manifests import app
+from isthmus.cluster.cli.planning import app
 from isthmus.cluster.manifests import render as kubernetes
 from isthmus.trainer.config.loading import to_yaml
 
@@ -143,7 +143,7 @@ def test_no_queue_no_kueue():
 def test_the_command_prints_documents_without_yaml_anchors(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(gpu_config(queue="team")))
-    result = CliRunner().invoke(app, [str(recipe), "cluster.kubernetes.image=registry.example/isthmus:1"])
+    result = CliRunner().invoke(app, ["manifests", str(recipe), "cluster.kubernetes.image=registry.example/isthmus:1"])
     assert result.exit_code == 0, result.output
     assert "&id" not in result.output
     documents = list(yaml.safe_load_all(result.output))

@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from isthmus.cluster.cli.report import report
+from isthmus.cluster.cli.runs import report
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.report import write_report
 from isthmus.cluster.report.charts import Mark, line_chart

@@ -1,8 +1,8 @@
-"""`isthmus estimate`: memory, time and cost of a run before it is started."""
+"""`isthmus estimate`: memory, time and cost before a run is started. `isthmus manifests`: its Kubernetes manifests."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from isthmus.trainer.estimate.step import StageEstimate
 
 
+app = typer.Typer()
+Kind = Literal["rayjob", "raycluster", "kueue"]
+
+
+@app.command()
 def estimate(
     config: RecipeArg,
     overrides: OverridesArg = None,
@@ -53,6 +58,31 @@ def estimate(
     if png is not None:
         draw(estimates, cluster, png)
     _print_estimates(estimates, cluster, sources, assumptions, price, as_json=as_json)
+
+
+@app.command()
+def manifests(
+    config: RecipeArg,
+    overrides: OverridesArg = None,
+    kind: Annotated[
+        Kind | None, typer.Option("--kind", help="Only this one [default: all that the run needs].")
+    ] = None,
+) -> None:
+    """Print the KubeRay and Kueue manifests of a run, ready for `kubectl apply -f -`."""
+    import yaml
+
+    from isthmus.cluster.manifests import render as kubernetes
+
+    resolved = load_config(config, overrides or [], JobConfig)
+    if kind == "raycluster":
+        documents = [kubernetes.ray_cluster(resolved)]
+    elif kind == "rayjob":
+        documents = [kubernetes.config_map(resolved), kubernetes.ray_job(resolved)]
+    elif kind == "kueue":
+        documents = kubernetes.queue(resolved)
+    else:
+        documents = kubernetes.render(resolved)
+    typer.echo(yaml.safe_dump_all(documents, sort_keys=False, width=120), nl=False)
 
 
 def _print_estimates(
