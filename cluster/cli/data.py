@@ -26,7 +26,7 @@ def index(
     urls: Annotated[
         list[str], typer.Argument(metavar="URL...", help="Shards: {00000..09999}, globs, folders, prefixes.")
     ],
-    out: Annotated[str, typer.Option("--out", help="Folder URL of the manifest; run again to go on.")],
+    out: Annotated[str, typer.Option("--out", help="Folder URL of the manifest; run again to resume.")],
     chunk_mb: Annotated[float, typer.Option("--chunk-mb", help="Bytes read at once, in MiB.")] = 16.0,
     on: Annotated[
         list[str] | None, typer.Option("--on", metavar="FAULT=drop|fail", help="Policy of a fault, or of `all`.")
@@ -39,10 +39,11 @@ def index(
 ) -> None:
     """Check shards and write the manifest by which runs read them. Samples with a fault are left out and recorded."""
     from isthmus.data_pipeline.dataset.index_build import DROPPED, IndexOptions, build_manifest
+    from isthmus.data_pipeline.dataset.shard_check import parse_policy
     from isthmus.data_pipeline.dataset.shard_urls import absolute, expand
     from isthmus.data_pipeline.store.object_store import join
 
-    options = IndexOptions(chunk_bytes=max(1, int(chunk_mb * 2**20)), policy=_policy(on or []))
+    options = IndexOptions(chunk_bytes=max(1, int(chunk_mb * 2**20)), policy=parse_policy(on or []))
     store, out = open_store(endpoint_url, region), absolute(out.rstrip("/"))
     shards = expand(urls, store)
     with progress("shards", len(shards)) as advance:
@@ -58,7 +59,7 @@ def index(
         "bytes": sum(shard.size_bytes for shard in manifest.shards),
         "dropped": dict(dropped),
     }
-    _report(facts, as_json=as_json)
+    _print_facts(facts, as_json=as_json)
     if dropped and not as_json:
         typer.echo(f"what was dropped, and why: {join(out, DROPPED)}")
 
@@ -95,7 +96,9 @@ def verify(
 @app.command()
 def show(
     manifest: ManifestUrl,
-    sheet: Annotated[Path, typer.Option("--sheet", help="PNG of random samples with captions.")] = Path("samples.png"),
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE.png", help="Also draw random samples with their captions.")
+    ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="Samples on the sheet.")] = 24,
     captions: Annotated[int, typer.Option("--captions", min=1, help="Samples in the caption statistics.")] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Which samples.")] = 0,
@@ -103,30 +106,20 @@ def show(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show counts, sizes, caption lengths, and a sheet of random samples."""
+    """Show counts, sizes and caption lengths, and draw random samples."""
+    from isthmus.data_pipeline.dataset.contact_sheet import contact_sheet
     from isthmus.data_pipeline.dataset.manifest import Manifest
-    from isthmus.data_pipeline.dataset.verify import caption_histogram, contact_sheet, draw_samples
+    from isthmus.data_pipeline.dataset.preview import preview_samples, summarize
 
     store = open_store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
-    drawn = list(draw_samples(loaded, store, max(images, captions), seed))
-    sheet.write_bytes(contact_sheet(drawn[:: max(1, len(drawn) // images)][:images]))
-    sizes = sorted(len(sample.image) for sample in drawn)
-    total = sum(shard.size_bytes for shard in loaded.shards)
-    histogram = caption_histogram([text for sample in drawn for text in sample.captions])
-    facts: dict[str, Any] = {
-        "hash": loaded.hash,
-        "shards": len(loaded.shards),
-        "samples": loaded.num_samples,
-        "chunks": len(loaded.chunk_samples),
-        "bytes": total,
-        "bytes_per_sample": round(total / loaded.num_samples),
-        "image_bytes_median": sizes[len(sizes) // 2],
-        "captions_per_sample": round(sum(len(sample.captions) for sample in drawn) / len(drawn), 2),
-        "caption_words": histogram,
-        "sheet": str(sheet),
-    }
-    _report(facts, as_json=as_json, bars=histogram)
+    samples = list(preview_samples(loaded, store, max(images, captions), seed))
+    facts = summarize(loaded, samples)
+    if sheet:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        sheet.write_bytes(contact_sheet(samples[:: max(1, len(samples) // images)][:images]))
+        facts["sheet"] = str(sheet)
+    _print_facts(facts, as_json=as_json, bars=facts["caption_words"])
 
 
 @app.command()
@@ -161,7 +154,7 @@ def ls(
 @app.command()
 def ingest(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, or COCO caption .json.")],
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to go on.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to resume.")],
     kind: Annotated[
         str | None, typer.Option("--kind", help="folder, jsonl, parquet or coco [default: guessed].")
     ] = None,
@@ -173,11 +166,11 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Write images with captions as WebDataset shards, ready for `isthmus data index`."""
-    from isthmus.data_pipeline.dataset.index_build import run_in_processes
     from isthmus.data_pipeline.dataset.shard_urls import absolute
     from isthmus.data_pipeline.errors import DataError
     from isthmus.data_pipeline.ingest.shards import ingest as write
     from isthmus.data_pipeline.ingest.sources import KINDS, guess_kind, read_records
+    from isthmus.data_pipeline.process_pool import run_in_processes
 
     known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(source)
     if known is None:
@@ -202,12 +195,12 @@ def ingest(
         "dropped": len(dropped),
         "first_drops": dropped[:5],
     }
-    _report(facts, as_json=as_json)
+    _print_facts(facts, as_json=as_json)
 
 
 def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:
     if address is None:
-        from isthmus.data_pipeline.dataset.index_build import run_in_processes
+        from isthmus.data_pipeline.process_pool import run_in_processes
 
         return run_in_processes(processes)
     from isthmus.cluster.ray_nodes.ray_map import run_in_ray
@@ -215,20 +208,7 @@ def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]
     return run_in_ray(address)
 
 
-def _policy(settings: list[str]) -> dict[Any, Any]:
-    from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS
-    from isthmus.data_pipeline.errors import DataError
-
-    policy = dict(DEFAULT_POLICY)
-    for setting in settings:
-        fault, _, action = setting.partition("=")
-        if fault not in (*FAULTS, "all") or action not in ("drop", "fail"):
-            raise DataError(f"--on {setting}: write FAULT=drop or FAULT=fail; faults: all, {', '.join(FAULTS)}")
-        policy |= {name: action for name in FAULTS if fault in (name, "all")}  # type: ignore[misc]
-    return policy
-
-
-def _report(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:
+def _print_facts(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return

@@ -1,15 +1,12 @@
 """Builds the manifest of a data set: shards are checked and indexed side by side, finished ones are not done again."""
 
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, Action, Drop, Fault, check_shard
@@ -17,6 +14,7 @@ from isthmus.data_pipeline.dataset.shard_index import ShardIndex, index_hash
 from isthmus.data_pipeline.dataset.shard_urls import absolute
 from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
 from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.process_pool import Runner
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, join
 
 CHUNK_BYTES = 16 << 20
@@ -24,10 +22,6 @@ DROPPED = "dropped.jsonl"
 _VERSION = 1  # of the checks; a change indexes every shard again
 _SHOWN = 5
 
-T = TypeVar("T")
-R = TypeVar("R")
-Runner = Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]
-"""Calls a function for every item, in any place and order, and yields the results as they come."""
 _log = logging.getLogger(__name__)
 
 
@@ -139,29 +133,6 @@ def build_manifest(
         raise DataError(f"no sample of {len(urls)} shards is usable ({why}); see {join(folder_url, DROPPED)}")
     manifest.save(folder_url, store)
     return manifest, counts
-
-
-def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
-    """Return a Runner over local processes; with one process it is this one."""
-
-    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        if num_processes == 1:
-            yield from map(function, items)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-            rest = iter(items)
-            pending = {pool.submit(function, item) for item in itertools.islice(rest, 4 * num_processes)}
-            try:
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    pending |= {pool.submit(function, item) for _, item in zip(done, rest, strict=False)}
-                    for future in done:
-                        yield future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    return run
 
 
 def _fingerprint(info: ObjectInfo, options: IndexOptions) -> str:

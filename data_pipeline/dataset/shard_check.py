@@ -9,7 +9,7 @@ import re
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from isthmus.data_pipeline.dataset.shard_index import Member, Sample
 from isthmus.data_pipeline.dataset.tar_walk import MAX_MEMBER_BYTES, ArchiveFault, ObjectStream, TarMember, walk
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS
@@ -35,10 +36,11 @@ Fault = Literal[
 ]
 Action = Literal["drop", "fail"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
+ACTIONS: tuple[Action, ...] = get_args(Action)
 DEFAULT_POLICY: Mapping[Fault, Action] = {
     fault: "fail" if fault in ("truncated", "corrupt_archive") else "drop" for fault in FAULTS
 }
-"""A sample with a fault is left out; a broken archive is a broken upload, which should be repaired."""
+"""A sample with a fault is left out; a broken archive is a broken upload, which should be fixed."""
 
 _CAPTION_EXTENSIONS = ("json", "txt")
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$", re.DOTALL)
@@ -56,7 +58,7 @@ class Drop(NamedTuple):
 
 
 @dataclass
-class _Run:
+class MemberGroup:
     """Members of one key that follow each other."""
 
     key: str
@@ -66,34 +68,51 @@ class _Run:
 
     @property
     def extensions(self) -> set[str]:
+        """Extensions of the members."""
         return {member.extension for member in self.members}
 
     @property
     def offset(self) -> int:
+        """First byte of the first member's data."""
         return self.members[0].offset
 
-    def blame(self, fault: Fault, detail: str) -> None:
-        """Note the first fault."""
+    def set_fault(self, fault: Fault, detail: str) -> None:
+        """Keep the first fault."""
         self.fault = self.fault or (fault, detail)
+
+
+def parse_policy(settings: Sequence[str]) -> dict[Fault, Action]:
+    """Return the policy that settings such as `truncated=drop` or `all=fail` make of the default one.
+
+    Raises:
+        DataError: an unknown fault or action.
+    """
+    policy = dict(DEFAULT_POLICY)
+    for setting in settings:
+        name, _, action = setting.partition("=")
+        if name not in (*FAULTS, "all") or action not in ACTIONS:
+            raise DataError(f"{setting}: write FAULT=drop or FAULT=fail; faults: all, {', '.join(FAULTS)}")
+        policy |= {fault: action for fault in FAULTS if name in (fault, "all")}
+    return policy
 
 
 def check_shard(stream: ObjectStream) -> tuple[list[Sample], list[Drop]]:
     """Return the sound samples in the order of their bytes, and what was left out and why."""
-    runs: list[_Run] = []
+    groups: list[MemberGroup] = []
     drops: list[Drop] = []
     try:
-        for run in _runs(stream):
-            _check_run(run)
-            runs.append(run)
+        for group in _groups(stream):
+            _check_group(group)
+            groups.append(group)
     except ArchiveFault as error:
         drops.append(Drop("", error.offset, _as_fault(error.fault), error.detail))
-    _check_keys(runs)
-    drops += [Drop(run.key, run.offset, *run.fault) for run in runs if run.fault]
-    return [Sample(run.key, tuple(run.members)) for run in runs if not run.fault], drops
+    _check_keys(groups)
+    drops += [Drop(group.key, group.offset, *group.fault) for group in groups if group.fault]
+    return [Sample(group.key, tuple(group.members)) for group in groups if not group.fault], drops
 
 
-def _runs(stream: ObjectStream) -> Iterator[_Run]:
-    current: _Run | None = None
+def _groups(stream: ObjectStream) -> Iterator[MemberGroup]:
+    current: MemberGroup | None = None
     fault: ArchiveFault | None = None
     try:
         for entry in walk(stream):
@@ -104,7 +123,7 @@ def _runs(stream: ObjectStream) -> Iterator[_Run]:
             if current and (key != current.key or extension in current.extensions):
                 yield current
                 current = None
-            current = current or _Run(key)
+            current = current or MemberGroup(key)
             _add_member(current, extension, entry, stream)
     except ArchiveFault as error:
         fault = error
@@ -114,59 +133,59 @@ def _runs(stream: ObjectStream) -> Iterator[_Run]:
         raise fault
 
 
-def _add_member(run: _Run, extension: str, entry: TarMember, stream: ObjectStream) -> None:
+def _add_member(group: MemberGroup, extension: str, entry: TarMember, stream: ObjectStream) -> None:
     data = b""
     if entry.name.startswith("/") or ".." in entry.name.split("/") or "\0" in entry.name:
-        run.blame("unsafe_name", f"{entry.name!r} leads out of the archive")
+        group.set_fault("unsafe_name", f"{entry.name!r} leads out of the archive")
     if not entry.is_regular:
-        run.blame("special_member", f"{entry.name!r} is a link or device")
+        group.set_fault("special_member", f"{entry.name!r} is a link, a device or a sparse file")
     elif entry.length > MAX_MEMBER_BYTES:
-        run.blame("special_member", f"{entry.name!r} has {entry.length} bytes, at most {MAX_MEMBER_BYTES}")
+        group.set_fault("special_member", f"{entry.name!r} has {entry.length} bytes, at most {MAX_MEMBER_BYTES}")
     else:
         data = stream.read(entry.length)
-    run.members.append(Member(extension, entry.offset, min(entry.length, MAX_MEMBER_BYTES), zlib.crc32(data)))
-    if extension in IMAGE_EXTENSIONS and not run.fault:
-        _check_image(run, extension, data)
+    group.members.append(Member(extension, entry.offset, min(entry.length, MAX_MEMBER_BYTES), zlib.crc32(data)))
+    if extension in IMAGE_EXTENSIONS and not group.fault:
+        _check_image(group, extension, data)
     if extension in _CAPTION_EXTENSIONS:
-        run.captions[extension] = data
+        group.captions[extension] = data
 
 
-def _check_image(run: _Run, extension: str, data: bytes) -> None:
+def _check_image(group: MemberGroup, extension: str, data: bytes) -> None:
     """Read the image's header; its pixels are decoded by the readers only."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 if min(image.size) < 1:
-                    run.blame("undecodable_image", f".{extension}: no pixels")
+                    group.set_fault("undecodable_image", f".{extension}: no pixels")
     except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything
-        run.blame("undecodable_image", f".{extension}: {type(error).__name__}: {error}")
+        group.set_fault("undecodable_image", f".{extension}: {type(error).__name__}: {error}")
 
 
-def _check_run(run: _Run) -> None:
-    if not run.extensions & IMAGE_EXTENSIONS:
-        run.blame("missing_image", f"has only .{', .'.join(sorted(run.extensions))}")
+def _check_group(group: MemberGroup) -> None:
+    if not group.extensions & IMAGE_EXTENSIONS:
+        group.set_fault("missing_image", f"has only .{', .'.join(sorted(group.extensions))}")
     try:
-        read_captions(run.captions)
+        read_captions(group.captions)
     except BadSample as bad:
-        run.blame("missing_caption" if bad.cause == "no_caption" else "undecodable_caption", bad.detail)
-    run.captions.clear()
+        group.set_fault("missing_caption" if bad.cause == "no_caption" else "undecodable_caption", bad.detail)
+    group.captions.clear()
 
 
-def _check_keys(runs: list[_Run]) -> None:
+def _check_keys(groups: list[MemberGroup]) -> None:
     """Find keys that come back: interleaved if each time with other extensions, else duplicates."""
-    by_key: defaultdict[str, list[_Run]] = defaultdict(list)
-    for run in runs:
-        by_key[run.key].append(run)
+    by_key: defaultdict[str, list[MemberGroup]] = defaultdict(list)
+    for group in groups:
+        by_key[group.key].append(group)
     for same in by_key.values():
         if len(same) == 1:
             continue
-        if len(set().union(*(run.extensions for run in same))) == sum(len(run.extensions) for run in same):
-            for run in same:
-                run.fault = ("interleaved", "members of other samples lie between its members")
+        if len(set().union(*(group.extensions for group in same))) == sum(len(group.extensions) for group in same):
+            for group in same:
+                group.fault = ("interleaved", "members of other samples lie between its members")
         else:
-            for run in same[1:]:
-                run.fault = ("duplicate_key", f"the key is already used at byte {same[0].offset}")
+            for group in same[1:]:
+                group.fault = ("duplicate_key", f"the key is already used at byte {same[0].offset}")
 
 
 def _as_fault(name: str) -> Fault:

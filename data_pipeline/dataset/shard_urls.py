@@ -1,26 +1,39 @@
-"""From what an operator writes to shard URLs: braces `{00000..09999}` and `{a,b}`, globs, folders, name prefixes."""
+"""From what an operator types to shard URLs: braces `{00000..09999}` and `{a,b}`, globs, folders, name prefixes."""
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from isthmus.data_pipeline.errors import DataError
+from braceexpand import braceexpand
+
+from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
+_SPECIAL = re.compile(r"[{*?\[]")
 _MAX_SHARDS = 10_000_000
+
+
+class _Pattern(NamedTuple):
+    """What was typed, behind the folder that it is relative to."""
+
+    base: str
+    """Literal, whatever characters it has."""
+    typed: str
 
 
 def expand(patterns: Sequence[str], store: ObjectStore) -> list[str]:
     """Return the shard URLs that the patterns mean, in the order written, listings sorted by name.
 
+    Braces mean what they mean in bash; `*` and `?` stay inside a folder, `**` does not. What exists under the name as
+    typed is taken literally, so a folder may be called `data [v2]`.
+
     Raises:
         DataError: a pattern matches nothing, or a shard is named twice.
     """
-    urls = [url for pattern in patterns for url in _matches(absolute(pattern), store)]
+    urls = [url for pattern in patterns for url in _matches(pattern, store)]
     seen: set[str] = set()
     for url in urls:
         if url in seen:
@@ -29,59 +42,101 @@ def expand(patterns: Sequence[str], store: ObjectStore) -> list[str]:
     return urls
 
 
-def braces(pattern: str) -> Iterator[str]:
-    """Yield the pattern with its braces expanded, the last one fastest."""
-    parts = _BRACES.split(pattern)
-    choices = [[part] if i % 2 == 0 else _alternatives(part) for i, part in enumerate(parts)]
-    yield from ("".join(combination) for combination in itertools.product(*choices))
+def absolute(path: str) -> str:
+    """Return a URL as it is, and a local path independent of the working directory."""
+    base, typed = _rooted(path)
+    return base + typed
 
 
-def _alternatives(text: str) -> list[str]:
-    found = _RANGE.fullmatch(text)
-    if not found:
-        return text.split(",")
-    first, last = int(found[1]), int(found[2])
-    if not 0 <= last - first < _MAX_SHARDS:
-        raise DataError(f"{{{text}}} is no range of shards; write the smaller number first, such as {{00000..09999}}")
-    return [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
+def _rooted(pattern: str) -> _Pattern:
+    if "://" in pattern or pattern.startswith(("pipe:", "/")):
+        return _Pattern("", pattern)
+    base = Path(pattern.partition("/")[0]).expanduser() if pattern.startswith("~") else Path.cwd()
+    full = str(Path.cwd() / Path(pattern).expanduser())
+    return _Pattern(str(base), full.removeprefix(str(base)))
 
 
 def _matches(pattern: str, store: ObjectStore) -> list[str]:
-    named = list(braces(pattern))
-    if not _GLOB.search(pattern) and (len(named) > 1 or pattern.endswith(".tar")):
-        return named
-    found = [url for name in named for url in _listed(name, store)]
+    base, typed = _rooted(pattern)
+    if not _SPECIAL.search(typed):
+        found = _named(base + typed, store)
+    elif "://" in typed and not _GLOB.search(typed):
+        found = _expanded(base, typed, store)  # without a request: a key may be readable where listing is not allowed
+    else:
+        found = _at(base + typed, store) or _expanded(base, typed, store)
     if not found:
-        raise DataError(f"{pattern} matches no .tar; check the URL with `isthmus data ls`, and the endpoint")
+        raise DataError(
+            f"{base + typed} matches no .tar; check the URL with `isthmus data ls`, and the endpoint, and unpack "
+            "compressed archives"
+        )
     return found
 
 
-def _listed(pattern: str, store: ObjectStore) -> list[str]:
-    glob = _GLOB.search(pattern)
-    if glob:
-        folder = pattern[: glob.start()].rpartition("/")[0]
-        wanted = re.compile(_expression(pattern))
-        return [info.url for info in store.list(folder) if wanted.fullmatch(info.url)]
-    inside = [info.url for info in store.list(pattern) if info.url.endswith(".tar")]
-    if inside or pattern.removeprefix("s3://").count("/") == 0:
-        return inside
-    listing = store.list(pattern.rpartition("/")[0])
-    return [info.url for info in listing if info.url.startswith(pattern) and info.url.endswith(".tar")]
+def _expanded(base: str, typed: str, store: ObjectStore) -> list[str]:
+    names = _braces(typed)
+    if not _GLOB.search(typed):
+        return [url for name in names for url in _named(base + name, store)]
+    # One listing serves all names: of the folder up to which all of them are the same and literal.
+    folders = [_GLOB.split(name, maxsplit=1)[0].rpartition("/")[0].split("/") for name in names]
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    listing = [info.url for info in store.list(base + "/".join(parts[0] for parts in common))]
+    wanted = [re.compile(re.escape(base) + _expression(name)) for name in names]
+    return [url for expression in wanted for url in listing if expression.fullmatch(url)]
+
+
+def _braces(typed: str) -> list[str]:
+    """Return the names that the braces stand for, the last brace fastest."""
+    try:
+        names = list(itertools.islice(braceexpand(typed, escape=False), _MAX_SHARDS + 1))
+    except ValueError as error:
+        raise DataError(f"{typed}: a brace is not closed; write such as {{00000..09999}}") from error
+    if len(names) > _MAX_SHARDS:
+        raise DataError(f"{typed} stands for more than {_MAX_SHARDS} names; check its ranges")
+    return names
 
 
 def _expression(pattern: str) -> str:
-    """Return the regular expression of a glob; `*` and `?` stay inside a folder, `**` does not."""
+    """Return the regular expression of a glob."""
     translated = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts, end = [], 0
     for token in _GLOB.finditer(pattern):
         text = translated.get(token[0]) or f"[{token[0][1:-1].replace('!', '^', 1)}]"
         parts += [re.escape(pattern[end : token.start()]), text]
         end = token.end()
-    return "".join([*parts, re.escape(pattern[end:])])
+    expression = "".join([*parts, re.escape(pattern[end:])])
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise DataError(f"{pattern}: {error}; write a range in brackets such as [0-9]") from error
+    return expression
 
 
-def absolute(pattern: str) -> str:
-    """Return a URL as it is, and a local path independent of the working directory."""
-    if "://" in pattern or pattern.startswith("pipe:"):
-        return pattern
-    return str(Path.cwd() / Path(pattern).expanduser())
+def _named(url: str, store: ObjectStore) -> list[str]:
+    """Return the shard of this name, the shards in the folder of this name, or those whose names begin so."""
+    return [url] if _is_shard(url) else _at(url, store) or _beginning(url, store)
+
+
+def _at(url: str, store: ObjectStore) -> list[str]:
+    """Return the shards in the folder of this name, or the object of this name."""
+    inside = [info.url for info in store.list(url) if _is_shard(info.url)]
+    if inside or _is_bucket(url):
+        return inside
+    try:
+        return [store.head(url).url]
+    except NotFoundError:
+        return []
+
+
+def _beginning(url: str, store: ObjectStore) -> list[str]:
+    if _is_bucket(url):
+        return []
+    listing = store.list(url.rpartition("/")[0])
+    return [info.url for info in listing if info.url.startswith(url) and _is_shard(info.url)]
+
+
+def _is_shard(url: str) -> bool:
+    return url.lower().endswith(".tar")
+
+
+def _is_bucket(url: str) -> bool:
+    return url.startswith("s3://") and "/" not in url.removeprefix("s3://").rstrip("/")

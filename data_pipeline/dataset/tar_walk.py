@@ -1,7 +1,7 @@
 """The members of a tar archive by its 512-byte headers, without extracting anything.
 
-Reads ustar, GNU long names and pax names and sizes (POSIX.1-2001). Stricter than usual readers: an archive without its
-end marker is cut, even where the cut falls between two members.
+Reads old, ustar, GNU and pax (POSIX.1-2001) headers as `tarfile` does, sparse members as special ones. Stricter than
+`tarfile`: an archive without its end marker is truncated, even where it ends between two members.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,29 @@ from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 << 20
 _WINDOW_BYTES = 16 << 20
-_REGULAR = b"0\x007"
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"K", b"x", b"g", b"5"
+_MAX_EXTENSION_BYTES = 1 << 20
+_MAX_DIGITS = 20
+_OLD_REGULAR, _FOLDER, _GNU_SPARSE = b"\0", b"5", b"S"
+_REGULAR = (b"0", _OLD_REGULAR, b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_LONG_NAME, _PAX = b"L", (b"x", b"X")
+_EXTENSIONS = (_LONG_NAME, b"K", *_PAX, b"g")  # they describe the next member; `g` all that follow
+_COMPRESSED = {  # by their first bytes
+    b"\x1f\x8b": "gzip",
+    b"\x1f\x9d": "compress",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"]\0\0": "lzma",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+}
 
 
 class ArchiveFault(DataError):
-    """An archive cannot be read past a place."""
+    """An archive cannot be read beyond an offset."""
 
     def __init__(self, fault: str, offset: int, detail: str) -> None:
         super().__init__(fault, offset, detail)
@@ -33,7 +50,7 @@ class TarMember(NamedTuple):
     """First byte of the data."""
     length: int
     is_regular: bool
-    """False: a link, a device or another special file."""
+    """False: a link, a device, a sparse file or another special one."""
 
 
 class ObjectStream:
@@ -52,7 +69,7 @@ class ObjectStream:
     def read(self, length: int) -> bytes:
         """Return the next bytes; fewer only at the end of the object."""
         parts: list[bytes] = []
-        left = min(length, self.size - self.position)
+        left = max(0, min(length, self.size - self.position))
         while left:
             start = self.position - self._window_start
             if not 0 <= start < len(self._window):
@@ -65,7 +82,7 @@ class ObjectStream:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def skip_to(self, position: int) -> None:
-        """Go on from a later byte."""
+        """Continue from a later byte; beyond the end there is nothing to read."""
         self.position = position
 
     def _fill(self) -> None:
@@ -80,7 +97,7 @@ def walk(stream: ObjectStream) -> Iterator[TarMember]:
     Raises:
         ArchiveFault: `truncated` or `corrupt_archive`; what was yielded before is sound.
     """
-    name, size = "", -1  # from an extension header, for the next member
+    pax: dict[bytes, bytes] = {}  # of the extension headers before the next member
     while True:
         at = stream.position
         header = stream.read(BLOCK)
@@ -91,30 +108,33 @@ def walk(stream: ObjectStream) -> Iterator[TarMember]:
             return
         _check_header(header, at)
         kind = header[156:157]
-        length = size if size >= 0 else _number(header[124:136], at)
-        start = at + BLOCK
+        length = _data_length(header, pax, at)
+        if kind == _GNU_SPARSE:
+            _skip_sparse_headers(stream, header)
+        start = stream.position
         if length > stream.size - start:
             raise ArchiveFault("truncated", start, f"a member of {length} bytes goes beyond the archive's end")
-        following = start + -(-length // BLOCK) * BLOCK
-        if kind in (_LONG_NAME, _PAX):
-            data = _extension(stream, length, at)
-            if kind == _LONG_NAME:
-                name = _text(data.rstrip(b"\0"))
-            else:
-                name, size = _pax(data, name, at)
-        elif kind not in (_LONG_LINK, _PAX_GLOBAL):
-            if kind != _FOLDER:
-                yield TarMember(name or _name(header), start, length, kind in _REGULAR)
-            name, size = "", -1
-        stream.skip_to(following)
+        if kind in _EXTENSIONS:
+            pax |= _extension(stream, kind, length, at)
+        else:
+            name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or _name(header)
+            if kind != _FOLDER and not (kind == _OLD_REGULAR and name.endswith(b"/")):
+                is_regular = kind in _REGULAR and not any(field.startswith(b"GNU.sparse.") for field in pax)
+                yield TarMember(name.decode("utf-8", "backslashreplace"), start, length, is_regular)
+            pax = {}
+        stream.skip_to(start + -(-length // BLOCK) * BLOCK)
 
 
 def _check_header(header: bytes, at: int) -> None:
-    if at == 0 and header[:2] == b"\x1f\x8b":
-        raise ArchiveFault("corrupt_archive", 0, "the archive is compressed; shards must be plain tar files")
-    expected = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if _number(header[148:156], at) != expected:
-        raise ArchiveFault("corrupt_archive", at, "a tar header has a wrong checksum")
+    counted = header[:148] + b" " * 8 + header[156:]
+    unsigned = sum(counted)
+    signed = unsigned - 256 * sum(byte > 127 for byte in counted)  # as some old writers count
+    if _octal(header[148:156]) in (unsigned, signed):
+        return
+    kind = next((kind for magic, kind in _COMPRESSED.items() if at == 0 and header.startswith(magic)), None)
+    if kind:
+        raise ArchiveFault("corrupt_archive", 0, f"the archive is compressed ({kind}); shards must be plain tar files")
+    raise ArchiveFault("corrupt_archive", at, "a tar header has a wrong checksum")
 
 
 def _check_tail(stream: ObjectStream) -> None:
@@ -123,44 +143,63 @@ def _check_tail(stream: ObjectStream) -> None:
             raise ArchiveFault("corrupt_archive", stream.position, "there are data after the end marker")
 
 
-def _extension(stream: ObjectStream, length: int, at: int) -> bytes:
-    if length > 1 << 20:
+def _data_length(header: bytes, pax: dict[bytes, bytes], at: int) -> int:
+    """Return how many bytes follow the header; links, devices and folders have none, whatever their header says."""
+    kind = header[156:157]
+    if kind in _WITHOUT_DATA:
+        return 0
+    size = pax.get(b"size", b"")
+    if size.isdigit() and kind not in _EXTENSIONS:
+        return int(size[:_MAX_DIGITS])
+    return _number(header[124:136], at)
+
+
+def _skip_sparse_headers(stream: ObjectStream, header: bytes) -> None:
+    """Skip the blocks that list more than four extents of a sparse file (GNU's old format)."""
+    more = header[482]
+    while more:
+        block = stream.read(BLOCK)
+        more = len(block) == BLOCK and block[504]
+
+
+def _extension(stream: ObjectStream, kind: bytes, length: int, at: int) -> dict[bytes, bytes]:
+    """Return the fields that an extension header gives the next member."""
+    if length > _MAX_EXTENSION_BYTES:
         raise ArchiveFault("corrupt_archive", at, f"an extension header of {length} bytes")
-    return stream.read(length)
+    data = stream.read(length)
+    if kind == _LONG_NAME:
+        return {b"path": data.split(b"\0", 1)[0]}
+    return _pax_fields(data, at) if kind in _PAX else {}
 
 
-def _pax(data: bytes, name: str, at: int) -> tuple[str, int]:
-    """Return name and size that a pax header gives the next member; -1: none."""
-    size = -1
+def _pax_fields(data: bytes, at: int) -> dict[bytes, bytes]:
+    """Parse the records of a pax header: length, space, keyword=value, newline."""
+    fields: dict[bytes, bytes] = {}
     while data:
         digits, _, rest = data.partition(b" ")
-        if not digits.isdigit() or int(digits) <= len(digits) + 1:
+        length = int(digits) if digits.isdigit() and len(digits) < _MAX_DIGITS else 0
+        if not len(digits) + 1 < length <= len(data):
             raise ArchiveFault("corrupt_archive", at, "an unreadable pax header")
-        keyword, _, value = rest[: int(digits) - len(digits) - 1].rstrip(b"\n").partition(b"=")
-        if keyword == b"path":
-            name = _text(value)
-        elif keyword == b"size" and value.isdigit():
-            size = int(value)
-        data = data[int(digits) :]
-    return name, size
+        keyword, _, value = rest[: length - len(digits) - 2].partition(b"=")
+        fields[keyword] = value
+        data = data[length:]
+    return fields
 
 
 def _number(field: bytes, at: int) -> int:
     """Parse an octal field, or GNU's base 256."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-    digits = field.strip(b" \0")
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
-        raise ArchiveFault("corrupt_archive", at, "a tar header has an unreadable number") from None
+    number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
+    if number is None:
+        raise ArchiveFault("corrupt_archive", at, "a tar header has an unreadable number")
+    return number
 
 
-def _name(header: bytes) -> str:
+def _octal(field: bytes) -> int | None:
+    digits = field.split(b"\0", 1)[0].strip(b" ") or b"0"
+    return int(digits, 8) if set(digits) <= set(b"01234567") else None
+
+
+def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name)
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace")
+    return prefix + b"/" + name if prefix else name

@@ -4,31 +4,25 @@ import hashlib
 import io
 import itertools
 import json
+import tarfile
 import tempfile
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from PIL import Image
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.ingest.download import DownloadError, download
 from isthmus.data_pipeline.ingest.sources import Record
-from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
+from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS, usual_extension
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 SAMPLES_PER_SHARD = 10_000
 _VERSION = 1
-_MAX_IMAGE_BYTES = 64 << 20
-_WEB_TIMEOUT_SECONDS = 20.0
-_WEB_ATTEMPTS = 3
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +67,14 @@ class IngestShard:
             pass  # not done, or by another version: write it
         dropped: list[dict[str, Any]] = []
         with tempfile.NamedTemporaryFile(suffix=".tar") as file:
-            # Fixed owner, mode and time: the bytes depend on the records alone.
-            with webdataset.TarWriter(file, user="root", group="root", mode=0o644, mtime=0.0) as writer:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 for number, record in enumerate(task.records, task.first):
                     try:
-                        writer.write(_sample(record, number, self.store))
+                        members = _members(record, self.store)
                     except _Unusable as error:
                         dropped.append({"record": number, "cause": str(error)})
+                    else:
+                        _write(archive, f"{number:09d}", members)
             file.flush()
             self.store.put_file(url, Path(file.name))
         result = IngestedShard(url, fingerprint, len(task.records) - len(dropped), dropped)
@@ -142,28 +137,40 @@ def _fingerprint(task: ShardTask) -> str:
     return digest.hexdigest()
 
 
-def _sample(record: Record, number: int, store: ObjectStore) -> dict[str, Any]:
+def _write(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    """Write a sample with fixed owner, mode and time: the bytes depend on the record alone.
+
+    The bytes are those of webdataset's TarWriter, which gives every member a pax header for its fractional time.
+    """
+    for extension, data in sorted(members.items()):
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mode, info.mtime, info.uname, info.gname = len(data), 0o644, 0.0, "root", "root"
+        archive.addfile(info, io.BytesIO(data))
+
+
+def _members(record: Record, store: ObjectStore) -> dict[str, bytes]:
     captions = [text.strip() for text in record.captions if text.strip()]
     if not captions:
         raise _Unusable("no caption")
     data = _image_bytes(record.image, store)
-    sample: dict[str, Any] = {"__key__": f"{number:09d}", _extension(data): data}
+    members = {_extension(data): data}
     if len(captions) == 1:
-        sample["txt"] = captions[0].encode()
+        members["txt"] = captions[0].encode()
     if len(captions) > 1 or record.image_id is not None:
         document = {"captions": captions} | ({} if record.image_id is None else {"image_id": record.image_id})
-        sample["json"] = json.dumps(document, sort_keys=True, ensure_ascii=False).encode()
-    return sample
+        members["json"] = json.dumps(document, sort_keys=True, ensure_ascii=False).encode()
+    return members
 
 
 def _extension(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            return _EXTENSIONS[image.format or ""]
-    except KeyError:
-        raise _Unusable(f"image format {image.format} is not supported") from None
+            extension = usual_extension(image.format)
     except Exception as error:
         raise _Unusable(f"undecodable image: {type(error).__name__}") from error
+    if extension is None:
+        raise _Unusable(f"image format {image.format} is not supported")
+    return extension
 
 
 def _image_bytes(image: bytes | str, store: ObjectStore) -> bytes:
@@ -171,34 +178,9 @@ def _image_bytes(image: bytes | str, store: ObjectStore) -> bytes:
         return image
     try:
         if urllib.parse.urlsplit(image).scheme in ("http", "https"):
-            return _download(image)
+            return download(image)
         return store.get(image)
     except NotFoundError as error:
         raise _Unusable("image not found") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise _Unusable(f"image not downloadable: {getattr(error, 'reason', error)}") from error
-
-
-def _download(url: str) -> bytes:
-    def once() -> bytes:
-        try:
-            return fetch()
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise _Unusable(f"image not downloadable: HTTP {error.code}") from error
-            raise
-
-    def fetch() -> bytes:
-        with urllib.request.urlopen(url, timeout=_WEB_TIMEOUT_SECONDS) as answer:  # noqa: S310 - http(s) only, see above
-            data: bytes = answer.read(_MAX_IMAGE_BYTES + 1)
-        if len(data) > _MAX_IMAGE_BYTES:
-            raise _Unusable(f"image has more than {_MAX_IMAGE_BYTES} bytes")
-        return data
-
-    retrying = Retrying(
-        stop=stop_after_attempt(_WEB_ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.5, max=5),
-        retry=retry_if_exception_type((urllib.error.URLError, TimeoutError, ConnectionError)),
-        reraise=True,
-    )
-    return retrying(once)
+    except DownloadError as error:
+        raise _Unusable(str(error)) from error

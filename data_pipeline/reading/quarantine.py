@@ -1,4 +1,4 @@
-"""Bad samples: what they are, the record that each leaves, and how many of them a run tolerates."""
+"""Bad samples: the record that each leaves, and how many of them a run tolerates."""
 
 import dataclasses
 import json

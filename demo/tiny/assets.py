@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest, run_in_processes
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.scenes import KINDS, make_scene, write_shards
 from isthmus.model.frozen.silence import silent_transformers

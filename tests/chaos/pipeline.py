@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 
 from isthmus.cluster.config import JobConfig
-from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest, run_in_processes
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.local_s3 import LocalS3, kill_hard
 from isthmus.demo.tiny.assets import write_tiny_assets

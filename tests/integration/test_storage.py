@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest, run_in_processes
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store import s3
 from isthmus.data_pipeline.store.object_store import (
     AccessError,

@@ -1,6 +1,7 @@
 """Ingest: every kind of source, deterministic bytes, resumption, and shards that webdataset itself reads."""
 
 import hashlib
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from isthmus.data_pipeline.dataset.index_build import run_in_processes
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.ingest.shards import ingest
 from isthmus.data_pipeline.ingest.sources import Record, guess_kind, read_records
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.corpus import picture
 
 pytestmark = pytest.mark.unit
 STORE = ObjectStore()
+KINDS = (("jpg", None), ("png", "7"), ("webp", None))
 
 
 def write(source, folder, *, per_shard=2, kind=None, images=None):
@@ -61,6 +63,18 @@ def test_a_folder_becomes_shards_that_webdataset_reads(folder, tmp_path):
     assert samples[0]["txt"] == b"picture 0"
     assert samples[3]["png"] == picture(3, "png")
     assert json.loads(samples[3]["json"]) == {"captions": ["one", "two"], "image_id": "77"}
+
+
+def test_the_bytes_are_those_of_webdatasets_writer(tmp_path):
+    records = [Record(picture(i, ext), (f"picture {i}",), image_id) for i, (ext, image_id) in enumerate(KINDS)]
+    ingest(records, str(tmp_path / "out"), STORE, run_in_processes(1))
+    expected = io.BytesIO()
+    with webdataset.TarWriter(expected, user="root", group="root", mode=0o644, mtime=0.0) as writer:
+        for i, (ext, image_id) in enumerate(KINDS):
+            document = json.dumps({"captions": [f"picture {i}"], "image_id": image_id}) if image_id else None
+            sample = {"__key__": f"{i:09d}", ext: picture(i, ext), "txt": f"picture {i}".encode()}
+            writer.write(sample | ({"json": document.encode()} if document else {}))
+    assert (tmp_path / "out" / "shard-000000.tar").read_bytes() == expected.getvalue()
 
 
 def test_the_same_source_gives_the_same_bytes_however_many_processes_write(folder, tmp_path):
