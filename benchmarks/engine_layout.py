@@ -59,11 +59,10 @@ def make_model(folder: Path) -> None:
 
 def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, Any]:
     """Train a few steps in one layout."""
-    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo
     from isthmus.trainer.frozen.zero3 import load_frozen_lm
 
     torch.set_num_threads(1)
-    join_process_group(LocalContext().rank, 60)
     template = Path(folder) / f"{layout}.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": 1, **ZERO}}))
     language = load_frozen_lm(LanguageConfig(path=folder), folder, ObjectStore(), LocalContext().rank, str(template))
@@ -84,7 +83,7 @@ def measure(rank: int, _world_size: int, folder: str, layout: str) -> dict[str, 
         run()
     watched = Watched(run)
     close()
-    let_gloo_settle()
+    drain_gloo()
     return {
         "CPU seconds per step": watched.figures["CPU seconds"] / STEPS,
         "wall seconds per step": watched.figures["wall seconds"] / STEPS,
@@ -102,7 +101,7 @@ def _two(bridge: Bridge, template: str) -> Any:
 def _one(bridge: Bridge, language: Any) -> Any:
     """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
     from isthmus.trainer.engine.deepspeed_config import load_template
-    from isthmus.trainer.engine.process_group import load_deepspeed
+    from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 
     language.partitioning.destroy()
     template = Path(tempfile.mkdtemp()) / "one.json"

@@ -63,29 +63,28 @@ class Watched:
 def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load with `load_frozen_lm`."""
     import isthmus.model.frozen.language  # noqa: F401 - imported ahead, as it is for the peer
-    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo
     from isthmus.trainer.frozen.zero3 import load_frozen_lm
 
     context, store = LocalContext(), ObjectStore()
-    join_process_group(context.rank, 60)
     config = LanguageConfig(path=folder)
     watched = Watched(lambda: load_frozen_lm(config, folder, store, context.rank, template))
     watched.figures["read calls MB"] = store.metrics.bytes_read / 1e6
     watched.figures["partition MB"] = sum(p.ds_tensor.nbytes for p in watched.model.parameters()) / 1e6
     watched.figures["largest tensor MB"] = max(p.ds_numel * 4 for p in watched.model.parameters()) / 1e6
-    let_gloo_settle()
+    drain_gloo()
     return watched.figures
 
 
 def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load as transformers documents it for ZeRO-3."""
     from isthmus.trainer.engine.deepspeed_config import load_template
-    from isthmus.trainer.engine.process_group import join_process_group, let_gloo_settle
+    from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, load_deepspeed
     from isthmus.trainer.frozen.memory import return_freed_memory
     from isthmus.trainer.frozen.zero3 import zero3_config
 
     return_freed_memory()
-    join_process_group(LocalContext().rank, 60)
+    load_deepspeed()
     from transformers import OPTForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -93,7 +92,7 @@ def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, 
     watched = Watched(lambda: OPTForCausalLM.from_pretrained(folder))
     assert holder is not None
     watched.figures["partition MB"] = sum(p.ds_tensor.nbytes for p in watched.model.parameters()) / 1e6
-    let_gloo_settle()
+    drain_gloo()
     return watched.figures
 
 

@@ -1,6 +1,5 @@
 """A small model, a training loop and a state store in memory for tests of the engine."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.trainer.config.schema import SafetyConfig, StageConfig
+from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.engine import Engine, build_engine
 
@@ -60,14 +59,10 @@ def stage_config(deepspeed: str, **changes: Any) -> StageConfig:
     return StageConfig(**sizes | {"deepspeed": deepspeed} | changes)
 
 
-SAFETY = SafetyConfig(collective_timeout_seconds=60)
-
-
 def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) -> Engine:
-    train_config: Any = SimpleNamespace(safety=SAFETY)
     if model is None:
         changes = {"optimizer": {"lr_factors": LR_FACTORS}} | changes
-    return build_engine(model or Toy(), stage_config(deepspeed, **changes), train_config, LocalContext())
+    return build_engine(model or Toy(), stage_config(deepspeed, **changes), LocalContext().rank)
 
 
 def accumulate(engine: Engine, step: int, num_micro_batches: int = 2) -> None:

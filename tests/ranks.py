@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -113,6 +114,10 @@ def _rank_main(
     pipe.send(result)
     pipe.close()
     if torch.distributed.is_initialized():
+        if "deepspeed" in sys.modules:
+            from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo
+
+            drain_gloo()
         torch.distributed.destroy_process_group()
 
 

@@ -24,13 +24,12 @@ from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConf
 from isthmus.trainer.context import LocalContext, Rank
 from isthmus.trainer.engine.engine import build_engine
 from isthmus.trainer.engine.precision import Precision, Unscaled
-from isthmus.trainer.engine.process_group import device_of
+from isthmus.trainer.engine.process_group import process_group, select_device
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation.caption_metrics import exact_match
 from isthmus.trainer.evaluation.figures import sample_grid, to_png
 from isthmus.trainer.evaluator import Evaluation, held_out_loader
 from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.run_local import process_group
 from isthmus.trainer.task import Measured, Stage2Task, Task, standardised
 
 QUESTIONS_AT_A_TIME = EXPORT_BATCH_SIZE = 16
@@ -90,7 +89,7 @@ def evaluate_run(
     with ExitStack() as stack:
         stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
         parts = build_parts(config, name, context.rank, store)
-        engine = build_engine(parts.task.model, config.stage(name), config, context)
+        engine = build_engine(parts.task.model, config.stage(name), context.rank)
         stack.callback(engine.close)
         engine.restore(saved, saved.step)
         batch_size = config.stage(name).global_batch_size
@@ -112,7 +111,7 @@ def evaluate_export(url: str, data: str, out: Path, *, num_samples: int | None) 
             "own export"
         )
     model, encoder = load_captioner(local_folder(url, store))
-    device = device_of(alone)
+    device = select_device(alone)
     task = Stage2Task(model.to(device), encoder, LocalExchange(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
     plain = DataConfig(sources=(SourceConfig(manifest=data),), lanes=1)
     subject = _Subject(url, task, encoder, Unscaled(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)

@@ -3,17 +3,13 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import TrainConfig
-from isthmus.trainer.context import LocalContext, Outcome, Rank
-from isthmus.trainer.engine.process_group import limit_new_groups
+from isthmus.trainer.context import LocalContext, Outcome
+from isthmus.trainer.engine.process_group import process_group
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import run_stage
 
@@ -39,21 +35,3 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
             if run_stage(config, stage, context, store, run) is Outcome.STOPPED:
                 return Outcome.STOPPED
     return Outcome.FINISHED
-
-
-@contextmanager
-def process_group(rank: Rank, timeout_seconds: float) -> Iterator[None]:
-    """Hold one process group over all stages: of torchrun's ranks, or of this process alone."""
-    if dist.is_initialized():
-        yield
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    # One process alone needs no place to meet.
-    store = torch._C._distributed_c10d.HashStore() if rank.world_size == 1 else None
-    timeout = timedelta(seconds=timeout_seconds)
-    limit_new_groups(timeout)
-    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout, store=store)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -125,8 +125,9 @@ class Stage1Task(_StageTask):
 
     def evaluate(self, batches: Iterable[Batch], engine: Precision, config: EvaluationConfig, beat: Beat) -> Measured:
         """Measure retrieval: recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
-        with engine.autocast(), evaluating(self.model):
-            return Measured(*RetrievalEvaluation(self.model, self._exchange, config, beat).run(batches, self.inputs))
+        evaluation = RetrievalEvaluation(self.model, engine, self._exchange, config, beat)
+        with evaluating(self.model):
+            return Measured(*evaluation.run(batches, self.inputs))
 
 
 class Stage2Task(_StageTask):
@@ -162,11 +163,15 @@ class Stage2Task(_StageTask):
             return normalised(batch, self.model.vision, engine.device)
 
         def losses_of(batch: Batch) -> tuple[dict[str, float], float]:
-            return self._held_out_losses(batch, len(batch.rows_B) if config.batch_size else self._micro_batch_size)
+            size = len(batch.rows_B) if config.batch_size else self._micro_batch_size
+            with engine.autocast():
+                return self._held_out_losses(batch, size)
 
         few = first_samples(batches, config.caption_samples, self._exchange.world_size)
-        with engine.autocast(), evaluating(self.model):
-            return Measured(*evaluate_captions(self.model, self._encoder, few, images_of, losses_of, config, beat))
+        with evaluating(self.model):
+            return Measured(
+                *evaluate_captions(self.model, engine, self._encoder, few, images_of, losses_of, config, beat)
+            )
 
     def _held_out_losses(self, batch: Batch, micro_batch_size: int) -> tuple[dict[str, float], float]:
         """Return the means over the global batch's target tokens, without gradient, and the number of these."""

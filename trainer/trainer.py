@@ -88,7 +88,7 @@ class _Stage:
             parts.begin(self._run)
         guard = FrozenGuard(parts.task.model)
         self._watchdog.beat()
-        engine = build_engine(parts.task.model, self._stage, self._config, self._context)
+        engine = build_engine(parts.task.model, self._stage, self._context.rank)
         self._stack.callback(engine.close)
         loader = self._stack.enter_context(closing(self._open_loader(parts)))
         start_step = self._restore(engine, saved, parts, loader)

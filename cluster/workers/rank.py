@@ -3,7 +3,7 @@
 from isthmus.cluster.workers.actor import Assignment
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.context import RunContext
-from isthmus.trainer.engine.process_group import join_process_group, leave_process_group
+from isthmus.trainer.engine.process_group import process_group
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import run_stage
 
@@ -12,9 +12,6 @@ def train(assignment: Assignment, context: RunContext) -> str:
     """Run the stage to its end or to a stop and return the outcome's value; raises what the training code raises."""
     config = assignment.config
     store = ObjectStore(config.store)
-    join_process_group(context.rank, config.safety.collective_timeout_seconds)
-    try:
+    with process_group(context.rank, config.safety.collective_timeout_seconds):
         run = RunStore.attach(config, store, assignment.run_token)
         return str(run_stage(config, assignment.stage, context, store, run, assignment.peers))
-    finally:
-        leave_process_group()

@@ -14,7 +14,7 @@ import torch
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer import run_local as local
 from isthmus.trainer.context import Outcome, Rank
-from isthmus.trainer.engine.process_group import load_deepspeed
+from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.store import RunStore
 from tests.chaos.faults import BEAT_SECONDS, ChaosStore, Points, install, skew_clock

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.model.frozen.language import load_language
 from isthmus.trainer.context import LocalContext
-from isthmus.trainer.engine.process_group import join_process_group, leave_process_group
+from isthmus.trainer.engine.process_group import process_group
 from isthmus.trainer.frozen.identity import FrozenGuard
 from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from tests.engine_toys import MemoryState, accumulate, make_engine, train
@@ -19,6 +18,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, see docs/gpu-checklist.md"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _group():
+    with process_group(LocalContext().rank, 60):
+        yield
 
 
 @pytest.mark.parametrize("template", ["stage1_zero1", "stage1_zero2"])
@@ -70,7 +75,6 @@ def test_frozen_model_on_the_device(tmp_path: Path, template: str, dtype: str) -
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(tmp_path)
     context = LocalContext()
-    join_process_group(context.rank, 60)
     language_config = LanguageConfig(path=str(tmp_path), dtype=dtype)
     sharded = load_frozen_lm(language_config, str(tmp_path), ObjectStore(), context.rank, template)
     whole = load_language(language_config, tmp_path).cuda()
@@ -85,5 +89,3 @@ def test_frozen_model_on_the_device(tmp_path: Path, template: str, dtype: str) -
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
     guard.check()
-    leave_process_group()
-    assert not dist.is_initialized()

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.engine import Engine
 from isthmus.trainer.engine.optimizer import parameter_groups
+from isthmus.trainer.engine.process_group import process_group
 from tests.engine_toys import (
     BATCH,
     LR_FACTORS,
-    SAFETY,
     MemoryState,
     Pieces,
     Toy,
@@ -29,6 +30,7 @@ from tests.engine_toys import (
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
+LIMIT_SECONDS = 60.0  # as in tests/ranks.py
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 30, "reduce_bucket_size": 100_000, "sub_group_size": 200}
 
 
@@ -87,10 +89,11 @@ def limits(template: str) -> list[float]:
 
 def on_two_ranks(rank: int, world_size: int, templates: list[str]) -> dict[str, Any]:
     """All that needs two ranks, in one pair of processes."""
-    states = {template: resume(template) for template in templates}
-    for template in templates[:2]:
-        poison(template, rank)
-    return {"states": states, "uneven": uneven(rank), "limits": limits(templates[2])}
+    with process_group(LocalContext().rank, LIMIT_SECONDS):
+        states = {template: resume(template) for template in templates}
+        for template in templates[:2]:
+            poison(template, rank)
+        return {"states": states, "uneven": uneven(rank), "limits": limits(templates[2])}
 
 
 def on_one_rank(rank: int, world_size: int, templates: list[str], half_of_two: list[Pieces]) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def test_resumes_bit_by_bit_and_covers_every_element_once(one: dict[str, Any], t
 
 def test_every_process_group_has_the_limit_of_the_configuration(two: dict[str, Any]) -> None:
     assert len(two["limits"]) > 1, "DeepSpeed makes groups of its own"
-    assert set(two["limits"]) == {SAFETY.collective_timeout_seconds}
+    assert set(two["limits"]) == {LIMIT_SECONDS}
 
 
 def test_stages_and_world_sizes_agree(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -258,14 +261,18 @@ def half_precision() -> None:
         engine.close()
 
 
-def test_single_process_needs_no_process_group(tmp_path: Path) -> None:
-    """A process that nobody prepared: no rank variables, no group; and nothing is compiled."""
+def test_single_process_needs_no_launcher(tmp_path: Path) -> None:
+    """A process that nobody prepared, twice: no rank variables, no port; and nothing is compiled."""
     code = (
         "import sys, torch\n"
+        "from isthmus.trainer.context import Rank\n"
+        "from isthmus.trainer.engine.process_group import process_group\n"
         "from tests.engine_toys import make_engine, train\n"
-        "engine = make_engine('stage1_zero1')\n"
-        "assert train(engine, 0, 2)[1] > 0\n"
-        "engine.close()\n"
+        "for _ in range(2):\n"
+        "    with process_group(Rank(0, 1), 60):\n"
+        "        engine = make_engine('stage1_zero1')\n"
+        "        assert train(engine, 0, 2)[1] > 0\n"
+        "        engine.close()\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules\n"
     )

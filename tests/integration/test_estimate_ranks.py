@@ -62,9 +62,6 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def on_rank(rank: int, _world_size: int, root: str) -> dict[str, Any]:
-    from isthmus.trainer.engine.process_group import join_process_group
-
-    join_process_group(LocalContext().rank, 60)
     results = {"stage1": measure(lambda: Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), f"{root}/far.json", rank)}
     for kind, reuse in (("opt", "near"), ("opt", "far"), ("t5", "near")):
         template, folder = f"{root}/{reuse}.json", f"{root}/{kind}"

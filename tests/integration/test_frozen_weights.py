@@ -86,10 +86,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def on_two_ranks(rank: int, world_size: int, folders: dict[str, str], template: str) -> dict[str, Any]:
-    from isthmus.trainer.engine.process_group import join_process_group
-
     context = LocalContext()
-    join_process_group(context.rank, 60)
     return {kind: through_sharded(folder, template, context.rank) for kind, folder in folders.items()}
 
 

@@ -92,6 +92,20 @@ def prove_alone(rank, world_size, assets, folder):
     return *result, answered, figures
 
 
+def train_in_half_precision(rank, world_size, assets, folder):
+    """Run both stages to the end, evaluations included; in fp16 without re-ranking."""
+    options = {"bf16": [], "fp16": ["evaluation.rerank_top_k=0"]}
+    return {
+        precision: train_here(
+            configure(
+                assets, folder / precision, f"stage1.precision={precision}", f"stage2.precision={precision}",
+                "stage1.steps=2", "stage2.steps=2", *options[precision],
+            )
+        )
+        for precision in options
+    }  # fmt: skip
+
+
 def command(*arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -168,6 +182,12 @@ def pair(assets, tmp_path_factory):
     return folder, run_ranks(prove_in_pairs, 2, assets, folder, timeout_seconds=400)
 
 
+@pytest.fixture(scope="module")
+def half(assets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half")
+    return folder, run_ranks(train_in_half_precision, 1, assets, folder, timeout_seconds=400)[0]
+
+
 def weights(runs, stage, newest=0):
     """Return the step and the trained tensors of a checkpoint, the newest by default."""
     saved = list_checkpoints(str(runs / "tiny" / stage / "checkpoints"), ObjectStore())[newest]
@@ -207,6 +227,17 @@ def test_two_ranks_have_the_losses_and_figures_of_one(alone, pair):
         figures = [measured(folder / "whole", stage) for folder, _ in (alone, pair)]
         assert {"stage1": "eval/itc_t2i_r10", "stage2": "eval/cider_d"}[stage] in figures[0]
         assert figures[1] == pytest.approx(figures[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_evaluates_both_stages_close_to_fp32(half, alone, precision):
+    folder, outcomes = half
+    assert outcomes[precision] is Outcome.FINISHED
+    for stage, figure in (("stage1", "eval/itc_r1"), ("stage2", "eval/loss_wrong_image")):
+        assert weights(folder / precision, stage)[0] == 2  # the last checkpoint follows the last evaluation
+        assert figure in measured(folder / precision, stage)
+        first, exact = (known_losses(runs, stage)[0][1] for runs in (folder / precision, alone[0] / "whole"))
+        assert first == pytest.approx(exact, rel=0.02)
 
 
 def measured(runs, stage):

@@ -32,8 +32,9 @@ class Snapshot:
         self.memory.map[: len(header)] = header
         self._header_bytes = len(header)
         self._values = self._view()
-        if any(f.data.is_cuda for f in fragments):
-            _pin(self._values)
+        if fragments and fragments[0].data.is_cuda:
+            with torch.cuda.device(fragments[0].data.device):  # a new thread's own device is GPU 0
+                _pin(self._values)
         self._values.zero_()  # without the interpreter's lock, unlike populating by mmap
 
     def fill(self, fragments: Sequence[Fragment]) -> None:

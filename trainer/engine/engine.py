@@ -14,17 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from isthmus.trainer.config.schema import StageConfig, TrainConfig
-from isthmus.trainer.context import Rank, RunContext
+from isthmus.trainer.config.schema import StageConfig
+from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
-from isthmus.trainer.engine.process_group import (
-    device_of,
-    join_process_group,
-    leave_process_group,
-    let_gloo_settle,
-    load_deepspeed,
-)
+from isthmus.trainer.engine.process_group import select_device
 from isthmus.trainer.engine.state_shards import (
     KINDS,
     Fragment,
@@ -166,10 +161,8 @@ class Engine:
         refresh_working_copies(self._zero)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds; leave the process group if the engine made it."""
+        """Free what DeepSpeed holds."""
         self._wrapped.destroy()
-        let_gloo_settle()
-        leave_process_group()
 
     def _gradient_factor(self) -> Tensor | float:
         scale = self.loss_scale or 1.0
@@ -209,20 +202,15 @@ class Engine:
             self.loss_scale = min(_LOSS_SCALE_MAX, self.loss_scale * 2)
 
 
-def build_engine(
-    task_model: nn.Module, stage_config: StageConfig, train_config: TrainConfig, context: RunContext
-) -> Engine:
+def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -> Engine:
     """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
 
     Args:
         task_model: A `Trainable`. A frozen language model made by `load_frozen_lm` inside it looks after itself.
         stage_config: Template, precision and optimizer.
-        train_config: Limits of collectives.
-        context: Place of this process.
+        rank: Place of this process in the process group, which exists already.
     """
-    rank = context.rank
-    device = device_of(rank)
-    join_process_group(rank, train_config.safety.collective_timeout_seconds)
+    device = select_device(rank)
     parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
     template = load_template(stage_config.deepspeed)
     task_model.to(device)

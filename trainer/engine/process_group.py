@@ -1,114 +1,104 @@
-"""DeepSpeed's import and the process group: nothing compiles, nothing chats, no wait is endless."""
+"""This rank's device and the process group: device first, one initialiser, every collective with a time limit."""
 
 import datetime
-import gc
-import importlib
-import logging
 import os
 import sys
-import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from isthmus.trainer.context import Rank
+from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, limit_new_groups
 from isthmus.trainer.errors import TrainerError
 
-MUON = "deepspeed.runtime.zero.muon.original_muon"
-_SETTLE_SECONDS = 0.2
-_own_group = False
 
+def select_device(rank: Rank) -> torch.device:
+    """Decide this rank's device, make it current, and let LOCAL_RANK, by which DeepSpeed picks a device, agree.
 
-def load_deepspeed() -> Any:
-    """Import DeepSpeed for the accelerator at hand; on the CPU without the kernel that it would compile.
-
-    That kernel (shared-memory all-reduce) serves inference only; compiling it takes a minute or many, and a compile
-    that is killed leaves a lock at which all later ones wait for ever.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR while it is imported, and that takes seconds
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    _import_muon()
-    if not torch.cuda.is_available():
-        # `deepspeed.comm.torch` as an attribute is PyTorch itself; only sys.modules has the module of that name.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    return deepspeed
-
-
-def _import_muon() -> None:
-    """Import the optimizer Muon, which DeepSpeed imports with every engine, without its decorators of `torch.compile`.
-
-    We do not use it, and they import TorchInductor: two CPU seconds of every start.
-    """
-    if MUON in sys.modules:
-        return
-    compiler = importlib.import_module("deepspeed.runtime.compiler")
-    compiled, compiler.compile = compiler.compile, lambda: lambda function: function  # type: ignore[attr-defined]
-    try:
-        importlib.import_module(MUON)
-    finally:
-        compiler.compile = compiled  # type: ignore[attr-defined]
-
-
-def device_of(rank: Rank) -> torch.device:
-    """Return this rank's device and make it the current one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def join_process_group(rank: Rank, timeout_seconds: float) -> None:
-    """Make sure that there is a process group and that DeepSpeed knows it; one that exists is used as it is.
+    A process that sees one GPU, as a Ray worker does, takes that one; a process that sees all GPUs of its node, as
+    under torchrun, takes the one of its local rank. Without CUDA, or with DS_ACCELERATOR=cpu, the device is the CPU.
 
     Raises:
-        TrainerError: several ranks, but nothing in the environment says where they meet.
+        TrainerError: the node has fewer GPUs than ranks.
     """
-    global _own_group  # noqa: PLW0603 - the process group is global state of the process too
-    deepspeed = load_deepspeed()
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else rank.local_rank
+    if index >= count:
+        raise TrainerError(
+            f"rank {rank.rank}: local rank {rank.local_rank}, but this node has {count} GPUs; "
+            "start at most one rank per GPU (torchrun --nproc-per-node, cluster.workers)"
+        )
+    torch.cuda.set_device(index)
+    os.environ["LOCAL_RANK"] = str(index)
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def process_group(rank: Rank, timeout_seconds: float) -> Iterator[torch.device]:
+    """Join the process group of all ranks and leave it at the end; yields this rank's device.
+
+    Tensors on the CPU, object collectives among them, travel by gloo, tensors on a GPU by NCCL. A group that exists
+    already is used as it is and left alone.
+
+    Raises:
+        TrainerError: several ranks, but nothing in the environment says where they meet, or two ranks share a GPU.
+    """
+    device = select_device(rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     limit_new_groups(timeout)
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if rank.world_size == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        elif "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
-        else:
-            raise TrainerError(
-                f"rank {rank.rank} of {rank.world_size}: MASTER_ADDR is not set, so the ranks cannot meet; "
-                "start them with `isthmus train` or torchrun"
-            )
-        _own_group = True
-    deepspeed.init_distributed(dist.get_backend(), timeout=timeout, verbose=False)
+    if dist.is_initialized():
+        yield device
+        return
+    _init_group(rank, device, timeout)
+    try:
+        _check_one_rank_per_gpu(device)
+        yield device
+    finally:
+        drain_gloo()
+        _destroy_group()
 
 
-def limit_new_groups(timeout: datetime.timedelta) -> None:
-    """Make our limit that of the groups to come: DeepSpeed names none, and PyTorch's is half an hour."""
-    groups = dist.distributed_c10d
-    groups.default_pg_timeout = groups.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+def _init_group(rank: Rank, device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if rank.world_size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise TrainerError(
+            f"rank {rank.rank} of {rank.world_size}: MASTER_ADDR is not set, so the ranks cannot meet; "
+            "start them with `isthmus train` or torchrun"
+        )
+    dist.init_process_group(
+        backend,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
-def let_gloo_settle() -> None:
-    """Give gloo's threads the interpreter for a moment, to free the tensors of operations that have finished.
+def _check_one_rank_per_gpu(device: torch.device) -> None:
+    if device.type != "cuda" or dist.get_world_size() == 1:
+        return
+    uuids: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(uuids, str(torch.cuda.get_device_properties(device).uuid))
+    shared = [i for i, uuid in enumerate(uuids) if uuids.count(uuid) > 1]
+    if shared:
+        raise TrainerError(
+            f"ranks {shared[:8]} share a GPU; start at most one rank per GPU (torchrun --nproc-per-node, "
+            "cluster.workers.gpus: 1)"
+        )
 
-    Such a thread that still waits for the interpreter when the process ends aborts it ("terminate called without an
-    active exception"): seen in a quarter of all ZeRO-3 processes on the CPU that ended right after a step.
-    """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        gc.collect()
-        time.sleep(_SETTLE_SECONDS)
 
-
-def leave_process_group() -> None:
-    """Destroy the process group if `join_process_group` made it."""
-    global _own_group  # noqa: PLW0603 - see above
-    if _own_group and dist.is_initialized():
-        load_deepspeed().comm.destroy_process_group()
-    _own_group = False
+def _destroy_group() -> None:
+    """Destroy the group; through DeepSpeed where it has been loaded, for it keeps groups of its own."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()

@@ -15,10 +15,10 @@ def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
 
     Args:
         qformer: In eval mode.
-        image_BPD: Features of the vision encoder.
+        image_BPD: Features of the vision encoder; under autocast the projections are in its type.
 
     Returns:
-        B, Q, P; each row sums to 1.
+        fp32 B, Q, P; each row sums to 1.
     """
     cross = [layer.cross_attention for layer in qformer.layers if isinstance(layer.cross_attention, Attention)][-1]
     queries: list[Tensor] = []
@@ -28,8 +28,9 @@ def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
         qformer.query_pass(memory, image_BPD.shape[0])
     finally:
         handle.remove()
-    query_BHQd = cross.heads(queries[-1]).float()
-    keys_BHPd = memory.layers[-1].keys_BHLd.float()
-    scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
-    weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
+    with torch.autocast(image_BPD.device.type, enabled=False):
+        query_BHQd = cross.heads(queries[-1]).float()
+        keys_BHPd = memory.layers[-1].keys_BHLd.float()
+        scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
+        weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
     return weights_BQP

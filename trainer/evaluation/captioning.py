@@ -9,6 +9,7 @@ from isthmus.model.generate import Decoding, caption
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists
+from isthmus.trainer.engine.precision import Precision
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.caption_metrics import score_captions
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid
@@ -20,6 +21,7 @@ SHOWN = 16
 
 def evaluate_captions(
     model: Any,
+    engine: Precision,
     encoder: LanguageEncoder,
     batches: Iterable[Batch],
     images_of: Callable[[Batch], Any],
@@ -43,14 +45,16 @@ def evaluate_captions(
         losses.update({name: mean * tokens for name, mean in means.items()})
         num_tokens += tokens
         images_BCHW = images_of(batch)
-        generated = caption(model, encoder, images_BCHW, decoding=decoding)
+        with engine.autocast():
+            generated = caption(model, encoder, images_BCHW, decoding=decoding)
         beat()
         for row in batch.valid_B.nonzero().flatten().tolist():
             texts.append({"key": batch.keys[row], "caption": batch.captions[row], "generated": generated[row]})
             if len(shown) < SHOWN:
                 shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
         if attention is None:  # on every rank, rows or not: the bridge may be sharded
-            attention = attention_of(model, images_BCHW, batch, generated)
+            with engine.autocast():
+                attention = attention_of(model, images_BCHW, batch, generated)
     own = texts[: len(shown)]
     grid = sample_grid(shown, [text["caption"] for text in own], [text["generated"] for text in own]) if shown else None
     texts = gather_lists(texts)

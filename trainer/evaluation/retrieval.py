@@ -20,6 +20,7 @@ from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
 from isthmus.model.qformer.layers import ImageMemory
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists
+from isthmus.trainer.engine.precision import Precision
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid, similarity_matrix
 from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank
@@ -45,12 +46,21 @@ class _Rows:
 
 
 class RetrievalEvaluation:
-    """One evaluation; the model is in eval mode."""
+    """One evaluation; the model is in eval mode.
+
+    Forward passes run in the engine's precision, everything computed from their results in fp32: bf16 holds cosines
+    between 0.25 and 0.5 to 0.002 only, and equal scores count as lost.
+    """
 
     def __init__(
-        self, model: Stage1Model, exchange: Exchange, config: EvaluationConfig, beat: Callable[[], None]
+        self,
+        model: Stage1Model,
+        engine: Precision,
+        exchange: Exchange,
+        config: EvaluationConfig,
+        beat: Callable[[], None],
     ) -> None:
-        self._model, self._exchange, self._config, self._beat = model, exchange, config, beat
+        self._model, self._engine, self._exchange, self._config, self._beat = model, engine, exchange, config, beat
 
     @torch.no_grad()
     def run(
@@ -105,9 +115,10 @@ class RetrievalEvaluation:
         ids, masks = ([torch.zeros(0, length, dtype=torch.long, device=device)] for _ in range(2))
         image_ids, kept = [torch.zeros(0, dtype=torch.long, device=device)], []
         for part in parts:
-            encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
-            images.append(encoded.image_BQE)
-            texts.append(encoded.text_BE)
+            with self._engine.autocast():
+                encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
+            images.append(encoded.image_BQE.float())
+            texts.append(encoded.text_BE.float())
             ids.append(_widened(part.input_ids_BT, length))
             masks.append(_widened(part.attention_mask_BT, length))
             assert part.image_ids_B is not None
@@ -137,13 +148,16 @@ class RetrievalEvaluation:
 
     def _match(self, inputs: Stage1Inputs, ids_TL: Tensor, mask_TL: Tensor, pairs: Tensor, first: int) -> Tensor:
         """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
-        memory = self._model.qformer.image_memory(self._model.features(inputs))
+        with self._engine.autocast():
+            memory = self._model.qformer.image_memory(self._model.features(inputs))
         found = []
         for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
             index_M, texts_M = part[:, 0] - first, part[:, 1]
-            text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
-            logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
-            found.append((logits_M2[:, 1] - logits_M2[:, 0]).float())
+            with self._engine.autocast():
+                text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
+                logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
+            logits_M2 = logits_M2.float()
+            found.append(logits_M2[:, 1] - logits_M2[:, 0])
         return torch.cat(found) if found else pairs.new_zeros(0, dtype=torch.float32)
 
     def _own(self, count: int) -> slice:
@@ -159,8 +173,9 @@ class RetrievalEvaluation:
         captions = [text["caption"] for text in mine]
         few = len(shown)
         similarity_IT = (rows.image_nQE[:few] @ rows.text_nE[:few].T).amax(dim=1).cpu().numpy()
-        features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
-        weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+        with self._engine.autocast():
+            features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
+            weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
         return {
             "samples": sample_grid(shown, captions, [text["retrieved"] for text in mine]),
             "similarity": similarity_matrix(similarity_IT, captions),

@@ -23,7 +23,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import load_template
-from isthmus.trainer.engine.process_group import load_deepspeed
+from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.memory import return_freed_memory
 from isthmus.trainer.frozen.node_cache import local_folder
