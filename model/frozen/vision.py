@@ -23,7 +23,7 @@ from isthmus.model.tensor_files import read_json, tensor_files
 
 Features = Callable[[nn.Module, Tensor], Tensor]
 # Folders that hold more than the image encoder, and encoders that AutoModel does not know.
-_VISION_CLASSES: dict[str, Any] = {
+VISION_CLASSES: dict[str, Any] = {
     "blip-2": Blip2VisionModel,
     "blip_2_vision_model": Blip2VisionModel,
     "clip": CLIPVisionModel,
@@ -136,7 +136,7 @@ def _load_transformers(folder: Path, kind: str) -> nn.Module:
         network = Blip2VisionModel(description)
         _load_strictly(network, folder, "vision_model.")
     else:
-        vision_class: Any = _VISION_CLASSES.get(kind, AutoModel)
+        vision_class: Any = VISION_CLASSES.get(kind, AutoModel)
         with silent_transformers():
             network, report = vision_class.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True

@@ -1,0 +1,1 @@
+"""Published weights of any format as named tensors that are read one at a time."""

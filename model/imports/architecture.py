@@ -1,0 +1,74 @@
+"""Whether the tensors of a published model are those that its architecture needs, from shapes alone."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from isthmus.model.config import LanguageConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.frozen.language import build_language
+from isthmus.model.frozen.vision import VISION_CLASSES
+from isthmus.model.imports.published import Published
+from isthmus.model.imports.tensors import Tensors
+
+VISION_PREFIX = "vision_model."
+# Parts of image encoders that BLIP-2 does not read: pooling and classification heads, index buffers.
+_UNREAD = ("pooler", "head", "position_ids", "classifier")
+
+
+def check_architecture(model: Published, place: str) -> None:
+    """Build the model without memory (meta device) and compare names and shapes.
+
+    Raises:
+        ModelError: tensors are missing, unexpected or of another shape, or the architecture is not supported.
+    """
+    unusable = sorted(n for n, t in model.tensors.items() if t.dtype.itemsize == 1 and t.dtype.is_floating_point)
+    if unusable:
+        raise ModelError(f"{place}: {unusable[0]} is quantised to 8 bits; get the model in bfloat16 or float16")
+    with tempfile.TemporaryDirectory() as scratch, torch.device("meta"):
+        folder = Path(scratch)
+        (folder / "config.json").write_text(json.dumps(model.config))
+        if model.is_vision:
+            _check_vision(folder, model.tensors, place)
+        else:
+            _check_language(folder, model.tensors, place)
+
+
+def _check_language(folder: Path, tensors: Tensors, place: str) -> None:
+    try:
+        language = build_language(LanguageConfig(path=place), folder, tensors.keys())
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(folder), place)) from error
+    parameters = dict(language.named_parameters())
+    for name, theirs in language.weight_names.items():
+        _check_shape(theirs, tensors[theirs].shape, parameters[name], place)
+
+
+def _check_vision(folder: Path, tensors: Tensors, place: str) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    vision_class: Any = VISION_CLASSES.get(config.model_type)
+    network = vision_class(config) if vision_class else AutoModel.from_config(config)
+    missing = []
+    needed: Mapping[str, Tensor] = network.state_dict()
+    for name, tensor in needed.items():
+        found = next((held for held in (name, VISION_PREFIX + name) if held in tensors), None)
+        if found is not None:
+            _check_shape(found, tensors[found].shape, tensor, place)
+        elif not any(part in name for part in _UNREAD):
+            missing.append(name)
+    if missing:
+        raise ModelError(f"{place}: {len(missing)} weights are missing, the first is {missing[0]}; download all files")
+
+
+def _check_shape(name: str, found: tuple[int, ...], needed: Tensor, place: str) -> None:
+    if found != tuple(needed.shape):
+        raise ModelError(
+            f"{place}: {name} is {found}, config.json makes it {tuple(needed.shape)}; "
+            "config.json and weights are of different models"
+        )

@@ -1,0 +1,82 @@
+"""Models by name from the Hugging Face Hub: its cache, mirror (HF_ENDPOINT) and offline mode are huggingface_hub's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from isthmus.model.errors import ModelError
+from isthmus.model.imports.published import SIDE_FILES
+from isthmus.model.imports.tensors import PYTORCH, PYTORCH_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+
+_SAFETENSORS_FILES = [SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors"]
+_PYTORCH_FILES = [PYTORCH, PYTORCH_INDEX, "pytorch_model-*.bin"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model of the Hub on this machine: `folder` holds the files of commit `revision`."""
+
+    folder: Path
+    revision: str
+
+
+def download(name: str, revision: str | None = None) -> Snapshot:
+    """Fetch a model into huggingface_hub's cache, resuming what an earlier try has left there.
+
+    Of a model that is published as safetensors and as PyTorch files, only the safetensors are fetched.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; none: the default branch. The commit is returned.
+
+    Raises:
+        ModelError: no such model or revision, no access, or no network and nothing in the cache.
+    """
+    try:
+        files = _published_files(name, revision)
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=_wanted(files), local_files_only=files is None)
+        )
+    except GatedRepoError as error:
+        raise ModelError(f"{name}: ask for access on its page, then set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name}: no revision {revision}; give a branch, tag or commit of the model") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{name}: no such model on the Hub, or it is private: then set HF_TOKEN") from error
+    except HFValidationError as error:
+        raise ModelError(f"{name}: neither a file or folder here nor a name on the Hub (owner/name)") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
+        raise ModelError(
+            f"{name}: the Hub cannot be reached and the cache does not hold it ({type(error).__name__}); "
+            "set HF_ENDPOINT to a mirror, or give a local folder"
+        ) from error
+    return Snapshot(folder, folder.name)
+
+
+def _published_files(name: str, revision: str | None) -> list[str] | None:
+    """Return the names of the model's files; none if the Hub cannot be reached, so that the cache must do."""
+    try:
+        return HfApi().list_repo_files(name, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (HfHubHTTPError, HTTPError, OSError):
+        return None
+
+
+def _wanted(files: list[str] | None) -> list[str]:
+    """Return the patterns of the files to fetch: safetensors where there are any, else PyTorch's."""
+    if files is None:
+        weights = [*_SAFETENSORS_FILES, *_PYTORCH_FILES]
+    else:
+        weights = _SAFETENSORS_FILES if any(file.endswith(".safetensors") for file in files) else _PYTORCH_FILES
+    return ["config.json", *SIDE_FILES, *weights]

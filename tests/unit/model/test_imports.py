@@ -1,0 +1,323 @@
+"""Published weights of every format become safetensors folders that compute what the originals compute."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
+
+from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.config import LanguageConfig, VisionConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.frozen.language import load_language
+from isthmus.model.frozen.vision import load_vision
+from isthmus.model.imports.architecture import check_architecture
+from isthmus.model.imports.published import open_published
+from isthmus.model.imports.tensors import open_tensors
+from isthmus.model.imports.towers import CLIP_MEAN
+from isthmus.model.tiny import write_tiny_language
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.frozen.model_folder import ModelWriter, plan_files, read_record, verify
+
+pytestmark = pytest.mark.unit
+
+SIDE, PATCH = 32, 8
+IMAGES = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+def get(source: Path, target: Path, part: Any = "auto", **options: Any) -> Path:
+    model = open_published(source, part)
+    check_architecture(model, str(source))
+    ModelWriter(ObjectStore(), str(target), **options).write(model, source.name, part=part)
+    return target
+
+
+@pytest.fixture
+def safetensors_opt(tmp_path):
+    return write_tiny_language(tmp_path / "opt", "opt")
+
+
+def as_pickle(source: Path, target: Path, files: int = 1) -> Path:
+    """Write a copy of a safetensors folder as PyTorch files: one .bin, or several and an index."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    if files == 1:
+        torch.save(weights, target / "pytorch_model.bin")
+        return target
+    index = {name: f"pytorch_model-{i % files + 1:05d}-of-{files:05d}.bin" for i, name in enumerate(weights)}
+    for file in set(index.values()):
+        torch.save({name: weights[name] for name in weights if index[name] == file}, target / file)
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return target
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_pytorch_files_become_a_folder_that_computes_the_same(safetensors_opt, tmp_path, files):
+    source = as_pickle(safetensors_opt, tmp_path / "published", files)
+    made = get(source, tmp_path / "made", file_bytes=20_000)
+    assert len(list(made.glob("model-*-of-*.safetensors"))) > 1
+    ids = torch.tensor([[2, 5, 6, 7]])
+    loaded = load_language(LanguageConfig(path=str(made)), made)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(safetensors_opt).double()(ids).logits
+        assert torch.equal(loaded.model.double()(ids).logits, expected)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(made).double()(ids).logits, expected)
+    assert (made / "tokenizer.json").read_bytes() == (safetensors_opt / "tokenizer.json").read_bytes()
+    assert verify(str(made), ObjectStore()).source == "published"
+
+
+def test_weights_are_stored_in_the_type_that_is_asked_for(safetensors_opt, tmp_path):
+    made = get(safetensors_opt, tmp_path / "made", dtype="bfloat16")
+    original, stored = load_file(safetensors_opt / "model.safetensors"), load_file(made / "model.safetensors")
+    assert all(torch.equal(stored[name], original[name].bfloat16()) for name in original)
+    assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_interrupted_conversion_resumes_with_the_same_bytes(safetensors_opt, tmp_path):
+    class Failing(ObjectStore):
+        puts = 0
+
+        def put_file(self, url: str, path: Path) -> Any:
+            Failing.puts += 1
+            if Failing.puts == 2:
+                raise StoreError("lost")
+            return super().put_file(url, path)
+
+    whole = get(safetensors_opt, tmp_path / "whole", file_bytes=20_000)
+    model, store = open_published(safetensors_opt), Failing()
+    writer = ModelWriter(store, str(tmp_path / "made"), file_bytes=20_000)
+    with pytest.raises(StoreError):
+        writer.write(model, "opt")
+    assert not (tmp_path / "made" / "config.json").exists()
+    with pytest.raises(TrainerError, match="unfinished"):
+        verify(str(tmp_path / "made"), ObjectStore())
+    writer.write(model, "opt")
+    assert Failing.puts == len(plan_files(model.tensors, "auto", 20_000)) + 1
+    for path in whole.iterdir():
+        if path.name != "isthmus-model.json":
+            assert (tmp_path / "made" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_memory_stays_under_two_files(tmp_path):
+    """Every tensor that is read for a file is gone before the next file is begun."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    save_file({f"w{i}": torch.full((1000,), float(i)) for i in range(20)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    model = open_published(folder)
+    alive: list[set[str]] = []
+    reading: set[str] = set()
+
+    class Watching(ModelWriter):
+        def _read(self, tensor: Any) -> Tensor:
+            reading.add(str(id(tensor)))
+            return super()._read(tensor)
+
+    def on_file(_done: int, _of: int) -> None:
+        alive.append(set(reading))
+        reading.clear()
+
+    Watching(ObjectStore(), str(tmp_path / "made"), file_bytes=8_000, on_file=on_file).write(model, "wide")
+    assert [len(names) for names in alive] == [2] * 10
+
+
+def test_another_model_in_the_destination_is_refused(safetensors_opt, tmp_path):
+    made = get(safetensors_opt, tmp_path / "made")
+    with pytest.raises(TrainerError, match="holds opt"):
+        ModelWriter(ObjectStore(), str(made)).write(open_published(safetensors_opt), "other")
+    with pytest.raises(TrainerError, match="holds a model without"):
+        ModelWriter(ObjectStore(), str(safetensors_opt)).write(open_published(safetensors_opt), "opt")
+
+
+def test_a_changed_file_does_not_verify(safetensors_opt, tmp_path):
+    made = get(safetensors_opt, tmp_path / "made")
+    content = bytearray((made / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (made / "model.safetensors").write_bytes(content)
+    with pytest.raises(TrainerError, match=r"model\.safetensors: differs"):
+        verify(str(made), ObjectStore())
+    (made / "model.safetensors").unlink()
+    with pytest.raises(TrainerError, match="missing"):
+        verify(str(made), ObjectStore())
+    (made / "isthmus-model.json").write_text("{")
+    with pytest.raises(TrainerError, match="damaged"):
+        read_record(str(made), ObjectStore())
+
+
+def randomised(network: nn.Module) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.2)
+    return network.eval()
+
+
+def lavis_eva(network: Any, num_unused: int = 1) -> dict[str, Tensor]:
+    """Return the weights under LAVIS' names, with the blocks behind the last one that BLIP-2 uses."""
+    state: dict[str, Tensor] = {
+        "cls_token": network.embeddings.class_embedding,
+        "pos_embed": network.embeddings.position_embedding,
+        "patch_embed.proj.weight": network.embeddings.patch_embedding.weight,
+        "patch_embed.proj.bias": network.embeddings.patch_embedding.bias,
+    }
+    layers = [*network.encoder.layers, *[network.encoder.layers[0]] * num_unused]
+    for i, layer in enumerate(layers):
+        width = layer.self_attn.qkv.weight.shape[1]
+        bias = layer.self_attn.qkv.bias
+        parts = {"norm1": layer.layer_norm1, "norm2": layer.layer_norm2, "attn.proj": layer.self_attn.projection,
+                 "mlp.fc1": layer.mlp.fc1, "mlp.fc2": layer.mlp.fc2}  # fmt: skip
+        for name, module in parts.items():
+            state |= {f"blocks.{i}.{name}.{kind}": value for kind, value in module.named_parameters()}
+        state[f"blocks.{i}.attn.qkv.weight"] = layer.self_attn.qkv.weight
+        state |= {f"blocks.{i}.attn.q_bias": bias[:width], f"blocks.{i}.attn.v_bias": bias[2 * width :]}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def openai_clip(network: Any) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {
+        "class_embedding": network.embeddings.class_embedding,
+        "positional_embedding": network.embeddings.position_embedding.weight,
+        "conv1.weight": network.embeddings.patch_embedding.weight,
+    }
+    for kind in ("weight", "bias"):
+        state[f"ln_pre.{kind}"] = getattr(network.pre_layrnorm, kind)
+    for i, layer in enumerate(network.encoder.layers):
+        attention = layer.self_attn
+        for kind in ("weight", "bias"):
+            heads = [getattr(part, kind) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            state[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(heads)
+        parts = {"ln_1": layer.layer_norm1, "ln_2": layer.layer_norm2, "attn.out_proj": attention.out_proj,
+                 "mlp.c_fc": layer.mlp.fc1, "mlp.c_proj": layer.mlp.fc2}  # fmt: skip
+        for name, module in parts.items():
+            state |= {f"transformer.resblocks.{i}.{name}.{k}": v for k, v in module.named_parameters()}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def features(folder: Path) -> Tensor:
+    encoder = load_vision(VisionConfig(path=str(folder), image_size_pixels=SIDE, dtype="float32"), folder)
+    encoder.network.double()
+    object.__setattr__(encoder, "config", encoder.config.model_copy(update={"dtype": "float64"}))
+    return encoder(IMAGES.double())
+
+
+@pytest.mark.parametrize("prefix", ["", "visual_encoder."])
+def test_eva_clip_of_lavis_has_the_features_of_transformers(tmp_path, prefix):
+    config = Blip2VisionConfig(
+        hidden_size=176, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH,
+        image_size=SIDE, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    network = randomised(Blip2VisionModel(config))
+    with torch.no_grad():
+        for layer in network.encoder.layers:
+            layer.self_attn.qkv.bias[176:352] = 0  # its keys have no bias
+    state = {prefix + name: value for name, value in lavis_eva(network, num_unused=0 if prefix else 1).items()}
+    torch.save({"model": {**state, "Qformer.x": torch.zeros(1)}} if prefix else state, tmp_path / "eva_vit_g.pth")
+    made = get(tmp_path / "eva_vit_g.pth", tmp_path / "made")
+    network.post_layernorm = nn.Identity()
+    with torch.no_grad():
+        expected = network.double()(IMAGES.double()).last_hidden_state
+    assert torch.allclose(features(made), expected, rtol=0, atol=1e-12)
+    assert json.loads((made / "preprocessor_config.json").read_text())["image_mean"] == CLIP_MEAN
+
+
+def test_openai_clip_of_lavis_has_the_features_of_transformers(tmp_path):
+    config = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, patch_size=PATCH,
+        image_size=SIDE,
+    )  # fmt: skip
+    network = randomised(CLIPVisionModel(config))
+    torch.save(openai_clip(network), tmp_path / "clip_vit_L.pth")
+    made = get(tmp_path / "clip_vit_L.pth", tmp_path / "made")
+    with torch.no_grad():
+        expected = network.double()(IMAGES.double(), output_hidden_states=True).hidden_states[-2]
+    assert torch.allclose(features(made), expected, rtol=0, atol=1e-12)
+
+
+def test_of_a_whole_clip_the_vision_tower_is_kept(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "patch_size": PATCH, "image_size": SIDE}  # fmt: skip
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    whole = randomised(CLIPModel(CLIPConfig(vision_config=vision, text_config=text)))
+    whole.save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    made = get(tmp_path / "clip", tmp_path / "made")
+    assert not [name for name in open_tensors(made) if name.startswith("text")]
+    with torch.no_grad():
+        output = whole.vision_model.double()(IMAGES.double(), output_hidden_states=True)
+    assert torch.allclose(features(made), output.hidden_states[-2], rtol=0, atol=1e-12)
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def broken(folder: Path, kind: str) -> str:
+    """Damage a folder with pytorch_model.bin and return what the error must say."""
+    weights = folder / "pytorch_model.bin"
+    if kind == "code":
+        torch.save({"weight": Payload(folder / "ran")}, weights)
+        return "could run code"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-500])
+        return "damaged or truncated"
+    if kind == "two sets":
+        (folder / "pytorch_model.bin.index.json").write_text("{}")
+        return "holds both"
+    if kind == "no weights":
+        weights.unlink()
+        return "no weights"
+    if kind == "no config":
+        (folder / "config.json").unlink()
+        return r"config\.json: not there"
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size"', '"x"'))
+    return r"config\.json makes it|do not match"
+
+
+@pytest.mark.parametrize("kind", ["code", "truncated", "two sets", "no weights", "no config", "other config"])
+def test_what_cannot_be_converted_is_one_line_and_nothing_is_written(safetensors_opt, tmp_path, kind):
+    source = as_pickle(safetensors_opt, tmp_path / "published")
+    message = broken(source, kind)
+    with pytest.raises(ModelError, match=message) as caught:
+        get(source, tmp_path / "made")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+    assert not (source / "ran").exists()
+
+
+def test_a_missing_shard_and_a_missing_entry_are_named(safetensors_opt, tmp_path):
+    source = as_pickle(safetensors_opt, tmp_path / "published", files=2)
+    index = json.loads((source / "pytorch_model.bin.index.json").read_text())
+    index["weight_map"]["absent.weight"] = "pytorch_model-00001-of-00002.bin"
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"absent\.weight is in the index but not in the file"):
+        open_published(source)
+    (source / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ModelError, match=r"1 weight files are missing, the first is pytorch_model-00002"):
+        open_published(source)
