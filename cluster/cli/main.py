@@ -14,7 +14,6 @@ from isthmus.cluster.cli import (
     data,
     jobs,
     model,
-    models,
     planning,
     runs,
     train,
@@ -38,7 +37,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(assets.app, name="assets")
-app.add_typer(models.app, name="models")
+app.add_typer(model.models_app, name="models")
 
 
 @app.callback()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError: its client's base error
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
