@@ -4,11 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: bench chaos check clean demo fixtures format graph help integration test test-slow unit venv
+.PHONY: bench chaos check clean demo demo-tiny fixtures format graph help integration test test-slow unit venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for longer"
+	@echo "make demo-tiny  the same path in 90 seconds on generated scenes, without a download"
 	@echo "make test    run all tests"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling, style limits"
@@ -59,6 +60,9 @@ format: venv
 
 demo: venv
 	$(BIN)/python -m isthmus.demo.main $(RECIPE)
+
+demo-tiny: venv
+	$(BIN)/python -m isthmus.demo.main recipes/demo-tiny.yaml
 
 chaos: venv
 	$(UNIT_THREADS) $(BIN)/python -m tests.chaos.run --schedules $(or $(N),100) --report

@@ -1,6 +1,6 @@
-"""What the demo runs on where a package cannot be had: generated scenes and random frozen parts, with nothing fetched.
+"""Generated scenes and random frozen models: what the demo runs on where nothing can be, or shall be, downloaded.
 
-It shows the same path, but of learning only what random frozen parts allow; the demo says so wherever it is used.
+It shows the same path, and of learning only what random models allow; the demo says so wherever it is used.
 """
 
 import json
@@ -24,7 +24,7 @@ SPLITS: dict[str, tuple[int, tuple[str, ...]]] = {
 def generate_corpus(target: Path, progress: Callable[[int, int], None]) -> dict[str, int]:
     """Draw all scenes into `target` unless it is complete, and return the number of pairs per split.
 
-    The layout is that of `cluster.demo.emoji.build_corpus`: pictures, and one JSONL per split.
+    The layout is that of `demo.emoji.build_corpus`: pictures, and one JSONL per split.
     """
     counts = {split: count for split, (count, _) in SPLITS.items()}
     if target.exists():

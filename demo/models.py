@@ -42,14 +42,18 @@ def prepare_models(folders: dict[str, Path], target: Path, report: Callable[[str
 def make_missing(
     makers: Mapping[str, Callable[[Path], object]], target: Path, report: Callable[[str], None]
 ) -> dict[str, Path]:
-    """Return the folders named by `makers` below `target`; each is made once, and is there whole or not at all."""
-    for name, make in makers.items():
-        if not (target / name).exists():
-            report(name)
-            partial = target / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
-            partial.rename(target / name)
+    """Return the folders named by `makers` below `target`; each is made once, completely or not at all."""
+    missing = [name for name in makers if not (target / name).exists()]
+    if missing:
+        from isthmus.model.frozen.silence import silent_transformers  # noqa: PLC0415 - imports transformers
+
+        with silent_transformers():
+            for name in missing:
+                report(name)
+                partial = target / f"{name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                makers[name](partial)
+                partial.rename(target / name)
     return {name: target / name for name in makers}
 
 

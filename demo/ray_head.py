@@ -39,8 +39,13 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(num_cpus: int, log: Path) -> Iterator[RayHead]:
-    """Start a head node with token authentication and end it, with all its processes, when the block ends.
+def ray_head(num_cpus: int, threads: int, log: Path) -> Iterator[RayHead]:
+    """Start a head node with token authentication; it is stopped, with all its processes, at the end of the block.
+
+    Args:
+        num_cpus: logical CPUs that Ray hands out.
+        threads: CPU threads of each worker process.
+        log: file for the output of Ray's processes.
 
     Raises:
         ClusterError: the dashboard does not answer in time; the message names the log.
@@ -52,7 +57,7 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[RayHead]:
     command += [f"--port={port}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard_port}"]
     command += [f"--ray-client-server-port={client_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"}
     with log.open("wb") as output:
         # A session of its own: a Ctrl-C at the terminal reaches the demo alone, which then stops the run in order.
         process = psutil.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
@@ -74,7 +79,7 @@ def _wait_until_ready(process: psutil.Popen, port: int, log: Path) -> None:
 
 
 def _stop(head: psutil.Popen) -> None:
-    """End the head and everything below it: politely first, then for good."""
+    """Stop the head and everything below it: by SIGTERM, then by SIGKILL."""
     try:
         processes = [head, *head.children(recursive=True)]
     except psutil.NoSuchProcess:

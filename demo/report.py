@@ -30,25 +30,25 @@ UNSEEN_BASELINE = (
 )
 
 
-def write_report(config: JobConfig, store: ObjectStore, cache: Path, instead_of: str | None = None) -> Path:
+def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str | None = None) -> Path:
     """Write the report into the run's folder and the cache; fetch the curves for TensorBoard; return the local file.
 
     Args:
         config: of the run.
         store: that holds it.
         cache: local folder.
-        instead_of: why the run is on generated scenes; none: it is on the real pictures.
+        note: what generated scenes stand for; none: the run is on the real pictures.
     """
     url = join(config.run.url, config.run.name)
     facts = read_folder(url, store)
     extra = ReportExtras(
-        {} if instead_of else BASELINES,
+        {} if note else BASELINES,
         {
-            "Unseen concepts": _unseen(cache, {} if instead_of else UNSEEN_BASELINES),
+            "Unseen concepts": _unseen(cache, {} if note else UNSEEN_BASELINES),
             "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
-            "Credits": h("p", "Nothing was fetched.") if instead_of else _credits(),
+            "Credits": h("p", "Nothing was downloaded.") if note else _credits(),
         },
-        f"Not the real demo: generated scenes and random frozen parts. {instead_of}" if instead_of else None,
+        note,
     )
     page = render(facts, extra).encode()
     store.put(join(url, REPORT), page)

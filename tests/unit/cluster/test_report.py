@@ -176,7 +176,7 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
     assert re.search(r"i2t_r10\s+0.500\s+0.568", page.text)
     assert "CC-BY-SA-4.0" in page.text
     assert "aws s3 cp --recursive s3://bucket/runs/demo/export export" in page.text
-    assert "Not the real demo: generated scenes and random frozen parts. no registry" in generated.text
+    assert "no registry" in generated.text
     assert "pooled features, MLP" not in generated.text
     assert "0.568" not in generated.text
 

@@ -1,0 +1,97 @@
+"""The demo's choice for a machine, and what it says of the time that is left."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from isthmus.cluster.config import JobConfig
+from isthmus.cluster.status import FILE_NAME, Restart, RunState, RunStatus
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.demo.machine import Machine, choose
+from isthmus.demo.timeline import PRIOR_SECONDS, Timeline
+from isthmus.demo.watch import RunWatch
+from isthmus.trainer.config.loading import load_config
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("machine", "recipe", "workers", "threads"),
+    [
+        (Machine(1, 0), "recipes/demo.yaml", 2, 1),
+        (Machine(2, 0), "recipes/demo.yaml", 2, 1),
+        (Machine(8, 0), "recipes/demo.yaml", 2, 4),
+        (Machine(32, 0), "recipes/demo-long.yaml", 2, 16),
+        (Machine(16, 1), "recipes/demo-long.yaml", 1, 16),
+        (Machine(64, 7), "recipes/demo-long.yaml", 4, 16),
+    ],
+)
+def test_the_recipe_fits_the_machine(machine, recipe, workers, threads):
+    setup = choose(machine)
+    assert (setup.recipe, setup.workers, setup.threads) == (recipe, workers, threads)
+    config = load_config(setup.recipe, setup.overrides, JobConfig)
+    assert config.world_sizes[-1] == workers
+    assert config.cluster.workers.gpus == (1 if machine.gpus else 0)
+    assert config.stage1.precision == config.stage2.precision == ("bf16" if machine.gpus else "fp32")
+    assert choose(machine, "recipes/demo-tiny.yaml").recipe == "recipes/demo-tiny.yaml"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_time_left_follows_the_pace():
+    clock = Clock()
+    timeline = Timeline({"data": 100.0, "train": 300.0, "report": 10.0}, clock)
+    assert timeline.seconds_left() == 410
+    clock.now = 40
+    assert timeline.seconds_left() == 370
+    clock.now = 200  # twice as slow as expected
+    assert timeline.seconds_left() == 310, "an overdue phase takes no time back from the later ones"
+    timeline.enter("train")
+    pace = (PRIOR_SECONDS + 200) / (PRIOR_SECONDS + 100)
+    assert timeline.seconds_left() == pytest.approx(310 * pace)
+    clock.now = 200 + 300
+    at_half = timeline.seconds_left(0.5)
+    assert at_half == pytest.approx((150 + 10) * (PRIOR_SECONDS + 500) / (PRIOR_SECONDS + 250))
+
+
+def test_a_cached_phase_says_nothing_of_the_pace():
+    clock = Clock()
+    timeline = Timeline({"data": 100.0, "train": 300.0}, clock)
+    clock.now = 2
+    timeline.enter("train")
+    assert timeline.seconds_left() == 300
+
+
+def test_the_watch_prints_unbroken_lines_and_ignores_an_earlier_end(tmp_path):
+    config = load_config("recipes/demo-tiny.yaml", [f"run.url={tmp_path}", "run.name=demo-9"], JobConfig)
+    store, url = ObjectStore(), join(str(tmp_path), "demo-9")
+    restart = Restart(at=1, kind="lost process", cause="killed", stage="stage1", step=33, world_size=2)
+    states = [
+        {"state": RunState.STOPPED, "updated_at": 1.0, "message": "of yesterday"},
+        {"state": RunState.RUNNING, "step": 20, "metrics": {"loss": 7.25, "samples_per_second": 31.0}},
+        {"state": RunState.RESTARTING, "message": "lost process " * 10, "restarts": [restart]},
+        {"state": RunState.FINISHED, "restarts": [restart.model_copy(update={"recovery_seconds": 9, "lost_steps": 3})]},
+    ]
+    head, timeline, output = None, Timeline({"stage1": 100.0, "stage2": 10.0}, Clock()), io.StringIO()
+    watch = RunWatch(config, store, head, Console(file=output, width=80, soft_wrap=True), timeline)
+
+    def next_state(_seconds):
+        known = {"updated_at": watch._begun_at + 1, "stage": "stage1", "num_steps": 60, **states.pop(0)}
+        store.put(join(url, FILE_NAME), RunStatus(run="demo-9", **known).model_dump_json().encode())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isthmus.demo.watch.time.sleep", next_state)
+        assert watch.wait().state is RunState.FINISHED
+    lines = [line.strip() for line in output.getvalue().splitlines()]
+    assert lines == [
+        "stage1 step 20/60, loss 7.25, 31.0 images/s, about 60 s left, a worker is killed at step 33",
+        f"stage1 restarting: {'lost process ' * 10}".strip(),
+        "stage1 finished",
+        "recovered 9 s after the loss, 3 steps trained again",
+    ]
