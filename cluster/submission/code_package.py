@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import ClusterError
 from isthmus.trainer.config.loading import to_yaml
 
 PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "ds_configs", "recipes")
+ROOT = Path(__file__).parents[2]
 SUFFIXES = (".py", ".json", ".yaml", ".txt")
 CONFIG_NAME = "config.yaml"
-MAX_BYTES = 20 << 20
 
 
 def build_package(config: JobConfig, folder: Path) -> Path:
@@ -17,14 +18,14 @@ def build_package(config: JobConfig, folder: Path) -> Path:
 
     Only files with known suffixes are taken, so data, caches, checkpoints and credentials cannot travel by accident.
     The configuration holds no secret: credentials come from the environment of the nodes.
+
+    Raises:
+        ClusterError: this installation is incomplete.
     """
-    root = Path(__file__).parents[2]
-    for package in PACKAGES:
-        for source in [root / "__init__.py", *sorted((root / package).rglob("*"))]:
-            if source.is_file() and source.suffix in SUFFIXES and not _is_hidden(source.relative_to(root)):
-                target = folder / root.name / source.relative_to(root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
+    for source in [ROOT / "__init__.py", *(file for package in PACKAGES for file in _sources(ROOT / package))]:
+        target = folder / ROOT.name / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     (folder / CONFIG_NAME).write_text(to_yaml(config))
     return folder
 
@@ -33,6 +34,15 @@ def package_bytes(folder: Path) -> tuple[int, int]:
     """Return number and total size in bytes of the files in a folder."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
+
+
+def _sources(package: Path) -> list[Path]:
+    """Return the files of a package that travel."""
+    found = [file for file in sorted(package.rglob("*")) if file.is_file() and file.suffix in SUFFIXES]
+    files = [file for file in found if not _is_hidden(file.relative_to(package))]
+    if not files:
+        raise ClusterError(f"{package}: holds no files, so a job would fail on the cluster; install isthmus again")
+    return files
 
 
 def _is_hidden(path: Path) -> bool:

@@ -6,6 +6,7 @@ run by its name. No secret travels: credentials are named, and the nodes' own en
 
 import asyncio
 import logging
+import re
 import shlex
 import sys
 import tempfile
@@ -29,6 +30,9 @@ from isthmus.cluster.submission.job import FINAL, Job, as_job, job_environment, 
 
 logger = logging.getLogger(__name__)
 
+DRIVER = "isthmus.cluster.driver"
+SUBMIT_TRIES = 3
+"""Somebody else may submit at the same moment."""
 RUN_TO_END_SECONDS = 300.0
 SILENCE_SECONDS = 30.0
 NO_AGENT = "No available agent"
@@ -53,20 +57,28 @@ class Jobs:
         self._client = JobSubmissionClient(self.address)
 
     def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
-        """Submit a run; a run that is already at work is returned as it is. The bool says whether it is new.
+        """Submit a run; a run that is already active is returned as it is. The bool says whether it is new.
 
         `allow_change` are keys that may differ from the run's earlier starts.
+
+        Raises:
+            ClusterError: the cluster does not accept the job.
         """
-        name = config.run.name
-        jobs = self.of_run(name)
-        active = next((job for job in jobs if not job.is_over), None)
-        if active:
-            return active, False
-        job_id = f"{name}-{len(jobs) + 1}"
-        is_new = self._send(
-            config, job_id, "isthmus.cluster.driver", job_metadata(config), allow_change
-        )  # else another came first
-        return self.get(job_id), is_new
+        for _ in range(SUBMIT_TRIES):
+            jobs = self.of_run(config.run.name)
+            active = next((job for job in jobs if not job.is_over), None)
+            if active:
+                return active, False
+            job_id = self._next_id(config.run.name)
+            if self._send(config, job_id, DRIVER, job_metadata(config), allow_change):
+                return self.get(job_id), True
+        raise ClusterError(f"{self.address}: {job_id} is taken by a job that is not this run; use another run.name")
+
+    def _next_id(self, run: str) -> str:
+        """Return `run-N` with N beyond every job of that form, whatever jobs have been deleted."""
+        pattern = re.compile(rf"{re.escape(run)}-(\d+)")
+        ids = (details.submission_id or "" for details in self._client.list_jobs())
+        return f"{run}-{max((int(found[1]) for known in ids if (found := pattern.fullmatch(known))), default=0) + 1}"
 
     def run_to_end(self, config: JobConfig, module: str) -> list[str]:
         """Run one of our modules as a job that is no run, and return the lines of its log.

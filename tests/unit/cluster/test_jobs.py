@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.jobs import app
@@ -171,3 +172,58 @@ def test_any_other_refusal_is_told_at_once(monkeypatch, tmp_path):
     with pytest.raises(ClusterError, match="out of disk"):
         cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "isthmus.cluster.driver", {})
     assert cluster.asked == 1
+
+
+class Cluster:
+    """A cluster's list of jobs; `taken` appears between the look and the submission, as another operator's would."""
+
+    def __init__(self, jobs=(), taken=()):
+        self.known = {job.submission_id: job for job in jobs}
+        self.taken = list(taken)
+        self.jobs = object.__new__(Jobs)
+        self.jobs.address, self.jobs._client = "http://127.0.0.1:1", self
+
+    def list_jobs(self):
+        return list(self.known.values())
+
+    def get_job_info(self, job_id):
+        return self.known[job_id]
+
+    def submit_job(self, submission_id, metadata, **_):
+        for job in self.taken:
+            self.known[job.submission_id] = job
+        if submission_id in self.known:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.known[submission_id] = details(submission_id, JobStatus.PENDING, metadata)
+        return submission_id
+
+
+def details(job_id, status=JobStatus.FAILED, metadata=None):
+    metadata = job_metadata(job_config()) if metadata is None else metadata
+    return JobDetails(
+        type=JobType.SUBMISSION, submission_id=job_id, status=status, entrypoint="", start_time=1, metadata=metadata
+    )
+
+
+def test_a_job_id_is_never_used_twice_even_after_a_deletion():
+    cluster = Cluster([details("demo-2"), details("demo-3"), details("demo-2x"), details("demolition-9")])
+    job, is_new = cluster.jobs.submit(job_config())
+    assert (job.id, is_new, job.is_over) == ("demo-4", True, False)
+
+
+def test_a_run_that_another_submits_at_the_same_moment_is_returned_as_it_is():
+    cluster = Cluster([details("demo-1")], taken=[details("demo-2", JobStatus.RUNNING)])
+    job, is_new = cluster.jobs.submit(job_config())
+    assert (job.id, is_new) == ("demo-2", False)
+
+
+def test_a_job_of_that_id_which_is_over_is_not_taken_for_this_run():
+    cluster = Cluster([details("demo-1")], taken=[details("demo-2")])
+    job, is_new = cluster.jobs.submit(job_config())
+    assert (job.id, is_new) == ("demo-3", True)
+
+
+def test_an_incomplete_installation_sends_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("isthmus.cluster.submission.code_package.PACKAGES", ("cluster", "absent"))
+    with pytest.raises(ClusterError, match="absent: holds no files"):
+        build_package(job_config(), tmp_path)
