@@ -46,10 +46,11 @@ def submit(
 ) -> None:
     """Submit a run to a Ray cluster; one that is already active is left as it is."""
     resolved = load_config(config, overrides or [], JobConfig)
+    address = address or resolved.cluster.address
     if dry_run:
-        _show_dry_run(resolved)
+        _show_dry_run(resolved, address)
     else:
-        _submit(resolved, address or resolved.cluster.address, watch=watch, allow_change=allow_change or [])
+        _submit(resolved, address, watch=watch, allow_change=allow_change or [])
 
 
 @app.command()
@@ -147,11 +148,12 @@ def stop(
 
 
 def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = ()) -> None:
-    from isthmus.cluster.submission.admission import check_against_run, shortage
+    from isthmus.cluster.submission.admission import check_against_run, check_inputs, shortage
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView
     from isthmus.cluster.submission.watch import first_sign
 
+    check_inputs(config, address)
     jobs = Jobs(address)
     check_against_run(config, allow_change)
     job, is_new = jobs.submit(config, allow_change)
@@ -182,14 +184,16 @@ def _fail_if_failed(view: "RunView") -> None:
         raise ClusterError(f"{view.run}: {view.failure}")
 
 
-def _show_dry_run(config: JobConfig) -> None:
+def _show_dry_run(config: JobConfig, address: str | None) -> None:
     import tempfile
     from pathlib import Path
 
+    from isthmus.cluster.submission.admission import check_inputs
     from isthmus.cluster.submission.code_package import build_package, package_bytes
     from isthmus.cluster.submission.job import job_environment, job_metadata
     from isthmus.cluster.supervision.resource_request import ResourceRequest
 
+    check_inputs(config, address)
     with tempfile.TemporaryDirectory() as folder:
         count, size = package_bytes(build_package(config, Path(folder)))
     request, sizes = ResourceRequest.of(config), config.world_sizes

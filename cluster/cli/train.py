@@ -27,7 +27,10 @@ def train(
     allow_change: AllowChangeOption = None,
 ) -> None:
     """Train a run on this machine, or resume it; the first Ctrl-C saves a checkpoint and stops."""
+    from isthmus.cluster.submission.input_paths import check_present
+
     resolved = load_config(config, overrides or [], JobConfig)
+    check_present(resolved)
     if local:
         from isthmus.trainer.run_local import train_here
 

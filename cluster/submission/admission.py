@@ -1,14 +1,27 @@
-"""What is checked before a run is sent: its earlier starts, and whether the cluster has room for it now."""
+"""What is checked before a run is sent: its inputs, its earlier starts, and whether the cluster has room for it now."""
 
 from collections.abc import Sequence
 from contextlib import suppress
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.submission.dashboard import dashboard_url, is_on_this_machine
+from isthmus.cluster.submission.input_paths import check_travels
 from isthmus.cluster.submission.jobs import Jobs
 from isthmus.cluster.submission.run_folder import fail_fast_store
 from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
 from isthmus.data_pipeline.errors import DataError
 from isthmus.trainer.runs.store import check_config_of_run
+
+
+def check_inputs(config: JobConfig, address: str | None) -> None:
+    """Refuse places that the cluster at an address cannot find.
+
+    A dashboard at loopback may be a forwarded port, so only what cannot work on any machine is refused there.
+
+    Raises:
+        ClusterError: names each key.
+    """
+    check_travels(config, same_machine=is_on_this_machine(dashboard_url(address)))
 
 
 def check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 4.0
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
 USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
 """A line such as `1.5/2.0 CPU` of the dashboard's summary."""
@@ -35,6 +36,11 @@ def dashboard_url(address: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClusterError(f"{text}: not an address; give the dashboard's, such as http://HOST:8265")
     return url.rstrip("/")
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Return whether a dashboard is reached by this machine's loopback."""
+    return urlsplit(url).hostname in LOOPBACK
 
 
 def check_reachable(url: str) -> None:

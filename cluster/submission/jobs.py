@@ -15,7 +15,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
@@ -38,7 +37,6 @@ SILENCE_SECONDS = 30.0
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
 AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Jobs:
@@ -104,7 +102,7 @@ class Jobs:
     ) -> bool:
         """Ship the code and start a module with the configuration; False: a job of that id exists already."""
         # A cluster on this machine has this Python, another one its image's.
-        python = sys.executable if urlsplit(self.address).hostname in LOOPBACK else "python"
+        python = sys.executable if dashboard.is_on_this_machine(self.address) else "python"
         with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
             package = build_package(config, Path(folder))
             try:

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.errors import EXPECTED_ERRORS, first_line
 from isthmus.cluster.failures import Failure, classify, on_rank
 from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.metrics import Gauges
@@ -174,7 +175,9 @@ class TrainWorker:
         try:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
         except Exception as error:
-            logger.exception("%s failed at step %d", self._name, context.progress().step)
+            step, expected = context.progress().step, isinstance(error, EXPECTED_ERRORS)
+            log = logger.error if expected else logger.exception  # a line for the operator, the stack of a defect
+            log("%s failed at step %d: %s", self._name, step, first_line(error))
             return WorkerResult(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
         return WorkerResult(outcome=outcome, stop=context.stop_request(), progress=context.progress())
 

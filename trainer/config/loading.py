@@ -20,6 +20,8 @@ from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
+RECIPES = Path(__file__).parents[2] / "recipes"
+"""The recipes that the installed package brings along."""
 PLACEHOLDERS: tuple[Any, ...] = (1, "1", "fp32", False, [1, 1], {})
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 Path_ = tuple[int | str, ...]
@@ -39,17 +41,41 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[ConfigT])
     Raises:
         ConfigError: the file cannot be read, or lists every problem of its content.
     """
-    file = Path(path)
+    file = _find_recipe(Path(path))
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; a recipe is a short YAML file")
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a recipe, such as recipes/tiny.yaml") from error
+        packaged = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give a recipe file, or one that isthmus brings along: {packaged}"
+        ) from error
     raw = parse_yaml(text, str(path))
     for override in overrides:
         _apply_override(raw, override)
+    _inline_templates(raw)
     return check_config(raw, kind, str(path))
+
+
+def _find_recipe(path: Path) -> Path:
+    """Return the file; for a missing NAME.yaml or recipes/NAME.yaml, the packaged recipe of that name."""
+    packaged = RECIPES / path.name
+    is_name = path.parent in (Path(), Path("recipes"))
+    return packaged if is_name and not path.exists() and packaged.is_file() else path
+
+
+def _inline_templates(raw: dict[str, Any]) -> None:
+    """Replace paths of DeepSpeed templates by their content: a path means nothing on the machines of a cluster."""
+    for stage in (raw.get("stage1"), raw.get("stage2")):
+        if not isinstance(stage, dict):
+            continue
+        name = stage.get("deepspeed")
+        if isinstance(name, str) and name.endswith(".json"):
+            try:
+                stage["deepspeed"] = json.loads(Path(name).read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"deepspeed: {name} is not a readable JSON file: {error}") from error
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Configuration of a training run: what is trained, on which data, how it is saved and watched."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -62,8 +62,8 @@ class StageConfig(Config):
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(gt=0)
     """Samples per forward pass on one rank; changes memory and speed, never the loss."""
-    deepspeed: str
-    """Name of a template in ds_configs/ (without .json) or path of a JSON file."""
+    deepspeed: str | dict[str, Any]
+    """Name of a template in ds_configs/ (without .json), path of a JSON file, or the content of such a file."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Compute type of the trainable part."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -13,28 +13,35 @@ _FROM_RUN = (
 )  # fmt: skip
 
 
-def load_template(name: str) -> dict[str, Any]:
-    """Read a template by name or path and complete it for the trainable part.
+def load_template(template: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a template, given by name, path or content, completed for the trainable part.
 
     Its `zero_optimization.stage` is that of the trainable part. A frozen language model is always under ZeRO-3.
 
     Raises:
         ConfigError: no such template, not JSON, a stage other than 1, 2, 3, or a key that the run configuration owns.
     """
-    path = Path(name) if name.endswith(".json") else TEMPLATES / f"{name}.json"
+    if isinstance(template, dict):
+        return _completed(template, "the template")
+    path = Path(template) if template.endswith(".json") else TEMPLATES / f"{template}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.json")))
-        raise ConfigError(f"deepspeed: no template {name!r} at {path}; use one of {known}, or the path of a .json file")
+        raise ConfigError(
+            f"deepspeed: no template {template!r} at {path}; use one of {known}, or the path of a .json file"
+        )
     try:
-        template: dict[str, Any] = json.loads(path.read_text())
+        return _completed(json.loads(path.read_text()), str(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed: {path} is not JSON: {error}") from error
+
+
+def _completed(template: dict[str, Any], source: str) -> dict[str, Any]:
     owned = [key for key in _FROM_RUN if key in template]
     if owned:
-        raise ConfigError(f"deepspeed: {path} sets {', '.join(owned)}; remove them: the run configuration has them")
+        raise ConfigError(f"deepspeed: {source} sets {', '.join(owned)}; remove them: the run configuration has them")
     stage = template.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
-        raise ConfigError(f"deepspeed: {path} has zero_optimization.stage = {stage}; use 1 (also on one GPU), 2 or 3")
+        raise ConfigError(f"deepspeed: {source} has zero_optimization.stage = {stage}; use 1 (also on one GPU), 2 or 3")
     return _MECHANICS | template
 
 

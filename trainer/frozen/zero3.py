@@ -46,7 +46,11 @@ class LoadReport:
 
 
 def load_frozen_lm(
-    config: LanguageConfig, folder_url: str, store: ObjectStore, rank: Rank, deepspeed: str = "stage2_zero3"
+    config: LanguageConfig,
+    folder_url: str,
+    store: ObjectStore,
+    rank: Rank,
+    deepspeed: str | dict[str, Any] = "stage2_zero3",
 ) -> nn.Module:
     """Build the frozen language model and load this rank's part of it. Collective; needs the process group.
 

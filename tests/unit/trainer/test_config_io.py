@@ -6,6 +6,7 @@ import pytest
 
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
+from isthmus.trainer.engine.deepspeed_config import load_template
 from isthmus.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -122,3 +123,24 @@ def test_unreadable_and_oversized_files_are_named(tmp_path):
     large.write_text("a: 1\n" * 300_000)
     with pytest.raises(ConfigError, match="larger than"):
         load_config(large, [], JobConfig)
+
+
+def test_an_unknown_recipe_lists_the_packaged_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read.*tiny\.yaml"):
+        load_config("absent.yaml", [], JobConfig)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    assert load_config("tiny.yaml", [], JobConfig).run.name != "tiny", "a file of that name comes first"
+
+
+def test_a_deepspeed_template_becomes_part_of_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
+    config = load_config("recipe.yaml", ["stage1.deepspeed=mine.json"], JobConfig)
+    (tmp_path / "mine.json").unlink()
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    template = load_template(load_config("resolved.yaml", [], JobConfig).stage1.deepspeed)
+    assert template["zero_optimization"]["stage"] == 2
+    with pytest.raises(ConfigError, match=r"mine\.json is not a readable JSON file"):
+        load_config("recipe.yaml", ["stage1.deepspeed=mine.json"], JobConfig)
