@@ -174,7 +174,7 @@ class TrainWorker:
         _set_environment(assignment)
         try:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the driver decides
             step, expected = context.progress().step, isinstance(error, EXPECTED_ERRORS)
             log = logger.error if expected else logger.exception  # a line for the operator, the stack of a defect
             log("%s failed at step %d: %s", self._name, step, first_line(error))
