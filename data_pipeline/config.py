@@ -22,6 +22,10 @@ class StoreConfig(Config):
     """Tries per request before it fails."""
     stall_timeout_seconds: float = Field(20.0, gt=0)
     """A request that delivers no byte for this long is broken off and tried again."""
+    request_timeout_seconds: float | None = Field(None, gt=0)
+    """A request with all its tries ends after this time, or one try later; none: max_attempts alone limits it."""
+    transfer_threads: int = Field(4, gt=0)
+    """Parallel requests of one upload or download of a large object."""
 
 
 class SourceConfig(Config):

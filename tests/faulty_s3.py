@@ -24,6 +24,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self._serve()
 
+    def do_DELETE(self):
+        self._serve()
+
     def do_PUT(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._serve()
@@ -54,24 +57,28 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(416, "InvalidRange")
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             status, data = 206, data[first : last + 1]
-        return self._send(status, data, headers, cut_after, pause)
+        return self.send(status, data, headers, cut_after, pause)
 
     def _put(self, data, etag):
         absent_wanted = self.headers.get("If-None-Match") == "*" and data is not None
         if absent_wanted or self.headers.get("If-Match") not in (None, etag):
             return self.refuse(412, "PreconditionFailed")
         self.server.objects[self.path] = self.body
-        return self._send(200, b"", {"ETag": '"' + hashlib.md5(self.body).hexdigest() + '"'})
+        return self.send(200, b"", {"ETag": '"' + hashlib.md5(self.body).hexdigest() + '"'})
 
-    def refuse(self, status: int, code: str):
-        self._send(status, f"<Error><Code>{code}</Code><Message>refused</Message></Error>".encode(), {})
+    def refuse(self, status: int, code: str, headers: dict[str, str] | None = None):
+        body = f"<Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
+        self.send(status, body, {"Content-Type": "application/xml"} | (headers or {}))
 
     def hang_up(self):
         self.close_connection = True
         self.connection.close()
 
-    def _send(self, status, data, headers, cut_after=None, pause=0.0):
-        self.send_response(status)
+    def send(self, status, data, headers, cut_after=None, pause=0.0):
+        if "Date" in headers:
+            self.send_response_only(status)
+        else:
+            self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(name, value)
         self.end_headers()

@@ -165,7 +165,7 @@ class _Reader:
         return self.guarded(name, lambda: parse(self._store.get(join(self._url, name))))
 
     def has(self, stage: str) -> bool:
-        return any(True for _ in self._store.list(join(self._url, stage)))
+        return not self._store.is_empty(join(self._url, stage))
 
     def stage(self, name: str) -> StageFacts:
         bad = self.parsed(f"{name}/{QUARANTINE}", lambda data: len(data.splitlines()))

@@ -1,6 +1,7 @@
 """From what an operator types to shard URLs: braces `{00000..09999}` and `{a,b}`, globs, folders, name prefixes."""
 
 import itertools
+import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,10 +77,10 @@ def _expanded(base: str, typed: str, store: ObjectStore) -> list[str]:
     names = _braces(typed)
     if not _GLOB.search(typed):
         return [url for name in names for url in _named(base + name, store)]
-    # One listing serves all names: of the folder up to which all of them are the same and literal.
-    folders = [_GLOB.split(name, maxsplit=1)[0].rpartition("/")[0].split("/") for name in names]
-    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
-    listing = [info.url for info in store.list(base + "/".join(parts[0] for parts in common))]
+    # One listing serves all names: of what begins with the literal text that they have in common.
+    literal = os.path.commonprefix([_GLOB.split(name, maxsplit=1)[0] for name in names])  # noqa: RUF071 - of characters
+    folder, _, beginning = literal.rpartition("/")
+    listing = sorted(info.url for info in store.list(base + folder, beginning))
     wanted = [re.compile(re.escape(base) + _expression(name)) for name in names]
     return [url for expression in wanted for url in listing if expression.fullmatch(url)]
 
@@ -118,7 +119,7 @@ def _named(url: str, store: ObjectStore) -> list[str]:
 
 def _at(url: str, store: ObjectStore) -> list[str]:
     """Return the shards in the folder of this name, or the object of this name."""
-    inside = [info.url for info in store.list(url) if _is_shard(info.url)]
+    inside = sorted(info.url for info in store.list(url) if _is_shard(info.url))
     if inside or _is_bucket(url):
         return inside
     try:
@@ -130,8 +131,8 @@ def _at(url: str, store: ObjectStore) -> list[str]:
 def _beginning(url: str, store: ObjectStore) -> list[str]:
     if _is_bucket(url):
         return []
-    listing = store.list(url.rpartition("/")[0])
-    return [info.url for info in listing if info.url.startswith(url) and _is_shard(info.url)]
+    folder, _, beginning = url.rpartition("/")
+    return sorted(info.url for info in store.list(folder, beginning) if _is_shard(info.url))
 
 
 def _is_shard(url: str) -> bool:

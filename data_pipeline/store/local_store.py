@@ -88,14 +88,26 @@ class LocalBackend:
         self._count_written(len(data))
         return info
 
-    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
-        folder = _path(prefix_url)
-        with _explained(prefix_url):
+    def list(self, folder_url: str, name_prefix: str) -> Iterator[ObjectInfo]:
+        folder = _path(folder_url)
+        with _explained(folder_url):
             paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN))
         self._metrics.count_request()
         for path in paths:
-            with contextlib.suppress(NotFoundError):  # removed meanwhile
-                yield self.head(f"{prefix_url.rstrip('/')}/{path.relative_to(folder)}")
+            name = str(path.relative_to(folder))
+            if name.startswith(name_prefix):
+                with contextlib.suppress(NotFoundError):  # removed meanwhile
+                    yield self.head(f"{folder_url.rstrip('/')}/{name}")
+
+    def list_folders(self, folder_url: str) -> Iterator[str]:
+        folder = _path(folder_url)
+        with _explained(folder_url):
+            names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        self._metrics.count_request()
+        yield from (f"{folder_url.rstrip('/')}/{name}" for name in names)
+
+    def is_empty(self, folder_url: str) -> bool:
+        return next(self.list(folder_url, ""), None) is None
 
     def delete(self, url: str) -> None:
         with _explained(url):
@@ -118,7 +130,7 @@ class LocalBackend:
     def download(self, url: str, path: Path, etag: str | None) -> None:
         started = time.monotonic()
         if etag is not None and self.head(url).etag != etag:
-            raise ChangedError(f"{url} is not the version that was asked for; look who writes to it")
+            raise ChangedError(f"{url} is not the version that was asked for; check who writes to it")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
         try:

@@ -48,7 +48,9 @@ class _Backend(Protocol):
     def put_file(self, url: str, path: Path) -> ObjectInfo: ...
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo: ...
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo: ...
-    def list(self, prefix_url: str) -> Iterator[ObjectInfo]: ...
+    def list(self, folder_url: str, name_prefix: str) -> Iterator[ObjectInfo]: ...
+    def list_folders(self, folder_url: str) -> Iterator[str]: ...
+    def is_empty(self, folder_url: str) -> bool: ...
     def delete(self, url: str) -> None: ...
     def remove_unfinished(self, url: str) -> int: ...
     def make_bucket(self, url: str) -> None: ...
@@ -111,9 +113,24 @@ class ObjectStore:
         """Replace the version `etag` of an object, or raise ChangedError. Of several writers one wins."""
         return self._backend(url).compare_and_swap(url, data, etag)
 
-    def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
-        """Yield the objects inside a folder (or bucket) and its subfolders, sorted by URL; none if there is no such."""
-        return self._backend(prefix_url).list(prefix_url)
+    def list(self, folder_url: str, name_prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects inside a folder (or bucket) and its subfolders, page by page; none if there is no such.
+
+        Local folders and S3 list in the order of the URLs; not all compatible stores do.
+
+        Args:
+            folder_url: The folder.
+            name_prefix: Only objects whose URL continues with this after the folder's.
+        """
+        return self._backend(folder_url).list(folder_url, name_prefix)
+
+    def list_folders(self, folder_url: str) -> Iterator[str]:
+        """Yield the URLs of the folders directly inside a folder, without listing what they hold."""
+        return self._backend(folder_url).list_folders(folder_url)
+
+    def is_empty(self, folder_url: str) -> bool:
+        """Return whether there is no object inside a folder, by one request."""
+        return self._backend(folder_url).is_empty(folder_url)
 
     def delete(self, url: str) -> None:
         """Remove an object; absent is fine."""

@@ -33,7 +33,8 @@ def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = (
         if not path.is_dir():
             raise TrainerError(f"{url}: no such folder; give the folder that holds config.json and the weights")
         return path
-    files = [info for info in store.list(url) if not info.url.endswith(leave_out)]
+    found = sorted(store.list(url), key=lambda info: info.url)
+    files = [info for info in found if not info.url.endswith(leave_out)]
     if not files:
         raise TrainerError(f"{url}: no files there; check the address and the right to list it")
     identity = hashlib.sha256("\n".join(f"{i.url} {i.etag} {i.size}" for i in files).encode()).hexdigest()[:24]
