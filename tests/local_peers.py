@@ -1,4 +1,4 @@
-"""Shelves in this process, for tests of snapshots in peers' memory."""
+"""Replica buffers in this process, for tests of snapshots in peers' memory."""
 
 from dataclasses import dataclass, field
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack, closing
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.build import Parts, build_parts
-from isthmus.trainer.checkpoint.manager import CheckpointManager, SavedCheckpoint
+from isthmus.trainer.checkpoint.manager import CheckpointManager
+from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
 from isthmus.trainer.checkpoint.train_state import TrainState, versions
 from isthmus.trainer.config.loading import config_hash

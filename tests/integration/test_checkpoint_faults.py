@@ -113,7 +113,7 @@ def test_save_and_find_on_s3(seaweed: LocalS3):
 
 def test_bucket_that_vanishes_in_mid_run_is_one_clear_error(monkeypatch):
     """SeaweedFS makes a missing bucket anew, so this is against moto, which refuses as S3 does."""
-    monkeypatch.setattr("isthmus.trainer.checkpoint.manager.FIRST_PAUSE_SECONDS", 1e6)  # one try
+    monkeypatch.setattr("isthmus.trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 1e6)  # one try
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)

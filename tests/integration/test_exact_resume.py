@@ -58,7 +58,7 @@ def train_thrice(folder: str, template: str) -> list[float]:
     save(f"{folder}/checkpoint", engine, END // 2)
     buffer = ReplicaBuffer()
     snapshots = Replicator(LocalPeers([buffer], [buffer]), 10, "one", engine.rank, lambda: None)
-    snapshots.take(engine.fragments(), state_of(END // 2))
+    snapshots.replicate(engine.fragments(), state_of(END // 2))
     norms += train(engine, END // 2, END)
     save(f"{folder}/through", engine, END)
     snapshots.wait(60)

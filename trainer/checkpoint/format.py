@@ -1,7 +1,7 @@
-"""The bytes of a checkpoint: names, headers and the manifest. docs/checkpoint-format.md is the contract.
+"""The files of a checkpoint: names, part headers and the manifest. docs/checkpoint-format.md is the contract.
 
 A checkpoint is a folder `step-000001200/`: a safetensors file per rank, `state-<hash>.json` and, last, `MANIFEST.json`.
-No torch here: the process that uploads imports this module too.
+No torch here: the upload process imports this module too.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.safetensors_header import LENGTH_BYTES, HeaderError, TensorSpan, read_header
 
 FORMAT = "isthmus-checkpoint"
 VERSION = 1
 MANIFEST = "MANIFEST.json"
 BYTES_PER_ELEMENT = 4
-MAX_HEADER_BYTES = 100 << 20
 HASH_BLOCK_BYTES = 8 << 20
 _STEP = re.compile(r"^step-(\d{9,})$")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
-_HEADER_LENGTH_BYTES = 8
 
 
 class Piece(NamedTuple):
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file that a manifest vouches for."""
+    """A file listed in the manifest, with its checksums."""
 
     name: str
     size: int
@@ -50,7 +50,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The last file of a checkpoint: what it consists of. It exists or the checkpoint does not."""
+    """The last file of a checkpoint: what it consists of. A folder without one is not a checkpoint."""
 
     step: int
     token: int
@@ -62,7 +62,7 @@ class Manifest:
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """All files that it vouches for."""
+        """All files of the checkpoint but the manifest."""
         return (*self.parts, self.state)
 
     def to_bytes(self) -> bytes:
@@ -78,23 +78,23 @@ class Manifest:
         """
         raw = parse_json(data, url)
         if raw.get("format") != FORMAT or not isinstance(raw.get("version"), int):
-            raise CheckpointError(f"{url}: is no manifest of a checkpoint; look who wrote it")
+            raise CheckpointError(f"{url}: not the manifest of a checkpoint; find out what wrote it")
         if raw["version"] > VERSION:
             raise NewerFormatError(
                 f"{url}: has format version {raw['version']}, this program reads up to {VERSION}; "
-                "go on with the newer release that wrote it"
+                "use the newer release that wrote it"
             )
         try:
             parts = tuple(FileEntry(**part) for part in raw["parts"])
             found = Manifest(raw["step"], raw["token"], raw["world_size"], parts, FileEntry(**raw["state"]))
             _check_fields(found)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{url}: is a damaged manifest ({error})") from error
+            raise CheckpointError(f"{url}: damaged manifest ({error})") from error
         return found
 
 
 def _check_fields(manifest: Manifest) -> None:
-    """Make sure that a manifest, which may come from anywhere, names files of its own folder and counts in integers.
+    """Check that a manifest, which may come from anywhere, names files of its own folder and counts in integers.
 
     Raises:
         ValueError: it does not.
@@ -102,14 +102,14 @@ def _check_fields(manifest: Manifest) -> None:
     numbers = [manifest.step, manifest.token, manifest.world_size]
     for entry in manifest.files:
         if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
-            raise ValueError(f"{entry.name!r:.100} is no name of a file in this folder")
+            raise ValueError(f"{entry.name!r:.100} does not name a file of this folder")
         numbers += [entry.size, entry.crc32]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("sizes and steps must be whole numbers")
 
 
 class NewerFormatError(CheckpointError):
-    """A checkpoint was written by a newer release: not damaged, so never to be passed over."""
+    """A checkpoint was written by a newer release: not damaged, so never skipped."""
 
 
 def step_name(step: int) -> str:
@@ -124,17 +124,17 @@ def step_of(name: str) -> int | None:
 
 
 def part_name(rank: int, world_size: int, sha256: str) -> str:
-    """Return the name of a part: its content is in it, so that no late or repeated write can change a part."""
+    """Return the name of a part: its content is in it, so that a late or repeated write cannot change a part."""
     return f"part-{rank:05d}-of-{world_size:05d}-{sha256[:16]}.safetensors"
 
 
 def state_name(sha256: str) -> str:
-    """Return the name of the file of the scalars."""
+    """Return the name of the file that holds the scalars."""
     return f"state-{sha256[:16]}.json"
 
 
-def record_name(session: str, rank: int) -> str:
-    """Return the name of the note by which a rank tells rank 0 that its part is up."""
+def upload_marker_name(session: str, rank: int) -> str:
+    """Return the name of the object that a rank writes once its part is uploaded; rank 0 waits for it."""
     return f"uploaded-{session}-{rank:05d}.json"
 
 
@@ -157,43 +157,33 @@ def part_header(pieces: Sequence[tuple[str, str, int, int]], shapes: Mapping[str
         header[tensor_key(name, kind, offset)] = {"dtype": "F32", "shape": [length], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def header_end(prefix: bytes, url: str) -> int:
-    """Return the size of length and header from the first 8 bytes of a part.
-
-    Raises:
-        CheckpointError: no safetensors file.
-    """
-    size = int.from_bytes(prefix[:_HEADER_LENGTH_BYTES], "little")
-    if len(prefix) < _HEADER_LENGTH_BYTES or size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{url}: is no safetensors file; the part is damaged")
-    return _HEADER_LENGTH_BYTES + size
-
-
-def parse_header(data: bytes, size: int, url: str) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
-    """Return the pieces of a part of `size` bytes and the shapes of the full tensors from its first bytes.
+def read_pieces(url: str, size: int, store: ObjectStore) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
+    """Read the header of a part of `size` bytes; return its pieces and the shapes of the full tensors.
 
     Raises:
         CheckpointError: the header is damaged.
     """
-    raw = parse_json(data[_HEADER_LENGTH_BYTES:], url)
     try:
-        described = parse_json(raw.pop("__metadata__")["shapes"], url)
-        shapes = {name: tuple(int(side) for side in shape) for name, shape in described.items()}
-        pieces = []
-        for key, entry in raw.items():
-            kind, _, rest = key.partition("/")
-            name, _, offset = rest.rpartition("@")
-            (length,), (begin, end) = entry["shape"], entry["data_offsets"]
-            held = length * BYTES_PER_ELEMENT if type(length) is int else -1
-            if not 0 <= begin <= end <= size - len(data) or end - begin != held:
-                raise ValueError(f"{key}: bytes {begin} to {end} do not hold {length} elements of this file")
-            pieces.append(Piece(name, kind, int(offset), length, len(data) + begin))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        header = read_header(url, size, store)
+        shapes = json.loads(header.metadata["shapes"])
+        return (
+            [_piece(key, span) for key, span in header.tensors.items()],
+            {name: tuple(int(side) for side in shape) for name, shape in shapes.items()},
+        )
+    except (HeaderError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{url}: the header of this part is damaged ({error})") from error
-    return pieces, shapes
+
+
+def _piece(key: str, span: TensorSpan) -> Piece:
+    kind, _, rest = key.partition("/")
+    name, _, offset = rest.rpartition("@")
+    (length,) = span.shape
+    if span.dtype != "F32":
+        raise ValueError(f"{key}: has type {span.dtype}, not F32")
+    return Piece(name, kind, int(offset), length, span.start)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -205,14 +195,14 @@ def parse_json(data: bytes, url: str) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
-        CheckpointError: the bytes are none.
+        CheckpointError: the bytes are not one.
     """
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{url}: is not JSON ({error}); it is damaged") from error
+        raise CheckpointError(f"{url}: not JSON ({error}); the file is damaged") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{url}: holds {type(raw).__name__}, not an object; it is damaged")
+        raise CheckpointError(f"{url}: holds {type(raw).__name__}, not an object; the file is damaged")
     return raw
 
 
@@ -227,6 +217,6 @@ def hash_file(name: str, blocks: Iterable[bytes | memoryview]) -> FileEntry:
 
 
 def iter_blocks(data: bytes | memoryview) -> Iterable[memoryview]:
-    """Cut bytes into blocks."""
+    """Yield bytes in blocks of HASH_BLOCK_BYTES."""
     view = memoryview(data)
     return (view[start : start + HASH_BLOCK_BYTES] for start in range(0, len(view), HASH_BLOCK_BYTES))

@@ -1,7 +1,7 @@
-"""When a checkpoint is due: by steps, by minutes, or so that the least time is lost.
+"""When a checkpoint is due: by steps, by minutes, or so that saves and repeated work together cost the least time.
 
-Young (1974) and Daly (2006): with a cost of C seconds per save and M seconds between failures, saving every
-sqrt(2 C M) seconds loses the least to saves and to repeated work together.
+Young (1974) and Daly (2006): with a cost of C seconds per save and M seconds between failures, the best interval is
+sqrt(2 C M) seconds.
 """
 
 import math
@@ -15,13 +15,13 @@ DEFAULT_SECONDS_BETWEEN_FAILURES = 86400.0
 
 
 def young_daly_seconds(cost_seconds: float, seconds_between_failures: float) -> float:
-    """Return the best time between saves, within limits that keep both extremes sane."""
+    """Return the best time between saves, at least LEAST_SECONDS and at most MOST_SECONDS."""
     best = math.sqrt(2 * max(cost_seconds, 1e-3) * seconds_between_failures)
     return min(MOST_SECONDS, max(LEAST_SECONDS, best))
 
 
 class Interval:
-    """Counts towards the next save. Fed with figures that are equal on all ranks, so its answers are, too."""
+    """Decides when to save. Its inputs are equal on all ranks, so its answers are, too."""
 
     def __init__(self, config: CheckpointConfig, seconds_between_failures: float) -> None:
         self._config = config
@@ -38,13 +38,13 @@ class Interval:
 
     @property
     def wanted_seconds(self) -> float:
-        """Time between saves, in seconds of training, where it goes by time."""
+        """Seconds of training between saves, when saving by time."""
         if self._config.every_minutes is not None:
             return self._config.every_minutes * 60
         return young_daly_seconds(self._cost_seconds, self._between_failures)
 
     def saved(self, cost_seconds: float | None) -> None:
-        """Begin anew after a save; `cost_seconds`: what one costs, by rank 0's latest measurement."""
+        """Restart the interval after a save; `cost_seconds`: blocking time of one, as rank 0 measured it last."""
         self._seconds = 0.0
         if cost_seconds is not None:
             self._cost_seconds = cost_seconds

@@ -23,9 +23,8 @@ from isthmus.trainer.checkpoint.format import (
     NewerFormatError,
     Piece,
     hash_file,
-    header_end,
-    parse_header,
     parse_json,
+    read_pieces,
     step_of,
 )
 from isthmus.trainer.checkpoint.train_state import TrainState
@@ -40,11 +39,15 @@ _THREADS = 6
 
 
 class BlockReader:
-    """Reads an object in large blocks, a few ahead, and keeps the latest: many small reads, few requests."""
+    """Reads an object in large blocks and keeps the latest: many small reads, few requests.
+
+    Blocks are prefetched only once two in a row were read, so that a reader of a single place costs a single block.
+    """
 
     def __init__(self, store: ObjectStore, url: str, size: int, pool: ThreadPoolExecutor) -> None:
         self._store, self._url, self._size, self._pool = store, url, size, pool
         self._blocks: OrderedDict[int, Future[memoryview]] = OrderedDict()
+        self._last_read = -2
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `start`."""
@@ -63,16 +66,22 @@ class BlockReader:
             yield self._block(index)
 
     def _block(self, index: int) -> memoryview:
-        last = (self._size - 1) // HASH_BLOCK_BYTES
-        for wanted in range(index, min(index + 1 + _BLOCKS_AHEAD, last + 1)):
+        ahead = _BLOCKS_AHEAD if index == self._last_read + 1 else 0
+        end = -(-self._size // HASH_BLOCK_BYTES)
+        for wanted in range(index, min(index + 1 + ahead, end)):
             if wanted not in self._blocks:
                 self._blocks[wanted] = self._pool.submit(self._fetch, wanted)
         if index not in self._blocks:
             return memoryview(b"")
+        self._last_read = index
         self._blocks.move_to_end(index)
         while len(self._blocks) > _BLOCKS_KEPT:
             self._blocks.popitem(last=False)
         return self._blocks[index].result()
+
+    def clear(self) -> None:
+        """Free the blocks."""
+        self._blocks.clear()
 
     def _fetch(self, index: int) -> memoryview:
         start = index * HASH_BLOCK_BYTES
@@ -82,7 +91,10 @@ class BlockReader:
 
 
 class SavedCheckpoint:
-    """A committed checkpoint; a StateReader. Headers are read on first use, tensors as they are asked for."""
+    """A committed checkpoint; a StateReader. Headers are read on first use, tensors as they are asked for.
+
+    It holds threads and blocks of what was read last until `close`.
+    """
 
     def __init__(self, url: str, store: ObjectStore, manifest: Manifest) -> None:
         self.url, self.step, self.manifest = url, manifest.step, manifest
@@ -101,7 +113,9 @@ class SavedCheckpoint:
         try:
             data = store.get(manifest_url)
         except NotFoundError as error:
-            raise CheckpointError(f"{manifest_url}: absent, so {url} is no committed checkpoint; list them") from error
+            raise CheckpointError(
+                f"{manifest_url}: absent, so {url} is no committed checkpoint; see isthmus checkpoints ls"
+            ) from error
         return SavedCheckpoint(url, store, Manifest.from_bytes(data, manifest_url))
 
     @cached_property
@@ -152,15 +166,15 @@ class SavedCheckpoint:
             raise CheckpointError(f"{self.url}: has no tensor {name}; it is of another model")
         here = sum(piece.length for _, piece in self._index[0].get((name, kind), ()))
         if here != math.prod(shape):  # before memory is asked for
-            raise CheckpointError(f"{self.url}: {kind} of {name} has {here} elements, its shape {shape} tells others")
+            raise CheckpointError(f"{self.url}: {kind} of {name} has {here} elements, which is not its shape {shape}")
         return self.read(name, kind, 0, torch.Size(shape).numel()).reshape(shape)
 
     def identity(self) -> str:
-        """Return the sha256 of the manifest, which stands for every byte."""
+        """Return the sha256 of the manifest, which covers every byte of the checkpoint."""
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
     def verify(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
-        """Read files again (all by default) and return what does not agree with the manifest, one line each."""
+        """Read files (all by default) and return how they differ from the manifest, one line each; empty: intact."""
         return [problem for entry in files or self.manifest.files if (problem := self._problem(entry))]
 
     def digest(self) -> str:
@@ -174,7 +188,7 @@ class SavedCheckpoint:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep retention from deleting the checkpoint meanwhile."""
+        """Keep retention from deleting the checkpoint inside the block."""
         mark = join(self.url, IN_USE, f"{uuid.uuid4().hex}.json")
         self._store.put(mark, b"{}")
         try:
@@ -183,27 +197,27 @@ class SavedCheckpoint:
             self._store.delete(mark)
 
     def close(self) -> None:
-        """End the reading threads."""
+        """End the reading threads and free the blocks."""
         self._pool.shutdown(cancel_futures=True)
+        for reader in self._readers:
+            reader.clear()
 
     @cached_property
     def _index(self) -> tuple[dict[tuple[str, str], list[tuple[BlockReader, Piece]]], dict[str, tuple[int, ...]]]:
         """Where each piece of each tensor is, in increasing offset, and all shapes."""
         found: dict[tuple[str, str], list[tuple[BlockReader, Piece]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for reader, entry in zip(self._readers, self.manifest.parts, strict=True):
-            url = join(self.url, entry.name)
-            prefix = bytearray(min(8, entry.size))
-            reader.read_into(0, memoryview(prefix))
-            header = bytearray(min(header_end(bytes(prefix), url), entry.size))
-            reader.read_into(0, memoryview(header))
-            pieces, here = parse_header(bytes(header), entry.size, url)
-            shapes.update(here)
+        headers = self._pool.map(self._read_pieces, self.manifest.parts)
+        for reader, (pieces, shapes_of_part) in zip(self._readers, headers, strict=True):
+            shapes.update(shapes_of_part)
             for piece in pieces:
                 found.setdefault((piece.name, piece.kind), []).append((reader, piece))
         for pieces_found in found.values():
             pieces_found.sort(key=lambda item: item[1].offset)
         return found, shapes
+
+    def _read_pieces(self, part: FileEntry) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
+        return read_pieces(join(self.url, part.name), part.size, self._store)
 
     def _problem(self, entry: FileEntry) -> str | None:
         url = join(self.url, entry.name)
@@ -222,7 +236,7 @@ class SavedCheckpoint:
 
 
 def list_step_dirs(folder_url: str, store: ObjectStore) -> dict[int, list[ObjectInfo]]:
-    """Return the files of every checkpoint's folder, committed or not, by step in increasing order."""
+    """Return the files of every checkpoint folder, committed or not, by step in increasing order."""
     found: dict[int, list[ObjectInfo]] = {}
     for info in store.list(folder_url):
         name = info.url[len(folder_url) :].strip("/").partition("/")[0]
@@ -233,15 +247,15 @@ def list_step_dirs(folder_url: str, store: ObjectStore) -> dict[int, list[Object
 
 
 def list_checkpoints(folder_url: str, store: ObjectStore) -> list[SavedCheckpoint]:
-    """Return the checkpoints that count, newest first; see `scan`."""
+    """Return the committed checkpoints, newest first, without those of abandoned attempts; see `scan`."""
     return scan(folder_url, store)[0]
 
 
 def scan(folder_url: str, store: ObjectStore) -> tuple[list[SavedCheckpoint], list[str]]:
-    """Return the checkpoints that count, newest first, and the URLs of manifests that are damaged.
+    """Return the committed checkpoints, newest first, and the URLs of damaged manifests.
 
-    One with a lower fencing token than a checkpoint of an earlier step was committed late by a writer that had lost the
-    run: its line of training was not continued, and it does not count.
+    A checkpoint with a lower fencing token than one of an earlier step was committed late by a writer that had lost the
+    run: it belongs to an abandoned attempt and is ignored.
 
     Raises:
         CheckpointError: one was written by a newer release.
@@ -257,7 +271,7 @@ def scan(folder_url: str, store: ObjectStore) -> tuple[list[SavedCheckpoint], li
         except NewerFormatError:
             raise
         except CheckpointError as error:
-            logger.error("DAMAGED and passed over: %s", error)  # noqa: TRY400 - the operator needs the line
+            logger.error("DAMAGED, skipped: %s", error)  # noqa: TRY400 - the operator needs the line
             damaged.append(manifest)
             continue
         if not found or saved.manifest.token >= found[-1].manifest.token:

@@ -1,8 +1,8 @@
-"""Snapshots between checkpoints, held in the memory of other processes: what those hold, and what can be resumed.
+"""Replicas of a rank's state in the memory of other processes: what they hold, and what can be resumed from them.
 
-Each rank's part, the very file a checkpoint would hold, is kept on a shelf beside the rank and on one of another node,
-so the loss of a single node leaves a copy of every part. Checkpoints in memory, after Wang et al., GEMINI (SOSP 2023).
-No torch here, and nothing of how the bytes travel: the processes that hold the shelves import this module.
+Each rank's part, the very file a checkpoint would hold, is replicated in host memory on the rank's node and on one peer
+node, so the loss of a single node leaves a copy of every part (in-memory checkpoints: Wang et al., GEMINI, SOSP 2023).
+No torch here, and nothing about how the bytes travel: the processes that hold the replicas import this module.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class SnapshotId(NamedTuple):
     """One moment of one attempt at a stage; snapshots of different attempts are never mixed."""
 
     session: str
-    """Drawn by rank 0 for each attempt."""
+    """Chosen by rank 0 for each attempt."""
     step: int
 
 
@@ -40,7 +40,7 @@ class ReplicaPart:
 
 
 class PeerMemory(Protocol):
-    """What one rank sees of the shelves."""
+    """What one rank sees of the replica buffers; the launcher implements it."""
 
     @property
     def available(self) -> tuple[ReplicaPart, ...]:
@@ -48,25 +48,33 @@ class PeerMemory(Protocol):
         ...
 
     def replicate(self, part: ReplicaPart, data: memoryview, keep: SnapshotId | None) -> None:
-        """Put a part on its shelves; of the earlier ones `keep` stays. Raises StoreError when no shelf took it."""
+        """Copy a part to the buffers; of the earlier snapshots only `keep` stays.
+
+        Raises:
+            StoreError: no buffer accepted it.
+        """
         ...
 
     def read(self, key: str, start: int, length: int) -> bytes:
-        """Return bytes of an offered part. Raises StoreError when nobody holds it any more."""
+        """Return bytes of an available part.
+
+        Raises:
+            StoreError: no buffer holds it any more.
+        """
         ...
 
 
 class ReplicaBuffer:
-    """Memory for parts; a part counts once it is complete and its sha256 is as announced."""
+    """Host memory for parts; a part counts once it is complete and its sha256 is as announced."""
 
     def __init__(self) -> None:
         self._parts: dict[str, tuple[ReplicaPart, bytearray]] = {}
         self._complete: set[str] = set()
 
     def begin(self, part: ReplicaPart, keep: SnapshotId | None) -> None:
-        """Make room for a part: everything goes but the snapshot `keep` and the one that the part is of."""
-        staying = (keep, part.snapshot)
-        self._parts = {key: held for key, held in self._parts.items() if held[0].snapshot in staying}
+        """Allocate a part; parts of snapshots other than its own and `keep` are dropped."""
+        kept = (keep, part.snapshot)
+        self._parts = {key: held for key, held in self._parts.items() if held[0].snapshot in kept}
         self._complete &= self._parts.keys()
         self._complete.discard(part.key)
         self._parts[part.key] = (part, bytearray(part.entry.size))
@@ -77,7 +85,7 @@ class ReplicaBuffer:
         self._parts[key][1][start : start + len(data)] = data
 
     def complete(self, key: str) -> None:
-        """Count a part from now on.
+        """Verify a part and count it from now on.
 
         Raises:
             CheckpointError: its bytes are not those that were announced.
@@ -85,7 +93,7 @@ class ReplicaBuffer:
         part, data = self._parts[key]
         found = hash_file(part.entry.name, iter_blocks(memoryview(data)))
         if found != part.entry:
-            raise CheckpointError(f"{key}: sha256 {found.sha256} arrived, {part.entry.sha256} was sent; it is not held")
+            raise CheckpointError(f"{key}: sha256 {found.sha256} arrived, {part.entry.sha256} was sent; not replicated")
         self._complete.add(key)
 
     def parts(self) -> list[ReplicaPart]:
@@ -93,17 +101,21 @@ class ReplicaBuffer:
         return [self._parts[key][0] for key in sorted(self._complete)]
 
     def read(self, key: str, start: int, length: int) -> bytes:
-        """Return bytes of a complete part; raises KeyError when it is not held."""
+        """Return bytes of a complete part.
+
+        Raises:
+            KeyError: it is not held.
+        """
         if key not in self._complete:
             raise KeyError(key)
         return bytes(memoryview(self._parts[key][1])[start : start + length])
 
 
 def newest_complete(parts: Iterable[ReplicaPart]) -> tuple[ReplicaPart, ...]:
-    """Return the parts, by rank, of the newest snapshot of which every rank's part is among these; empty: none."""
+    """Return the parts, in rank order, of the newest snapshot of which every rank's part is present; empty: none is."""
     snapshots: dict[SnapshotId, dict[int, ReplicaPart]] = {}
     for part in parts:
         snapshots.setdefault(part.snapshot, {})[part.rank] = part
-    whole = [by_rank for by_rank in snapshots.values() if len(by_rank) == next(iter(by_rank.values())).world_size]
-    newest = max(whole, key=lambda by_rank: by_rank[0].snapshot.step, default={})
+    complete = [by_rank for by_rank in snapshots.values() if len(by_rank) == next(iter(by_rank.values())).world_size]
+    newest = max(complete, key=lambda by_rank: by_rank[0].snapshot.step, default={})
     return tuple(part for _, part in sorted(newest.items()))

@@ -1,4 +1,4 @@
-"""A rank's side of snapshots in peers' memory: taking them beside the training, and reading one as a checkpoint."""
+"""A rank's side of replication in peers' memory: sending snapshots, and reading one as a checkpoint."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ from isthmus.trainer.checkpoint.format import (
 )
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory, ReplicaPart, SnapshotId
-from isthmus.trainer.checkpoint.staging import Snapshot, layout_of
+from isthmus.trainer.checkpoint.staging import Snapshot
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import gather_lists
@@ -32,13 +32,13 @@ CLOSE_SECONDS = 5.0
 
 
 class Replicator:
-    """Holds every so many steps' state in peers' memory. Used alike by all ranks.
+    """Replicates the state in peers' memory every so many steps. Used alike by all ranks.
 
-    A snapshot that some rank is still sending is not overtaken: the next one is left out on all ranks. So of two
-    snapshots in a row one is whole everywhere.
+    While some rank is still sending a snapshot, the next one is skipped on all ranks: so of two consecutive snapshots
+    one is complete everywhere.
 
     Args:
-        memory: Where snapshots go and were found.
+        memory: Where snapshots go, and where one was found.
         every_steps: Steps between them.
         session: Name of this attempt, the same on all ranks.
         rank: Place of this process.
@@ -52,31 +52,31 @@ class Replicator:
         self._rank, self._assert_owner = rank, assert_owner
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
-        self._held: SnapshotId | None = None
-        """Newest that this rank has handed over."""
+        self._sent: SnapshotId | None = None
+        """Newest that this rank has sent."""
         self._keep: SnapshotId | None = memory.available[0].snapshot if memory.available else None
-        """Newest that is known to be whole; shelves keep it until the next one is."""
+        """Newest that is known to be complete; the buffers keep it until the next one is."""
 
     def due(self, step: int) -> bool:
-        """Return whether to take one after this many steps."""
+        """Return whether to replicate after this many steps."""
         return step % self._every_steps == 0
 
     def prepare(self, fragments: list[Fragment]) -> None:
-        """Allocate the memory; called on a thread while nothing is taken."""
-        if self._snapshot is None or self._snapshot.layout != layout_of(fragments):
+        """Allocate the memory, unless it is there; never called while a snapshot is being sent."""
+        if self._snapshot is None or not self._snapshot.fits(fragments):
             if self._snapshot is not None:
                 self._snapshot.close()
             self._snapshot = Snapshot(fragments)
 
-    def take(self, fragments: list[Fragment], state: TrainState) -> float:
-        """Copy the state and begin to send it; return the seconds for which training stood still. Collective."""
+    def replicate(self, fragments: list[Fragment], state: TrainState) -> float:
+        """Copy the state and begin to send it; return the seconds for which training was blocked. Collective."""
         began = time.monotonic()
-        others = gather_lists([(self._thread is not None and self._thread.is_alive(), self._held)])
+        others = gather_lists([(self._thread is not None and self._thread.is_alive(), self._sent)])
         if any(is_busy for is_busy, _ in others):
-            logger.info("no snapshot of step %d to peers' memory: the one before is still under way", state.step)
+            logger.info("step %d is not replicated in peers' memory: the one before is still being sent", state.step)
             return time.monotonic() - began
-        if self._held is not None and all(held == self._held for _, held in others):
-            self._keep = self._held
+        if self._sent is not None and all(sent == self._sent for _, sent in others):
+            self._keep = self._sent
         self.prepare(fragments)
         assert self._snapshot is not None
         self._snapshot.fill(fragments)
@@ -87,17 +87,17 @@ class Replicator:
         return time.monotonic() - began
 
     def newest(self) -> SavedCheckpoint | None:
-        """Return the snapshot that was offered, as a checkpoint that is still to be verified."""
+        """Return the snapshot that was found at the start, as a checkpoint that is still to be verified."""
         parts = self._memory.available
         return replica_checkpoint(self._memory, parts) if parts else None
 
     def wait(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Give the one under way a moment."""
+        """Wait for the snapshot that is being sent, if there is one."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
     def close(self) -> None:
-        """Let go of the memory, unless a part is still being sent from it."""
+        """Free the memory, unless a snapshot is still being sent from it."""
         self.wait()
         busy = self._thread is not None and self._thread.is_alive()
         if self._snapshot is not None and not busy:
@@ -116,13 +116,13 @@ class Replicator:
                 self._assert_owner()
             self._memory.replicate(part, data, keep)
         except (TrainerError, DataError, OSError) as error:
-            logger.warning("snapshot of step %d is not in peers' memory, training goes on: %s", state.step, error)
+            logger.warning("step %d is not replicated in peers' memory, training continues: %s", state.step, error)
             return
-        self._held = identity
+        self._sent = identity
 
 
 class _ReplicaFiles(ObjectStore):
-    """The files of a held snapshot under the URLs that its reader asks for."""
+    """The files of a replicated snapshot under the URLs that its reader asks for."""
 
     def __init__(self, url: str, memory: PeerMemory, parts: tuple[ReplicaPart, ...], state: FileEntry) -> None:
         super().__init__()
@@ -138,14 +138,14 @@ class _ReplicaFiles(ObjectStore):
     def get(self, url: str) -> bytes:
         """Return the scalars."""
         if url not in self._state:
-            raise NotFoundError(f"{url}: is not held")
+            raise NotFoundError(f"{url}: is not in peers' memory")
         return self._state[url]
 
     def get_range(
         self, url: str, start: int, length: int, *, etag: str | None = None, into: memoryview | None = None
     ) -> bytes | memoryview:
         """Return bytes of a part or of the scalars."""
-        del etag  # a held file has one version
+        del etag  # a replica has one version
         whole = self._state.get(url)
         if whole is not None:
             data = whole[start : start + length]
@@ -158,7 +158,7 @@ class _ReplicaFiles(ObjectStore):
 
 
 def replica_checkpoint(memory: PeerMemory, parts: tuple[ReplicaPart, ...]) -> SavedCheckpoint:
-    """Return a held snapshot, all its parts in the order of ranks, as a checkpoint whose files lie in memory."""
+    """Return a snapshot, given all its parts in rank order, as a checkpoint whose files are in peers' memory."""
     first = parts[0]
     url = join("peers:/", first.snapshot.session, step_name(first.snapshot.step))
     state = hash_file("", [first.state])

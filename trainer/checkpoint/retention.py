@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and what else may go: leftovers of crashed saves."""
+"""Which checkpoints are kept, and which files of crashed saves are deleted."""
 
 import logging
 from collections.abc import Collection
@@ -40,8 +40,8 @@ def prune(
 ) -> tuple[list[int], list[str]]:
     """Delete checkpoints that are neither kept nor in use, and leftovers older than the newest committed one.
 
-    A folder of a later step may be a save in progress, so it is never touched; steps in `protected` stay as well.
-    Returns the steps and the leftovers deleted, or with `dry_run` those that would be.
+    A folder of a later step may be a save in progress, so it is never touched; steps in `protected` are kept as well.
+    Returns the deleted steps and leftovers, or with `dry_run` those that would be deleted.
     """
     saved = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder_url, store)}
     if not saved:
@@ -74,7 +74,7 @@ def prune(
 
 
 def delete_checkpoint(urls: list[str], store: ObjectStore) -> None:
-    """Delete a checkpoint's files, the manifest first: what is half deleted is no checkpoint."""
+    """Delete a checkpoint's files, the manifest first: one that is half deleted no longer counts."""
     for url in sorted(urls, key=lambda url: not url.endswith(f"/{MANIFEST}")):
         store.delete(url)
 

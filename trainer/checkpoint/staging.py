@@ -1,4 +1,4 @@
-"""A copy of this rank's state in host memory, laid out as the part file it becomes."""
+"""A copy of this rank's state in host memory, laid out as the part file that is uploaded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ Layout = tuple[tuple[str, str, tuple[int, ...], int, int], ...]
 class Snapshot:
     """Memory for one part; pinned when the state is on a GPU, and used again for every save.
 
-    All of it is touched at once, so that no later copy waits for the system to hand out pages.
+    All of it is touched at once, so that no later copy waits for page faults.
 
     Args:
-        fragments: What is to be held; later ones must have the same layout.
+        fragments: What it is to hold; `fill` takes fragments of the same layout.
     """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
-        self.layout = layout_of(fragments)
+        self._layout = _layout(fragments)
         pieces = [(f.name, f.kind, f.offset, f.data.numel()) for f in fragments]
         header = part_header(pieces, {f.name: f.shape for f in fragments})
         self._num_elements = sum(length for *_, length in pieces)
@@ -37,8 +37,12 @@ class Snapshot:
                 _pin(self._values)
         self._values.zero_()  # without the interpreter's lock, unlike populating by mmap
 
+    def fits(self, fragments: Sequence[Fragment]) -> bool:
+        """Return whether these fragments have the layout of this memory."""
+        return self._layout == _layout(fragments)
+
     def fill(self, fragments: Sequence[Fragment]) -> None:
-        """Copy the present values; returns when they are all there."""
+        """Copy the current values; returns when all of them are copied."""
         start = 0
         on_gpu = False
         for fragment in fragments:
@@ -54,7 +58,7 @@ class Snapshot:
         return memoryview(self.memory.map)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._num_elements and self._values.is_pinned():
             _cuda_runtime().cudaHostUnregister(self._values.data_ptr())
         self.memory.close()
@@ -67,8 +71,7 @@ class Snapshot:
         )
 
 
-def layout_of(fragments: Sequence[Fragment]) -> Layout:
-    """Return what must be equal for a snapshot's memory to be used again."""
+def _layout(fragments: Sequence[Fragment]) -> Layout:
     return tuple((f.name, f.kind, f.shape, f.offset, f.data.numel()) for f in fragments)
 
 

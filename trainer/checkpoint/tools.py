@@ -12,10 +12,10 @@ from isthmus.trainer.errors import CheckpointError
 
 
 def copy_checkpoint(saved: SavedCheckpoint, target_url: str, store: ObjectStore) -> None:
-    """Copy a checkpoint; every file is checked on the way, and the manifest appears last.
+    """Copy a checkpoint; every file is verified on the way, and the manifest is written last.
 
     Raises:
-        CheckpointError: a file is damaged, or the target has another checkpoint.
+        CheckpointError: a file is damaged, or the target holds another checkpoint.
     """
     for entry in saved.manifest.files:
         data = store.get(join(saved.url, entry.name))
@@ -27,11 +27,11 @@ def copy_checkpoint(saved: SavedCheckpoint, target_url: str, store: ObjectStore)
         store.put_if_absent(url, manifest)
     except AlreadyExistsError as error:
         if store.get(url) != manifest:
-            raise CheckpointError(f"{url}: another checkpoint is there; choose another target") from error
+            raise CheckpointError(f"{url}: holds another checkpoint; choose another target") from error
 
 
 def differences(one: SavedCheckpoint, two: SavedCheckpoint) -> list[dict[str, Any]]:
-    """Return what differs between two checkpoints, tensor by tensor; empty: equal bit by bit."""
+    """Return what differs between two checkpoints, tensor by tensor; empty: bit-identical."""
     found: list[dict[str, Any]] = []
 
     def add(name: str, kind: str, difference: str) -> None:

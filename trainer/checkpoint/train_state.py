@@ -1,19 +1,23 @@
 """What a checkpoint knows besides its tensors."""
 
+import dataclasses
 import importlib.metadata
+import logging
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.trainer.engine.state_shards import Fragment, StateReader
 from isthmus.trainer.errors import CheckpointError
 
-__all__ = ["Fragment", "StateReader", "TrainState", "versions"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The scalars of a saved state: where training is, and of what it is the training."""
+    """The scalars of a saved state: where training is, and what is trained.
+
+    A field that a later release adds needs a default, under which older checkpoints are read.
+    """
 
     stage: str
     step: int
@@ -31,27 +35,38 @@ class TrainState:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(raw: dict[str, Any], url: str) -> "TrainState":
-        """Check plain data read from `url`.
+        """Return the state that `url` holds as plain data.
+
+        Absent fields take their defaults. Unknown fields are ignored: what a reader must not ignore raises the format
+        version instead.
 
         Raises:
-            CheckpointError: a field is missing or unknown.
+            CheckpointError: a field without a default is absent, or one has another type.
         """
-        known = {item.name for item in fields(TrainState)}
-        if not isinstance(raw, dict) or set(raw) != known:
-            found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-            raise CheckpointError(f"{url}: holds {found} where {sorted(known)} are expected; it is damaged")
-        return TrainState(**raw)
+        known = {item.name: item for item in dataclasses.fields(TrainState)}
+        required = {name for name, item in known.items() if _has_no_default(item)}
+        if absent := sorted(required - raw.keys()):
+            raise CheckpointError(f"{url}: lacks {', '.join(absent)}; the file is damaged, restore it from a copy")
+        if unknown := sorted(raw.keys() - known.keys()):
+            logger.info("%s: ignores %s, written by another release", url, ", ".join(unknown))
+        state = TrainState(**{name: value for name, value in raw.items() if name in known})
+        if type(state.step) is not int or not isinstance(state.frozen_identity, dict):
+            raise CheckpointError(f"{url}: step or frozen_identity has the wrong type; the file is damaged")
+        return state
+
+
+def _has_no_default(item: "dataclasses.Field[Any]") -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes the state."""
-    packages = ("isthmus", "torch", "deepspeed")
     found = {"python": platform.python_version()}
-    for name in packages:
+    for name in ("isthmus", "torch", "deepspeed"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""The process that hashes and uploads a rank's part while training goes on.
+"""The process that hashes and uploads a rank's part while training continues.
 
-It shares the bytes with its parent by a memory file, so nothing is copied and no lock of the parent's interpreter is
-held. It ignores SIGTERM and SIGINT, which reach whole process groups when a node is taken away: the last checkpoint
-must still get out. It ends when its parent closes the pipe, also by dying.
+It shares the bytes with its parent through a memory file: nothing is copied, and the parent's interpreter lock is not
+held. It ignores SIGTERM and SIGINT, which reach whole process groups when a node is preempted: the last checkpoint
+must still be uploaded. It exits when its parent closes the pipe or dies.
 """
 
 import base64
@@ -28,11 +28,11 @@ _STOP_SECONDS = 5.0
 
 
 class UploadProcessLostError(CheckpointError):
-    """The writer process died or hangs; a new one is needed."""
+    """The upload process died or hangs; a new one is needed."""
 
 
 class SnapshotMemory:
-    """Memory that the training process fills and its writer process reads; as large as one part file."""
+    """Memory that the training process fills and its upload process reads; the size of one part file."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -41,12 +41,12 @@ class SnapshotMemory:
         self.map = mmap.mmap(self.fd, size)
 
     def close(self) -> None:
-        """Give the descriptor back; the mapping goes with its last view."""
+        """Close the descriptor; the mapping is freed with its last view."""
         os.close(self.fd)
 
 
 class UploadProcess:
-    """A child that uploads parts out of a snapshot memory, one at a time."""
+    """A child process that uploads parts from a snapshot memory, one at a time."""
 
     def __init__(self, store: ObjectStore, memory: SnapshotMemory) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -80,11 +80,11 @@ class UploadProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process can be asked again."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def close(self, *, at_once: bool = False) -> None:
-        """End the process; one that is busy is killed after a grace."""
+        """End the process; one that is busy is killed after a grace period."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if at_once:
@@ -115,7 +115,7 @@ def _upload(store: ObjectStore, data: memoryview, request: dict[str, Any]) -> Fi
 
 
 def _requests() -> "queue.Queue[Any]":
-    """Read the parent's lines on a thread of its own, which ends the process when there are no more."""
+    """Read the parent's lines on a thread, which ends the process at the end of the pipe."""
     received: queue.Queue[Any] = queue.Queue()
 
     def listen() -> None:

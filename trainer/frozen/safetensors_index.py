@@ -1,24 +1,17 @@
-"""The tensors of a safetensors folder, local or in an object store, without their bytes: names, types, shapes, places.
-
-The format: 8 bytes little-endian header length, a JSON header, then the tensors (github.com/huggingface/safetensors).
-Headers are input from outside, so everything in them is checked before it is used.
-"""
+"""Which tensors a safetensors folder holds, and where: names, types, shapes, byte ranges."""
 
 import json
 import math
 import re
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, join
 from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.safetensors_header import HeaderError, TensorSpan, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "BOOL": torch.bool, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
@@ -92,7 +85,7 @@ def _index_files(url: str, data: bytes) -> set[str]:
     try:
         names = set(json.loads(data)["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FrozenWeightsError(f"{url} is not a safetensors index: {error!r}; copy it anew") from error
+        raise FrozenWeightsError(f"{url} is not a safetensors index: {error!r}; copy it again") from error
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
         raise FrozenWeightsError(
             f"{url}: weight_map must name *.safetensors files of its own folder; it has {names!s:.200}"
@@ -101,47 +94,17 @@ def _index_files(url: str, data: bytes) -> set[str]:
 
 
 def _read_header(info: ObjectInfo, store: ObjectStore) -> list[TensorEntry]:
-    if info.size < 8:
-        raise FrozenWeightsError(f"{info.url}: {info.size} bytes, not a safetensors file; copy it anew")
-    (length,) = struct.unpack("<Q", bytes(store.get_range(info.url, 0, 8, etag=info.etag)))
-    if length > min(MAX_HEADER_BYTES, info.size - 8):
-        raise FrozenWeightsError(
-            f"{info.url}: header of {length} bytes, but the file has {info.size} and {MAX_HEADER_BYTES} is the limit; "
-            "not a safetensors file, or cut short: copy it anew"
-        )
-    header = bytes(store.get_range(info.url, 8, length, etag=info.etag))
     try:
-        fields = json.loads(header)
-        return _entries(info, fields, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FrozenWeightsError(f"{info.url}: damaged safetensors header: {error!r:.300}; copy it anew") from error
+        header = read_header(info.url, info.size, store, info.etag)
+    except HeaderError as error:
+        raise FrozenWeightsError(f"{info.url}: {error}; copy the file again") from error
+    return [_entry(info, name, span) for name, span in header.tensors.items()]
 
 
-def _entries(info: ObjectInfo, fields: Any, data_start: int) -> list[TensorEntry]:
-    """Check a header against the size of its file.
-
-    Raises:
-        ValueError: and other errors of wrong types; the caller adds the file.
-    """
-    entries = []
-    for name, field in fields.items():
-        if name == "__metadata__":
-            continue
-        begin, end = field["data_offsets"]
-        shape = tuple(field["shape"])
-        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-            raise ValueError(f"{name}: shape and offsets must be whole numbers")
-        entry = TensorEntry(name, info.url, info.etag, _DTYPES[field["dtype"]], shape, data_start + begin)
-        if end - begin != entry.num_bytes or data_start + end > info.size:
-            raise ValueError(f"{name}: bytes {begin} to {end} do not fit shape {shape} or the file's {info.size} bytes")
-        entries.append(entry)
-    _check_disjoint(entries)
-    return entries
-
-
-def _check_disjoint(entries: Iterable[TensorEntry]) -> None:
-    end = 0
-    for entry in sorted(entries, key=lambda entry: (entry.start, entry.num_bytes)):
-        if entry.start < end:
-            raise ValueError(f"{entry.name}: overlaps another tensor")
-        end = entry.start + entry.num_bytes
+def _entry(info: ObjectInfo, name: str, span: TensorSpan) -> TensorEntry:
+    if span.dtype not in _DTYPES:
+        raise FrozenWeightsError(
+            f"{info.url}: tensor {name} has type {span.dtype}; supported are {', '.join(_DTYPES)}: "
+            "convert the weights, or give the folder of the unquantised model"
+        )
+    return TensorEntry(name, info.url, info.etag, _DTYPES[span.dtype], span.shape, span.start)

@@ -87,7 +87,7 @@ def test_cp(run_folder, tmp_path):
     call(checkpoints.app, "cp", at(run_folder, 3), target)
     assert answer(checkpoints.app, "diff", at(run_folder, 3), target) == []
     refused = call(checkpoints.app, "cp", at(run_folder, 2), target)
-    assert "another checkpoint is there" in str(refused.exception)
+    assert "holds another checkpoint" in str(refused.exception)
 
 
 def test_prune_spares_what_was_handed_over(run_folder, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, hash_file, step_name
 from isthmus.trainer.checkpoint.interval import Interval, young_daly_seconds
-from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
+from isthmus.trainer.checkpoint.reader import _BLOCKS_AHEAD, BlockReader, SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step, kept_steps, prune
 from isthmus.trainer.checkpoint.staging import Snapshot
+from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import CheckpointError, LeaseError
 from tests.faulty_store import Fault, FaultyStore
 from tests.saved_states import SHAPES, fragments_of, full, holds, manager, state_of
@@ -27,7 +30,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def one_try(monkeypatch):
     """No time is left for a second try of a failed save, however slow the first one was."""
-    monkeypatch.setattr("isthmus.trainer.checkpoint.manager.FIRST_PAUSE_SECONDS", 1e6)
+    monkeypatch.setattr("isthmus.trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 1e6)
 
 
 def save(folder: str, *steps: int, **settings: object) -> None:
@@ -217,7 +220,7 @@ def test_full_disk_is_one_clear_error_and_the_last_good_one_stays(tmp_path, one_
     checkpoints = manager(str(tmp_path))
     checkpoints.save(1, fragments_of(1), state_of(1))
     checkpoints.wait()
-    resource.prlimit(checkpoints._writer._process.pid, resource.RLIMIT_FSIZE, (100, 100))
+    resource.prlimit(checkpoints._saver._uploader._process.pid, resource.RLIMIT_FSIZE, (100, 100))
     checkpoints.save(2, fragments_of(2), state_of(2))
     with pytest.raises(CheckpointError, match=r"no save of step 2 succeeded.*File too large.*intact"):
         checkpoints.wait()
@@ -230,10 +233,10 @@ def test_prepared_memory_is_the_one_that_is_used(tmp_path):
     checkpoints = manager(str(tmp_path))
     checkpoints.prepare(fragments_of(0))
     checkpoints._join_preparation()
-    memory = checkpoints._snapshot.memory
+    memory = checkpoints._saver._snapshot.memory
     checkpoints.save(1, fragments_of(1), state_of(1))
     checkpoints.wait()
-    assert checkpoints._snapshot.memory is memory
+    assert checkpoints._saver._snapshot.memory is memory
     checkpoints.close()
     assert holds(newest(str(tmp_path)), 1)
 
@@ -253,7 +256,7 @@ def test_writer_process_dies_with_the_manager(tmp_path):
     checkpoints = manager(str(tmp_path))
     checkpoints.save(1, fragments_of(1), state_of(1))
     checkpoints.wait()
-    process = checkpoints._writer._process
+    process = checkpoints._saver._uploader._process
     assert process.poll() is None
     checkpoints.close()
     assert process.poll() is not None
@@ -311,3 +314,56 @@ def test_interval():
     automatic = Interval(CheckpointConfig(), 3600.0)
     automatic.saved(0.5)
     assert automatic.wanted_seconds == pytest.approx(60.0)
+
+
+class CountingStore(ObjectStore):
+    """Notes the bytes of every ranged read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def get_range(self, url, start, length, *, etag=None, into=None):
+        self.read.append(length)
+        return super().get_range(url, start, length, etag=etag, into=into)
+
+
+def test_shapes_cost_one_short_read_a_part(tmp_path, monkeypatch):
+    """Not the parts themselves: at 64 ranks each rank would otherwise read the whole checkpoint at every restore."""
+    monkeypatch.setattr("isthmus.trainer.safetensors_header.FIRST_READ_BYTES", 1024)
+    values = torch.zeros(1 << 20)
+    store, parts = CountingStore(), []
+    for number in range(8):
+        snapshot = Snapshot([Fragment(f"t{number}", "param", (1 << 20,), 0, values)])
+        store.put(join(str(tmp_path), f"p{number}"), snapshot.bytes())
+        parts.append(hash_file(f"p{number}", [bytes(snapshot.bytes())]))
+    saved = SavedCheckpoint(str(tmp_path), store, Manifest(1, 1, 8, tuple(parts), parts[0]))
+    assert len(saved.shapes()) == 8
+    assert store.read == [1024] * 8
+    saved.close()
+
+
+def test_a_read_at_one_place_fetches_one_block_and_a_long_one_reads_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr("isthmus.trainer.checkpoint.reader.HASH_BLOCK_BYTES", 1 << 12)
+    (tmp_path / "part").write_bytes(bytes(range(256)) * 256)
+    store, pool = CountingStore(), ThreadPoolExecutor(1)
+    reader = BlockReader(store, str(tmp_path / "part"), 1 << 16, pool)
+    target = memoryview(bytearray(100))
+    reader.read_into(5 << 12, target)
+    reader.read_into((5 << 12) + 200, target)
+    assert (len(store.read), bytes(target)) == (1, bytes((200 + i) % 256 for i in range(100)))
+    reader.read_into(6 << 12, target)
+    pool.shutdown()
+    assert len(store.read) == 1 + 1 + _BLOCKS_AHEAD
+
+
+def test_state_of_another_release_is_read(tmp_path, caplog):
+    """A field that an older release did not write has its default; one of a newer release is ignored and named."""
+    raw = state_of(5, metrics={"loss": 1.0}).as_json()
+    assert TrainState.from_json({k: v for k, v in raw.items() if k != "metrics"}, "url") == state_of(5)
+    with caplog.at_level("INFO"):
+        assert TrainState.from_json({**raw, "tokens_seen": 7}, "url") == state_of(5, metrics={"loss": 1.0})
+    assert "tokens_seen" in caplog.text
+    for damaged in ({k: v for k, v in raw.items() if k != "step"}, {**raw, "step": "5"}):
+        with pytest.raises(CheckpointError, match=r"url.*damaged"):
+            TrainState.from_json(damaged, "url")

@@ -31,7 +31,7 @@ def put(buffer, held, keep=None, data=b"12345678"):
 def take(memory, step, rank=0, world_size=1, session="a", assert_owner=lambda: None):
     """Hold a state for one rank and wait for it."""
     snapshots = Replicator(memory, 1, session, Rank(rank, world_size), assert_owner)
-    snapshots.take(fragments_of(step, rank, world_size), state_of(step))
+    snapshots.replicate(fragments_of(step, rank, world_size), state_of(step))
     snapshots.wait()
     snapshots.close()
 
@@ -51,7 +51,7 @@ def test_part_counts_when_all_of_it_arrived():
     assert buffer.parts() == []
     with pytest.raises(KeyError):
         buffer.read(held.key, 0, 4)
-    with pytest.raises(CheckpointError, match="not held"):
+    with pytest.raises(CheckpointError, match="not replicated"):
         buffer.complete(held.key)
     buffer.write(held.key, 4, b"5678")
     buffer.complete(held.key)
@@ -94,7 +94,7 @@ def test_used_only_when_ahead_of_the_newest_checkpoint(tmp_path):
     checkpoints.wait()
     for step in (4, 6):
         checkpoints.replicate(fragments_of(step), state_of(step))
-        checkpoints._peers.wait()
+        checkpoints._replicator.wait()
         again = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=2)
         found = again.newest()
         assert holds(found, step)
@@ -131,7 +131,7 @@ def test_damaged_memory_falls_back_to_the_checkpoint(tmp_path, caplog):
     again = manager(str(tmp_path), peers=LocalPeers([buffer], [buffer]), peer_memory_every_steps=1)
     assert holds(again.newest(), 1)
     again.close()
-    assert "passed over" in caplog.text
+    assert "skipped" in caplog.text
 
 
 def test_buffers_that_vanish_after_they_were_found_fall_back_to_the_checkpoint(tmp_path):
@@ -148,7 +148,7 @@ def test_buffers_that_vanish_after_they_were_found_fall_back_to_the_checkpoint(t
 
 def test_no_buffer_is_a_warning_and_no_error(caplog):
     take(LocalPeers([], []), 2)
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
 
 
 def test_owner_that_lost_the_run_holds_nothing():
@@ -170,9 +170,9 @@ def test_a_snapshot_under_way_is_not_overtaken():
 
     snapshots = Replicator(Slow([buffer], [buffer]), 1, "a", Rank(0, 1), lambda: None)
     for step in (1, 2):
-        snapshots.take(fragments_of(step), state_of(step))
+        snapshots.replicate(fragments_of(step), state_of(step))
     snapshots.wait()
     assert [held.snapshot.step for held in buffer.parts()] == [1]
-    snapshots.take(fragments_of(3), state_of(3))
+    snapshots.replicate(fragments_of(3), state_of(3))
     snapshots.close()
     assert [held.snapshot.step for held in buffer.parts()] == [1, 3]
