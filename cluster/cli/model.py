@@ -1,4 +1,4 @@
-"""`isthmus caption`, `ask`, `import`: use an exported model here; `isthmus models`: bring published ones to a store."""
+"""`isthmus caption`, `ask`, `serve`, `import`: use exported models; `isthmus models`: fetch published ones."""
 
 import sys
 import tempfile
@@ -10,9 +10,6 @@ import typer
 from isthmus.cluster.cli.options import EndpointOption, RegionOption, open_store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from isthmus.model.frozen.vision import VisionEncoder
     from isthmus.model.imports.published import Published
 
 app = typer.Typer()
@@ -30,28 +27,61 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help="Text to continue; default: that of training.")] = None,
     beams: BeamsOption = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.", min=1)] = 30,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
 ) -> None:
     """Write one caption per picture."""
-    from isthmus.model.formats.assemble import load_captioner
+    from isthmus.cluster.captioner import Captioner
     from isthmus.model.generate import Decoding
-    from isthmus.model.generate import caption as write
 
-    model, encoder = load_captioner(_folder(export))
+    captioner = Captioner.open(export, open_store(endpoint_url, region))
     decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=beams)
-    for path, text in zip(
-        images, write(model, encoder, _pixels(images, model.vision), prompt=prompt, decoding=decoding), strict=True
-    ):
+    texts = captioner.write([path.read_bytes() for path in images], [prompt] * len(images), decoding)
+    for path, text in zip(images, texts, strict=True):
         typer.echo(f"{path}: {text}" if len(images) > 1 else text)
 
 
 @app.command()
-def ask(export: ExportArg, image: ImageArg, question: Annotated[str, typer.Argument(help="Question.")]) -> None:
+def ask(
+    export: ExportArg,
+    image: ImageArg,
+    question: Annotated[str, typer.Argument(help="Question.")],
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
     """Answer a question about a picture."""
-    from isthmus.model.formats.assemble import load_captioner
-    from isthmus.model.generate import answer
+    from isthmus.cluster.captioner import Captioner
+    from isthmus.model.generate import ANSWER_DECODING, QUESTION
 
-    model, encoder = load_captioner(_folder(export))
-    typer.echo(answer(model, encoder, _pixels([image], model.vision), [question])[0])
+    captioner = Captioner.open(export, open_store(endpoint_url, region))
+    typer.echo(captioner.write([image.read_bytes()], [QUESTION.format(question)], ANSWER_DECODING)[0])
+
+
+@app.command()
+def serve(
+    export: ExportArg,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    max_batch: Annotated[int, typer.Option(help="Requests that run as one batch.", min=1)] = 8,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Answer chat requests with pictures, as OpenAI's clients send them; the API key is ISTHMUS_SERVE_TOKEN."""
+    import os
+    import secrets
+
+    from aiohttp import web
+
+    from isthmus.cluster.captioner import Captioner
+    from isthmus.cluster.serving import Server
+
+    token = os.environ.get("ISTHMUS_SERVE_TOKEN") or secrets.token_urlsafe(24)
+    captioner = Captioner.open(export, open_store(endpoint_url, region))
+    server = Server(captioner, name=export.rstrip("/").rpartition("/")[2], token=token, max_batch=max_batch)
+    typer.echo(f"http://{host}:{port}/v1", err=True)
+    if "ISTHMUS_SERVE_TOKEN" not in os.environ:
+        typer.echo(f"API key: {token}", err=True)
+    web.run_app(server.app(), host=host, port=port, print=None)
 
 
 @app.command("import")
@@ -64,35 +94,6 @@ def import_(
 
     import_captioner(source, target)
     typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
-
-
-def _folder(place: str) -> Path:
-    """Return the local folder of an export: `place` itself, or the export of the run that `place` is."""
-    from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
-    from isthmus.trainer.frozen.node_cache import local_folder
-    from isthmus.trainer.runs.export import EXPORT
-    from isthmus.trainer.runs.store import RUN
-
-    store = ObjectStore()
-    try:
-        store.head(join(place, RUN))
-    except NotFoundError:
-        return local_folder(place.rstrip("/"), store)
-    return local_folder(join(place, EXPORT), store)
-
-
-def _pixels(paths: list[Path], vision: "VisionEncoder | None") -> "Tensor":
-    """Return pictures resized to the encoder's square (bicubic) and normalised: B, C, H, W."""
-    import numpy as np
-    import torch
-    from PIL import Image as Pictures
-
-    assert vision is not None
-    side = vision.config.image_size_pixels
-    opened = [Pictures.open(path).convert("RGB").resize((side, side), Pictures.Resampling.BICUBIC) for path in paths]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in opened])).permute(0, 3, 1, 2) / 255.0
-    mean, std = (torch.tensor(x)[:, None, None] for x in (vision.image_mean, vision.image_std))
-    return (pixels - mean) / std
 
 
 models_app = typer.Typer(

@@ -1,0 +1,65 @@
+"""An exported model on this machine: picture files in, text out, the same way for every verb that uses one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.sample.images import decode_image, resize_square
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.model.formats.assemble import load_captioner
+from isthmus.model.generate import Decoding, generate
+from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.runs.export import EXPORT
+from isthmus.trainer.runs.store import RUN
+
+MAX_IMAGE_PIXELS = int(DataConfig.model_fields["max_image_pixels"].default)
+
+
+class Captioner:
+    """A captioning model with its tokenizer, on the GPU where there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load an own export.
+
+        Raises:
+            ModelError: no export, or one of stage 1.
+        """
+        model, self.encoder = load_captioner(folder)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+
+    @classmethod
+    def open(cls, place: str, store: ObjectStore) -> "Captioner":
+        """Load an export, or the export of a run, from a local folder or a bucket."""
+        try:
+            store.head(join(place, RUN))
+        except NotFoundError:
+            return cls(local_folder(place.rstrip("/"), store))
+        return cls(local_folder(join(place, EXPORT), store))
+
+    def pixels(self, images: Sequence[bytes]) -> Tensor:
+        """Return encoded pictures as the encoder wants them: upright, squeezed to its square, normalised; B, C, H, W.
+
+        Raises:
+            BadSample: a picture cannot be decoded or has too many pixels.
+        """
+        vision = self.model.vision
+        assert vision is not None  # an export holds its encoder
+        squares = [self._square(decode_image(image, MAX_IMAGE_PIXELS)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2) / 255.0
+        mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (vision.image_mean, vision.image_std))
+        return (pixels - mean) / std
+
+    def write(self, images: Sequence[bytes], prompts: Sequence[str | None], decoding: Decoding) -> list[str]:
+        """Return one text per picture, continuing its prompt; none: the prompt of training."""
+        texts = [self.encoder.config.prompt if prompt is None else prompt for prompt in prompts]
+        return generate(self.model, self.encoder, self.pixels(images), texts, decoding)
+
+    def _square(self, image: np.ndarray) -> np.ndarray:
+        assert self.model.vision is not None
+        height, width, _ = image.shape
+        return resize_square(image, (0, 0, height, width), self.model.vision.config.image_size_pixels)
