@@ -1,10 +1,12 @@
 """Configuration of a run on a cluster: the training configuration plus where and on how much it runs."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from isthmus.trainer.config.schema import Config, TrainConfig
+
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class WorkersConfig(Config):
@@ -69,6 +71,8 @@ class KubernetesConfig(Config):
     """CPU group that feeds it."""
     ttl_seconds: int = Field(600, ge=0)
     """Time for which the pods of a finished RayJob stay."""
+    backoff_limit: int = Field(20, ge=0)
+    """How often KubeRay makes the cluster again after the head or the driver is lost; a user error is not retried."""
 
 
 class ClusterConfig(Config):
@@ -90,8 +94,19 @@ class ClusterConfig(Config):
     """Time for a last checkpoint after a stop request or a drain notice."""
     secrets: tuple[str, ...] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     """Names of environment variables that the nodes must hold; values are never sent, stored or printed."""
+    environment: dict[EnvironmentName, str] = Field({})
+    """Variables of driver, workers and readers, such as NCCL_SOCKET_IFNAME. Stored with the run, so no secrets."""
     kubernetes: KubernetesConfig = KubernetesConfig()
     """Manifests."""
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> Self:
+        if secret := sorted(self.environment.keys() & set(self.secrets)):
+            raise ValueError(
+                f"cluster.environment: {', '.join(secret)} would be stored with the run; "
+                "set it on the nodes, cluster.secrets only names it"
+            )
+        return self
 
 
 class JobConfig(TrainConfig):

@@ -21,7 +21,7 @@ from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.errors import EXPECTED_ERRORS
 from isthmus.cluster.logs import configure_logging
 from isthmus.cluster.ray_nodes.auth import use_tokens
-from isthmus.cluster.ray_nodes.jobs_api import submission_id
+from isthmus.cluster.ray_nodes.jobs_api import end_without_retry, submission_id
 from isthmus.cluster.status import RunState, StatusBoard
 from isthmus.cluster.submission.secret_names import check_secrets
 from isthmus.cluster.supervision.supervisor import Supervisor
@@ -76,11 +76,14 @@ def main(path: str, *allow_change: str) -> int:
         return drive(config, submission_id(), allow_change).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
-        return USER_ERROR
+        is_final = not getattr(error, "retryable", False)
     finally:
         if ray.is_initialized():
             time.sleep(LAST_LINES_SECONDS)
         ray.shutdown()
+    if is_final:
+        end_without_retry()
+    return USER_ERROR
 
 
 def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outcome:

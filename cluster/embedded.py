@@ -21,6 +21,8 @@ from isthmus.cluster.supervision.resource_request import ResourceRequest
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 << 20
+NICENESS_VARIABLE = "RAY_worker_niceness"
+"""Ray runs its workers at nice 15, where any other process of the machine takes their cores."""
 LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by an address that others can reach; it leaves the rest of the loopback network alone."""
 
@@ -31,6 +33,8 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
     use_tokens(create=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault(NICENESS_VARIABLE, "0")
+    os.environ.update(config.cluster.environment)
     for variable, value in {FORMAT_VARIABLE: PLAIN, **QUIET}.items():  # the workers' lines come to this terminal
         os.environ.setdefault(variable, value)
     ray = importlib.import_module("ray")

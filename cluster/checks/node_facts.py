@@ -31,6 +31,8 @@ class NodeFacts:
     versions: dict[str, str]
     environment: tuple[str, ...]
     """Which of the asked-for variables are set; names only."""
+    niceness: int
+    """Of the process that asked, as of every worker there; Ray's default is 15."""
 
 
 def gather(names: tuple[str, ...], disk: str | None) -> NodeFacts:
@@ -46,6 +48,7 @@ def gather(names: tuple[str, ...], disk: str | None) -> NodeFacts:
         time.time(),
         {"python": platform.python_version()} | {name: _version(name) for name in DISTRIBUTIONS},
         tuple(name for name in names if os.environ.get(name)),
+        psutil.Process().nice(),
     )
 
 

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.checks.node_facts import NodeFacts, gather
 from isthmus.cluster.checks.store_checks import StoreSpeed, check_data, check_store, check_weights
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.embedded import embedded_ray
+from isthmus.cluster.embedded import NICENESS_VARIABLE, embedded_ray
 from isthmus.cluster.errors import last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.nodes import Node, live_nodes
@@ -131,6 +131,9 @@ def _judge(config: JobConfig, node: Node, facts: NodeFacts, here: NodeFacts, *, 
     yield Check(
         "clock", where, ok, f"{skew_seconds:+.2f} s", "" if ok else "run NTP: leases and signatures need the time"
     )
+    niced = facts.niceness > 0
+    remedy = f"start Ray with {NICENESS_VARIABLE}=0 if the node has other work" if niced else ""
+    yield Check("priority", where, ok=True, found=f"workers run at nice {facts.niceness}", remedy=remedy)
     other = {name: found for name, found in facts.versions.items() if found != here.versions[name]}
     described = ", ".join(f"{name} {found} here {here.versions[name]}" for name, found in other.items())
     yield Check("versions", where, not other, described or "equal", "use one image for all nodes" if other else "")

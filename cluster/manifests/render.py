@@ -1,8 +1,9 @@
 """Kubernetes manifests of a run: KubeRay's RayJob or RayCluster, the Kueue queue, rendered from the configuration.
 
-What is the same for every run stands in cluster/manifests/*.yaml; here only what the configuration decides is added.
+What is the same for every run is in the *.yaml files beside this one; what the configuration decides is added here.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import ray
 import yaml
 
 from isthmus.cluster.config import JobConfig, NodeConfig
+from isthmus.cluster.embedded import NICENESS_VARIABLE
+from isthmus.cluster.ray_nodes.jobs_api import NO_RETRY_VARIABLE
 from isthmus.cluster.submission import secret_names
 from isthmus.cluster.submission.job import job_environment, job_metadata
 from isthmus.cluster.supervision.resource_request import ResourceRequest
@@ -18,7 +21,12 @@ from isthmus.trainer.config.loading import to_yaml
 
 FOLDER = Path(__file__).parent
 CONFIG_MOUNT = "/etc/isthmus"
+RUN_LABEL = "app.kubernetes.io/instance"
+RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources that Ray finds by itself; others are given to `ray start`."""
 GRACE_MARGIN_SECONDS = 30
+CACHE_MARGIN = 1.1
+"""Files that are being written, and the file system's own overhead."""
 OBJECT_STORE_SHARE = 0.3
 """Part of a pod's memory for /dev/shm, as Ray's own default."""
 
@@ -27,7 +35,7 @@ Manifest = dict[str, Any]
 
 def render(config: JobConfig) -> list[Manifest]:
     """Return the manifests of a run in the order in which they are applied."""
-    return [*queue(config), config_map(config), ray_job(config)]
+    return [*queue(config), network_policy(config), config_map(config), ray_job(config)]
 
 
 def ray_cluster(config: JobConfig) -> Manifest:
@@ -41,7 +49,7 @@ def ray_cluster(config: JobConfig) -> Manifest:
 def ray_job(config: JobConfig) -> Manifest:
     """Return a RayJob that makes the cluster, runs the driver on its head and takes the cluster down at the end."""
     kubernetes = config.cluster.kubernetes
-    environment = job_environment(config)
+    environment = {**job_environment(config), NO_RETRY_VARIABLE: "1"}
     del environment[secret_names.VARIABLE]  # what this machine holds says nothing about the pods
     manifest = _template("rayjob.yaml")[0]
     manifest["metadata"] |= {"name": config.run.name, "namespace": kubernetes.namespace}
@@ -52,12 +60,23 @@ def ray_job(config: JobConfig) -> Manifest:
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": environment}),
         "metadata": job_metadata(config),
         "ttlSecondsAfterFinished": kubernetes.ttl_seconds,
+        "backoffLimit": kubernetes.backoff_limit,
         "suspend": bool(kubernetes.queue),
         "rayClusterSpec": _cluster_spec(config, _template("raycluster.yaml")[0]["spec"]),
     }
     if kubernetes.queue:
         _fix_size(manifest["spec"]["rayClusterSpec"])
     return manifest
+
+
+def network_policy(config: JobConfig) -> Manifest:
+    """Return a NetworkPolicy that lets only the run's own pods reach each other's ports."""
+    manifest = _template("networkpolicy.yaml")[0]
+    manifest["metadata"] |= {"name": config.run.name, "namespace": config.cluster.kubernetes.namespace}
+    own_pods = {"matchLabels": {RUN_LABEL: config.run.name}}
+    manifest["spec"]["podSelector"] = own_pods
+    manifest["spec"]["ingress"][0]["from"] = [{"podSelector": own_pods}]
+    return _unshared(manifest)  # type: ignore[no-any-return]
 
 
 def queue(config: JobConfig) -> list[Manifest]:
@@ -72,11 +91,15 @@ def queue(config: JobConfig) -> list[Manifest]:
         (kubernetes.workers, num_worker_pods(config)),
         (kubernetes.readers, num_reader_pods(config)),
     ]
-    quota = {
+    quota: dict[str, Any] = {
         "cpu": sum(node.cpus * count for node, count in groups),
         "memory": f"{sum(_mebibytes(node) * count for node, count in groups)}Mi",
         "nvidia.com/gpu": sum(node.gpus * count for node, count in groups),
     }
+    if cache := _cache_mebibytes(config):
+        pods = num_reader_pods(config) if config.data.backend == "ray" else num_worker_pods(config)
+        quota["ephemeral-storage"] = f"{cache * pods}Mi"
+    cluster_queue["spec"]["resourceGroups"][0]["coveredResources"] = list(quota)
     resources = [{"name": name, "nominalQuota": amount} for name, amount in quota.items()]
     cluster_queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"] = resources
     return [flavor, cluster_queue, local_queue]
@@ -97,10 +120,20 @@ def num_worker_pods(config: JobConfig, num_workers: int | None = None) -> int:
 
 def num_reader_pods(config: JobConfig) -> int:
     """Return how many pods of the reader group hold all readers."""
-    request = ResourceRequest.of(config)
-    cpus_per_reader = max(1.0, request.reader.get("CPU", 0.0))
-    readers_per_pod = max(1, int(config.cluster.kubernetes.readers.cpus // cpus_per_reader))
-    return math.ceil(request.num_readers(max(config.world_sizes)) / readers_per_pod)
+    return math.ceil(ResourceRequest.of(config).num_readers(max(config.world_sizes)) / _readers_per_pod(config))
+
+
+def _readers_per_pod(config: JobConfig) -> int:
+    cpus_per_reader = max(1.0, ResourceRequest.of(config).reader.get("CPU", 0.0))
+    return max(1, int(config.cluster.kubernetes.readers.cpus // cpus_per_reader))
+
+
+def _reader_resources(config: JobConfig) -> dict[str, str]:
+    """Return `ray start` parameters that give a reader pod what its readers ask for under names of their own."""
+    readers = _readers_per_pod(config)
+    wanted = ResourceRequest.of(config).reader
+    custom = {name: math.ceil(amount * readers) for name, amount in wanted.items() if name not in RAY_RESOURCES}
+    return {"resources": json.dumps(json.dumps(custom))} if custom else {}
 
 
 def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
@@ -114,10 +147,12 @@ def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
     gpu |= {"replicas": largest, "minReplicas": smallest, "maxReplicas": largest}
     count = num_reader_pods(config)
     readers |= {"replicas": count, "minReplicas": min(count, 1), "maxReplicas": count}
+    readers["rayStartParams"] = _reader_resources(config)
     for group, node in ((gpu, kubernetes.workers), (readers, kubernetes.readers)):
         _fill_pod(config, group["template"], node)
         volume = group["template"]["spec"]["volumes"][0]["emptyDir"]
         volume["sizeLimit"] = f"{int(_mebibytes(node) * OBJECT_STORE_SHARE)}Mi"
+    _mount_cache(config, (readers if config.data.backend == "ray" else gpu)["template"])
     return spec
 
 
@@ -130,6 +165,7 @@ def _fix_size(spec: Manifest) -> None:
 def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
     """Write image, resources, environment and placement into a pod template."""
     kubernetes = config.cluster.kubernetes
+    template["metadata"]["labels"] = {RUN_LABEL: config.run.name}
     container = template["spec"]["containers"][0]
     amounts: dict[str, str] = {"cpu": str(node.cpus), "memory": node.memory}
     if node.gpus:
@@ -139,6 +175,7 @@ def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
     container["resources"] = {"requests": dict(amounts), "limits": dict(amounts)}
     container["env"] = [
         {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(_grace_seconds(config))},
+        {"name": NICENESS_VARIABLE, "value": "0"},
         {"name": "ISTHMUS_STOP_GRACE_SECONDS", "value": str(int(config.cluster.stop_grace_seconds))},
     ]
     if kubernetes.secret:
@@ -154,6 +191,25 @@ def _fill_pod(config: JobConfig, template: Manifest, node: NodeConfig) -> None:
 def _mount_config(config: JobConfig, head: Manifest) -> None:
     head["spec"]["containers"][0]["volumeMounts"] = [{"name": "config", "mountPath": CONFIG_MOUNT, "readOnly": True}]
     head["spec"]["volumes"] = [{"name": "config", "configMap": {"name": f"{config.run.name}-config"}}]
+
+
+def _mount_cache(config: JobConfig, template: Manifest) -> None:
+    """Give the pods in which readers run a volume for the chunk cache, and reserve the machine's disk for it."""
+    mebibytes = _cache_mebibytes(config)
+    if not mebibytes:
+        return
+    size = f"{mebibytes}Mi"
+    container = template["spec"]["containers"][0]
+    container["volumeMounts"].append({"name": "cache", "mountPath": config.data.cache_dir})
+    container["resources"]["requests"]["ephemeral-storage"] = size
+    template["spec"]["volumes"].append({"name": "cache", "emptyDir": {"sizeLimit": size}})
+
+
+def _cache_mebibytes(config: JobConfig) -> int:
+    """Return the size of a pod's cache volume; 0: no cache. The kubelet evicts a pod that exceeds it."""
+    if not config.data.cache_dir or not config.data.cache_bytes:
+        return 0
+    return math.ceil(config.data.cache_bytes / (1 << 20) * CACHE_MARGIN)
 
 
 def _grace_seconds(config: JobConfig) -> int:

@@ -1,11 +1,15 @@
-"""What Ray's Jobs API leaves out: a job's own id, and a client that does not log every upload."""
+"""What Ray's Jobs API leaves out: a job's own id, an end without retry, a client that does not log every upload."""
 
 import json
 import logging
 import os
+import time
 
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.job_submission import JobSubmissionClient
 
+NO_RETRY_VARIABLE = "ISTHMUS_NO_RETRY"
+STOP_TIMEOUT_SECONDS = 30.0
 CHATTY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
 
@@ -13,6 +17,17 @@ def submission_id() -> str | None:
     """Return the id under which Ray's job manager, asked by us or by KubeRay, started this process."""
     described = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
     return described.get("metadata", {}).get("job_submission_id")  # type: ignore[no-any-return]
+
+
+def end_without_retry() -> None:
+    """End this job as STOPPED where KubeRay would make a new cluster for a FAILED one, whatever its exit code.
+
+    Ray answers the request with a SIGTERM to this process.
+    """
+    job = submission_id()
+    if job and os.environ.get(NO_RETRY_VARIABLE):
+        JobSubmissionClient().stop_job(job)
+        time.sleep(STOP_TIMEOUT_SECONDS)
 
 
 def quiet_client() -> None:

@@ -55,6 +55,7 @@ def job_environment(config: JobConfig) -> dict[str, str]:
     grace = int(config.cluster.stop_grace_seconds) + STOP_MARGIN_SECONDS
     present = [name for name in config.cluster.secrets if os.environ.get(name)]
     return {
+        **config.cluster.environment,
         "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",

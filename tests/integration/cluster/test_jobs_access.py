@@ -9,13 +9,18 @@ import time
 
 import pytest
 import ray
+from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes.auth import PATH_VARIABLE, TOKEN_VARIABLE
+from isthmus.cluster.ray_nodes.jobs_api import NO_RETRY_VARIABLE
 from isthmus.cluster.submission.jobs import Jobs
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.runs.store import RunStore
 from tests.integration.cluster.raylets import Raylets, free_port, wait_for
+from tests.unit.cluster.configs import job_config
 
 pytestmark = pytest.mark.integration
 LIMIT = 10.0
@@ -55,6 +60,22 @@ def test_free_and_total_resources_are_known(raylets):
     wait_for(lambda: 1.0 in [has.get("CPU") for has in jobs.resources()[0]], 30, "2 of 3 CPUs taken")
     ray.shutdown()
     raylets.remove(node)
+
+
+def test_kubernetes_does_not_retry_a_user_error(raylets, tmp_path):
+    """KubeRay makes a new cluster for a FAILED job until its limit is reached, for a STOPPED one never."""
+    stage = {"steps": 40, "global_batch_size": 8, "micro_batch_size": 4, "deepspeed": "zero1"}
+    RunStore.open(
+        job_config(str(tmp_path), stage1=stage | {"global_batch_size": 16}), ObjectStore(), owner="me"
+    ).close()
+    jobs = Jobs(raylets.dashboard_url)
+    job, _ = jobs.submit(job_config(str(tmp_path), cluster={"environment": {NO_RETRY_VARIABLE: "1"}}))
+    wait_for(lambda: jobs.get(job.id).is_over, 60, "the end of the job")
+    assert "this run was started with another configuration" in jobs.logs(job)
+    assert jobs.get(job.id).status is JobStatus.STOPPED
+    again, _ = jobs.submit(job_config(str(tmp_path)))
+    wait_for(lambda: jobs.get(again.id).is_over, 60, "the end of the job")
+    assert jobs.get(again.id).status is JobStatus.FAILED
 
 
 class Holder:

@@ -36,13 +36,15 @@ def test_a_ready_cluster(raylets, assets, tmp_path):
     assert all(check.ok for check in checks.values()), checks
     names = {name for name, _ in checks}
     assert names == {
-        "world size", "memory", "disk", "clock", "versions", "secrets", "object store", "frozen weights", "data",
-        "all-reduce",
+        "world size", "memory", "disk", "clock", "priority", "versions", "secrets", "object store", "frozen weights",
+        "data", "all-reduce",
     }  # fmt: skip
     reduce = next(check for check in checks.values() if check.name == "all-reduce")
     assert reduce.where == "2 workers on 2 nodes"
     assert "gloo: sum right" in reduce.found
     assert list(tmp_path.rglob("*probe*")) == []
+    priorities = {(check.found, bool(check.remedy)) for check in checks.values() if check.name == "priority"}
+    assert priorities <= {("workers run at nice 15", True), ("workers run at nice 0", False)}
 
 
 def test_what_is_missing_is_named_with_its_remedy(raylets, assets, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from isthmus.cluster.cli.planning import app
 from isthmus.cluster.manifests import render as kubernetes
+from isthmus.cluster.submission.job import job_environment
 from isthmus.trainer.config.loading import to_yaml
 
 from .configs import job_config
@@ -137,7 +138,95 @@ def test_the_verbs_know_a_rayjob_as_a_run(monkeypatch):
 
 def test_no_queue_no_kueue():
     kinds = [manifest["kind"] for manifest in kubernetes.render(gpu_config())]
-    assert kinds == ["ConfigMap", "RayJob"]
+    assert kinds == ["NetworkPolicy", "ConfigMap", "RayJob"]
+
+
+def with_data(config, **changes):
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def pods_of(spec):
+    return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+
+
+def test_a_reader_pod_offers_what_its_readers_ask_for():
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+
+    config = with_data(gpu_config(), reader_resources={"data": 1, "CPU": 2})
+    manifest = kubernetes.ray_cluster(config)
+    validate(manifest)
+    gpu, readers = manifest["spec"]["workerGroupSpecs"]
+    assert readers["maxReplicas"] == 6  # 48 readers of 2 CPUs, 16 CPUs a pod
+    assert _get_custom_resources({}, readers["rayStartParams"], "readers") == {"data": 8}
+    assert gpu["rayStartParams"] == {}
+    assert kubernetes.ray_cluster(gpu_config())["spec"]["workerGroupSpecs"][1]["rayStartParams"] == {}
+
+
+@pytest.mark.parametrize(("backend", "group"), [("ray", "readers"), ("process", "gpu")])
+def test_the_cache_has_a_volume_of_its_size_where_the_readers_run(backend, group):
+    config = with_data(gpu_config(queue="team"), backend=backend, cache_dir="/cache", cache_bytes=10 << 30)
+    manifest = kubernetes.ray_job(config)
+    validate(manifest)
+    cluster = manifest["spec"]["rayClusterSpec"]
+    mounted = {}
+    for spec in cluster["workerGroupSpecs"]:
+        pod = spec["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for mount in pod["containers"][0]["volumeMounts"]:
+            if mount["mountPath"] == "/cache":
+                mounted[spec["groupName"]] = volumes[mount["name"]]["emptyDir"]["sizeLimit"]
+        asked = pod["containers"][0]["resources"]["requests"].get("ephemeral-storage")
+        assert asked == mounted.get(spec["groupName"])
+    assert mounted == {group: "11264Mi"}  # 10 GiB and a tenth
+    (flavor,) = kubernetes.queue(config)[1]["spec"]["resourceGroups"][0]["flavors"]
+    assert "ephemeral-storage" in {item["name"] for item in flavor["resources"]}, "Kueue refuses what no quota covers"
+
+
+def test_pods_fit_pod_security_restricted():
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/: what a pod has to say itself."""
+    manifest = kubernetes.ray_job(gpu_config())
+    validate(manifest)
+    spec = manifest["spec"]["rayClusterSpec"]
+    contexts = [spec["autoscalerOptions"]["securityContext"]]
+    for pod in pods_of(spec):
+        assert pod["spec"]["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys()
+        assert all({"emptyDir", "configMap"} & volume.keys() for volume in pod["spec"]["volumes"])
+        contexts += [container["securityContext"] for container in pod["spec"]["containers"]]
+    assert len(contexts) == 4
+    assert all(c == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}} for c in contexts)
+
+
+def test_only_the_runs_own_pods_reach_each_other():
+    config = gpu_config()
+    policy = kubernetes.network_policy(config)
+    own = policy["spec"]["podSelector"]["matchLabels"]
+    inside, outside = policy["spec"]["ingress"]
+    assert inside == {"from": [{"podSelector": {"matchLabels": own}}]}
+    assert {port["port"] for port in outside["ports"]} == {8265, 8080}
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    for pod in pods_of(kubernetes.ray_job(config)["spec"]["rayClusterSpec"]):
+        assert own.items() <= pod["metadata"]["labels"].items()
+
+
+def test_variables_reach_driver_and_workers_and_secrets_are_refused():
+    config = gpu_config()
+    cluster = {"environment": {"NCCL_SOCKET_IFNAME": "eth0", "PYTHONUNBUFFERED": "0"}}
+    spec = kubernetes.ray_job(job_config(cluster=cluster))["spec"]
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert environment["PYTHONUNBUFFERED"] == "1", "what isthmus needs has precedence"
+    for wrong in ({"AWS_SECRET_ACCESS_KEY": "x"}, {"A B": "x"}):
+        with pytest.raises(ValueError, match="environment"):
+            job_config(cluster={"environment": wrong})
+    assert config.cluster.environment == {}
+
+
+def test_a_lost_head_is_replaced_often_and_a_user_error_never():
+    spec = kubernetes.ray_job(gpu_config())["spec"]
+    assert spec["backoffLimit"] == 20
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["ISTHMUS_NO_RETRY"] == "1"
+    assert "ISTHMUS_NO_RETRY" not in job_environment(gpu_config())
 
 
 def test_the_command_prints_documents_without_yaml_anchors(tmp_path):
