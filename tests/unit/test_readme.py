@@ -1,4 +1,4 @@
-"""The README names tests, verbs, recipes and pages that exist."""
+"""README and docs name tests, verbs, recipes, folders and pages that exist."""
 
 import re
 from pathlib import Path
@@ -23,9 +23,19 @@ def test_every_promise_has_a_test_that_exists():
             assert f"def {name}(" in (ROOT / path).read_text(), f"{promise}: {path}::{name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operators.md", "docs/curves/README.md"])
+def test_the_architecture_names_every_folder():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for package in ("data_pipeline", "model", "trainer", "cluster"):
+        section = page.split(f"\n## {package}: ")[1].split("\n## ")[0]
+        folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+        assert set(re.findall(r"^- `(\w+)/`", section, re.MULTILINE)) - {package} == folders
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
