@@ -1,4 +1,4 @@
-"""Builds the manifest of a data set: shards are checked and indexed side by side, finished ones are not done again."""
+"""Builds the manifest of a data set: shards are checked and indexed in parallel; finished ones are not done again."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, jo
 
 CHUNK_BYTES = 16 << 20
 DROPPED = "dropped.jsonl"
-_VERSION = 1  # of the checks; a change indexes every shard again
+_VERSION = 2  # of the checks; a change indexes every shard again
 _SHOWN = 5
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Outcome of one shard, stored beside its index so that an interrupted build goes on."""
+    """Outcome of one shard, stored beside its index so that an interrupted build resumes."""
 
     fingerprint: str
     shard: dict[str, Any]
@@ -79,7 +79,7 @@ class IndexShard:
         record = ShardRecord(fingerprint, asdict(shard), index.chunk_samples, drops, failures)
         if not failures:
             self.store.put(index_url, data)
-            self.store.put(record_url, json.dumps(asdict(record)).encode())  # last: it tells that the index is whole
+            self.store.put(record_url, json.dumps(asdict(record)).encode())  # last: it says that the index is complete
         return record
 
     def _known(self, record_url: str, fingerprint: str) -> ShardRecord | None:
@@ -120,7 +120,7 @@ def build_manifest(
     if failures:
         rest = f"\n... and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
         raise DataError(
-            "\n".join(failures[:_SHOWN]) + f"{rest}\nrepair these shards, leave them out, or index with --on FAULT=drop"
+            "\n".join(failures[:_SHOWN]) + f"{rest}\nfix these shards, leave them out, or index with --on FAULT=drop"
         )
     manifest = Manifest(
         [Shard(**record.shard) for record in ordered], [record.chunk_samples for record in ordered], options.chunk_bytes

@@ -12,7 +12,7 @@ from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
-from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
+from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _HISTOGRAM_WORDS = (1, 2, 4, 8, 16, 32, 64)
@@ -47,7 +47,7 @@ def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: in
             member.extension: bytes(store.get_range(shard.url, member.offset, member.length, etag=shard.etag))
             for member in index.members(sample)
         }
-        image = next((data for extension, data in members.items() if extension in IMAGE_EXTENSIONS), b"")
+        image = members.get(picture_extension(members) or "", b"")
         try:
             yield PreviewSample(index.key(sample), image, read_captions(members)[0])
         except BadSample as bad:

@@ -20,7 +20,7 @@ from isthmus.data_pipeline.dataset.tar_walk import MAX_MEMBER_BYTES, ArchiveFaul
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
-from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS, picture_extension
 
 Fault = Literal[
     "truncated",
@@ -65,6 +65,8 @@ class MemberGroup:
     members: list[Member] = field(default_factory=list)
     fault: tuple[Fault, str] | None = None
     captions: dict[str, bytes] = field(default_factory=dict)
+    image_problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong with an image, by its extension."""
 
     @property
     def extensions(self) -> set[str]:
@@ -145,26 +147,30 @@ def _add_member(group: MemberGroup, extension: str, entry: TarMember, stream: Ob
         data = stream.read(entry.length)
     group.members.append(Member(extension, entry.offset, min(entry.length, MAX_MEMBER_BYTES), zlib.crc32(data)))
     if extension in IMAGE_EXTENSIONS and not group.fault:
-        _check_image(group, extension, data)
+        problem = _image_problem(data)
+        if problem:
+            group.image_problems[extension] = problem
     if extension in _CAPTION_EXTENSIONS:
         group.captions[extension] = data
 
 
-def _check_image(group: MemberGroup, extension: str, data: bytes) -> None:
+def _image_problem(data: bytes) -> str:
     """Read the image's header; its pixels are decoded by the readers only."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-                if min(image.size) < 1:
-                    group.set_fault("undecodable_image", f".{extension}: no pixels")
+                return "no pixels" if min(image.size) < 1 else ""
     except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything
-        group.set_fault("undecodable_image", f".{extension}: {type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
 
 
 def _check_group(group: MemberGroup) -> None:
-    if not group.extensions & IMAGE_EXTENSIONS:
+    picture = picture_extension(group.extensions)
+    if picture is None:
         group.set_fault("missing_image", f"has only .{', .'.join(sorted(group.extensions))}")
+    elif picture in group.image_problems:
+        group.set_fault("undecodable_image", f".{picture}: {group.image_problems[picture]}")
     try:
         read_captions(group.captions)
     except BadSample as bad:

@@ -101,7 +101,7 @@ def _expression(pattern: str) -> str:
     translated = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts, end = [], 0
     for token in _GLOB.finditer(pattern):
-        text = translated.get(token[0]) or f"[{token[0][1:-1].replace('!', '^', 1)}]"
+        text = translated.get(token[0]) or _bracket(token[0][1:-1])
         parts += [re.escape(pattern[end : token.start()]), text]
         end = token.end()
     expression = "".join([*parts, re.escape(pattern[end:])])
@@ -110,6 +110,11 @@ def _expression(pattern: str) -> str:
     except re.error as error:
         raise DataError(f"{pattern}: {error}; write a range in brackets such as [0-9]") from error
     return expression
+
+
+def _bracket(inside: str) -> str:
+    negated, letters = ("^", inside[1:]) if inside[0] in "!^" else ("", inside)
+    return f"[{negated}{re.escape(letters).replace(chr(92) + '-', '-')}]"  # a hyphen keeps its meaning
 
 
 def _named(url: str, store: ObjectStore) -> list[str]:

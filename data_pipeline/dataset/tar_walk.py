@@ -101,9 +101,7 @@ def walk(stream: ObjectStream) -> Iterator[TarMember]:
     while True:
         at = stream.position
         header = stream.read(BLOCK)
-        if len(header) < BLOCK:
-            raise ArchiveFault("truncated", at, "the archive ends without its end marker")
-        if not any(header):
+        if header == bytes(BLOCK):
             _check_tail(stream)
             return
         _check_header(header, at)
@@ -129,11 +127,15 @@ def _check_header(header: bytes, at: int) -> None:
     counted = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(counted)
     signed = unsigned - 256 * sum(byte > 127 for byte in counted)  # as some old writers count
-    if _octal(header[148:156]) in (unsigned, signed):
+    if len(header) == BLOCK and _octal(header[148:156]) in (unsigned, signed):
         return
-    kind = next((kind for magic, kind in _COMPRESSED.items() if at == 0 and header.startswith(magic)), None)
-    if kind:
-        raise ArchiveFault("corrupt_archive", 0, f"the archive is compressed ({kind}); shards must be plain tar files")
+    compression = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
+    if at == 0 and compression:
+        raise ArchiveFault(
+            "corrupt_archive", 0, f"the archive is compressed ({compression}); shards must be plain tars"
+        )
+    if len(header) < BLOCK:
+        raise ArchiveFault("truncated", at, "the archive ends without its end marker")
     raise ArchiveFault("corrupt_archive", at, "a tar header has a wrong checksum")
 
 

@@ -25,7 +25,7 @@ from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
-from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
+from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random_resized_crop_box, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
@@ -114,10 +114,10 @@ class Reader:
 
     def _picture(self, members: dict[str, memoryview], ref: SampleRef, target: UInt8Array) -> bool:
         """Write the cropped and resized image into `target`; return whether it is to be mirrored."""
-        encoded = next((data for extension, data in members.items() if extension in IMAGE_EXTENSIONS), None)
-        if encoded is None:
+        extension = picture_extension(members)
+        if extension is None:
             raise BadSample("no_image", f"none of .{', .'.join(members)} is an image")
-        image = decode_image(encoded, self._config.max_image_pixels)
+        image = decode_image(members[extension], self._config.max_image_pixels)
         height, width = image.shape[:2]
         if not self._train:
             target[:] = resize_square(image, (0, 0, height, width), self._size)

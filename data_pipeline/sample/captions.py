@@ -1,14 +1,21 @@
-"""Captions: which of several, and cleaned as the reference cleans them."""
+"""Captions: which text of a sample counts, which of several is chosen, and how it is cleaned.
+
+Index, ingest and readers share the rules of this file; docs/data-format.md has them as a table.
+"""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 
+Bytes = bytes | memoryview
+
 _PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 def clean_caption(text: str, max_words: int) -> str:
@@ -20,43 +27,80 @@ def clean_caption(text: str, max_words: int) -> str:
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
 
 
-def read_captions(members: Mapping[str, bytes | memoryview]) -> tuple[list[str], str | None]:
-    """Return a sample's captions and its image id, from `.txt` (one caption) or `.json` (`captions` or `caption`).
-
-    Raises:
-        BadSample: not UTF-8, not JSON, or no caption.
-    """
-    captions: list[str] = []
-    image_id = None
-    if "json" in members:
-        document = _parse(members["json"])
-        found = document.get("captions", document.get("caption", []))
-        found = found if isinstance(found, list) else [found]
-        captions = [text for text in found if isinstance(text, str)]
-        image_id = document.get("image_id")
-    if not captions and "txt" in members:
-        captions = [_decode(members["txt"])]
-    captions = [text for text in captions if text.strip()]
-    if not captions:
-        raise BadSample("no_caption", "neither .txt nor .json holds a caption")
-    return captions, None if image_id is None else str(image_id)
-
-
 def choose_caption(captions: list[str], *parts: int | str) -> str:
     """Return one of the captions as a function of the parts."""
     return captions[stable_hash("caption", *parts) % len(captions)] if len(captions) > 1 else captions[0]
 
 
-def _parse(data: bytes | memoryview) -> dict[str, object]:
+def read_captions(members: Mapping[str, Bytes]) -> tuple[list[str], str | None]:
+    """Return a sample's captions and its image id from its members `json` and `txt`, by extension.
+
+    Raises:
+        BadSample: not UTF-8, not JSON, or no caption.
+    """
+    document = parse_json(members["json"]) if "json" in members else {}
+    fields = document if isinstance(document, dict) else {}
+
+    def values() -> Iterator[object]:
+        yield fields.get("captions")
+        yield fields.get("caption")
+        if "txt" in members:
+            yield _decode(members["txt"])
+        yield fields.get("text")
+
+    return first_captions(values()), image_id_of(fields.get("image_id"))
+
+
+def first_captions(values: Iterable[object]) -> list[str]:
+    """Return the captions of the first value that has any: a string, or the strings in a list. Blank ones do not count.
+
+    Raises:
+        BadSample: none has a caption, or only such as cannot be encoded (lone surrogates).
+    """
+    refused = ""
+    for value in values:
+        texts = [text for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
+        texts = [text for text in (text.removeprefix(_BYTE_ORDER_MARK) for text in texts) if text.strip()]
+        captions = [text for text in texts if _is_encodable(text)]
+        if captions:
+            return captions
+        refused = refused or next(iter(texts), "")
+    if refused:
+        raise BadSample("caption_encoding", f"{refused[:40]!a} holds half of a surrogate pair")
+    raise BadSample("no_caption", "no text in .txt, nor in captions, caption or text of .json")
+
+
+def image_id_of(value: object) -> str | None:
+    """Return an image id as text that can be encoded, whatever type it has; None: there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables mark a missing number
+        return None
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def parse_json(data: Bytes) -> object:
+    """Parse a JSON document in UTF-8, or in UTF-16 or UTF-32, with or without a byte-order mark.
+
+    Raises:
+        BadSample: it is none.
+    """
     try:
-        document = json.loads(_decode(data))
+        return json.loads(bytes(data))
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_encoding", f"the JSON document is not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
         raise BadSample("bad_json", str(error)) from error
-    return document if isinstance(document, dict) else {}
 
 
-def _decode(data: bytes | memoryview) -> str:
+def _decode(data: Bytes) -> str:
     try:
         return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample("caption_encoding", f"the caption is not UTF-8: {error}") from error
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

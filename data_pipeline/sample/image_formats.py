@@ -1,5 +1,7 @@
 """The image formats that are read: what Pillow calls them and how their files are named."""
 
+from collections.abc import Iterable
+
 EXTENSIONS = {
     "JPEG": ("jpg", "jpeg"),
     "PNG": ("png",),
@@ -14,8 +16,16 @@ PILLOW_FORMATS = tuple(EXTENSIONS)
 """What Pillow may take a file for, whatever its name says. Others are refused: some start programs (EPS starts
 Ghostscript), few are ever tested with damaged files."""
 
-IMAGE_EXTENSIONS = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
-"""Extensions, in lower case, of the members and files that are images."""
+IMAGE_EXTENSIONS = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
+"""Extensions, in lower case, of the members and files that are images, in the order in which they are preferred."""
+
+
+def picture_extension(extensions: Iterable[str]) -> str | None:
+    """Return which of a sample's extensions is its picture; None: it has none.
+
+    A JPEG comes before a PNG, which may be a mask or a depth map of it.
+    """
+    return min((found for found in extensions if found in IMAGE_EXTENSIONS), key=IMAGE_EXTENSIONS.index, default=None)
 
 
 def usual_extension(pillow_format: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """From encoded image to uint8 RGB square: decoding, random resized crop, antialiased bicubic resizing.
 
 JPEG goes through libjpeg-turbo (simplejpeg) and torch's uint8 channels-last resize, about twice as fast as Pillow
-(docs/benchmarks/data.md). Everything else, and every JPEG with a twist, goes through Pillow.
+(docs/benchmarks/data.md). Everything else, and every unusual JPEG, goes through Pillow.
 """
 
 import io
@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
@@ -23,8 +23,7 @@ Box = tuple[int, int, int, int]
 _MIN_SIDE_PIXELS = 2
 _CROP_ATTEMPTS = 10
 _LOG_ASPECT_RANGE = (math.log(3 / 4), math.log(4 / 3))
-_EXIF_SEARCH_BYTES = 4096
-_EXIF_ORIENTATION = 0x0112
+_ORIENTATION_MARKS = (b"Exif\0\0", b"tiff:Orientation")  # of EXIF and of XMP, wherever their segments lie
 
 
 def decode_image(data: bytes | memoryview, max_pixels: int) -> UInt8Array:
@@ -73,7 +72,7 @@ def resize_square(image: UInt8Array, box: Box, size: int) -> UInt8Array:
 
 
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None:
-    """Decode an ordinary JPEG; None where Pillow must look: four components, a rotation flag, a complaint."""
+    """Decode an ordinary JPEG; None where Pillow must do it: four components, a rotation flag, a decoding error."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -88,13 +87,14 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None
 
 
 def _is_rotated(data: bytes | memoryview) -> bool:
-    """Tell whether the EXIF data, where there is any, asks for a rotation or a mirror image."""
-    if b"Exif" not in bytes(data[:_EXIF_SEARCH_BYTES]):
+    """Tell whether EXIF or XMP data, where there are any, ask for a rotation or a mirror image."""
+    encoded = bytes(data)
+    if not any(mark in encoded for mark in _ORIENTATION_MARKS):
         return False
     try:
-        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            return bool(image.getexif().get(_EXIF_ORIENTATION, 1) != 1)
-    except (OSError, ValueError, SyntaxError):
+        with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+    except Exception:  # noqa: BLE001 - damaged metadata raise anything; decoding with Pillow names the cause
         return True
 
 
@@ -102,29 +102,46 @@ def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> UInt8Array
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
-            return np.array(_to_rgb(_upright(image)))  # a copy: the view of Pillow is read-only
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))  # a copy: the view of Pillow is read-only
+    except BadSample:
+        raise
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation flag."""
-    if image.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode: 16 bits to 8 by dropping the low byte, transparency composed on white."""
+    """Convert any mode to RGB: 16 bits to 8 by dropping the low byte, transparency composed on white."""
+    transparent = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).clip(0, 65535)
+        return _on_white((grey >> 8).astype(np.uint8), None if transparent is None else grey == transparent)
+    if image.mode == "F":
+        return _on_white(_float_to_uint8(np.asarray(image)), None)
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # 16 bits per channel, of which Pillow keeps 8
+        pixels = np.asarray(image)
+        return _on_white(pixels, (pixels == [value >> 8 for value in transparent]).all(axis=-1))
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
         return opaque.convert("RGB")
     return image.convert("RGB")
+
+
+def _on_white(pixels: UInt8Array, transparent: NDArray[np.bool_] | None) -> Image.Image:
+    """Return grey (H, W) or RGB (H, W, 3) pixels as an RGB image, white where they are transparent."""
+    image = Image.fromarray(pixels).convert("RGB")
+    if transparent is not None:
+        image.paste("white", mask=Image.fromarray(transparent))
+    return image
+
+
+def _float_to_uint8(pixels: NDArray[np.float32]) -> UInt8Array:
+    """Scale 0..1 to 0..255 where nothing is larger than 1; otherwise take the values as 0..255. NaN is 0."""
+    pixels = np.nan_to_num(pixels, nan=0.0)
+    scale = 255.0 if pixels.max(initial=0.0) <= 1.0 else 1.0
+    return (pixels * scale).clip(0, 255).round().astype(np.uint8)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

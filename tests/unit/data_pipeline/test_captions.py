@@ -22,11 +22,39 @@ def test_ten_thousand_words_are_cut():
     assert clean_caption("word " * 10_000, max_words=50) == " ".join(["word"] * 50)
 
 
-def test_json_comes_before_txt_and_carries_the_image_id():
-    members = {"json": b'{"captions": ["one", "two", " "], "image_id": 7}', "txt": b"three"}
-    assert read_captions(members) == (["one", "two"], "7")
-    assert read_captions({"json": b'{"caption": "one"}'}) == (["one"], None)
-    assert read_captions({"json": b'{"width": 3}', "txt": b"three"}) == (["three"], None)
+HALF_AN_EMOJI = "cut \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("members", "captions", "image_id"),
+    [
+        ({"json": {"captions": ["one", "two", " "], "image_id": 7}, "txt": "three"}, ["one", "two"], "7"),
+        ({"json": {"caption": "one"}}, ["one"], None),
+        ({"json": {"width": 3}, "txt": "three"}, ["three"], None),
+        ({"json": {"caption": ""}, "txt": "three"}, ["three"], None),
+        ({"json": {"caption": None}, "txt": "three"}, ["three"], None),
+        ({"json": {"caption": float("nan")}, "txt": "three"}, ["three"], None),
+        ({"json": {"caption": 7}, "txt": "three"}, ["three"], None),
+        ({"json": {"caption": {"en": "one"}}, "txt": "three"}, ["three"], None),
+        ({"json": {"captions": [], "caption": "one"}}, ["one"], None),
+        ({"json": {"captions": ["one", 7, None, {"en": "x"}, ["y"]]}}, ["one"], None),
+        ({"json": {"text": "last"}, "txt": "three"}, ["three"], None),
+        ({"json": {"text": "last"}}, ["last"], None),
+        ({"json": ["one"], "txt": "three"}, ["three"], None),
+        ({"json": {"captions": [HALF_AN_EMOJI, "whole"]}}, ["whole"], None),
+        ({"json": {"caption": HALF_AN_EMOJI}, "txt": "three"}, ["three"], None),
+        ({"txt": "\ufeffthree"}, ["three"], None),
+        ({"txt": "three", "json": {"image_id": float("nan")}}, ["three"], None),
+        ({"txt": "three", "json": {"image_id": HALF_AN_EMOJI}}, ["three"], "cut \\ud83d"),
+    ],
+)
+def test_which_text_counts(members, captions, image_id):
+    encoded = {"json": lambda value: json.dumps(value).encode(), "txt": str.encode}
+    assert read_captions({name: encoded[name](value) for name, value in members.items()}) == (captions, image_id)
+
+
+def test_a_json_document_may_begin_with_a_byte_order_mark():
+    assert read_captions({"json": b'\xef\xbb\xbf{"caption": "one"}'}) == (["one"], None)
 
 
 @pytest.mark.parametrize(
@@ -34,10 +62,17 @@ def test_json_comes_before_txt_and_carries_the_image_id():
     [
         ({}, "no_caption"),
         ({"txt": b" \n"}, "no_caption"),
+        ({"txt": b"\xef\xbb\xbf"}, "no_caption"),
         ({"json": b'{"captions": []}'}, "no_caption"),
+        ({"json": b'{"caption": {"en": "one"}}'}, "no_caption"),
+        ({"json": b'{"caption": 7}'}, "no_caption"),
         ({"json": b"[1]"}, "no_caption"),
         ({"txt": b"\xff\xfe"}, "caption_encoding"),
+        ({"json": b'{"caption": "\xff"}'}, "caption_encoding"),
+        ({"json": b'{"caption": "cut \\ud83d"}'}, "caption_encoding"),
         ({"json": b'{"caption": '}, "bad_json"),
+        ({"json": b'{"caption": ' + b"[" * 100_000}, "bad_json"),
+        ({"json": b'{"width": ' + b"9" * 5000 + b"}"}, "bad_json"),
     ],
 )
 def test_unusable_captions_are_bad_samples(members, cause):

@@ -1,7 +1,9 @@
 """Indexing of sound and broken tars: what is found, what is dropped, what stops; and that nothing is done twice."""
 
+import glob
 import io
 import json
+import subprocess
 import tarfile
 
 import numpy as np
@@ -12,10 +14,10 @@ from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS, check_shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.dataset.shard_urls import expand
-from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
+from isthmus.data_pipeline.dataset.tar_walk import ArchiveFault, ObjectStream, walk
 from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.process_pool import run_in_processes
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from tests.corpus import named_members, picture, sample, write_shards, write_tar
 
 pytestmark = pytest.mark.unit
@@ -80,6 +82,122 @@ def test_long_names_and_pax_headers_are_read(tmp_path):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         assert checked(path) == ([key], [])
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_cut_at_any_byte_gives_what_tarfile_gives_and_a_fault(tmp_path, tar_format):
+    path = tmp_path / "whole.tar"
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for number, name in enumerate(("a.jpg", "a.txt", "folder/" * 20 + "b.png", "b.txt")):
+            info = tarfile.TarInfo(name)
+            info.size = 300 * number
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+        end = tar.offset
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar]
+    for size in range(end + 3 * tarfile.BLOCKSIZE):
+        found, fault = walked(whole[:size])
+        assert found == [entry for entry in expected if entry[1] + entry[2] <= size]
+        assert fault == (None if size >= end + tarfile.BLOCKSIZE else "truncated")
+
+
+class InMemory(ObjectStore):
+    """One object, without a disk below it."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def get_range(self, url, start, length, *, etag=None, into=None):
+        return self.data[start : start + length]
+
+
+def walked(data):
+    """What walk yields, and the fault that ends it."""
+    stream = ObjectStream(InMemory(data), ObjectInfo("x.tar", len(data), ""))
+    members = walk(stream)
+    found = []
+    while True:
+        try:
+            found.append(next(members)[:3])
+        except StopIteration:
+            return found, None
+        except ArchiveFault as error:
+            return found, error.fault
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "pax --sparse-version=0.1", "pax --sparse-version=0.0"])
+def test_a_sparse_member_drops_its_sample_and_what_follows_is_read(tmp_path, form):
+    for name, data in members("0.jpg", "0.txt", "1.jpg", "1.txt"):
+        (tmp_path / name).write_bytes(data)
+    with (tmp_path / "0.npy").open("wb") as file:
+        for i in range(40):  # more extents than fit into one header
+            file.seek(i * 20_000)
+            file.write(b"x" * 100)
+    names = ["0.jpg", "0.npy", "0.txt", "1.jpg", "1.txt"]
+    command = ["tar", "--sparse", *f"--format={form}".split(), "-cf", "x.tar", *names]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    assert checked(tmp_path / "x.tar") == (["1"], [("0", "special_member")])
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_archive_is_named_as_such(tmp_path, kind):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, f"w:{kind}") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(DataError, match="the archive is compressed"):
+        build(tmp_path / "m", [path])
+
+
+@pytest.mark.parametrize("pax", [b"9" * 5000 + b" path=x\n", b"12 path=x\n", b"3 path", b"x path=a\n", b"0 path=a\n"])
+def test_an_unreadable_pax_header_is_a_fault(tmp_path, pax):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = b"x", len(pax)
+    path = tmp_path / "x.tar"
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + pax.ljust(-(-len(pax) // 512) * 512, b"\0") + bytes(1024))
+    assert checked(path) == ([], [("", "corrupt_archive")])
+
+
+@pytest.mark.parametrize("size", [b"-1         ", b"+7         ", b"0o17       ", b"1_7        ", b"99999999999"])
+def test_an_unreadable_size_is_a_fault(tmp_path, size):
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT))
+    header[124:135], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "x.tar"
+    path.write_bytes(bytes(header) + bytes(1024))
+    assert checked(path) == ([], [("", "corrupt_archive")])
+
+
+def test_links_and_folders_have_no_data_whatever_their_header_says(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo("x.link")
+            info.type, info.linkname, info.size = kind, "a.jpg", 4096
+            tar.fileobj.write(info.tobuf(tarfile.USTAR_FORMAT))
+            tar.offset += 512
+        for name, data in named_members([1]):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert checked(path) == (["000001"], [("x", "special_member")])
+
+
+def test_a_broken_mask_beside_the_picture_does_no_harm(tmp_path):
+    content = [
+        ("a.png", b"no mask"),
+        ("a.jpg", picture(1)),
+        ("a.txt", b"x"),
+        ("b.jpg", b"no picture"),
+        ("b.png", picture(1, "png")),
+        ("b.txt", b"x"),
+    ]
+    assert checked(write_tar(tmp_path / "x.tar", content)) == (["a"], [("b", "undecodable_image")])
+
+
+def test_half_an_emoji_is_found_by_the_index(tmp_path):
+    content = [("a.jpg", picture(1)), ("a.json", b'{"caption": "cut \\ud83d"}'), *members("b.jpg", "b.txt")]
+    assert checked(write_tar(tmp_path / "x.tar", content)) == (["b"], [("a", "undecodable_caption")])
 
 
 @pytest.mark.parametrize("where", ["member boundary", "in a member", "in a header"])
@@ -287,5 +405,42 @@ def test_patterns_name_shards(tmp_path):
         expand([str(tmp_path / "empty")], STORE)
     with pytest.raises(DataError, match="named twice"):
         expand([str(folder / "*.tar"), named[0]], STORE)
+    assert expand([str(folder / "0000{2,0}.tar")], STORE) == [named[2], named[0]]
     with pytest.raises(DataError, match="brace is not closed"):
         expand([str(folder / "{9..3.tar")], STORE)
+
+
+@pytest.mark.parametrize("name", ["data [v2]", "run{a,b}", "what?", "x*"])
+def test_a_path_that_exists_is_literal_and_only_what_was_typed_is_a_pattern(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    shard = str(write_shards(folder, [1])[0])
+    for typed in (
+        str(folder),
+        shard,
+        f"{folder}/*.tar".replace(name, glob.escape(name)) if name != "run{a,b}" else shard,
+    ):
+        assert expand([typed], STORE) == [shard]
+    monkeypatch.chdir(folder)
+    for typed in ("00000.tar", "*.tar", "{00000..00000}.tar", "0000?.tar", "."):
+        assert expand([typed], STORE) == [shard]
+
+
+def test_a_pattern_of_braces_and_globs_lists_a_folder_once(tmp_path):
+    class CountingStore(ObjectStore):
+        lists = 0
+
+        def list(self, folder_url, name_prefix=""):
+            self.lists += 1
+            return super().list(folder_url, name_prefix)
+
+    paths = write_shards(tmp_path / "set-a", [1, 1]) + write_shards(tmp_path / "set-b", [1, 1])
+    store = CountingStore()
+    assert expand([f"{tmp_path}/set-*/{{00000..00999}}.tar"], store) == [str(paths[i]) for i in (0, 2, 1, 3)]
+    assert store.lists <= 2
+
+
+def test_upper_case_names_are_shards_and_a_reversed_range_in_brackets_is_refused(tmp_path):
+    path = write_tar(tmp_path / "A.TAR", named_members([1]))
+    assert expand([str(tmp_path)], STORE) == [str(path)]
+    with pytest.raises(DataError, match="bad character range"):
+        expand([f"{tmp_path}/[z-a].tar"], STORE)

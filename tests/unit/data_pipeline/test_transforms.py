@@ -1,16 +1,20 @@
 """Decoding of every kind of picture, the crop rule, and the resize against Pillow's."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from isthmus.data_pipeline.hashing import uniform_stream
 from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import decode_image, random_resized_crop_box, resize_square
 
 pytestmark = pytest.mark.unit
+NAN = float("nan")
 
 
 def smooth_image(height=48, width=64):
@@ -68,6 +72,73 @@ def test_sixteen_bits_keep_the_high_byte():
     ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
     decoded = decode_image(encode(Image.fromarray(ramp)), 10**6)
     assert np.array_equal(decoded[..., 1], (ramp >> 8).astype(np.uint8))
+
+
+def png(bits, colour, row, transparent):
+    """A PNG of eight equal rows with a transparent colour, which Pillow cannot write for 16 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 8)
+    parts = chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(8, 0, bytes([0] * 4 + [156] * 4), bytes(2)), [255] * 4 + [156] * 4),
+        (png(16, 0, struct.pack(">8H", *[0] * 4, *[40000] * 4), bytes(2)), [255] * 4 + [156] * 4),
+        (png(16, 0, struct.pack(">8H", *[777] * 4, *[778] * 4), struct.pack(">H", 777)), [255] * 4 + [3] * 4),
+        (
+            png(
+                16, 2, struct.pack(">24H", *[1000, 2000, 3000] * 4, *[40000] * 12), struct.pack(">3H", 1000, 2000, 3000)
+            ),
+            [255] * 4 + [156] * 4,
+        ),
+    ],
+    ids=["grey 8", "grey 16", "grey 16, a neighbouring value", "rgb 16"],
+)
+def test_a_transparent_colour_lies_on_white(data, expected):
+    assert decode_image(data, 10**6)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 0.5, 1], [0, 128, 255]), ([-5, 60.4, 300], [0, 60, 255]), ([0, NAN, 1], [0, 0, 255])],
+)
+def test_float_tiff(values, expected):
+    image = Image.fromarray(np.tile(np.array(values, dtype=np.float32), (3, 1)))
+    assert decode_image(encode(image, "TIFF"), 10**6)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("where", ["after long segments", "in XMP"])
+def test_the_orientation_is_found_wherever_it_lies(where):
+    image, exif = Image.fromarray(smooth_image()), Image.Exif()
+    exif[0x0112] = 6
+    if where == "in XMP":
+        data = encode(image, "JPEG", quality=98, xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    else:
+        data = encode(image, "JPEG", quality=98, exif=exif)
+        comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)
+        data = data[:2] + comment + data[2:]
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected.size == (48, 64)
+    assert np.array_equal(decode_image(data, 10**6), np.asarray(expected))
+
+
+def test_the_first_picture_of_a_multi_picture_jpeg():
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    decoded = decode_image(encode(frames[0], "MPO", save_all=True, append_images=frames[1:]), 10**6)
+    assert np.abs(decoded[0, 0].astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_the_picture_is_chosen_by_its_extension_not_by_its_place():
+    assert picture_extension(["png", "jpg", "txt"]) == picture_extension(["txt", "jpg", "png"]) == "jpg"
+    assert picture_extension(["seg.png", "webp"]) == "webp"
+    assert picture_extension(["txt", "npy"]) is None
 
 
 def test_only_the_first_frame_of_an_animation():
