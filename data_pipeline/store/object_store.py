@@ -7,7 +7,7 @@ succeed (missing, forbidden, changed) is reported at once.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.errors import (
@@ -75,6 +75,13 @@ class ObjectStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStore, (self.config,)
+
+    def with_limits(self, **limits: float) -> Self:
+        """Return the same access with other limits: fields of StoreConfig."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        ObjectStore.__init__(other, self.config.model_copy(update=limits))
+        return other
 
     def head(self, url: str) -> ObjectInfo:
         """Return size and version of an object, or raise NotFoundError."""

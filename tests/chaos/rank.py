@@ -35,7 +35,7 @@ def main(
     points = Points(folder, attempt, place.rank, faults)
     store = ChaosStore(config.store, points)
     local.ObjectStore = lambda _config: store  # type: ignore[attr-defined]
-    RunStore.open = staticmethod(partial(RunStore.open, beat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
+    RunStore.open = staticmethod(partial(RunStore.open, heartbeat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
     install(points)
     record_steps(folder / "steps" / f"{attempt:02d}-{name}-{place.rank}.jsonl", attempt, place.rank)
     for number, fault in enumerate(faults):

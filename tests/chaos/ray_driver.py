@@ -9,5 +9,5 @@ from tests.chaos.faults import BEAT_SECONDS
 
 if __name__ == "__main__":
     driver.Supervisor = partial(driver.Supervisor, entry="tests.chaos.ray_rank")  # type: ignore[misc, assignment]
-    RunStore.open = staticmethod(partial(RunStore.open, beat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
+    RunStore.open = staticmethod(partial(RunStore.open, heartbeat_seconds=BEAT_SECONDS))  # type: ignore[method-assign]
     sys.exit(driver.main(sys.argv[1]))

@@ -85,7 +85,7 @@ def test_fifty_races_have_one_winner_each(seaweed: LocalS3):
         def enter(owner: str, url=url, gate=gate, won=won, refused=refused) -> None:
             gate.wait(10)
             try:
-                won.append(Lease.take(url, store, owner, beat_seconds=0.1))
+                won.append(Lease.take(url, store, owner, heartbeat_seconds=0.1))
             except LeaseError as error:
                 refused.append(str(error))
 

@@ -1,9 +1,10 @@
 """One writer per run: a lease in the object store, by compare-and-swap.
 
-Whether a lease is stale is judged by watching its counter stand still, never by comparing the clocks of two machines.
-Its token grows with each owner, so whatever an earlier owner still does can be told from what the present one does.
+A lease is stale when its heartbeat counter stands still; the clocks of two machines are never compared. Its fencing
+token grows with each owner, which tells what an earlier owner still writes from what the present one does.
 """
 
+import dataclasses
 import json
 import logging
 import threading
@@ -16,11 +17,13 @@ from isthmus.data_pipeline.store.object_store import AlreadyExistsError, Changed
 from isthmus.trainer.errors import LeaseError
 
 logger = logging.getLogger(__name__)
-BEAT_SECONDS = 5.0
-STALE_BEATS = 4
-"""A lease whose counter stands still for this many beats is stale."""
-LIVING_BEATS = 3
-"""A counter seen to move this often belongs to a living owner; one that was killed may still move it once or twice."""
+HEARTBEAT_SECONDS = 5.0
+STALE_HEARTBEATS = 4
+"""A lease that was not renewed for this many heartbeats is stale."""
+ACTIVE_HEARTBEATS = 3
+"""A counter seen to move this often has an active owner; one that was killed may still move it once or twice."""
+_SWAP_ATTEMPTS = 5
+_RELEASE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class LeaseState:
     since: str
     """When the owner took it, by its own clock: for people."""
     beat: int
-    """Grows while the owner lives."""
+    """Heartbeat counter; grows while the owner is active."""
     beat_seconds: float
+    """Time between two heartbeats."""
     released: bool = False
 
     def to_bytes(self) -> bytes:
@@ -43,25 +47,33 @@ class LeaseState:
 
     @staticmethod
     def from_bytes(data: bytes, url: str) -> "LeaseState":
-        """Parse.
+        """Parse; fields of a later release are ignored.
 
         Raises:
             LeaseError: the file is damaged.
         """
         try:
-            return LeaseState(**json.loads(data))
-        except (TypeError, ValueError, RecursionError) as error:
+            known = {item.name for item in dataclasses.fields(LeaseState)}
+            return LeaseState(**{key: value for key, value in json.loads(data).items() if key in known})
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise LeaseError(
-                f"{url}: is damaged ({error}); make sure that nobody writes to the run, delete it"
+                f"{url}: is damaged ({error}); make sure that nothing writes to the run, then delete the file"
             ) from error
 
 
 class Lease:
-    """A lease that is held and kept alive by a thread until it is released or lost."""
+    """A lease that a thread renews until it is released or lost.
+
+    No lock is held during a request: a heartbeat in flight never delays a commit. Two renewals that meet in the store
+    see each other's version as their own.
+    """
 
     def __init__(self, url: str, store: ObjectStore, state: LeaseState, etag: str) -> None:
         self.url = url
         self._store, self._state, self._etag = store, state, etag
+        # A heartbeat that gets no response is given up well before the lease is stale; the next one has news.
+        limit = state.beat_seconds
+        self._heartbeat_store = store.with_limits(request_timeout_seconds=limit, stall_timeout_seconds=limit)
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._ended = threading.Event()
@@ -69,14 +81,14 @@ class Lease:
         self._thread.start()
 
     @staticmethod
-    def take(url: str, store: ObjectStore, owner: str, beat_seconds: float = BEAT_SECONDS) -> "Lease":
+    def take(url: str, store: ObjectStore, owner: str, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> "Lease":
         """Take the lease of a new run, a released one at once, a stale one after watching it.
 
         Raises:
-            LeaseError: a living owner has it, or another was faster; names who and since when.
+            LeaseError: an active owner has it, or another was faster; names who and since when.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        mine = LeaseState(1, owner, now, 0, beat_seconds)
+        mine = LeaseState(1, owner, now, 0, heartbeat_seconds)
         try:
             return Lease(url, store, mine, store.put_if_absent(url, mine.to_bytes()).etag)
         except AlreadyExistsError:
@@ -95,55 +107,67 @@ class Lease:
         """Fencing token."""
         return self._state.token
 
-    def check(self) -> None:
-        """Make sure, in the store, that the lease is still ours.
+    def assert_owner(self) -> None:
+        """Renew the lease in the store, which proves that it is still ours.
 
         Raises:
             LeaseError: it is not.
         """
-        self._beat()
+        self._renew(self._store)
 
     def release(self) -> None:
         """Stop the thread and let the next owner in without a wait."""
         self._ended.set()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=_RELEASE_SECONDS)
         try:
-            self._beat(released=True)
+            self._renew(self._store, released=True)
         except (LeaseError, DataError) as error:
             logger.warning("the lease was not released, the next start waits until it is stale: %s", error)
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(self._state.beat_seconds):
             try:
-                self._beat()
+                self._renew(self._heartbeat_store)
             except LeaseError as error:
-                logger.error("%s", error)  # noqa: TRY400 - the operator needs the line; whoever writes next is refused
+                logger.error("%s", error)  # noqa: TRY400 - the operator needs the line; the next commit is refused
                 return
             except DataError as error:
                 logger.warning("the lease could not be renewed, trying again: %s", error)
 
-    def _beat(self, *, released: bool = False) -> None:
-        with self._lock:
-            if self._lost:
-                raise LeaseError(self._lost)
-            following = replace(self._state, beat=self._state.beat + 1, released=released)
+    def _renew(self, store: ObjectStore, *, released: bool = False) -> None:
+        for _ in range(_SWAP_ATTEMPTS):
+            with self._lock:
+                if self._lost:
+                    raise LeaseError(self._lost)
+                following, etag = replace(self._state, beat=self._state.beat + 1, released=released), self._etag
             try:
-                self._etag = self._store.compare_and_swap(self.url, following.to_bytes(), self._etag).etag
+                self._adopt(following, store.compare_and_swap(self.url, following.to_bytes(), etag).etag)
             except ChangedError:
-                self._etag = self._after_change(following)
-            self._state = following
+                self._adopt(*self._read_ours(store))
+            else:
+                return
+        raise LeaseError(f"{self.url}: changes all the time; look for a second process that writes to the run")
 
-    def _after_change(self, following: LeaseState) -> str:
-        """Tell a beat of ours whose answer was lost from a takeover; return the version to go on from."""
+    def _adopt(self, state: LeaseState, etag: str) -> None:
+        """Remember the newest version of ours; an older one that arrives late is no news."""
+        with self._lock:
+            if state.beat >= self._state.beat:
+                self._state, self._etag = state, etag
+
+    def _read_ours(self, store: ObjectStore) -> tuple[LeaseState, str]:
+        """Return the stored version if we wrote it: another thread did, or the answer to a renewal was lost.
+
+        Raises:
+            LeaseError: somebody else wrote it, or it was deleted.
+        """
         try:
-            state, etag = _read(self.url, self._store)
+            state, etag = _read(self.url, store)
         except NotFoundError:
-            self._lost = (
-                f"{self.url}: was deleted while this run was at work; nothing more is committed, start it again"
-            )
+            self._lost = f"{self.url}: was deleted while this run was active; nothing more is committed, start it again"
             raise LeaseError(self._lost) from None
-        if state.token == self.token and state.owner == self._state.owner and not state.released:
-            return self._store.compare_and_swap(self.url, following.to_bytes(), etag).etag
+        is_ours = state.token == self.token and state.owner == self._state.owner
+        if is_ours and (self._ended.is_set() or not state.released):
+            return state, etag
         self._lost = f"{_held(self.url, state)}; this process has lost the run and commits nothing more"
         raise LeaseError(self._lost)
 
@@ -157,7 +181,7 @@ def assert_token(url: str, store: ObjectStore, token: int) -> None:
     try:
         state, _ = _read(url, store)
     except NotFoundError as error:
-        raise LeaseError(f"{url}: is gone, so nobody may write to the run; start it again") from error
+        raise LeaseError(f"{url}: is gone, so no process may write to the run; start it again") from error
     if state.token != token or state.released:
         raise LeaseError(f"{_held(url, state)}; this process belongs to an earlier owner (token {token})")
 
@@ -171,8 +195,8 @@ def read_lease(url: str, store: ObjectStore) -> LeaseState | None:
 
 
 def _read(url: str, store: ObjectStore) -> tuple[LeaseState, str]:
-    """Return content and version; a version that is newer than the content makes a later swap fail, never succeed."""
-    for _ in range(5):
+    """Return content and version; if the version is newer than the content, a later swap fails, never succeeds."""
+    for _ in range(_SWAP_ATTEMPTS):
         etag = store.head(url).etag
         data = store.get(url)
         if store.head(url).etag == etag:
@@ -181,13 +205,13 @@ def _read(url: str, store: ObjectStore) -> tuple[LeaseState, str]:
 
 
 def _watch(url: str, store: ObjectStore, state: LeaseState, etag: str) -> tuple[LeaseState, str]:
-    """Wait until the lease has stood still long enough.
+    """Wait until the lease is stale.
 
     Raises:
-        LeaseError: it lives.
+        LeaseError: its owner is active.
     """
-    deadline, moves = time.monotonic() + STALE_BEATS * state.beat_seconds, 0
-    logger.info("%s is held by %s since %s; watching whether it lives", url, state.owner, state.since)
+    deadline, moves = time.monotonic() + STALE_HEARTBEATS * state.beat_seconds, 0
+    logger.info("%s is held by %s since %s; watching for heartbeats", url, state.owner, state.since)
     while time.monotonic() < deadline:
         time.sleep(state.beat_seconds / 4)
         now, version = _read(url, store)
@@ -196,10 +220,10 @@ def _watch(url: str, store: ObjectStore, state: LeaseState, etag: str) -> tuple[
         if now.released:
             return now, version
         moves += 1
-        if moves == LIVING_BEATS or now.token != state.token:
+        if moves == ACTIVE_HEARTBEATS or now.token != state.token:
             raise _held(url, now)
-        state, etag, deadline = now, version, time.monotonic() + STALE_BEATS * now.beat_seconds
-    logger.warning("%s of %s (since %s) is stale; taking it over", url, state.owner, state.since)
+        state, etag, deadline = now, version, time.monotonic() + STALE_HEARTBEATS * now.beat_seconds
+    logger.warning("%s of %s (since %s) is stale; taking over", url, state.owner, state.since)
     return state, etag
 
 

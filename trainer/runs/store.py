@@ -1,6 +1,6 @@
-"""The folder of a run in the object store: identity, configuration, one writer, what happened.
+"""The folder of a run in the object store: configuration, one writer, and what happened.
 
-runs/<run>/run.json       attempts, finished stages, hand-offs and other facts
+runs/<run>/run.json       attempts, finished stages, what stage 2 began with, and other facts
            config.yaml    the resolved configuration of the latest start
            lease.json     who may write
            <stage>/  export/
@@ -20,7 +20,7 @@ from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.engine.ranks_agree import from_main_rank
 from isthmus.trainer.errors import ConfigError, TrainerError
-from isthmus.trainer.runs.lease import BEAT_SECONDS, Lease, assert_token
+from isthmus.trainer.runs.lease import HEARTBEAT_SECONDS, Lease, assert_token
 
 logger = logging.getLogger(__name__)
 FORMAT = "isthmus-run"
@@ -30,7 +30,7 @@ _SWAP_ATTEMPTS = 20
 
 
 class RunStore:
-    """A run's folder, under a lease of ours or of the driver that started us."""
+    """A run's folder, written under our own lease or under that of the driver that started us."""
 
     def __init__(self, url: str, store: ObjectStore, token: int, lease: Lease | None) -> None:
         """Use `open` or `attach`."""
@@ -44,9 +44,9 @@ class RunStore:
         *,
         owner: str,
         allow_change: Sequence[str] = (),
-        beat_seconds: float = BEAT_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> "RunStore":
-        """Become the one writer of a run, new or not. In a process group rank 0 does, and the others work under it.
+        """Become the one writer of a run, new or not. In a process group rank 0 takes the lease for all ranks.
 
         Raises:
             LeaseError: another writer has the run.
@@ -55,7 +55,7 @@ class RunStore:
         opened: list[RunStore] = []
 
         def open_here() -> int:
-            opened.append(_open(config, store, owner, allow_change, beat_seconds))
+            opened.append(_open(config, store, owner, allow_change, heartbeat_seconds))
             return opened[0].token
 
         token = from_main_rank(open_here)
@@ -95,7 +95,7 @@ class RunStore:
             LeaseError: it is not.
         """
         if self._lease is not None:
-            self._lease.check()
+            self._lease.assert_owner()
         else:
             assert_token(join(self.url, LEASE), self._store, self.token)
 
@@ -120,9 +120,9 @@ class RunStore:
                     attempt["ended"] = _now()
 
         try:
-            self._lease.check()
+            self._lease.assert_owner()
             _update(self.url, self._store, end)
-        except (TrainerError, RuntimeError) as error:
+        except (TrainerError, DataError) as error:
             logger.warning("the end of this attempt was not recorded: %s", error)
         self._lease.release()
         self._lease = None
@@ -144,7 +144,9 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
         run = json.loads(store.get(run_file))
         version = run["version"]
     except NotFoundError as error:
-        raise TrainerError(f"{run_file}: absent, so this is no run's folder; list them with isthmus runs ls") from error
+        raise TrainerError(
+            f"{run_file}: absent, so this is not the folder of a run; see isthmus runs ls"
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainerError(f"{run_file}: is damaged ({error}); restore it from a copy") from error
     if version > VERSION:
@@ -153,11 +155,11 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
 
 
 def _open(
-    config: TrainConfig, store: ObjectStore, owner: str, allow_change: Sequence[str], beat_seconds: float
+    config: TrainConfig, store: ObjectStore, owner: str, allow_change: Sequence[str], heartbeat_seconds: float
 ) -> RunStore:
     url = run_url(config)
     check_config_of_run(config, store, allow_change)  # at once, before a wait for the lease
-    lease = Lease.take(join(url, LEASE), store, owner, beat_seconds)
+    lease = Lease.take(join(url, LEASE), store, owner, heartbeat_seconds)
     try:
         changes = check_config_of_run(config, store, allow_change)
         _clear(url, store)
@@ -178,10 +180,10 @@ def _open(
 
 
 def _clear(url: str, store: ObjectStore) -> None:
-    """Remove what an earlier owner that was killed has left half written; under the lease nobody else writes."""
+    """Remove partial uploads of an earlier owner that was killed; under the lease nobody else writes."""
     try:
         number = store.remove_unfinished(url)
-    except DataError as error:  # a store without this call, or without the right to make it: it only costs space
+    except DataError as error:  # the store lacks this call or forbids it: they only cost space
         logger.warning("%s: unfinished uploads of earlier attempts stay: %s", url, error)
     else:
         if number:
@@ -189,7 +191,7 @@ def _clear(url: str, store: ObjectStore) -> None:
 
 
 def check_config_of_run(config: TrainConfig, store: ObjectStore, allow_change: Sequence[str] = ()) -> list[Any]:
-    """Return what a start of the run would change in its configuration; a run that does not exist yet: nothing.
+    """Return what starting the run would change in its configuration; nothing for a run that does not exist yet.
 
     Raises:
         ConfigError: the run was started with a configuration that means something else.
@@ -207,17 +209,17 @@ def check_config_of_run(config: TrainConfig, store: ObjectStore, allow_change: S
 
 
 def _completed(stored: dict[str, Any], kind: type[TrainConfig], url: str) -> dict[str, Any]:
-    """Give keys that the release before did not know their defaults, under which a run goes on as it was."""
+    """Give keys that an earlier release did not know their defaults, which leave a run as it was."""
     try:
         return parse_yaml(to_yaml(check_config(stored, kind, url)), url)
-    except ConfigError:  # it has keys that this release does not know; the comparison names them
+    except ConfigError:  # of a later release; the comparison names the keys
         return stored
 
 
 def _update(
     url: str, store: ObjectStore, change: Callable[[dict[str, Any]], None], fresh: dict[str, Any] | None = None
 ) -> None:
-    """Change `run.json` by compare-and-swap: of several processes of a run none loses what another wrote."""
+    """Change `run.json` by compare-and-swap, so that no process of a run overwrites what another wrote."""
     run_file = join(url, RUN)
     for _ in range(_SWAP_ATTEMPTS):
         try:
@@ -238,7 +240,7 @@ def _update(
             continue
         return
     raise TrainerError(
-        f"{run_file}: was changed {_SWAP_ATTEMPTS} times by others meanwhile; look who writes to the run"
+        f"{run_file}: changed {_SWAP_ATTEMPTS} times meanwhile; look for a second process that writes to the run"
     )
 
 

@@ -1,6 +1,7 @@
 """The lease, the configuration kept, the facts of a run, the hand-over; in a local folder, in one process."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableError, join
 from isthmus.trainer.config.loading import check_config
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
@@ -40,7 +41,9 @@ def config(folder: Path, **changes: object) -> TrainConfig:
 
 
 def open_run(folder: Path, owner: str = "ann", allow_change: tuple[str, ...] = (), **changes: object) -> RunStore:
-    return RunStore.open(config(folder, **changes), STORE, owner=owner, allow_change=allow_change, beat_seconds=BEAT)
+    return RunStore.open(
+        config(folder, **changes), STORE, owner=owner, allow_change=allow_change, heartbeat_seconds=BEAT
+    )
 
 
 def abandon(run: RunStore) -> None:
@@ -92,10 +95,10 @@ def test_staleness_does_not_trust_clocks(tmp_path):
 
 def test_lost_answer_of_a_heartbeat_is_no_takeover(tmp_path):
     url = join(str(tmp_path), "lease.json")
-    lease = Lease.take(url, STORE, "ann", beat_seconds=60)
+    lease = Lease.take(url, STORE, "ann", heartbeat_seconds=60)
     state = LeaseState.from_bytes(STORE.get(url), url)
     STORE.put(url, json.dumps(vars(state) | {"beat": 1}).encode())
-    lease.check()
+    lease.assert_owner()
     lease.release()
 
 
@@ -168,7 +171,7 @@ def test_facts_are_merged_and_attempts_counted(tmp_path):
 
 
 def test_folder_that_is_no_run(tmp_path):
-    with pytest.raises(TrainerError, match="no run's folder"):
+    with pytest.raises(TrainerError, match="not the folder of a run"):
         read_run(str(tmp_path), STORE)
 
 
@@ -229,3 +232,66 @@ def test_init_from_stage1_refuses_what_is_unfinished_damaged_or_foreign(tmp_path
         init_from_stage1(config(tmp_path), run, STORE, stage2_parameters())
     assert "handoffs" not in run.facts()
     run.close()
+
+
+class SlowStore(ObjectStore):
+    """Its compare-and-swap gets no response until `respond` is set, or until its time limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.respond = threading.Event()
+        self.respond.set()
+
+    def compare_and_swap(self, url, data, etag):
+        if not self.respond.wait(self.config.request_timeout_seconds or 60):
+            raise UnavailableError(f"{url}: no response")
+        return super().compare_and_swap(url, data, etag)
+
+
+def test_a_heartbeat_without_response_is_given_up_before_the_lease_is_stale(tmp_path, caplog):
+    store = SlowStore()
+    lease = Lease.take(join(str(tmp_path), "lease.json"), store, "ann", heartbeat_seconds=0.2)
+    store.respond.clear()
+    deadline = time.monotonic() + 30
+    while caplog.text.count("could not be renewed") < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert caplog.text.count("could not be renewed") >= 2
+    store.respond.set()
+    lease.release()
+
+
+def test_a_commit_never_waits_behind_a_heartbeat(tmp_path):
+    """With a lock held during requests it would wait for all retries of the heartbeat, here a minute."""
+    store = SlowStore()
+    lease = Lease.take(join(str(tmp_path), "lease.json"), store, "ann", heartbeat_seconds=60)
+    store.respond.clear()
+    heartbeat = threading.Thread(target=lease._renew, args=(lease._heartbeat_store,), daemon=True)
+    heartbeat.start()
+    lease._store = STORE
+    commit = threading.Thread(target=lease.assert_owner, daemon=True)
+    commit.start()
+    commit.join(30)
+    assert not commit.is_alive()
+    assert heartbeat.is_alive()
+    store.respond.set()
+    heartbeat.join(30)
+    lease.assert_owner()
+    assert read_lease(lease.url, STORE).beat == 3
+    lease.release()
+
+
+def test_a_lease_of_a_later_release_is_read():
+    state = LeaseState(3, "ann", "now", 5, 5.0)
+    assert LeaseState.from_bytes(json.dumps(vars(state) | {"region": "x"}).encode(), "url") == state
+
+
+def test_the_end_of_a_run_survives_an_outage_of_the_store(tmp_path, monkeypatch, caplog):
+    run = open_run(tmp_path)
+
+    def refuse(*_args):
+        raise UnavailableError("503 on purpose")
+
+    monkeypatch.setattr(run._lease._store, "compare_and_swap", refuse)
+    run.close()
+    assert "the end of this attempt was not recorded" in caplog.text
+    assert "the lease was not released" in caplog.text
