@@ -144,9 +144,7 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
         run = json.loads(store.get(run_file))
         version = run["version"]
     except NotFoundError as error:
-        raise TrainerError(
-            f"{run_file}: absent, so this is not the folder of a run; see isthmus runs ls"
-        ) from error
+        raise TrainerError(f"{run_file}: absent, so this is not the folder of a run; see isthmus runs ls") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainerError(f"{run_file}: is damaged ({error}); restore it from a copy") from error
     if version > VERSION:
