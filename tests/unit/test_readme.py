@@ -31,6 +31,18 @@ def test_the_architecture_names_every_folder():
         assert set(re.findall(r"^- `(\w+)/`", section, re.MULTILINE)) - {package} == folders
 
 
+def test_the_walks_lead_to_lines_that_exist():
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("\n## Finding your way")[1].split("\n## ")[0]
+    walks = section.split("\n**")[1:]
+    assert len(walks) == 3
+    for walk in walks:
+        openings = re.findall(r"^\d\. `([\w./-]+)`: `(.+)`$", walk, re.MULTILINE)
+        assert 1 <= len(openings) <= 3
+        assert openings[0][0] in README
+        for path, text in openings:
+            assert text in (ROOT / path).read_text(), f"{path}: {text}"
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 )
