@@ -20,7 +20,9 @@ from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 
 MAX_FILE_BYTES = 1 << 20
 """Longer files are represented by their end."""
-MAX_LOG_CHARACTERS = 8 << 20
+MAX_TOTAL_BYTES = 64 << 20
+"""Of a run's files together; small files come first."""
+MAX_LISTED = 20_000
 TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".txt", ".log")
 NAMES_OF_SECRETS = r"(?:secret|token|passw(?:or)?d|credential|api_?key|access_?key)"
 PATTERNS = (
@@ -89,13 +91,23 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """Yield name and text of each file of the archive."""
     infos = list(store.list(run_url))
-    yield "listing.txt", "".join(f"{info.size:>14} {info.url}\n" for info in infos)
+    yield "listing.txt", _listing(infos)
     yield "facts.json", json.dumps({**facts, "versions_here": _versions()}, indent=1, default=str)
     for job, log in logs.items():
-        yield f"jobs/{job}.log", log[-MAX_LOG_CHARACTERS:]
-    for info in infos:
-        if info.url.endswith(TEXT_SUFFIXES) and not _is_link(info.url):
-            yield "run" + info.url.removeprefix(run_url), _text_of(info, store)
+        yield f"jobs/{job}.log", log
+    texts = [info for info in infos if info.url.endswith(TEXT_SUFFIXES) and not _is_link(info.url)]
+    left = MAX_TOTAL_BYTES
+    for info in sorted(texts, key=lambda info: info.size):
+        left -= min(info.size, MAX_FILE_BYTES)
+        if left < 0:
+            return
+        yield "run" + info.url.removeprefix(run_url), _text_of(info, store)
+
+
+def _listing(infos: list[ObjectInfo]) -> str:
+    """Return size and URL of the run's files, one a line."""
+    lines = [f"{info.size:>14} {info.url}" for info in infos[:MAX_LISTED]]
+    return "\n".join([*lines, f"{len(infos)} files, {sum(info.size for info in infos)} bytes in all", ""])
 
 
 def _is_link(url: str) -> bool:

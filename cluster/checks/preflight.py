@@ -36,7 +36,6 @@ T = TypeVar("T")
 MARK = "isthmus-preflight: "
 """Before the line of JSON in the job's log."""
 MODULE = "isthmus.cluster.checks.preflight"
-MODULE = "isthmus.cluster.checks.preflight"
 NODES_AT_ONCE = 64
 TASK_TIMEOUT_SECONDS = 60.0
 GROUP_TIMEOUT_SECONDS = 90.0

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 NOT_READY = 2
+MAX_JOBS = 10
+"""Newest jobs of a run whose logs the doctor collects."""
 
 
 @app.command()
@@ -61,7 +63,7 @@ def doctor(
         job = jobs.latest(run)
         url, store = job.run_url, ObjectStore(job.store)
         known = jobs.of_run(run)
-        logs = {job.id: jobs.logs(job) for job in known}
+        logs = {job.id: jobs.logs(job) for job in known[:MAX_JOBS]}
         facts = {"address": jobs.address, "jobs": [asdict(job) for job in known], "nodes": jobs.nodes()}
     config = stored_config(url, store)
     path = out or Path(f"{config.run.name}-doctor.tar.gz")

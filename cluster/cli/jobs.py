@@ -99,6 +99,7 @@ def logs(
     run: RunArg,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="Only lines of this rank.")] = None,
+    tail: Annotated[int, typer.Option("--tail", min=1, help="Lines from the end of the log; at most 8 MiB.")] = 10_000,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,7 +110,7 @@ def logs(
     jobs = Jobs(address)
     job = jobs.latest(run)
     found = False
-    for text in jobs.follow(job) if follow else iter(jobs.logs(job).splitlines()):
+    for text in jobs.follow(job) if follow else iter(jobs.logs(job, tail).splitlines()):
         line = parse_line(text)
         if rank is not None and (line is None or line.get("rank") != rank):
             continue

@@ -1,10 +1,10 @@
-"""The cluster's dashboard over HTTP: is it reachable, which nodes it has, what is free on them."""
+"""The cluster's dashboard over HTTP: is it reachable, which nodes it has, what is free on them, the end of a log."""
 
 import logging
 import os
 import re
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import ray
 import requests
@@ -15,6 +15,7 @@ from isthmus.cluster.ray_nodes.auth import MODE_VARIABLE, TOKEN_REMEDY, read_tok
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 4.0
+LOG_TIMEOUT_SECONDS = 60
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
@@ -75,11 +76,11 @@ def check_reachable(url: str) -> None:
         logger.warning("%s: the cluster has no token authentication; anyone who reaches it can run code there", url)
 
 
-def ask(url: str) -> requests.Response:
+def ask(url: str, *, stream: bool = False, timeout: float = CONNECT_TIMEOUT_SECONDS) -> requests.Response:
     """Send one GET with our token."""
     token = _token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.get(url, headers=headers, timeout=CONNECT_TIMEOUT_SECONDS)
+    return requests.get(url, headers=headers, timeout=timeout, stream=stream)
 
 
 def nodes(url: str) -> list[dict[str, Any]]:
@@ -100,6 +101,28 @@ def resources(url: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]
             total.append(has)
             free.append({key: amount - taken.get(key, 0.0) for key, amount in has.items()})
     return free, total
+
+
+def log_tail(url: str, job_id: str, num_lines: int, max_bytes: int) -> str:
+    """Return the last lines of a job's log, and of those the last bytes; empty: the job has written nothing.
+
+    The head cuts the file, so that a log of gigabytes is neither sent nor kept in memory.
+
+    Raises:
+        ClusterError: the head does not answer.
+    """
+    query = {"submission_id": job_id, "lines": num_lines, "timeout": LOG_TIMEOUT_SECONDS}
+    kept = bytearray()
+    try:
+        with ask(f"{url}/api/v0/logs/file?{urlencode(query)}", stream=True, timeout=LOG_TIMEOUT_SECONDS) as answer:
+            if not answer.ok:  # Ray knows no file where the entry point never ran
+                return ""
+            for part in answer.iter_content(1 << 20):
+                kept += part
+                del kept[: max(0, len(kept) - max_bytes)]
+    except requests.RequestException as error:
+        raise ClusterError(f"{url}: the log of {job_id} could not be read ({_reason(error)}); try again") from error
+    return kept.decode(errors="replace")
 
 
 def _token() -> str | None:

@@ -33,6 +33,7 @@ DRIVER = "isthmus.cluster.driver"
 SUBMIT_TRIES = 3
 """Somebody else may submit at the same moment."""
 RUN_TO_END_SECONDS = 300.0
+TAIL_LINES, TAIL_BYTES = 10_000, 8 << 20
 SILENCE_SECONDS = 30.0
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
@@ -176,9 +177,9 @@ class Jobs:
         """Return free and total resources of every live node."""
         return dashboard.resources(self.address)
 
-    def logs(self, job: Job) -> str:
-        """Return what the job has written so far."""
-        return str(self._client.get_job_logs(job.id))
+    def logs(self, job: Job, num_lines: int = TAIL_LINES) -> str:
+        """Return the last lines that the job has written, at most 8 MiB."""
+        return dashboard.log_tail(self.address, job.id, num_lines, TAIL_BYTES)
 
     def follow(self, job: Job) -> Iterator[str]:
         """Yield the lines of the job's log as they come, until the job ends.

@@ -73,6 +73,7 @@ def test_kubernetes_does_not_retry_a_user_error(raylets, tmp_path):
     wait_for(lambda: jobs.get(job.id).is_over, 60, "the end of the job")
     assert "this run was started with another configuration" in jobs.logs(job)
     assert jobs.get(job.id).status is JobStatus.STOPPED
+    assert len(jobs.logs(job, 1).splitlines()) == 1
     again, _ = jobs.submit(job_config(str(tmp_path)))
     wait_for(lambda: jobs.get(again.id).is_over, 60, "the end of the job")
     assert jobs.get(again.id).status is JobStatus.FAILED

@@ -51,6 +51,16 @@ def test_a_long_file_is_cut_at_its_beginning(run_url):
     assert text.startswith("... 10 bytes left out ...\n")
 
 
+def test_the_archive_is_bounded_and_small_files_come_first(run_url, monkeypatch):
+    monkeypatch.setattr(doctor, "MAX_TOTAL_BYTES", 1000)
+    monkeypatch.setattr(doctor, "MAX_LISTED", 2)
+    files = unpack(doctor.collect(run_url, ObjectStore(), {}, {}, ()))
+    assert "doctor/run/status.json" in files
+    assert "doctor/run/stage1/metrics.jsonl" not in files
+    assert len(files["doctor/listing.txt"].splitlines()) == 3
+    assert files["doctor/listing.txt"].splitlines()[-1].startswith("6 files, ")
+
+
 def test_no_secret_leaves(run_url, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
