@@ -4,10 +4,13 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PLAIN_WIDTH = 240
 """Columns of what goes into a file or a pipe, where nothing should be wrapped."""
@@ -24,6 +27,37 @@ def print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False).print(renderable)
+
+
+def table(columns: Sequence[str] | None, rows: Iterable[Sequence[Any]]) -> "Table":
+    """Return a table without borders; a column whose name ends in `>` is aligned to the right, the last one wraps."""
+    from rich.table import Table
+
+    rows = list(rows)
+    names = columns or [""] * max(map(len, rows), default=0)
+    found = Table(box=None, pad_edge=False, show_header=columns is not None)
+    for number, name in enumerate(names):
+        is_last = number == len(names) - 1
+        found.add_column(
+            name.removesuffix(">"),
+            justify="right" if name.endswith(">") else "left",
+            no_wrap=not is_last,
+            overflow="fold",
+        )
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, such as `3 d 4 h`, `5 min 20 s` or `12 s`."""
+    left = round(seconds)
+    parts: list[str] = []
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, left = divmod(left, size)
+        if number or parts or name == "s":
+            parts.append(f"{number} {name}")
+    return " ".join(part for part in parts[:2] if len(parts) == 1 or not part.startswith("0 "))
 
 
 @contextlib.contextmanager

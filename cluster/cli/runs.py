@@ -1,107 +1,93 @@
 """`isthmus runs ls|show`, `isthmus report`: what the folders of runs hold, read without a cluster."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import JsonOption
+from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store
+from isthmus.cluster.cli.output import print_json, print_rich, table
 
 if TYPE_CHECKING:
-    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from collections.abc import Iterator
 
 app = typer.Typer(help="Look at runs in object storage.", no_args_is_help=True)
 report_app = typer.Typer()
+RunUrlArg = Annotated[str, typer.Argument(metavar="RUN_URL", help="Folder of a run: local or s3://.")]
 
 
 @app.command()
 def ls(
     folder: Annotated[str, typer.Argument(help="Folder that holds the runs' folders (run.url): local or s3://.")],
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs in a folder."""
-    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from isthmus.cluster.submission.run_folder import list_runs
 
-    store = ObjectStore()
-    root = folder.rstrip("/")
-    names = sorted(
-        {info.url[len(root) :].strip("/").partition("/")[0] for info in store.list(root) if _is_run(info.url, root)}
-    )
-    runs = [summary(f"{root}/{name}", store) for name in names]
+    runs = list_runs(folder.rstrip("/"), open_store(endpoint_url, region))
     if as_json:
-        typer.echo(json.dumps(runs, indent=2))
-        return
-    for run in runs:
-        typer.echo(f"{run['name']}  {run['holder']}  {_stages(run)}")
+        print_json(runs)
+    elif not runs:
+        typer.echo(f"{folder}: holds no runs; give the folder that is run.url of a recipe")
+    else:
+        rows = ((run["name"], _stages(run), str(run["attempts"]), run.get("problem") or run["holder"]) for run in runs)
+        print_rich(table(("run", "checkpoints", "attempts>", "writer"), rows))
 
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="URL of a run's folder.")],
+    run: RunUrlArg,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a run: who has it, its attempts, its checkpoints, what was handed over."""
-    from isthmus.data_pipeline.store.object_store import ObjectStore
+    """Show a run: its writer, its attempts, its checkpoints, what stage 2 was initialised from."""
+    from isthmus.cluster.submission.run_folder import summary
     from isthmus.trainer.runs.store import read_run
 
-    store = ObjectStore()
-    url = run.rstrip("/")
+    store, url = open_store(endpoint_url, region), run.rstrip("/")
     found = {**summary(url, store), "record": read_run(url, store)}
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
-    typer.echo(f"{found['name']}  {found['holder']}\n  created {found['record']['created']}")
-    for attempt in found["record"]["attempts"]:
-        changes = ", ".join(change["key"] for change in attempt["changes"])
-        ended = attempt.get("ended", "not ended in order")
-        typer.echo(
-            f"  attempt {attempt['token']}: {attempt['owner']}, {attempt['started']} - {ended}"
-            + (f"; changed {changes}" if changes else "")
-        )
-    for stage, steps in found["stages"].items():
-        outcome = found["record"].get("stages", {}).get(stage, "not ended in order")
-        typer.echo(f"  {stage}: {outcome}; checkpoints at {', '.join(map(str, steps))}")
-    for stage, record in found["record"].get("handoffs", {}).items():
-        typer.echo(f"  {stage} began with {len(record['taken'])} tensors of {record['url']}")
+    print_rich(table(None, _facts(found)))
+    print_rich(table(("attempt>", "started", "ended", "writer", "changed keys"), _attempts(found["record"])))
 
 
 @report_app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN_URL", help="Folder of a run: local or s3://.")],
+    run: RunUrlArg,
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
 ) -> None:
     """Write a page about a run: results, curves, examples, goodput, restarts; opens anywhere, offline."""
     from isthmus.cluster.report import write_report
-    from isthmus.data_pipeline.store.object_store import ObjectStore
 
-    path = write_report(run, ObjectStore(), out)
+    path = write_report(run, open_store(endpoint_url, region), out)
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
-def summary(url: str, store: "ObjectStore") -> dict[str, Any]:
-    """Return what a list shows of a run."""
-    from isthmus.data_pipeline.store.object_store import join
-    from isthmus.trainer.checkpoint.reader import list_checkpoints
-    from isthmus.trainer.runs.lease import read_lease
-    from isthmus.trainer.runs.store import LEASE, read_run
-
-    run = read_run(url, store)
-    lease = read_lease(join(url, LEASE), store)
-    holder = "free" if lease is None or lease.released else f"held by {lease.owner} since {lease.since}"
-    stages = {}
-    for stage in ("stage1", "stage2"):
-        steps = sorted(saved.step for saved in list_checkpoints(join(url, stage, "checkpoints"), store))
-        if steps:
-            stages[stage] = steps
-    return {"name": run["name"], "url": url, "holder": holder, "attempts": len(run["attempts"]), "stages": stages}
+def _facts(found: dict[str, Any]) -> "Iterator[tuple[str, str]]":
+    record = found["record"]
+    yield found["name"], found["url"]
+    yield "writer", found["holder"]
+    yield "created", record["created"]
+    for stage, steps in found["stages"].items():
+        outcome = record.get("stages", {}).get(stage, "not finished")
+        yield stage, f"{outcome}; checkpoints at {', '.join(map(str, steps))}"
+    for stage, handoff in record.get("handoffs", {}).items():
+        yield f"{stage} from", f"{len(handoff['taken'])} tensors of {handoff['url']}"
 
 
-def _is_run(url: str, root: str) -> bool:
-    from isthmus.trainer.runs.store import RUN
-
-    return url[len(root) :].strip("/").count("/") == 1 and url.endswith(f"/{RUN}")
+def _attempts(record: dict[str, Any]) -> "Iterator[tuple[str, ...]]":
+    for attempt in record["attempts"]:
+        changes = ", ".join(change["key"] for change in attempt["changes"])
+        ended = attempt.get("ended", "not ended cleanly")
+        yield str(attempt["token"]), attempt["started"], ended, attempt["owner"], changes
 
 
 def _stages(run: dict[str, Any]) -> str:
-    return ", ".join(f"{stage} step {steps[-1]}" for stage, steps in run["stages"].items()) or "no checkpoint"
+    return ", ".join(f"{stage} step {steps[-1]}" for stage, steps in run["stages"].items()) or "none"

@@ -103,20 +103,19 @@ def resources(url: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]
     return free, total
 
 
-def log_tail(url: str, job_id: str, num_lines: int, max_bytes: int) -> str:
-    """Return the last lines of a job's log, and of those the last bytes; empty: the job has written nothing.
+def log_tail(url: str, job_id: str, node_id: str, num_lines: int, max_bytes: int) -> str:
+    """Return the last lines of a job's log, and of those the last bytes.
 
     The head cuts the file, so that a log of gigabytes is neither sent nor kept in memory.
 
     Raises:
-        ClusterError: the head does not answer.
+        ClusterError: the head does not answer, or has the log no more.
     """
-    query = {"submission_id": job_id, "lines": num_lines, "timeout": LOG_TIMEOUT_SECONDS}
+    query = {"submission_id": job_id, "node_id": node_id, "lines": num_lines, "timeout": LOG_TIMEOUT_SECONDS}
     kept = bytearray()
     try:
         with ask(f"{url}/api/v0/logs/file?{urlencode(query)}", stream=True, timeout=LOG_TIMEOUT_SECONDS) as answer:
-            if not answer.ok:  # Ray knows no file where the entry point never ran
-                return ""
+            answer.raise_for_status()
             for part in answer.iter_content(1 << 20):
                 kept += part
                 del kept[: max(0, len(kept) - max_bytes)]

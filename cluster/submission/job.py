@@ -30,6 +30,8 @@ class Job:
     started_at: float
     """Unix seconds; 0: not started."""
     message: str
+    node_id: str | None = None
+    """Node of the driver; none: it has not started."""
 
     @property
     def is_over(self) -> bool:
@@ -46,7 +48,7 @@ def as_job(details: JobDetails) -> Job | None:
     started = (details.start_time or 0) / 1000
     return Job(
         details.submission_id, metadata[RUN_KEY], metadata.get(URL_KEY, ""), store, details.status, started,
-        (details.message or "").strip(),
+        (details.message or "").strip(), details.driver_node_id,
     )  # fmt: skip
 
 

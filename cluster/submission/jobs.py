@@ -179,7 +179,8 @@ class Jobs:
 
     def logs(self, job: Job, num_lines: int = TAIL_LINES) -> str:
         """Return the last lines that the job has written, at most 8 MiB."""
-        return dashboard.log_tail(self.address, job.id, num_lines, TAIL_BYTES)
+        node = self.get(job.id).node_id
+        return dashboard.log_tail(self.address, job.id, node, num_lines, TAIL_BYTES) if node else ""
 
     def follow(self, job: Job) -> Iterator[str]:
         """Yield the lines of the job's log as they come, until the job ends.

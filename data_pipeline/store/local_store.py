@@ -178,8 +178,8 @@ def _info(url: str, file: int) -> ObjectInfo:
     stat = os.fstat(file)
     if stat.st_size <= _HASHED_BYTES:
         digest = hashlib.blake2b(os.pread(file, _HASHED_BYTES, 0), digest_size=16)
-        return ObjectInfo(url, stat.st_size, digest.hexdigest())
-    return ObjectInfo(url, stat.st_size, f"{stat.st_size:x}-{stat.st_mtime_ns:x}")
+        return ObjectInfo(url, stat.st_size, digest.hexdigest(), stat.st_mtime)
+    return ObjectInfo(url, stat.st_size, f"{stat.st_size:x}-{stat.st_mtime_ns:x}", stat.st_mtime)
 
 
 @contextlib.contextmanager

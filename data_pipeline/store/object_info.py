@@ -18,6 +18,8 @@ class ObjectInfo:
     """Bytes."""
     etag: str
     """Opaque; differs between versions of different content."""
+    modified_at: float | None = field(default=None, compare=False)
+    """Unix seconds; none: the answer to a write does not say."""
 
 
 @dataclass

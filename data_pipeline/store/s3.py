@@ -84,7 +84,8 @@ class S3Backend:
         bucket, key = split_s3_url(folder_url)
         for page in self._pages(folder_url, Bucket=bucket, Prefix=_folder(key) + name_prefix):
             for entry in page.get("Contents", ()):
-                yield ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"])
+                url, modified = f"s3://{bucket}/{entry['Key']}", entry["LastModified"].timestamp()
+                yield ObjectInfo(url, entry["Size"], entry["ETag"], modified)
 
     def list_folders(self, folder_url: str) -> Iterator[str]:
         bucket, key = split_s3_url(folder_url)
@@ -166,7 +167,7 @@ class S3Backend:
     def _head_once(url: str, client: Any) -> ObjectInfo:
         bucket, key = split_s3_url(url)
         answer = client.head_object(Bucket=bucket, Key=key)
-        return ObjectInfo(url, answer["ContentLength"], answer["ETag"])
+        return ObjectInfo(url, answer["ContentLength"], answer["ETag"], answer["LastModified"].timestamp())
 
     def _read(self, url: str, body: _Body) -> memoryview:
         started = time.monotonic()

@@ -1,6 +1,7 @@
 """`isthmus runs` and `isthmus checkpoints` over a run in a local folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = open_run(tmp_path_factory.mktemp("runs"))
     saver = manager(run.checkpoints_url("stage1"), keep_last=9)
     for step in STEPS:
-        saver.save(step, fragments_of(step), state_of(step, metrics={"eval/r1": 1 / step}))
+        saver.save(step, fragments_of(step), state_of(step, metrics={"eval/i2t_r1": 1 / step}))
         saver.wait()
     saver.close()
     first = f"{run.checkpoints_url('stage1')}/step-000000001"
@@ -48,17 +49,49 @@ def at(run_folder: str, step: int) -> str:
 def test_runs_ls_and_show(run_folder):
     (run,) = answer(runs.app, "ls", str(Path(run_folder).parent))
     assert run == {"name": "night", "url": run_folder, "holder": "free", "attempts": 1, "stages": {"stage1": [1, 2, 3]}}
-    assert "night  free  stage1 step 3" in call(runs.app, "ls", str(Path(run_folder).parent)).output
-    shown = call(runs.app, "show", run_folder).output
-    assert "attempt 1: ann" in shown
-    assert "stage1: finished; checkpoints at 1, 2, 3" in shown
-    assert "stage2 began with 1 tensors" in shown
+    listed = call(runs.app, "ls", str(Path(run_folder).parent)).output.splitlines()
+    assert [line.split() for line in listed] == [
+        ["run", "checkpoints", "attempts", "writer"],
+        ["night", "stage1", "step", "3", "1", "free"],
+    ]
+    shown = " ".join(call(runs.app, "show", run_folder).output.split())
+    assert "writer free" in shown
+    assert "stage1 finished; checkpoints at 1, 2, 3" in shown
+    assert "stage2 from 1 tensors of" in shown
+    assert re.search(r"attempt started ended writer changed keys 1 \S+ \S+ ann", shown)
+
+
+def test_runs_ls_asks_each_run_and_lists_none_of_their_files(run_folder, tmp_path, monkeypatch):
+    folder = Path(run_folder).parent
+    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "damaged" / "run.json").write_text("{[")
+    (folder / "no-run").mkdir(exist_ok=True)
+    asked = []
+    list_objects = ObjectStore.list
+    monkeypatch.setattr(
+        ObjectStore, "list", lambda self, url, *more: asked.append(url) or list_objects(self, url, *more)
+    )
+    found = {run["name"]: run for run in answer(runs.app, "ls", str(folder))}
+    assert set(found) == {"night", "damaged"}
+    assert "damaged" in found["damaged"]["problem"]
+    assert found["night"]["stages"] == {"stage1": [1, 2, 3]}
+    assert str(folder) not in asked
+    assert run_folder not in asked
 
 
 def test_ls(run_folder):
     found = answer(checkpoints.app, "ls", run_folder)
-    assert [(item["step"], item["metrics"]) for item in found] == [(step, {"eval/r1": 1 / step}) for step in (3, 2, 1)]
-    assert "stage1 step 3" in call(checkpoints.app, "ls", run_folder).output
+    assert [(item["step"], item["metrics"]) for item in found] == [
+        (step, {"eval/i2t_r1": 1 / step}) for step in (3, 2, 1)
+    ]
+    assert [item["is_best"] for item in found] == [False, False, True]
+    head, columns, *rows = call(checkpoints.app, "ls", run_folder).output.splitlines()
+    assert head == f"{run_folder}/stage1/checkpoints"
+    assert columns.split() == ["step", "size", "age", "ranks", "eval/i2t_r1"]
+    assert [row.split()[0] for row in rows] == ["3", "2", "1"]
+    assert [row.split()[-1] for row in rows] == ["0.3333", "0.5", "*"]
+    assert all(re.search(r" \d+ (s|min)( |$)", row) for row in rows)
+    assert max(map(len, [head, columns, *rows])) <= max(100, len(head))
 
 
 def test_verify_says_what_is_damaged(run_folder):
