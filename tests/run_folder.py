@@ -7,12 +7,12 @@ import numpy as np
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger, StoreLedger
-from isthmus.trainer.monitoring.loggers import JsonlSink, Position
-from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
+from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, thumbnail
+from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger, StoreLedger
+from isthmus.trainer.monitoring.loggers import JsonlLogger
+from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.runs.store import RunStore
-from isthmus.trainer.trainer import GOODPUT_NAME
 from tests.unit.cluster.configs import job_config
 
 BATCH = 8
@@ -48,34 +48,34 @@ def write_run(url: str, store: ObjectStore) -> JobConfig:
 
 def _stage1(url: str, store: ObjectStore) -> None:
     synced = SyncedFolder(url, store)
-    sink = JsonlSink(synced, Position(0, 0))
+    sink = JsonlLogger(synced, 0, BATCH)
     for step in range(5, 41, 5):
         losses = {f"loss/{name}": weight / step**0.5 for name, weight in (("total", 9), ("itc", 4), ("itm", 1))}
-        sink.write(Position(step, step * BATCH), {**losses, "memory/gigabytes": 1.2 + step / 100})
+        sink.log(step, {**losses, "memory/gigabytes": 1.2 + step / 100})
     recalls = {f"{way}_r{k}": k / 12 for way in ("i2t", "t2i") for k in (1, 5, 10)}
-    sink.write(Position(40, 40 * BATCH), {f"eval/{name}": v for name, v in recalls.items()})
+    sink.log(40, {f"eval/{name}": v for name, v in recalls.items()})
     sink.close()
     texts = [{"key": f"k{i}", "caption": text, "retrieved": CAPTIONS[0]} for i, text in enumerate(CAPTIONS)]
     examples = Examples([Example(i, [i, 0], [0, i]) for i in range(4)], {i: thumbnail(shade(i)) for i in range(4)})
-    write_samples(synced, 40, texts, examples, {"attention": shade(5), "similarity": shade(6)})
+    write_samples(synced, 40, EvalResult({}, {"attention": shade(5), "similarity": shade(6)}, texts, examples))
     synced.close()
 
 
 def _stage2(url: str, store: ObjectStore) -> None:
     synced = SyncedFolder(url, store)
-    sink = JsonlSink(synced, Position(0, 0))
-    sink.write(Position(0, 0), {"eval/loss": 9.5, "eval/loss_wrong_image": 9.25})
+    sink = JsonlLogger(synced, 0, BATCH)
+    sink.log(0, {"eval/loss": 9.5, "eval/loss_wrong_image": 9.25})
     for step in range(5, 21, 5):
-        sink.write(Position(step, step * BATCH), {"loss/total": 5 - step / 10, "loss/lm": 5 - step / 10})
-    sink.write(
-        Position(20, 20 * BATCH),
+        sink.log(step, {"loss/total": 5 - step / 10, "loss/lm": 5 - step / 10})
+    sink.log(
+        20,
         {"eval/cider_d": 1.5, "eval/exact": 0.4, "eval/loss": 2.0, "eval/loss_wrong_image": 3.25},
     )
     sink.close()
     answers = (CAPTIONS[0], "something else", HOSTILE, "a red star", "a blue star")
     texts = [{"key": f"k{i}", "caption": CAPTIONS[i], "generated": answers[i]} for i in range(5)]
     examples = Examples([Example(i) for i in range(5)], {i: thumbnail(shade(i)) for i in range(5)})
-    write_samples(synced, 20, texts, examples, {"attention": shade(7)})
+    write_samples(synced, 20, EvalResult({}, {"attention": shade(7)}, texts, examples))
     synced.close()
 
 

@@ -1,6 +1,6 @@
-"""The parts of a stage that do not depend on how it is run: model, tokeniser, task, identity of what is frozen."""
+"""The parts of a stage that do not depend on how it is run: model, tokenizer, task, identity of what is frozen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -21,14 +21,12 @@ from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.identity import frozen_identity
-from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.zero3 import load_frozen_lm
-from isthmus.trainer.runs.stage2_init import init_from_stage1
-from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.seeds import derive_seed
-from isthmus.trainer.task import Stage1Task, Stage2Task, Task
-
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+from isthmus.trainer.stage1_task import Stage1Task
+from isthmus.trainer.stage2_task import Stage2Task
+from isthmus.trainer.task import Task
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,17 @@ class Parts:
     encoder: TextEncoder
     frozen_identity: dict[str, str]
     """Part of the model -> identity of its frozen weights."""
-    begin: Callable[[RunStore], object] = lambda _run: None
-    """Gives the trainable parts the values of an earlier stage, for a start without a checkpoint. Collective."""
 
 
 def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
-    """Build a stage's model with frozen parts loaded and trainable parts as they are before the first step.
+    """Build a stage's model with frozen parts loaded and trainable parts initialised from the run's seed.
 
-    Collective where there are several ranks. Trainable parts are equal on all ranks: drawn from the run's seed.
+    Collective where there are several ranks. Trainable parts are equal on all ranks.
     """
-    return _BUILDERS[stage](config, rank, store)
+    return _build_stage1(config, rank, store) if stage == "stage1" else _build_stage2(config, rank, store)
 
 
-def _stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     assert config.stage1 is not None
     bridge = config.model.qformer
     tokenizer = bridge.tokenizer or bridge.init_from
@@ -60,51 +56,43 @@ def _stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     encoder = QFormerEncoder(local_folder(tokenizer, store, leave_out=WEIGHT_FILES), config.stage1.loss.max_text_tokens)
     encoder.check(bridge)
     vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
-    with _drawn_from(config.run.seed):
+    with _seeded_by(config.run.seed):
         qformer = QFormer(bridge, vision.width)
         if bridge.init_from:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     task = Stage1Task(
-        model, exchange_of(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
+        model, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
     )
     return Parts(task, encoder, _identities({"vision": config.model.vision.path}, store, rank))
 
 
-def _stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     assert config.stage2 is not None
     assert config.model.language is not None
     language_config = config.model.language
     encoder = LanguageEncoder(local_folder(language_config.path, store, leave_out=WEIGHT_FILES), language_config)
     vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
     language = load_frozen_lm(language_config, language_config.path, store, rank, config.stage2.deepspeed)
-    with _drawn_from(config.run.seed):
+    with _seeded_by(config.run.seed):
         qformer = QFormer(config.model.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     task = Stage2Task(
-        model, encoder, exchange_of(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
+        model, encoder, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
     )
     paths = {"vision": config.model.vision.path, "language": language_config.path}
-    return Parts(
-        task,
-        encoder,
-        _identities(paths, store, rank),
-        lambda run: init_from_stage1(config, run, store, model.trainable_parameters()),
-    )
+    return Parts(task, encoder, _identities(paths, store, rank))
 
 
-_BUILDERS: dict[StageName, Callable[[TrainConfig, Rank, ObjectStore], Parts]] = {"stage1": _stage1, "stage2": _stage2}
-
-
-def exchange_of(rank: Rank) -> Exchange:
-    """Return how the ranks' rows meet."""
+def make_exchange(rank: Rank) -> Exchange:
+    """Return the communication of the rows of a global batch."""
     return ProcessGroupExchange() if rank.world_size > 1 else LocalExchange()
 
 
 @contextmanager
-def _drawn_from(run_seed: int) -> Iterator[None]:
-    """Draw initial weights from the run's seed, alike on all ranks, and leave torch's generators as they were."""
-    with torch.random.fork_rng():
+def _seeded_by(run_seed: int) -> Iterator[None]:
+    """Initialise weights from the run's seed, alike on all ranks, and leave torch's CPU generator as it was."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("initial weights", run_seed))
         yield
 

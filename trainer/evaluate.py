@@ -22,15 +22,17 @@ from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
 from isthmus.trainer.context import LocalContext, Rank
-from isthmus.trainer.engine.engine import build_engine
-from isthmus.trainer.engine.precision import Precision, Unscaled
+from isthmus.trainer.engine.engine import Precision, build_engine
 from isthmus.trainer.engine.process_group import process_group, select_device
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation.caption_metrics import exact_match
 from isthmus.trainer.evaluation.figures import sample_grid, to_png
-from isthmus.trainer.evaluator import Evaluation, held_out_loader
+from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.evaluator import Evaluator, held_out_loader
 from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.task import Measured, Stage2Task, Task, standardised
+from isthmus.trainer.preprocess import normalize
+from isthmus.trainer.stage2_task import Stage2Task
+from isthmus.trainer.task import Task
 
 QUESTIONS_AT_A_TIME = EXPORT_BATCH_SIZE = 16
 
@@ -61,7 +63,7 @@ class _Subject:
     """Of the checkpoint or export."""
     task: Task
     encoder: TextEncoder
-    engine: Precision
+    precision: Precision
     data: DataConfig
     """How images are read; its sources are not."""
     evaluation: EvaluationConfig
@@ -93,7 +95,9 @@ def evaluate_run(
         stack.callback(engine.close)
         engine.restore(saved, saved.step)
         batch_size = config.stage(name).global_batch_size
-        subject = _Subject(saved.url, parts.task, parts.encoder, engine, config.data, config.evaluation, batch_size)
+        subject = _Subject(
+            saved.url, parts.task, parts.encoder, engine.precision, config.data, config.evaluation, batch_size
+        )
         return _report(subject, data, out, store, context.rank, num_samples)
 
 
@@ -114,13 +118,13 @@ def evaluate_export(url: str, data: str, out: Path, *, num_samples: int | None) 
     device = select_device(alone)
     task = Stage2Task(model.to(device), encoder, LocalExchange(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
     plain = DataConfig(sources=(SourceConfig(manifest=data),), lanes=1)
-    subject = _Subject(url, task, encoder, Unscaled(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
+    subject = _Subject(url, task, encoder, Precision(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
     return _report(subject, data, out, store, alone, num_samples)
 
 
 def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: Rank, num_samples: int | None) -> Report:
     if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
-        measured = _ask(subject, data, store)
+        result = _ask(subject, data, store)
     else:
         asked = {"num_samples": num_samples, "caption_samples": num_samples} if num_samples else {}
         evaluation = subject.evaluation.model_copy(update=asked)
@@ -134,9 +138,9 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
             rank=rank,
         )
         with closing(loader):
-            measured = Evaluation(subject.task, subject.engine, evaluation, loader).measure()
-    report = Report(subject.url, data, measured.figures)
-    _write(report, measured, out)
+            result = Evaluator(subject.task, subject.precision, evaluation, loader).run()
+    report = Report(subject.url, data, result.metrics)
+    _write(report, result, out)
     return report
 
 
@@ -155,7 +159,7 @@ def _side(subject: _Subject) -> int:
     return side
 
 
-def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
+def _ask(subject: _Subject, data: str, store: ObjectStore) -> EvalResult:
     """Answer the questions of a file: one object per line with image (path beside the file), question, answers."""
     if subject.task.name != "stage2":
         raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
@@ -164,13 +168,13 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
     model, encoder = subject.task.model, cast(LanguageEncoder, subject.encoder)
     answers: list[str] = []
     shown: list[Any] = []
-    with subject.engine.autocast(), evaluating(model):
+    with subject.precision.autocast(), evaluating(model):
         for start in range(0, len(lines), QUESTIONS_AT_A_TIME):
             part = lines[start : start + QUESTIONS_AT_A_TIME]
             images = [_square(store.get(join(folder, line["image"])), subject) for line in part]
             shown += images[: 16 - len(shown)]
-            pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.engine.device).permute(0, 3, 1, 2)
-            images_BCHW = standardised(pixels_BCHW, model.vision)
+            pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.precision.device).permute(0, 3, 1, 2)
+            images_BCHW = normalize(pixels_BCHW, model.vision)
             answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
     accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
     texts = [
@@ -178,7 +182,7 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> Measured:
         for line, right, text in zip(lines, accepted, answers, strict=True)
     ]
     grid = sample_grid(shown, [t["caption"] for t in texts], [t["generated"] for t in texts])
-    return Measured({"eval/vqa_exact": exact_match(answers, accepted)}, {"samples": grid}, texts)
+    return EvalResult({"eval/vqa_exact": exact_match(answers, accepted)}, {"samples": grid}, texts)
 
 
 def _square(data: bytes, subject: _Subject) -> Any:
@@ -187,9 +191,9 @@ def _square(data: bytes, subject: _Subject) -> Any:
     return resize_square(image, (0, 0, *image.shape[:2]), _side(subject))
 
 
-def _write(report: Report, measured: Measured, out: Path) -> None:
+def _write(report: Report, result: EvalResult, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report.as_json(), indent=1))
-    (out / "samples.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in measured.texts))
-    for name, picture in measured.pictures.items():
+    (out / "samples.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in result.texts))
+    for name, picture in result.pictures.items():
         (out / ("gallery.png" if name == "samples" else f"{name}.png")).write_bytes(to_png(picture))

@@ -1,44 +1,42 @@
-"""Held-out evaluation while a stage trains: every so many steps and at its end, all ranks in step."""
+"""Held-out evaluation of a stage: when it is due and on which batches, all ranks together."""
+
+from collections.abc import Callable, Iterator
 
 from isthmus.data_pipeline.config import DataConfig, SourceConfig
-from isthmus.data_pipeline.reading.batch import TextEncoder
+from isthmus.data_pipeline.reading.batch import Batch, TextEncoder
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.context import Rank
-from isthmus.trainer.engine.precision import Precision
-from isthmus.trainer.monitoring.goodput import Activity
-from isthmus.trainer.monitoring.monitor import Watch
-from isthmus.trainer.task import Measured, Task
-
-NOTHING = Measured({}, {}, [])
+from isthmus.trainer.engine.engine import Precision
+from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.task import Task
 
 
-class Evaluation:
-    """Runs a task's evaluation on the configured held-out data; without any, it is never due and measures nothing."""
+class Evaluator:
+    """Runs a task's evaluation on held-out data; without any it is never due and returns an empty result."""
 
-    def __init__(self, task: Task, engine: Precision, config: EvaluationConfig, loader: Loader | None) -> None:
-        self._task, self._engine, self._config, self._loader = task, engine, config, loader
+    def __init__(self, task: Task, precision: Precision, config: EvaluationConfig, loader: Loader | None) -> None:
+        self._task, self._precision, self._config, self._loader = task, precision, config, loader
 
     def due(self, step: int) -> bool:
-        """Return whether `step` steps done is a time to evaluate."""
+        """Return whether to evaluate after `step` steps."""
         every = self._config.every_steps
         return self._loader is not None and every > 0 and step % every == 0
 
-    def run(self, watch: Watch) -> Measured:
-        """Evaluate in the middle of training. Collective."""
-        with watch.ledger.spending(Activity.EVALUATION):
-            return self.measure(watch)
-
-    def measure(self, watch: Watch | None = None) -> Measured:
-        """Evaluate outside of training too. Collective."""
+    def run(self, heartbeat: Callable[[], None] | None = None) -> EvalResult:
+        """Evaluate. Collective. `heartbeat` is called after each batch."""
         if self._loader is None:
-            return NOTHING
-        plan = self._loader.plan
-        available = sum(plan.epoch_samples)
-        steps = -(-min(self._config.num_samples, available) // plan.global_batch_size)
-        beat = watch.beat if watch else lambda: None
-        return self._task.evaluate(self._loader.batches(0, steps), self._engine, self._config, beat)
+            return EvalResult({})
+        return self._task.evaluate(_batches(self._loader, self._config, heartbeat), self._precision, self._config)
+
+
+def _batches(loader: Loader, config: EvaluationConfig, heartbeat: Callable[[], None] | None) -> Iterator[Batch]:
+    num_samples = min(config.num_samples, sum(loader.plan.epoch_samples))
+    for batch in loader.batches(0, -(-num_samples // loader.plan.global_batch_size)):
+        yield batch
+        if heartbeat is not None:
+            heartbeat()
 
 
 def held_out_loader(
@@ -51,7 +49,7 @@ def held_out_loader(
     global_batch_size: int,
     rank: Rank,
 ) -> Loader:
-    """Open a loader of whole, unaugmented held-out images in this process; rows beyond the data are holes."""
+    """Open a loader of whole, unaugmented held-out images; rows beyond the data are holes."""
     plain = data.model_copy(
         update={"sources": (SourceConfig(manifest=manifest),), "backend": "process", "readers": 0, "cache_dir": None}
     )

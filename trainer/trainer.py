@@ -1,13 +1,14 @@
-"""One stage of a run from first to last: build its parts, go on from the newest checkpoint, train, check, let go."""
+"""One stage of a run on one rank: build, restore, train, verify, clean up."""
 
+import gc
 import logging
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 
+from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.trainer.build import Parts, build_parts
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
@@ -15,23 +16,22 @@ from isthmus.trainer.checkpoint.train_state import TrainState, versions
 from isthmus.trainer.config.loading import config_hash
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Outcome, RunContext
-from isthmus.trainer.dry_batch import rehearse
-from isthmus.trainer.engine.engine import Engine, build_engine
+from isthmus.trainer.engine.engine import build_engine
+from isthmus.trainer.engine.optimizer import learning_rate
+from isthmus.trainer.engine.step_status import NonFiniteGuard, StepStatus, all_reduce_status
 from isthmus.trainer.errors import CheckpointError
-from isthmus.trainer.evaluator import Evaluation, held_out_loader
+from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.evaluator import Evaluator, held_out_loader
 from isthmus.trainer.frozen.identity import FrozenGuard
-from isthmus.trainer.loop import fit
-from isthmus.trainer.monitoring.goodput import GoodputLedger, MemoryLedger, StoreLedger
-from isthmus.trainer.monitoring.loggers import JsonlSink, Position, Sink, TensorBoardSink, WandbSink
-from isthmus.trainer.monitoring.monitor import Outlets, Watch
-from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
-from isthmus.trainer.monitoring.synced_folder import SyncedFolder
-from isthmus.trainer.monitoring.watchdog import Watchdog
+from isthmus.trainer.memory_probe import probe_memory
+from isthmus.trainer.monitoring.goodput import Activity
+from isthmus.trainer.monitoring.hardware import peak_memory_bytes
+from isthmus.trainer.monitoring.monitor import Monitor
+from isthmus.trainer.runs.stage2_init import init_from_stage1
 from isthmus.trainer.runs.store import RunStore
-from isthmus.trainer.strikes import Strikes
 
 logger = logging.getLogger(__name__)
-GOODPUT_NAME = "goodput.json"
+COLLECT_GARBAGE_EVERY_STEPS = 100
 
 
 def run_stage(
@@ -44,20 +44,24 @@ def run_stage(
 ) -> Outcome:
     """Train a stage from its newest checkpoint, or from its start, to its end or to a stop request.
 
-    Every rank calls it, inside a process group where there are several. `peers` holds snapshots between checkpoints.
+    Every rank calls it, inside the process group. `peers` holds snapshots between checkpoints.
 
     Raises:
         TrainerError, DataError, ModelError: for the operator; the last committed checkpoint is intact.
     """
     with ExitStack() as stack:
-        outcome = _Stage(config, stage, context, store, run, stack, peers).train()
+        outcome = Trainer(config, stage, context, store, run, stack, peers).run()
     if context.rank.is_main:
         run.record(stages={stage: str(outcome)})
     return outcome
 
 
-class _Stage:
-    """The parts of a stage on one rank; `stack` lets go of them in reverse order, without collectives."""
+class Trainer:
+    """Trains one stage; used once, alike on all ranks.
+
+    What it opens is closed with `stack`, in reverse order and without collectives: after an error on one rank the
+    others run into the time limits of theirs.
+    """
 
     def __init__(
         self,
@@ -65,192 +69,211 @@ class _Stage:
         name: StageName,
         context: RunContext,
         store: ObjectStore,
-        run: RunStore,
+        run_store: RunStore,
         stack: ExitStack,
-        peers: PeerMemory | None,
+        peers: PeerMemory | None = None,
     ) -> None:
-        self._config, self._name, self._context, self._store, self._run = config, name, context, store, run
-        self._stage, self._url = config.stage(name), run.stage_url(name)
-        self._stack, self._peers = stack, peers
-        self._synced = stack.enter_context(closing(SyncedFolder(self._url, store))) if context.rank.is_main else None
-        self._began = time.time()
-        self._watchdog = stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
+        self.config, self.name, self.stage = config, name, config.stage(name)
+        self.context, self.rank, self.store, self.run_store = context, context.rank, store, run_store
+        self.step = 0
+        self._stack = stack
+        self.monitor = stack.enter_context(closing(Monitor(config, name, context, store, run_store.url)))
+        self.checkpoints = stack.enter_context(closing(self._open_checkpoints(peers)))
 
-    def train(self) -> Outcome:
-        """Build, restore, rehearse, fit, check; a stage that is finished already is left as it is."""
-        checkpoints = self._stack.enter_context(closing(self._open_checkpoints()))
-        saved = checkpoints.newest()
-        if saved is not None and saved.step >= self._stage.steps:
-            logger.info("%s is finished: %s", self._name, saved.url)
+    def run(self) -> Outcome:
+        """Train the stage to its end or to a stop request; one that is finished already is left as it is."""
+        saved = self.checkpoints.newest()
+        if saved is not None and saved.step >= self.stage.steps:
+            logger.info("%s is finished: %s", self.name, saved.url)
             return Outcome.FINISHED
-        self._ledger = self._open_ledger()
-        parts = build_parts(self._config, self._name, self._context.rank, self._store)
-        if saved is None:
-            parts.begin(self._run)
-        guard = FrozenGuard(parts.task.model)
-        self._watchdog.beat()
-        engine = build_engine(parts.task.model, self._stage, self._context.rank)
-        self._stack.callback(engine.close)
-        loader = self._stack.enter_context(closing(self._open_loader(parts)))
-        start_step = self._restore(engine, saved, parts, loader)
-        self._announce(engine, start_step)
-        checkpoints.prepare(engine.fragments())
-        flops_per_sample = self._rehearse(parts, engine, loader, start_step)
-        watch = self._open_watch(engine, loader, checkpoints, start_step, flops_per_sample)
-        evaluation = self._evaluation(parts, engine)
-        if start_step == 0 and self._config.evaluation.before_training:
-            watch.evaluated(0, evaluation.run(watch))
-        outcome = fit(
-            parts.task,
-            engine,
-            loader,
-            checkpoints,
-            self._context,
-            watch,
-            self._stage,
-            start_step=start_step,
-            strikes=Strikes(self._config.safety.max_nonfinite_steps),
-            evaluation=evaluation,
-            state_at=self._state_at(engine, parts, loader),
-        )
-        guard.check()
-        if outcome is Outcome.FINISHED:
-            self._ledger.finish_stage()
-        if self._context.rank.is_main:
-            logger.info("%s %s; %s", self._name, outcome, self._ledger.table())
+        self.monitor.start()
+        self.build(initialize=saved is None)
+        if saved is not None:
+            self.restore(saved)
+        self.monitor.resume(self.step, self.engine.device)
+        self.warm_up()
+        outcome = self.train()
+        self.verify(outcome)
         return outcome
 
-    def _open_ledger(self) -> GoodputLedger:
-        """Open the run's account as of the making of this stage; a stage that is finished already books nothing."""
-        is_main = self._context.rank.is_main
-        kept = StoreLedger(join(self._run.url, GOODPUT_NAME), self._store) if is_main else MemoryLedger()
-        return GoodputLedger(kept, began=self._began)
+    def build(self, *, initialize: bool) -> None:
+        """Build model, engine and loaders. Collective.
 
-    def _announce(self, engine: Engine, start_step: int) -> None:
-        """Say what is about to be trained."""
-        if not self._context.rank.is_main:
+        `initialize`: the stage begins here, so its trainable part gets the values of the stage before it, if any.
+        """
+        parts = build_parts(self.config, self.name, self.rank, self.store)
+        self.task, self.encoder, self.frozen_identity = parts.task, parts.encoder, parts.frozen_identity
+        if initialize and self.name == "stage2":
+            init_from_stage1(self.config, self.run_store, self.store, self.task.model.trainable_parameters())
+        self.frozen_guard = FrozenGuard(self.task.model)
+        self.monitor.heartbeat()
+        self.engine = build_engine(self.task.model, self.stage, self.rank)
+        self._stack.callback(self.engine.close)
+        self.loader = self._stack.enter_context(closing(self._open_loader()))
+        self.evaluator = Evaluator(self.task, self.engine.precision, self.config.evaluation, self._held_out_loader())
+        self.nonfinite_guard = NonFiniteGuard(self.config.safety.max_nonfinite_steps)
+
+    def restore(self, saved: SavedCheckpoint) -> None:
+        """Continue from a saved state. Collective.
+
+        Raises:
+            CheckpointError: it was trained with other frozen weights or other data, or is of another model.
+        """
+        check_same_inputs(saved, self.frozen_identity, self.loader.plan.identity)
+        self.engine.restore(saved, saved.step, saved.state.loss_scale)
+        self.step = saved.step
+        logger.info("%s resumes from %s", self.name, saved.url)
+
+    def warm_up(self) -> None:
+        """Prepare the memory of checkpoints, probe that of a step, and evaluate if asked to before training."""
+        if self.rank.is_main:
+            logger.info(
+                "%s: steps %d to %d, batch %d on %d rank(s), %.1f M trainable parameters, %s on %s; into %s",
+                self.name, self.step, self.stage.steps, self.stage.global_batch_size, self.rank.world_size,
+                self.engine.num_parameters() / 1e6, self.stage.precision, self.engine.device,
+                self.run_store.stage_url(self.name),
+            )  # fmt: skip
+        self.checkpoints.prepare(self.engine.fragments())
+        batch = next(iter(self.loader.batches(self.step, 1)))
+        self.monitor.expect_flops(probe_memory(self.task, self.engine, batch, self.encoder))
+        if self.step == 0 and self.config.evaluation.before_training:
+            self.evaluate()
+
+    def train(self) -> Outcome:
+        """Train from the present step to the last one, or to the step at which any rank is asked to stop."""
+        with _no_automatic_gc():
+            for batch in self.monitor.batches(self.loader.batches(self.step, self.stage.steps - self.step)):
+                status = self.train_step(batch)
+                last = self.step == self.stage.steps
+                result = self.evaluate() if last or self.evaluator.due(self.step) else EvalResult({})
+                self.save(status, result, final=last or status.stop is not None)
+                if self.step % COLLECT_GARBAGE_EVERY_STEPS == 0:
+                    gc.collect()
+                if status.stop is not None:
+                    break
+        with self.monitor.committing():
+            self.checkpoints.wait()
+        if self.checkpoints.last_committed is not None:
+            self.monitor.on_commit(self.checkpoints.last_committed.step)
+        return Outcome.FINISHED if self.step == self.stage.steps else Outcome.STOPPED
+
+    def train_step(self, batch: Batch) -> StepStatus:
+        """Do one optimizer step and return what all ranks know at its end. Collective.
+
+        Raises:
+            NonFiniteError: too many consecutive steps had a loss or gradient that is not finite.
+        """
+        self.context.begin_step(batch.step)
+        losses = self.task.train_step(batch, self.engine)
+        lr = learning_rate(self.stage.optimizer, batch.step, self.stage.steps)
+        result = self.engine.step(lr)
+        own = StepStatus(
+            self.context.stop_request(),
+            not result.applied,
+            *self.monitor.step_times(),
+            peak_memory_bytes(self.engine.device),
+        )
+        status = all_reduce_status(own, self.engine.device)
+        self.step = batch.step + 1
+        self.monitor.on_step_end(status)
+        if self.monitor.record_due(self.step):
+            extra = {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
+            extra |= {f"data/{name}": value for name, value in self.loader.metrics().items()}
+            self.monitor.record(self.step, losses, status, extra, self.checkpoints.last_committed)
+        self.nonfinite_guard.check(batch, losses, status, scale_falls=result.scale_falls)
+        return status
+
+    def evaluate(self) -> EvalResult:
+        """Evaluate on the held-out data, if there is any, and write what was found. Collective."""
+        with self.monitor.ledger.spending(Activity.EVALUATION):
+            result = self.evaluator.run(self.monitor.heartbeat)
+        self.monitor.on_eval_end(self.step, result)
+        return result
+
+    def save(self, status: StepStatus, result: EvalResult, *, final: bool) -> None:
+        """Save a checkpoint, or replicate a snapshot to peers, where either is due after this step. Collective."""
+        best_wanted = bool(result.metrics) and self.config.checkpoint.keep_best is not None
+        save = self.checkpoints.due(self.step, status.step_seconds) or final or best_wanted
+        if not save and not self.checkpoints.replication_due(self.step):
             return
-        logger.info(
-            "%s: steps %d to %d, batch %d on %d rank(s), %.1f M trainable parameters, %s on %s; into %s",
-            self._name, start_step, self._stage.steps, self._stage.global_batch_size, self._context.rank.world_size,
-            engine.num_parameters() / 1e6, self._stage.precision, engine.device, self._url,
-        )  # fmt: skip
+        with self.monitor.saving(self.step, self.loader.take_bad_records()):
+            state = self._state(result.metrics)
+            if save:
+                self.checkpoints.save(self.step, self.engine.fragments(), state)
+            else:
+                self.checkpoints.replicate(self.engine.fragments(), state)
 
-    def _open_loader(self, parts: Parts) -> Loader:
-        return open_loader(
-            self._config.data,
-            self._store,
-            parts.encoder,
-            image_size_pixels=self._config.model.vision.image_size_pixels,
-            global_batch_size=self._stage.global_batch_size,
-            seed=self._config.run.seed,
-            rank=self._context.rank.rank,
-            world_size=self._context.rank.world_size,
+    def verify(self, outcome: Outcome) -> None:
+        """Make sure that the frozen weights are what they were, and report the goodput. Collective.
+
+        Raises:
+            TrainerError: a frozen weight has changed.
+        """
+        self.frozen_guard.check()
+        if outcome is Outcome.FINISHED:
+            self.monitor.ledger.finish_stage()
+        if self.rank.is_main:
+            logger.info("%s %s; %s", self.name, outcome, self.monitor.ledger.table())
+
+    def _state(self, metrics: dict[str, float]) -> TrainState:
+        return TrainState(
+            stage=self.name,
+            step=self.step,
+            config_hash=config_hash(self.config),
+            data_identity=self.loader.plan.identity,
+            frozen_identity=self.frozen_identity,
+            loss_scale=self.engine.loss_scale,
+            versions=versions(),
+            metrics=metrics,
         )
 
-    def _open_checkpoints(self) -> CheckpointManager:
+    def _open_checkpoints(self, peers: PeerMemory | None) -> CheckpointManager:
         return CheckpointManager(
-            self._run.checkpoints_url(self._name),
-            self._store,
-            self._config.checkpoint,
-            self._context.rank,
+            self.run_store.checkpoints_url(self.name),
+            self.store,
+            self.config.checkpoint,
+            self.rank,
             self._before_commit,
-            token=self._run.token,
-            seconds_between_failures=self._run.seconds_between_failures(),
-            peers=self._peers,
+            token=self.run_store.token,
+            seconds_between_failures=self.run_store.seconds_between_failures(),
+            peers=peers,
         )
 
     def _before_commit(self) -> None:
-        """Let a checkpoint commit only when the run is still ours and all records up to its step are in place."""
-        self._run.assert_owner()
-        if self._synced:
-            self._synced.wait()
+        """Commit a checkpoint only while the run is still ours and all records up to its step are in place."""
+        self.run_store.assert_owner()
+        self.monitor.wait_for_records()
 
-    def _restore(self, engine: Engine, saved: SavedCheckpoint | None, parts: Parts, loader: Loader) -> int:
-        """Take over a checkpoint, if there is one, and return the step from which to go on."""
-        step = 0
-        if saved is not None:
-            check_same_inputs(saved, parts.frozen_identity, loader.plan.identity)
-            engine.restore(saved, saved.step, saved.state.loss_scale)
-            step = saved.step
-            logger.info("%s goes on from %s", self._name, saved.url)
-        self._ledger.resume(self._name, step)
-        self._watchdog.beat()
-        return step
-
-    def _rehearse(self, parts: Parts, engine: Engine, loader: Loader, step: int) -> float:
-        if step >= self._stage.steps:
-            return 0.0
-        flops = rehearse(parts.task, engine, next(iter(loader.batches(step, 1))), parts.encoder)
-        self._watchdog.beat()
-        return flops
-
-    def _open_watch(
-        self, engine: Engine, loader: Loader, checkpoints: CheckpointManager, step: int, flops_per_sample: float
-    ) -> Watch:
-        # From nothing: what an earlier try left, an evaluation at step 0 included, is done again.
-        resumed = Position(step, step * self._stage.global_batch_size) if step else Position(-1, -1)
-        outlets = Outlets(quarantine=QuarantineLog(self._synced, step))
-        if self._synced:
-            sinks: list[Sink] = [JsonlSink(self._synced, resumed), TensorBoardSink(self._synced, resumed)]
-            if self._config.logging.wandb_project:
-                resolved = self._config.model_dump(mode="json")
-                sinks.append(WandbSink(self._config.logging.wandb_project, self._config.run.name, self._name, resolved))
-            outlets = Outlets(sinks, self._synced, outlets.quarantine)
-        watch = Watch(
-            self._name,
-            self._stage,
-            self._config.logging.every_steps,
-            context=self._context,
-            ledger=self._ledger,
-            watchdog=self._watchdog,
-            engine=engine,
-            loader=loader,
-            checkpoints=checkpoints,
-            outlets=outlets,
-            flops_per_sample=flops_per_sample,
+    def _open_loader(self) -> Loader:
+        return open_loader(
+            self.config.data,
+            self.store,
+            self.encoder,
+            image_size_pixels=self.config.model.vision.image_size_pixels,
+            global_batch_size=self.stage.global_batch_size,
+            seed=self.config.run.seed,
+            rank=self.rank.rank,
+            world_size=self.rank.world_size,
         )
-        return self._stack.enter_context(closing(watch))
 
-    def _evaluation(self, parts: Parts, engine: Engine) -> Evaluation:
-        evaluation = self._config.evaluation
-        loader = None
-        if evaluation.manifest:
-            loader = held_out_loader(
-                evaluation.manifest,
-                self._config.data,
-                self._store,
-                parts.encoder,
-                image_size_pixels=self._config.model.vision.image_size_pixels,
-                global_batch_size=evaluation.batch_size or self._stage.global_batch_size,
-                rank=self._context.rank,
-            )
-            self._stack.enter_context(closing(loader))
-        return Evaluation(parts.task, engine, evaluation, loader)
-
-    def _state_at(self, engine: Engine, parts: Parts, loader: Loader) -> Callable[[int, dict[str, float]], TrainState]:
-        def state_at(step: int, metrics: dict[str, float]) -> TrainState:
-            return TrainState(
-                stage=self._name,
-                step=step,
-                config_hash=config_hash(self._config),
-                data_identity=loader.plan.identity,
-                frozen_identity=parts.frozen_identity,
-                loss_scale=engine.loss_scale,
-                versions=versions(),
-                metrics=metrics,
-            )
-
-        return state_at
-
-    def _keep_stacks(self, stacks: str) -> None:
-        """Put the stacks of a rank that hangs into the run's folder."""
-        name = f"rank-{self._context.rank.rank:05d}-{int(time.time())}.txt"
-        self._store.put(join(self._url, "stacks", name), stacks.encode())
+    def _held_out_loader(self) -> Loader | None:
+        evaluation = self.config.evaluation
+        if evaluation.manifest is None:
+            return None
+        loader = held_out_loader(
+            evaluation.manifest,
+            self.config.data,
+            self.store,
+            self.encoder,
+            image_size_pixels=self.config.model.vision.image_size_pixels,
+            global_batch_size=evaluation.batch_size or self.stage.global_batch_size,
+            rank=self.rank,
+        )
+        return self._stack.enter_context(closing(loader))
 
 
 def check_same_inputs(saved: SavedCheckpoint, frozen_identity: dict[str, str], data_identity: str) -> None:
-    """Refuse to go on with other frozen weights or other data.
+    """Refuse to resume with other frozen weights or other data.
 
     Raises:
         CheckpointError: names what differs.
@@ -263,3 +286,21 @@ def check_same_inputs(saved: SavedCheckpoint, frozen_identity: dict[str, str], d
             f"{saved.url}: was trained with other {', '.join(changed)}; restore these, or start a new run "
             "(frozen weights by model.*.path, data by data.sources, run.seed, global_batch_size and lanes)"
         )
+
+
+@contextmanager
+def _no_automatic_gc() -> Iterator[None]:
+    """Turn automatic garbage collection off: it would stop one rank in mid-step while the others wait for it.
+
+    What exists already (modules, libraries) is never collected again.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

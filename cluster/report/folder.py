@@ -17,11 +17,10 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore,
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.errors import CheckpointError
-from isthmus.trainer.monitoring.goodput import Account
+from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Account
 from isthmus.trainer.monitoring.loggers import read_jsonl
 from isthmus.trainer.monitoring.samples import FOLDER, INDEX
 from isthmus.trainer.runs.store import CONFIG, read_run
-from isthmus.trainer.trainer import GOODPUT_NAME
 
 logger = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2")

@@ -10,7 +10,7 @@ from isthmus.trainer import task
 
 def record_steps(path: Path, attempt: int, rank: int) -> None:
     """Append a line for every step that is trained in this process: when, which samples, in which epochs."""
-    train_step = task._StageTask.train_step
+    train_step = task.Task.train_step
     path.parent.mkdir(exist_ok=True)
 
     def recording(self: Any, batch: Any, engine: Any) -> Any:
@@ -29,4 +29,4 @@ def record_steps(path: Path, attempt: int, rank: int) -> None:
             file.write(json.dumps(line) + "\n")
         return train_step(self, batch, engine)
 
-    task._StageTask.train_step = recording  # type: ignore[method-assign]
+    task.Task.train_step = recording  # type: ignore[method-assign]

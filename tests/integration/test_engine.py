@@ -243,7 +243,7 @@ def half_precision() -> None:
     for precision, scale in (("bf16", None), ("fp16", 2.0**16)):
         engine = make_engine("stage1_zero1", precision=precision)
         assert engine.loss_scale == scale
-        with engine.autocast():
+        with engine.precision.autocast():
             assert engine.module.body.first(batch_of(0)[0]).dtype == (
                 torch.bfloat16 if precision == "bf16" else torch.float16
             )

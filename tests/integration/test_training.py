@@ -20,13 +20,13 @@ from isthmus.demo.tiny.scenes import draw_scene, make_scene
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
+from isthmus.trainer.engine.step_status import NonFiniteError
 from isthmus.trainer.evaluate import evaluate_run
 from isthmus.trainer.monitoring.loggers import read_jsonl
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.store import RunStore
-from isthmus.trainer.strikes import NonFiniteError
-from isthmus.trainer.task import Stage1Task
+from isthmus.trainer.stage1_task import Stage1Task
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
@@ -37,7 +37,7 @@ SHORT = [
     "checkpoint.every_steps=2", "logging.every_steps=1", "evaluation.num_samples=16", "evaluation.caption_samples=16",
 ]  # fmt: skip
 UNMEASURED = "evaluation.manifest=null"
-VOID_STEP = 1
+SKIPPED_STEP = 1
 
 
 def configure(assets, runs, *overrides):
@@ -125,14 +125,19 @@ def prove_in_pairs(rank, world_size, assets, folder):
     result = train_stopped_and_resumed(rank, world_size, assets, folder)
     few = [f"model.language.path={assets / 't5'}", f"evaluation.manifest={assets / 'few'}", "stage1.steps=1"]
     other = train_here(configure(assets, folder / "other", *few))
-    void = configure(
-        assets, folder / "void", UNMEASURED, "checkpoint.every_steps=1", "checkpoint.keep_last=10",
+    skipped = configure(
+        assets, folder / "skipped", UNMEASURED, "checkpoint.every_steps=1", "checkpoint.keep_last=10",
         "safety.max_nonfinite_steps=2", "stage2=null",
     )  # fmt: skip
-    return *result, other, train_poisoned(rank, void, {VOID_STEP}), train_poisoned(rank, void_twice(void), {1, 2})
+    return (
+        *result,
+        other,
+        train_poisoned(rank, skipped, {SKIPPED_STEP}),
+        train_poisoned(rank, skipped_twice(skipped), {1, 2}),
+    )
 
 
-def void_twice(config):
+def skipped_twice(config):
     return config.model_copy(update={"run": config.run.model_copy(update={"name": "twice"})})
 
 
@@ -256,16 +261,16 @@ def test_the_other_language_model_and_a_rank_without_held_out_rows(pair):
 def test_a_nan_on_one_rank_updates_none(pair):
     folder, results = pair
     assert [result[3] for result in results] == [Outcome.FINISHED] * 2
-    (_, before), (_, after), (_, later) = (weights(folder / "void", "stage1", newest) for newest in (3, 2, 1))
+    (_, before), (_, after), (_, later) = (weights(folder / "skipped", "stage1", newest) for newest in (3, 2, 1))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(after[name], later[name]) for name in before)
-    records = read_jsonl((folder / "void/tiny/stage1/metrics.jsonl").read_text())
-    assert [r["optim/void_steps"] for r in records if "optim/void_steps" in r] == [0.0, 1.0, 1.0, 1.0]
+    records = read_jsonl((folder / "skipped/tiny/stage1/metrics.jsonl").read_text())
+    assert [r["optim/skipped_steps"] for r in records if "optim/skipped_steps" in r] == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_several_in_a_row_end_the_run_with_their_samples(pair):
     for result in pair[1]:
-        assert "step 2: 2 steps in a row" in result[4]
+        assert "step 2: 2 consecutive steps" in result[4]
         assert result[4].count("train-0") > 1  # keys of samples
 
 

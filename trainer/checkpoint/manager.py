@@ -19,8 +19,7 @@ from isthmus.trainer.checkpoint.retention import prune
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.config.schema import CheckpointConfig
 from isthmus.trainer.context import Rank
-from isthmus.trainer.engine.collectives import gather_lists
-from isthmus.trainer.engine.ranks_agree import from_main_rank
+from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
 from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import CheckpointError
 

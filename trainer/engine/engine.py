@@ -1,14 +1,13 @@
-"""The engine: DeepSpeed holds and updates the trainable part.
+"""DeepSpeed holds and updates the trainable part.
 
 Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the state whatever the precision.
 Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step`, in parameter order.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,17 +30,22 @@ from isthmus.trainer.engine.state_shards import (
 )
 from isthmus.trainer.errors import TrainerError
 
+_COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOSS_SCALE_START = 2.0**16
 _LOSS_SCALE_GROWTH_STEPS = 2000
 _LOSS_SCALE_MAX = 2.0**24
 
 
-class Trainable(Protocol):
-    """What the engine needs of a task's model, which is an nn.Module too."""
+@dataclass(frozen=True)
+class Precision:
+    """Device and compute type of a stage's forward passes."""
 
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name exactly the parameters that the stage optimises."""
-        ...
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass; gradients, scores and metrics are computed outside of it."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,15 @@ class StepResult:
     """What a step did; equal on all ranks."""
 
     applied: bool
-    """False: a loss or gradient was not finite on some rank, and no rank changed anything."""
+    """False: a loss or gradient was not finite on some rank; the step was skipped on all of them."""
     grad_norm: float
     """Global norm before clipping; infinite where not applied."""
+    scale_falls: bool = False
+    """fp16: not applied, and the loss scale could still be halved."""
 
 
 class Engine:
-    """Accumulates gradients, agrees over ranks, clips, updates; hands out and takes back its state in pieces."""
+    """Accumulates gradients, reduces over ranks, clips, updates; saves and restores its state in pieces."""
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class Engine:
         """Use `build_engine`."""
         self.module = module
         self.device = device
+        self.precision = Precision(device, _COMPUTE_TYPES[stage_config.precision])
         self.rank = rank
         self.loss_scale = _LOSS_SCALE_START if stage_config.precision == "fp16" else None
         self._parameters = parameters
@@ -77,32 +84,21 @@ class Engine:
         self._zero = wrapped.optimizer
         self._optimizer = optimizer
         self._max_norm = stage_config.optimizer.max_grad_norm
-        self._precision = stage_config.precision
         self._steps = 0
         self._accumulation: ExitStack | None = None
         optimizer.gradient_factor = self._gradient_factor
         self._fill_state(step=0)
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Compute in the stage's precision; wrap the forward passes of training and evaluation in it."""
-        if self._precision == "fp32":
-            yield
-            return
-        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float16
-        with torch.autocast(self.device.type, dtype=dtype):
-            yield
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a scalar; over all calls and ranks contributions sum up.
 
-        May be called any number of times per step. A loss that is not finite makes the step of all ranks void.
+        May be called any number of times per step. A loss that is not finite skips the step on all ranks.
         """
         if self._accumulation is None:
             self._accumulation = ExitStack()
             self._accumulation.enter_context(self._wrapped.coalesce_grad_reduction())
         self._zero.clear_backward_seen_flag()
-        # DeepSpeed divides by the world size. A NaN factor carries the news to the global norm without a collective.
+        # DeepSpeed divides by the world size. A NaN factor makes the global norm NaN on all ranks without a collective.
         factor = self.rank.world_size * (self.loss_scale or 1.0)
         finite = torch.isfinite(loss.detach())
         with torch.autocast(self.device.type, enabled=False):
@@ -127,8 +123,10 @@ class Engine:
         if not applied:
             self._count_steps()
         norm = float(self._zero._global_grad_norm) / (self.loss_scale or 1.0) if applied else float("inf")
+        scale = self.loss_scale
         self._adapt_loss_scale(applied)
-        return StepResult(applied, norm)
+        scale_falls = scale is not None and self.loss_scale is not None and self.loss_scale < scale
+        return StepResult(applied, norm, scale_falls)
 
     def fragments(self) -> list[Fragment]:
         """Return views of this rank's pieces; over all ranks every element of every tensor exactly once."""
@@ -184,7 +182,7 @@ class Engine:
             }
 
     def _count_steps(self) -> None:
-        """Let AdamW count all steps, void ones too: then the bias correction needs no state of its own."""
+        """Let AdamW count skipped steps too: then the bias correction is a function of the step alone."""
         for flat in flat_tensors(self._zero):
             self._optimizer.state[flat]["step"].fill_(float(self._steps))
 
@@ -193,7 +191,7 @@ class Engine:
         return flat if kind == "param" else state[kind]
 
     def _adapt_loss_scale(self, applied: bool) -> None:
-        """Halve after a void step, double every so many steps; needs no memory but the scale itself."""
+        """Halve after a skipped step, double every so many steps; needs no state but the scale itself."""
         if self.loss_scale is None:
             return
         if not applied:
@@ -206,7 +204,8 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
     """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
 
     Args:
-        task_model: A `Trainable`. A frozen language model made by `load_frozen_lm` inside it looks after itself.
+        task_model: A module whose `trainable_parameters` names what the stage optimises. A frozen language model made
+            by `load_frozen_lm` inside it has an engine of its own.
         stage_config: Template, precision and optimizer.
         rank: Place of this process in the process group, which exists already.
     """

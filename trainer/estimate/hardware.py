@@ -1,5 +1,6 @@
-"""Accelerators by their public data sheets, and the assumptions that turn peak figures into expected ones."""
+"""Accelerators by their public data sheets, and the assumptions that turn peak rates into expected ones."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,27 +11,39 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak figures of one card: dense bf16/fp16 operations, memory, and bandwidth to its neighbours in the node."""
+    """Figures of one card by its public data sheet; the one table for estimates and for MFU while training."""
 
     name: str
+    device_name: str
+    """Part of the name that CUDA gives the card; the first that matches counts."""
     peak_flops: float
+    """Dense bf16 (V100: fp16) operations per second, without sparsity."""
     memory_bytes: float
     memory_bandwidth: float
+    """Bytes per second."""
     peer_bandwidth: float
+    """Bytes per second to another card of the node, in one direction."""
 
 
+PCIE4, PCIE5 = 32e9, 64e9
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 312e12, 40 * GIB, 1.555e12, 300e9),
-        Gpu("a100-80g", 312e12, 80 * GIB, 2.039e12, 300e9),
-        Gpu("h100", 989e12, 80 * GIB, 3.35e12, 450e9),
-        Gpu("h200", 989e12, 141e9, 4.8e12, 450e9),
-        Gpu("l40s", 362e12, 48 * GIB, 0.864e12, 32e9),
-        Gpu("l4", 121e12, 24 * GIB, 0.3e12, 32e9),
-        Gpu("a10g", 125e12, 24 * GIB, 0.6e12, 32e9),
-        Gpu("rtx-a6000", 154.8e12, 48 * GIB, 0.768e12, 32e9),
-        Gpu("rtx-4090", 165e12, 24 * GIB, 1.008e12, 32e9),
+        Gpu("gb200", "GB200", 2500e12, 186e9, 8.0e12, 900e9),
+        Gpu("b200", "B200", 2250e12, 180e9, 7.7e12, 900e9),
+        Gpu("h200", "H200", 989e12, 141e9, 4.8e12, 450e9),
+        Gpu("h100-nvl", "H100 NVL", 835e12, 94e9, 3.9e12, 300e9),
+        Gpu("h100-pcie", "H100 PCIe", 756e12, 80 * GIB, 2.0e12, PCIE5),
+        Gpu("h100", "H100", 989e12, 80 * GIB, 3.35e12, 450e9),
+        Gpu("a100-40g", "A100-SXM4-40GB", 312e12, 40 * GIB, 1.555e12, 300e9),
+        Gpu("a100-80g", "A100", 312e12, 80 * GIB, 2.039e12, 300e9),
+        Gpu("l40s", "L40S", 362e12, 48 * GIB, 0.864e12, PCIE4),
+        Gpu("l4", "L4", 121e12, 24 * GIB, 0.3e12, PCIE4),
+        Gpu("a10g", "A10G", 70e12, 24 * GIB, 0.6e12, PCIE4),
+        Gpu("rtx-a6000", "RTX A6000", 154.8e12, 48 * GIB, 0.768e12, PCIE4),
+        Gpu("rtx-4090", "RTX 4090", 165e12, 24 * GIB, 1.008e12, PCIE4),
+        Gpu("v100", "V100", 125e12, 32 * GIB, 0.9e12, 150e9),
+        Gpu("mi300x", "MI300X", 1307e12, 192 * GIB, 5.3e12, 448e9),
     )
 }
 
@@ -46,9 +59,14 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """Return the card that CUDA names so, such as "NVIDIA H100 80GB HBM3"; none if it is not in the table."""
+    return next((gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.device_name}\b", device_name)), None)
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything an estimate takes on faith; each can be overridden by name."""
+    """What an estimate assumes; each figure can be overridden by name."""
 
     vision_efficiency: float = 0.45
     """Fraction of peak that the frozen encoder reaches: large dense products, no gradient."""
@@ -92,7 +110,7 @@ def with_overrides(gpu: Gpu, overrides: dict[str, float]) -> tuple[Gpu, Assumpti
     Raises:
         ConfigError: a name is not known.
     """
-    of_card = {field.name for field in fields(Gpu)} - {"name"}
+    of_card = {field.name for field in fields(Gpu)} - {"name", "device_name"}
     known = of_card | {field.name for field in fields(Assumptions)}
     unknown = sorted(set(overrides) - known)
     if unknown:

@@ -66,7 +66,9 @@ def sweep_rows(sizes: Sequence[int], sweep: Sequence[Sequence[StageEstimate]]) -
 
 def assumption_lines(gpu: Gpu, assumptions: Assumptions) -> list[str]:
     """Return every assumption as name=value, in the form in which it can be overridden: the card's figures first."""
-    figures = {name: value for name, value in vars(gpu).items() if name != "name"} | vars(assumptions)
+    figures = {name: value for name, value in vars(gpu).items() if name not in ("name", "device_name")} | vars(
+        assumptions
+    )
     return [f"{name}={value:g}" for name, value in figures.items()]
 
 

@@ -1,86 +1,169 @@
-"""Captions of held-out images by the frozen language model, scored against the true ones."""
+"""Captions of held-out images by the frozen language model, scored against the true ones, and the loss on them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import Decoding, caption
+from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.stage2 import Stage2Inputs
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig
-from isthmus.trainer.engine.collectives import gather_lists
-from isthmus.trainer.engine.precision import Precision
+from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
+from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.caption_metrics import score_captions
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid
-from isthmus.trainer.monitoring.loggers import Pictures
-from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail
+from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, Pictures, thumbnail
 
 SHOWN = 16
 
 
-def evaluate_captions(
-    model: Any,
-    engine: Precision,
-    encoder: LanguageEncoder,
-    batches: Iterable[Batch],
-    images_of: Callable[[Batch], Any],
-    losses_of: Callable[[Batch], tuple[dict[str, float], float]],
-    config: EvaluationConfig,
-    beat: Callable[[], None],
-) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
-    """Return `eval/cider_d`, `eval/bleu4`, `eval/exact` and mean losses, pictures, texts per sample, examples.
+@dataclass
+class _Seen:
+    """What of this rank's valid rows is needed again, in their order."""
 
-    `losses_of` returns means over a global batch's target tokens, and how many these are; returned are the means over
-    all. Collective: every rank generates for its rows of every batch, holes included, so that all run the same passes.
-    """
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
-    texts: list[dict[str, str]] = []
-    shown: list[Picture] = []
-    attention: Picture | None = None
-    losses: Counter[str] = Counter()  # sums over tokens
-    num_tokens = 0.0
-    for batch in batches:
-        means, tokens = losses_of(batch)
-        losses.update({name: mean * tokens for name, mean in means.items()})
-        num_tokens += tokens
-        images_BCHW = images_of(batch)
-        with engine.autocast():
-            generated = caption(model, encoder, images_BCHW, decoding=decoding)
-        beat()
+    texts: list[dict[str, str]] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    """The first few."""
+
+    def add(self, batch: Batch, generated: Sequence[str]) -> None:
         for row in batch.valid_B.nonzero().flatten().tolist():
-            texts.append({"key": batch.keys[row], "caption": batch.captions[row], "generated": generated[row]})
-            if len(shown) < SHOWN:
-                shown.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
-        if attention is None:  # on every rank, rows or not: the bridge may be sharded
-            with engine.autocast():
-                attention = attention_of(model, images_BCHW, batch, generated)
-    own = texts[: len(shown)]
-    grid = sample_grid(shown, [text["caption"] for text in own], [text["generated"] for text in own]) if shown else None
-    texts = gather_lists(texts)
-    # Captions of one image are one entry each: keys are unique, references are those of the same key.
-    scores = score_captions({t["key"]: t["generated"] for t in texts}, {t["key"]: [t["caption"]] for t in texts})
-    pictures = {"samples": grid, "attention": attention if shown else None}
-    kept = {name: picture for name, picture in pictures.items() if picture is not None}
-    examples = Examples([Example(i) for i in range(len(shown))], {i: thumbnail(shown[i]) for i in range(len(shown))})
-    figures = {f"eval/{name}": value for name, value in scores.items()}
-    figures |= {f"eval/{name}": total / max(num_tokens, 1) for name, total in losses.items()}
-    return figures, kept, texts, examples
+            self.texts.append({"key": batch.keys[row], "caption": batch.captions[row], "generated": generated[row]})
+            self.image_ids.append(int(batch.image_ids_B[row]))
+            if len(self.pictures) < SHOWN:
+                self.pictures.append(batch.images_BCHW[row].permute(1, 2, 0).numpy())
 
 
-def first_samples(batches: Iterable[Batch], num_samples: int, world_size: int) -> Iterator[Batch]:
-    """Yield batches until the ranks together have had `num_samples` rows."""
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += len(batch.rows_B) * world_size
-        if seen >= num_samples:
-            return
+class CaptionEvaluation:
+    """One evaluation; the model is in eval mode.
+
+    `eval/loss` is the loss with each caption's own image, `eval/loss_wrong_image` with that of another row: the
+    difference is what the visual tokens carry.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        precision: Precision,
+        encoder: LanguageEncoder,
+        exchange: Exchange,
+        config: EvaluationConfig,
+        micro_batch_size: int,
+    ) -> None:
+        self._model, self._precision, self._encoder, self._exchange = model, precision, encoder, exchange
+        self._config, self._micro_batch_size = config, micro_batch_size
+        self._decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[tuple[Batch, Stage2Inputs]]) -> EvalResult:
+        """Return `eval/cider_d`, `eval/bleu4`, `eval/exact`, mean losses; pictures, texts, examples.
+
+        Collective: every rank generates for all its rows, holes included, so that all ranks run the same passes.
+        """
+        seen = _Seen()
+        losses: Counter[str] = Counter()  # sums over target tokens
+        attention: Picture | None = None
+        for batch, inputs in self._first(batches):
+            assert inputs.images_BCHW is not None
+            losses.update(self._losses(batch, inputs))
+            with self._precision.autocast():
+                generated = caption(self._model, self._encoder, inputs.images_BCHW, decoding=self._decoding)
+            seen.add(batch, generated)
+            if attention is None:  # on every rank, with rows or without: the trainable part may be sharded
+                attention = self._attention(batch, inputs, generated)
+        num_tokens = max(losses.pop("tokens", 0.0), 1.0)
+        texts, image_ids = gather_lists(seen.texts), gather_lists(seen.image_ids)
+        scores = from_main_rank(lambda: score_by_image(texts, image_ids))
+        metrics = {f"eval/{name}": value for name, value in scores.items()}
+        metrics |= {f"eval/{name}": total / num_tokens for name, total in losses.items()}
+        pictures = _draw(seen, attention) if self._exchange.rank == 0 else {}
+        thumbnails = {i: thumbnail(picture) for i, picture in enumerate(seen.pictures)}
+        return EvalResult(metrics, pictures, texts, Examples([Example(i) for i in thumbnails], thumbnails))
+
+    def _first(self, batches: Iterable[tuple[Batch, Stage2Inputs]]) -> Iterator[tuple[Batch, Stage2Inputs]]:
+        """Yield batches until the ranks together have had `caption_samples` rows."""
+        seen = 0
+        for batch, inputs in batches:
+            yield batch, inputs
+            seen += len(batch.rows_B) * self._exchange.world_size
+            if seen >= self._config.caption_samples:
+                return
+
+    def _losses(self, batch: Batch, inputs: Stage2Inputs) -> dict[str, float]:
+        """Return sums over the global batch's target tokens, and the number of these."""
+        assert inputs.images_BCHW is not None
+        size = len(batch.rows_B) if self._config.batch_size else self._micro_batch_size
+        wrong_B = wrong_images(self._exchange, batch).to(inputs.images_BCHW.device)
+        swapped = replace(inputs, images_BCHW=self._exchange.all_to_all_rows(inputs.images_BCHW, wrong_B))
+        right, wrong = (self._loss(given, size) for given in (inputs, swapped))
+        tokens = float(right.metrics["target_tokens"])
+        return {"loss": float(right.total) * tokens, "loss_wrong_image": float(wrong.total) * tokens, "tokens": tokens}
+
+    def _loss(self, inputs: Stage2Inputs, micro_batch_size: int) -> LossOutput:
+        with self._precision.autocast():
+            output: LossOutput = self._model.loss_and_backward(
+                inputs, seed=0, step=0, micro_batch_size=micro_batch_size, exchange=self._exchange, backward=None
+            )
+        return output
+
+    def _attention(self, batch: Batch, inputs: Stage2Inputs, titles: list[str]) -> Picture | None:
+        """Return the heat map of the first valid row, or of a hole where there is none; none off rank 0."""
+        assert inputs.images_BCHW is not None
+        row = int(batch.valid_B.int().argmax())
+        with self._precision.autocast():
+            features_BPD = self._model.encode(inputs.images_BCHW[row : row + 1])
+            weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+        if self._exchange.rank != 0:
+            return None
+        return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])
 
 
-def attention_of(model: Any, images_BCHW: Any, batch: Batch, titles: list[str]) -> Picture:
-    """Return the heat map of the first valid row, or of a hole where there is none."""
-    row = int(batch.valid_B.int().argmax())
-    features_BPD = model.encode(images_BCHW[row : row + 1])
-    weights_QP = query_attention(model.qformer, features_BPD)[0].cpu().numpy()
-    return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])
+def wrong_images(exchange: Exchange, batch: Batch) -> Tensor:
+    """Return for each row of this rank the index, among the rows of all ranks, of a row with another image. Collective.
+
+    It is the next valid row of the global batch that shows another image, whatever rank has it; the row itself where
+    it is a hole or no row shows another image.
+    """
+    own_B3 = torch.stack([batch.rows_B, batch.image_ids_B, batch.valid_B.long()], dim=1)
+    rows_N3 = exchange.all_gather(own_B3)
+    order = rows_N3[:, 0].argsort().tolist()
+    rows, image_ids, valid = (rows_N3[:, i].tolist() for i in range(3))
+    candidates = [index for index in order if valid[index]]
+    place = {rows[index]: i for i, index in enumerate(candidates)}
+    index_of = {row: index for index, row in enumerate(rows)}
+
+    def other(row: int) -> int:
+        own = index_of[row]
+        if not valid[own]:
+            return own
+        start = place[row] + 1
+        following = candidates[start:] + candidates[: start - 1]
+        return next((index for index in following if image_ids[index] != image_ids[own]), own)
+
+    return torch.tensor([other(row) for row in batch.rows_B.tolist()], dtype=torch.long)
+
+
+def score_by_image(texts: Sequence[dict[str, str]], image_ids: Sequence[int]) -> dict[str, float]:
+    """Score one generated caption per image against all captions of that image."""
+    generated: dict[str, str] = {}
+    references: dict[str, list[str]] = {}
+    for text, image_id in zip(texts, image_ids, strict=True):
+        generated.setdefault(str(image_id), text["generated"])
+        references.setdefault(str(image_id), []).append(text["caption"])
+    return score_captions(generated, references)
+
+
+def _draw(seen: _Seen, attention: Picture | None) -> Pictures:
+    if not seen.pictures or attention is None:
+        return {}
+    texts = seen.texts[: len(seen.pictures)]
+    grid = sample_grid(seen.pictures, [text["caption"] for text in texts], [text["generated"] for text in texts])
+    return {"samples": grid, "attention": attention}

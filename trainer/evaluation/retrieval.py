@@ -1,14 +1,14 @@
-"""Retrieval on held-out pairs: contrast finds candidates, matching orders the best of them (BLIP-2, section 4).
+"""Retrieval on held-out pairs: contrast finds candidates, matching re-ranks the best of them (BLIP-2, section 4).
 
 Letters: B rows of a batch, n rows of this rank, I images and T texts of all ranks, Q queries, E projection width,
 M pairs of this rank.
 
-The pairs to match are dealt by image: each rank matches its own images with any text, so only tokens and unit vectors
-cross ranks and never image features.
+Each rank matches its own images with any text, so only tokens and unit vectors travel between ranks and never image
+features.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,11 @@ from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
 from isthmus.model.qformer.layers import ImageMemory
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists
-from isthmus.trainer.engine.precision import Precision
+from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.attention_maps import query_attention
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid, similarity_matrix
+from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, Pictures, thumbnail
 from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank
-from isthmus.trainer.monitoring.loggers import Pictures
-from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail
 
 SHOWN = 16
 IMAGES_AT_A_TIME = 16
@@ -45,66 +44,53 @@ class _Rows:
     """One per batch, valid rows only: images are encoded again for matching rather than kept as features."""
 
 
+@dataclass
+class _Seen:
+    """What of this rank's valid rows is needed again for texts and figures, in their order."""
+
+    texts: list[dict[str, str]] = field(default_factory=list)
+    thumbnails: list[bytes] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    """The first few, whole."""
+
+    def add(self, batch: Batch, rows: list[int]) -> None:
+        self.texts += [{"key": batch.keys[row], "caption": batch.captions[row]} for row in rows]
+        pictures = [batch.images_BCHW[row].permute(1, 2, 0).numpy() for row in rows]
+        self.pictures += pictures[: SHOWN - len(self.pictures)]
+        self.thumbnails += map(thumbnail, pictures)
+
+
 class RetrievalEvaluation:
     """One evaluation; the model is in eval mode.
 
-    Forward passes run in the engine's precision, everything computed from their results in fp32: bf16 holds cosines
+    Forward passes run in the stage's precision, everything computed from their results in fp32: bf16 holds cosines
     between 0.25 and 0.5 to 0.002 only, and equal scores count as lost.
     """
 
-    def __init__(
-        self,
-        model: Stage1Model,
-        engine: Precision,
-        exchange: Exchange,
-        config: EvaluationConfig,
-        beat: Callable[[], None],
-    ) -> None:
-        self._model, self._engine, self._exchange, self._config, self._beat = model, engine, exchange, config, beat
+    def __init__(self, model: Stage1Model, precision: Precision, exchange: Exchange, config: EvaluationConfig) -> None:
+        self._model, self._precision, self._exchange, self._config = model, precision, exchange, config
 
     @torch.no_grad()
-    def run(
-        self, batches: Iterable[Batch], inputs_of: Callable[[Batch], Stage1Inputs]
-    ) -> tuple[dict[str, float], Pictures, list[dict[str, str]], Examples]:
-        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before, pictures, texts, examples."""
-        shown: list[Picture] = []
-        thumbnails: list[bytes] = []
-        texts: list[dict[str, str]] = []
-        rows = self._encode(self._kept(batches, inputs_of, shown, thumbnails, texts))
-        own = rows.image_nQE.shape[0]
-        texts = gather_lists(texts)
+    def run(self, batches: Iterable[tuple[Batch, Stage1Inputs]]) -> EvalResult:
+        """Return `eval/r1`, `eval/i2t_r1` ... re-ranked, `eval/itc_...` before; what was retrieved. Collective."""
+        seen = _Seen()
+        rows = self._encode(_valid_rows(batches, seen))
+        texts = gather_lists(seen.texts)
         gather = self._exchange.all_gather
         image_IQE, text_TE, ids_I = gather(rows.image_nQE), gather(rows.text_nE), gather(rows.image_ids_n)
         scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in torch.split(image_IQE, 256)])
         captions = [text["caption"] for text in texts]
         relevant_IT = relevance(ids_I.cpu(), captions).to(scores_IT.device)
-        figures = recalls(scores_IT, relevant_IT, "eval/itc_")
+        metrics = recalls(scores_IT, relevant_IT, "eval/itc_")
         if self._config.rerank_top_k:
             scores_IT = self._rerank(rows, scores_IT)
-        figures |= recalls(scores_IT, relevant_IT, "eval/")
+        metrics |= recalls(scores_IT, relevant_IT, "eval/")
         for text, best in zip(texts, scores_IT.argmax(dim=1).tolist(), strict=True):
             text["retrieved"] = captions[best]
-        place = self._own(own)
-        return figures, self._pictures(rows, shown, texts, place), texts, _examples(scores_IT, thumbnails, place.start)
-
-    def _kept(
-        self,
-        batches: Iterable[Batch],
-        inputs_of: Callable[[Batch], Stage1Inputs],
-        shown: list[Picture],
-        thumbnails: list[bytes],
-        texts: list[dict[str, str]],
-    ) -> Iterator[Stage1Inputs]:
-        for batch in batches:
-            self._beat()
-            valid = batch.valid_B.nonzero().flatten().tolist()
-            texts += [{"key": batch.keys[row], "caption": batch.captions[row]} for row in valid]
-            pictures = [batch.images_BCHW[row].permute(1, 2, 0).numpy() for row in valid]
-            shown += pictures[: SHOWN - len(shown)]
-            thumbnails += map(thumbnail, pictures)
-            if valid:
-                inputs = inputs_of(batch)
-                yield inputs.at(inputs.valid_B)
+        own = self._own(len(seen.texts))
+        examples = _examples(scores_IT, seen.thumbnails, own.start)
+        pictures = self._pictures(rows, seen.pictures, texts[own]) if self._exchange.rank == 0 else {}
+        return EvalResult(metrics, pictures, texts, examples)
 
     def _encode(self, parts: Iterable[Stage1Inputs]) -> _Rows:
         config, device = self._model.config, self._model.temperature.device
@@ -115,7 +101,7 @@ class RetrievalEvaluation:
         ids, masks = ([torch.zeros(0, length, dtype=torch.long, device=device)] for _ in range(2))
         image_ids, kept = [torch.zeros(0, dtype=torch.long, device=device)], []
         for part in parts:
-            with self._engine.autocast():
+            with self._precision.autocast():
                 encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
             images.append(encoded.image_BQE.float())
             texts.append(encoded.text_BE.float())
@@ -140,7 +126,6 @@ class RetrievalEvaluation:
                 mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + count)]
                 matches_IT[mine[:, 0], mine[:, 1]] = self._match(inputs, ids_TL, mask_TL, mine, first)
                 first += count
-                self._beat()
         matches_IT = self._exchange.all_reduce_sum(matches_IT)
         chosen_IT = torch.zeros_like(scores_IT, dtype=torch.bool)
         chosen_IT[pairs[:, 0], pairs[:, 1]] = True
@@ -148,12 +133,12 @@ class RetrievalEvaluation:
 
     def _match(self, inputs: Stage1Inputs, ids_TL: Tensor, mask_TL: Tensor, pairs: Tensor, first: int) -> Tensor:
         """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
-        with self._engine.autocast():
+        with self._precision.autocast():
             memory = self._model.qformer.image_memory(self._model.features(inputs))
         found = []
         for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
             index_M, texts_M = part[:, 0] - first, part[:, 1]
-            with self._engine.autocast():
+            with self._precision.autocast():
                 text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
                 logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
             logits_M2 = logits_M2.float()
@@ -166,21 +151,29 @@ class RetrievalEvaluation:
         first = int(counts[: self._exchange.rank].sum())
         return slice(first, first + count)
 
-    def _pictures(self, rows: _Rows, shown: list[Picture], texts: list[dict[str, str]], own: slice) -> Pictures:
+    def _pictures(self, rows: _Rows, shown: list[Picture], texts: list[dict[str, str]]) -> Pictures:
         if not shown:
             return {}
-        mine = texts[own][: len(shown)]
-        captions = [text["caption"] for text in mine]
         few = len(shown)
+        captions = [text["caption"] for text in texts[:few]]
         similarity_IT = (rows.image_nQE[:few] @ rows.text_nE[:few].T).amax(dim=1).cpu().numpy()
-        with self._engine.autocast():
+        with self._precision.autocast():
             features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
             weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
         return {
-            "samples": sample_grid(shown, captions, [text["retrieved"] for text in mine]),
+            "samples": sample_grid(shown, captions, [text["retrieved"] for text in texts[:few]]),
             "similarity": similarity_matrix(similarity_IT, captions),
             "attention": attention_map(shown[0], weights_QP, captions[0]),
         }
+
+
+def _valid_rows(batches: Iterable[tuple[Batch, Stage1Inputs]], seen: _Seen) -> Iterator[Stage1Inputs]:
+    """Yield the valid rows of each batch that has any, and note what is needed of them later."""
+    for batch, inputs in batches:
+        valid = batch.valid_B.nonzero().flatten().tolist()
+        seen.add(batch, valid)
+        if valid:
+            yield inputs.at(inputs.valid_B)
 
 
 def _examples(scores_IT: Tensor, thumbnails: list[bytes], first: int) -> Examples:

@@ -12,6 +12,8 @@ from isthmus.trainer.errors import TrainerError
 
 logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "ISTHMUS_CACHE"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+"""Endings of files that a tokenizer does not need."""
 
 
 def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = ()) -> Path:

@@ -26,13 +26,12 @@ from isthmus.trainer.engine.deepspeed_config import load_template
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.memory import return_freed_memory
-from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
 
 logger = logging.getLogger(__name__)
 PIECE_BYTES = 32 << 20
 READ_THREADS = 4
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def load_frozen_lm(
     from isthmus.model.frozen.language import build_language  # noqa: PLC0415 - imports transformers, which takes seconds
 
     entries = read_entries(folder_url, store)
-    folder = local_folder(folder_url, store, leave_out=_WEIGHT_FILES)
+    folder = local_folder(folder_url, store, leave_out=WEIGHT_FILES)
     with parameters_on_meta():
         language = build_language(config, folder, entries)
     dtype = getattr(torch, config.dtype)

@@ -19,6 +19,7 @@ from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore
 
 logger = logging.getLogger(__name__)
+GOODPUT_NAME = "goodput.json"
 
 
 class Activity(StrEnum):

@@ -1,40 +1,37 @@
-"""What is seen of a stage while it trains: console line, records, pictures, goodput, sign of life."""
+"""What is seen of a stage while it trains: timing, goodput, records, heartbeat. It decides nothing."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-import psutil
 import torch
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.data_pipeline.reading.loader import Loader
+from isthmus.data_pipeline.reading.quarantine import BadRecord
+from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.objectives.losses import LossOutput
-from isthmus.trainer.checkpoint.manager import CheckpointManager
-from isthmus.trainer.config.schema import StageConfig
+from isthmus.trainer.checkpoint.manager import Committed
+from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import RunContext
-from isthmus.trainer.engine.engine import Engine
-from isthmus.trainer.engine.step_status import Agreement
-from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger
-from isthmus.trainer.monitoring.loggers import Position, Sink
+from isthmus.trainer.engine.step_status import StepStatus
+from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.monitoring.console import GIGA, console_line, driver_metrics, evaluation_line
+from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger, MemoryLedger, StoreLedger
+from isthmus.trainer.monitoring.hardware import allocator_retries, peak_flops, reset_peak_memory
+from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, TensorBoardLogger, WandbLogger
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.monitoring.watchdog import Watchdog
-from isthmus.trainer.task import Measured
 
 logger = logging.getLogger(__name__)
-GIGA = 1e9
-WRITE_EVERY_SECONDS = 30.0
-# Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets).
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+FLUSH_EVERY_SECONDS = 30.0
 
 
 @dataclass
-class Window:
+class _Window:
     """Sums since the last record."""
 
     steps: int = 0
@@ -42,44 +39,67 @@ class Window:
     wait_seconds: float = 0.0
 
 
-@dataclass
-class Outlets:
-    """Where rank 0 writes; other ranks have none."""
+class Monitor:
+    """Times each step of a stage on this rank; on rank 0 it also writes what happened.
 
-    sinks: Sequence[Sink] = ()
-    synced: SyncedFolder | None = None
-    quarantine: QuarantineLog = field(default_factory=lambda: QuarantineLog(None, 0))
-
-
-class Watch:
-    """Times each step of a stage, and on rank 0 writes what happened."""
+    Made as soon as a stage is looked at; `start` and `resume` follow once it is known what is to be trained.
+    """
 
     def __init__(
-        self,
-        name: str,
-        stage: StageConfig,
-        every_steps: int,
-        *,
-        context: RunContext,
-        ledger: GoodputLedger,
-        watchdog: Watchdog,
-        engine: Engine,
-        loader: Loader,
-        checkpoints: CheckpointManager,
-        outlets: Outlets,
-        flops_per_sample: float = 0.0,
+        self, config: TrainConfig, name: StageName, context: RunContext, store: ObjectStore, run_url: str
     ) -> None:
-        self.ledger = ledger
-        self._name, self._stage, self._every = name, stage, every_steps
-        self._context, self._watchdog, self._device = context, watchdog, engine.device
-        self._loader, self._checkpoints, self._outlets = loader, checkpoints, outlets
-        self._flops_per_sample = flops_per_sample
-        self._window = Window()
+        self._config, self._name, self._stage = config, name, config.stage(name)
+        self._context, self._store = context, store
+        self._run_url, self._url = run_url, join(run_url, name)
+        self._began = time.time()
+        self._stack = ExitStack()
+        self._synced = SyncedFolder(self._url, store) if context.rank.is_main else None
+        if self._synced:
+            self._stack.callback(self._synced.close)
+        self._watchdog = self._stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
+        self.ledger = GoodputLedger(MemoryLedger(), began=self._began)
+        self._loggers: list[MetricLogger] = []
+        self._quarantine = QuarantineLog(None, 0)
+        self._device = torch.device("cpu")
+        self._flops_per_sample = 0.0
+        self._window = _Window()
         self._reported: dict[str, float] = {}
-        self._wait_seconds = 0.0
-        self._stall_seconds = 0.0
-        self._void_steps = 0
-        self._step_began = self._written_at = time.monotonic()
+        self._wait_seconds = self._blocking_seconds = 0.0
+        self._skipped_steps = 0
+        self._step_began = self._flushed_at = time.monotonic()
+
+    def start(self) -> None:
+        """Open the run's goodput account as of the making of this object: a finished stage adds nothing to it."""
+        if self._context.rank.is_main:
+            kept = StoreLedger(join(self._run_url, GOODPUT_NAME), self._store)
+            self.ledger = GoodputLedger(kept, began=self._began)
+        self.heartbeat()
+
+    def resume(self, step: int, device: torch.device) -> None:
+        """Open the records of a stage that trains from `step`; what they hold beyond it is done again."""
+        self._device = device
+        self.ledger.resume(self._name, step)
+        self._quarantine = QuarantineLog(self._synced, step)
+        if self._synced:
+            # From nothing: what an earlier try left, an evaluation at step 0 included, is done again.
+            resumed = step or -1
+            self._loggers = [
+                JsonlLogger(self._synced, resumed, self._stage.global_batch_size),
+                TensorBoardLogger(self._synced, resumed),
+            ]
+            if project := self._config.logging.wandb_project:
+                resolved = self._config.model_dump(mode="json")
+                self._loggers.append(WandbLogger(project, self._config.run.name, self._name, resolved))
+        self.heartbeat()
+
+    def expect_flops(self, flops_per_sample: float) -> None:
+        """Take the work of a sample, from which utilisation is computed."""
+        self._flops_per_sample = flops_per_sample
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Tell the watchdog that this rank makes progress."""
+        self._watchdog.beat()
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on; the time until each one arrives is data wait, the time until the next, compute."""
@@ -94,187 +114,150 @@ class Watch:
             with self.ledger.spending(Activity.COMPUTE):
                 yield batch
 
-    def measured(self, *, nonfinite: bool) -> Agreement:
-        """Return this rank's side of the agreement that ends a step."""
-        seconds = time.monotonic() - self._step_began
-        return Agreement(
-            self._context.stop_request(), nonfinite, seconds, self._wait_seconds, memory_bytes(self._device)
-        )
+    def step_times(self) -> tuple[float, float]:
+        """Return the seconds since the step began, and how many of them were spent waiting for its batch."""
+        return time.monotonic() - self._step_began, self._wait_seconds
 
-    def stepped(self, step: int, losses: LossOutput, agreed: Agreement, figures: Mapping[str, float]) -> None:
-        """Note a finished step; write a record every few of them and after the last.
+    def on_step_end(self, status: StepStatus) -> None:
+        """Count a step."""
+        self.heartbeat()
+        self._window.steps += 1
+        self._window.seconds += status.step_seconds
+        self._window.wait_seconds += status.wait_seconds
+        self._skipped_steps += status.nonfinite
+        if time.monotonic() - self._flushed_at > FLUSH_EVERY_SECONDS:
+            self.flush()
+
+    def record_due(self, step: int) -> bool:
+        """Return whether a record is written after `step` steps: every few of them and after the last."""
+        return step % self._config.logging.every_steps == 0 or step == self._stage.steps
+
+    def record(
+        self,
+        step: int,
+        losses: LossOutput,
+        status: StepStatus,
+        extra: Mapping[str, float],
+        committed: Committed | None,
+    ) -> None:
+        """Write a record.
 
         Args:
             step: Steps done so far in the stage.
-            losses: Over the global batch.
-            agreed: What the ranks agreed on at its end.
-            figures: Further figures of this step, named as they shall appear.
+            losses: Of the last one, over the global batch.
+            status: Of the last one.
+            extra: Further metrics under their full names.
+            committed: The newest checkpoint.
         """
-        self._watchdog.beat()
-        self._window.steps += 1
-        self._window.seconds += agreed.step_seconds
-        self._window.wait_seconds += agreed.wait_seconds
-        self._void_steps += agreed.nonfinite
-        if step % self._every == 0 or step == self._stage.steps:
-            self._record(step, losses, agreed, figures)
-        if time.monotonic() - self._written_at > WRITE_EVERY_SECONDS:
-            self.flush()
+        metrics = {**loss_metrics(losses), **extra, **self._speed(status), **self._safety(committed)}
+        self._window = _Window()
+        reset_peak_memory(self._device)
+        if not self._loggers:
+            return
+        for sink in self._loggers:
+            sink.log(step, metrics)
+        logger.info("%s", console_line(self._name, step, self._stage.steps, metrics))
+        self._reported = driver_metrics(step, metrics)
+        self._context.report(self._reported)
 
-    def evaluated(self, step: int, measured: Measured) -> None:
-        """Write the figures, pictures and samples of an evaluation."""
-        self._watchdog.beat()
-        figures, pictures = measured.figures, measured.pictures
-        for sink in self._outlets.sinks:
-            sink.write(self._position(step), figures)
-            sink.pictures(self._position(step), pictures)
-        if self._outlets.synced and measured.texts:
-            write_samples(self._outlets.synced, step, measured.texts, measured.examples, pictures)
-        if self._outlets.sinks and figures:
-            shown = " ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items())
-            logger.info("%s %d/%d held out | %s", self._name, step, self._stage.steps, shown)
+    def on_eval_end(self, step: int, result: EvalResult) -> None:
+        """Write the metrics, pictures and samples of an evaluation."""
+        self.heartbeat()
+        for sink in self._loggers:
+            sink.log(step, result.metrics)
+            sink.log_pictures(step, result.pictures)
+        if self._synced and result.texts:
+            write_samples(self._synced, step, result)
+        if self._loggers and result.metrics:
+            logger.info("%s", evaluation_line(self._name, step, self._stage.steps, result.metrics))
 
     @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Book a checkpoint's stall; what belongs to the steps before it is on its way before the checkpoint is."""
+    def saving(self, step: int, bad_records: Sequence[BadRecord]) -> Iterator[None]:
+        """Account for blocking checkpoint time; flush records first so that they never lag a committed checkpoint."""
         with self.ledger.spending(Activity.CHECKPOINT):
             began = time.monotonic()
-            self._outlets.quarantine.add(self._loader.take_bad_records())
+            self._quarantine.add(bad_records)
             self.flush()
             yield
-            self._stall_seconds = time.monotonic() - began
+            self._blocking_seconds = time.monotonic() - began
         self.ledger.mark(self._name, step)
-        self._watchdog.beat()
+        self.heartbeat()
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Book the wait for the last checkpoint's commit, and report which it is."""
-        self.beat()
+        """Account for the wait for the last checkpoint's commit."""
+        self.heartbeat()
         with self.ledger.spending(Activity.CHECKPOINT):
             yield
-        self.beat()
-        committed = self._checkpoints.last_committed
-        if committed is not None:
-            steps = {"step": float(committed.step), "committed_step": float(committed.step)}
-            self._context.report({**self._reported, **steps})
+        self.heartbeat()
 
-    def beat(self) -> None:
-        """Give a sign of life outside of steps."""
-        self._watchdog.beat()
+    def on_commit(self, step: int) -> None:
+        """Tell the driver of the checkpoint with which the stage ends."""
+        self._context.report({**self._reported, "step": float(step), "committed_step": float(step)})
+
+    def wait_for_records(self) -> None:
+        """Wait until all that has been flushed is in the run's folder.
+
+        Raises:
+            DataError: the store refuses it.
+        """
+        if self._synced:
+            self._synced.wait()
 
     def flush(self) -> None:
         """Write records and goodput where they can be read."""
-        self._written_at = time.monotonic()
-        for sink in self._outlets.sinks:
+        self._flushed_at = time.monotonic()
+        for sink in self._loggers:
             sink.flush()
         self.ledger.write()
-        if self._outlets.synced:
-            self._outlets.synced.push()
+        if self._synced:
+            self._synced.push()
 
     def close(self) -> None:
-        """Write everything and let go of the sinks; the synced, which is not ours, takes them to the store."""
-        for sink in self._outlets.sinks:
-            sink.close()
-        self.ledger.write()
-        if self._outlets.synced:
-            self._outlets.synced.push()
+        """Write everything and stop the watchdog."""
+        with self._stack:
+            for sink in self._loggers:
+                sink.close()
+            self.ledger.write()
 
-    def _position(self, step: int) -> Position:
-        return Position(step, step * self._stage.global_batch_size)
-
-    def _record(self, step: int, losses: LossOutput, agreed: Agreement, extra: Mapping[str, float]) -> None:
-        figures = {**loss_figures(losses), **extra, **self._speed(agreed), **self._safety()}
-        self._window = Window()
-        if not self._outlets.sinks:
-            return
-        figures |= {f"data/{name}": value for name, value in self._loader.metrics().items()}
-        for sink in self._outlets.sinks:
-            sink.write(self._position(step), figures)
-        logger.info("%s", console_line(self._name, step, self._stage.steps, figures))
-        self._reported = report_figures(step, figures)
-        self._context.report(self._reported)
-
-    def _speed(self, agreed: Agreement) -> dict[str, float]:
+    def _speed(self, status: StepStatus) -> dict[str, float]:
         window = self._window
         images_per_second = window.steps * self._stage.global_batch_size / max(window.seconds, 1e-9)
-        figures = {
+        metrics = {
             "speed/images_per_second": images_per_second,
             "speed/step_seconds": window.seconds / max(window.steps, 1),
             "speed/data_wait_fraction": window.wait_seconds / max(window.seconds, 1e-9),
-            "memory/gigabytes": agreed.memory_bytes / GIGA,
+            "memory/gigabytes": status.memory_bytes / GIGA,
+            "memory/allocator_retries": allocator_retries(self._device),
         }
         if self._flops_per_sample:
             flops = images_per_second * self._flops_per_sample / self._context.rank.world_size
-            figures["speed/gigaflops_per_second_per_rank"] = flops / GIGA
+            metrics["speed/gigaflops_per_second_per_rank"] = flops / GIGA
             if peak := peak_flops(self._device):
-                figures["speed/mfu"] = flops / peak
-        return figures
+                metrics["speed/mfu"] = flops / peak
+        return metrics
 
-    def _safety(self) -> dict[str, float]:
+    def _safety(self, committed: Committed | None) -> dict[str, float]:
         seconds = self.ledger.seconds
-        figures = {
-            "checkpoint/stall_seconds": self._stall_seconds,
-            "optim/void_steps": float(self._void_steps),
+        metrics = {
+            "checkpoint/blocking_seconds": self._blocking_seconds,
+            "optim/skipped_steps": float(self._skipped_steps),
             "goodput/fraction": seconds[Activity.COMPUTE] / max(self.ledger.total_seconds, 1e-9),
         }
-        committed = self._checkpoints.last_committed
         if committed is not None:
-            figures |= {"checkpoint/step": committed.step, "checkpoint/age_seconds": time.time() - committed.at}
-        return figures
+            metrics |= {"checkpoint/step": committed.step, "checkpoint/age_seconds": time.time() - committed.at}
+        return metrics
+
+    def _keep_stacks(self, stacks: str) -> None:
+        """Put the stacks of a rank that hangs into the run's folder."""
+        name = f"rank-{self._context.rank.rank:05d}-{int(time.time())}.txt"
+        self._store.put(join(self._url, "stacks", name), stacks.encode())
 
 
-def report_figures(step: int, figures: Mapping[str, float]) -> dict[str, float]:
-    """Return the figures that whoever started the run shows and graphs, under the names it knows."""
-    names = {
-        "loss/total": "loss",
-        "speed/images_per_second": "samples_per_second",
-        "speed/step_seconds": "seconds_per_step",
-        "speed/data_wait_fraction": "data_wait_fraction",
-        "checkpoint/stall_seconds": "checkpoint_stall_seconds",
-        "checkpoint/age_seconds": "checkpoint_age_seconds",
-        "checkpoint/step": "committed_step",
-        "goodput/fraction": "goodput",
-    }
-    chosen = {names[key]: value for key, value in figures.items() if key in names}
-    return {"step": float(step), "memory_bytes": figures["memory/gigabytes"] * GIGA, **chosen}
-
-
-def loss_figures(losses: LossOutput) -> dict[str, float]:
+def loss_metrics(losses: LossOutput) -> dict[str, float]:
     """Return `loss/total`, `loss/<part>` and `train/<metric>` as numbers, in one transfer from the device."""
     named = {"loss/total": losses.total}
     named |= {f"loss/{name}": value for name, value in losses.parts.items()}
     named |= {f"train/{name}": value for name, value in losses.metrics.items()}
     values = torch.stack([value.detach().double().reshape(()) for value in named.values()]).tolist()
     return dict(zip(named, values, strict=True))
-
-
-def console_line(name: str, step: int, steps: int, figures: Mapping[str, float]) -> str:
-    """Return the one line that an operator reads: where, losses, speed, memory, safety, time left."""
-    losses = " ".join(f"{key.removeprefix('loss/')} {figures[key]:.3f}" for key in figures if key.startswith("loss/"))
-    parts = [f"{name} {step}/{steps} {step / steps:.1%}", losses, f"lr {figures.get('optim/lr', 0):.2e}"]
-    parts.append(f"{figures['speed/images_per_second']:.1f} img/s")
-    parts.append(f"wait {figures['speed/data_wait_fraction']:.0%}")
-    if "speed/mfu" in figures:
-        parts.append(f"MFU {figures['speed/mfu']:.1%}")
-    elif "speed/gigaflops_per_second_per_rank" in figures:
-        parts.append(f"{figures['speed/gigaflops_per_second_per_rank']:.1f} GF/s")
-    parts.append(f"mem {figures['memory/gigabytes']:.2f} GB")
-    age = figures.get("checkpoint/age_seconds")
-    parts.append("ckpt none" if age is None else f"ckpt {age:.0f} s ago")
-    left = timedelta(seconds=round((steps - step) * figures["speed/step_seconds"]))
-    parts.append(f"ETA {left}")
-    return " | ".join(parts)
-
-
-def memory_bytes(device: torch.device) -> float:
-    """Return the peak memory of the device since the start, or this process's resident memory on CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return float(psutil.Process().memory_info().rss)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of a known GPU, in FLOP/s."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -7,11 +7,10 @@ from pathlib import Path
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
 from isthmus.model.formats.native import export_bridge
-from isthmus.trainer.build import WEIGHT_FILES
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError
-from isthmus.trainer.frozen.node_cache import local_folder
+from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)

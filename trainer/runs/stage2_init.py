@@ -16,7 +16,7 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore,
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step
 from isthmus.trainer.config.schema import Stage2Config, TrainConfig
-from isthmus.trainer.engine.ranks_agree import from_main_rank
+from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.runs.store import RunStore
 

@@ -18,7 +18,7 @@ from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES
 from isthmus.trainer.config.changes import check_changes
 from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml, to_yaml
 from isthmus.trainer.config.schema import TrainConfig
-from isthmus.trainer.engine.ranks_agree import from_main_rank
+from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import ConfigError, TrainerError
 from isthmus.trainer.runs.lease import HEARTBEAT_SECONDS, Lease, assert_token
 

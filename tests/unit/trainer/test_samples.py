@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, thumbnail
 from isthmus.trainer.evaluation.retrieval import EXAMPLES, _examples
-from isthmus.trainer.monitoring.samples import Example, Examples, thumbnail, write_samples
+from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 pytestmark = pytest.mark.unit
@@ -25,7 +26,7 @@ def test_a_folder_holds_texts_thumbnails_and_pictures(tmp_path):
     texts = [{"key": "a", "caption": "a <b>fox</b>", "retrieved": "ünïcode"}, {"key": "b", "caption": "a pig"}]
     for shade in (10, 250):
         examples = Examples([Example(0, [1, 0], [0])], {0: thumbnail(picture(shade))})
-        write_samples(synced, 7, texts, examples, {"attention": picture(shade)})
+        write_samples(synced, 7, EvalResult({}, {"attention": picture(shade)}, texts, examples))
     folder = tmp_path / "samples" / "step-000000007"
     assert sorted(file.name for file in folder.iterdir()) == ["00000.jpg", "attention.png", "samples.json"]
     index = json.loads((folder / "samples.json").read_text())

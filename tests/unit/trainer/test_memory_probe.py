@@ -1,9 +1,9 @@
-"""A rehearsed backward pass: the engine's parameters stay without gradients, a step's own cuts get theirs."""
+"""Backward of the memory probe: the engine's parameters stay without gradients, a step's own leaves get theirs."""
 
 import pytest
 import torch
 
-from isthmus.trainer.task import backward_beside
+from isthmus.trainer.memory_probe import backward_beside
 
 pytestmark = pytest.mark.unit
 

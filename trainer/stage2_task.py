@@ -1,0 +1,47 @@
+"""Stage 2 as the trainer sees it: captions through the frozen language model."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from isthmus.data_pipeline.reading.batch import Batch
+from isthmus.model.generate import evaluating
+from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.stage2 import Stage2Inputs
+from isthmus.model.text.language_tokenizer import LanguageEncoder
+from isthmus.trainer.config.schema import EvaluationConfig, StageName
+from isthmus.trainer.engine.engine import Precision
+from isthmus.trainer.evaluation.captioning import CaptionEvaluation
+from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.preprocess import preprocess_images
+from isthmus.trainer.task import Task
+
+
+class Stage2Task(Task):
+    """Trains Q-Former and projection; evaluates captions."""
+
+    name: ClassVar[StageName] = "stage2"
+
+    def __init__(
+        self, model: Any, encoder: LanguageEncoder, exchange: Exchange, *, run_seed: int, micro_batch_size: int
+    ) -> None:
+        """`encoder` turns generated tokens into text."""
+        super().__init__(model, exchange, run_seed=run_seed, micro_batch_size=micro_batch_size)
+        self._encoder = encoder
+
+    def inputs(self, batch: Batch) -> Stage2Inputs:
+        """Return images and the language model's tokens on the device."""
+        device = self.device
+        return Stage2Inputs(
+            images_BCHW=preprocess_images(batch, self.model.vision, device),
+            tokens={name: tensor.to(device) for name, tensor in batch.tokens.items()},
+            valid_B=batch.valid_B.to(device),
+            rows_B=batch.rows_B.to(device),
+        )
+
+    def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
+        """Return CIDEr-D, BLEU-4, exact matches, and the loss with the right and with a wrong image. Collective."""
+        evaluation = CaptionEvaluation(
+            self.model, precision, self._encoder, self._exchange, config, self._micro_batch_size
+        )
+        with evaluating(self.model):
+            return evaluation.run((batch, self.inputs(batch)) for batch in batches)
