@@ -13,7 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from isthmus.cluster.cli import doctor
+from isthmus.cluster.cli import checks
 from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.submission.jobs import Jobs
@@ -204,7 +204,7 @@ def test_logs_are_structured_and_hold_no_secret(operator, seaweed):
 def test_doctor_collects_a_run_without_secrets(operator, tmp_path):
     out = tmp_path / "disturbed.tar.gz"
     arguments = ["disturbed", "--out", str(out), "--address", operator.raylets.dashboard_url]
-    result = CliRunner().invoke(doctor.app, arguments)
+    result = CliRunner().invoke(checks.app, arguments)
     assert result.exit_code == 0, result
     with tarfile.open(out) as archive:
         files = {entry.name: archive.extractfile(entry).read().decode() for entry in archive}
