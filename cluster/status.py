@@ -68,6 +68,10 @@ class RunStatus(BaseModel):
     state: RunState = RunState.STARTING
     message: str = ""
     """Why the run waits, stopped or failed."""
+    phase: str = ""
+    """While a group starts: imports, weights, restore, memory probe, first batch."""
+    phase_began_at: float = 0.0
+    """Unix time."""
     job: str | None = None
     """Ray job that drives the run."""
     stage: str | None = None
@@ -103,7 +107,15 @@ class StatusBoard:
         self._written_at = 0.0
         known = read_status(url, store) or RunStatus(run=run, started_at=time.time())
         self.status = known.model_copy(
-            update={"state": RunState.STARTING, "job": job, "message": "", "metrics": {}, "world_size": 0, "attempt": 0}
+            update={
+                "state": RunState.STARTING,
+                "job": job,
+                "message": "",
+                "metrics": {},
+                "phase": "",
+                "world_size": 0,
+                "attempt": 0,
+            }
         )
 
     def begin_stage(self, stage: str, num_steps: int) -> None:

@@ -64,6 +64,10 @@ class RunContext(Protocol):
         """Return why this process was asked to stop, if it was. Called by every rank at every step boundary."""
         ...
 
+    def begin_phase(self, phase: str) -> None:
+        """Note which phase of the start begins: weights, restore, memory probe, first batch."""
+        ...
+
     def begin_step(self, step: int) -> None:
         """Note that `step` is being trained now. Called by every rank first in every step."""
         ...
@@ -94,6 +98,9 @@ class LocalContext:
     def stop_request(self) -> StopReason | None:
         """Return SIGNAL after SIGTERM or SIGINT arrived inside `catch_signals`."""
         return StopReason.SIGNAL if self._stop.is_set() else None
+
+    def begin_phase(self, phase: str) -> None:
+        """A local run says in its log how far it is."""
 
     def begin_step(self, step: int) -> None:
         """Nobody supervises a local run beyond its watchdog."""

@@ -87,11 +87,15 @@ class Trainer:
             logger.info("%s is finished: %s", self.name, saved.url)
             return Outcome.FINISHED
         self.monitor.start()
+        self.context.begin_phase("weights")
         self.build(initialize=saved is None)
         if saved is not None:
+            self.context.begin_phase("restore")
             self.restore(saved)
         self.monitor.resume(self.step, self.engine.device)
+        self.context.begin_phase("memory probe")
         self.warm_up()
+        self.context.begin_phase("first batch")
         outcome = self.train()
         self.verify(outcome)
         return outcome

@@ -31,13 +31,14 @@ class AttemptEnd:
 
 @dataclass
 class Attempt:
-    """Supervises a launched group. `wanted_stop` is asked at each turn, `on_progress` is told."""
+    """Supervises a launched group. At each turn `wanted_stop` is asked, and `on_start` or `on_progress` called."""
 
     group: WorkerGroup
     stop_grace_seconds: float
     unresponsive_seconds: float
     wanted_stop: Callable[[], StopReason | None]
-    on_progress: Callable[[int | None, dict[str, float]], None]
+    on_progress: Callable[[int, dict[str, float]], None]
+    on_start: Callable[[str, float], None]
     step: int | None = None
     stop: StopReason | None = None
     stop_deadline: float = float("inf")
@@ -47,7 +48,10 @@ class Attempt:
         while True:
             self.group.update(POLL_SECONDS)
             self.step = self.group.step if self.group.step is not None else self.step
-            self.on_progress(self.step, self.group.metrics)
+            if self.step is None:
+                self.on_start(*self.group.start_phase)
+            else:
+                self.on_progress(self.step, self.group.metrics)
             end = self._end()
             if end:
                 return end

@@ -145,6 +145,12 @@ class WorkerGroup:
         return min(steps) if len(steps) == self.world_size else None
 
     @property
+    def start_phase(self) -> tuple[str, float]:
+        """Phase of the start in which rank 0 is, and for how many seconds."""
+        progress = self.members[0].progress
+        return progress.phase, progress.age_seconds
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Newest figures of rank 0."""
         return self.members[0].progress.metrics

@@ -109,6 +109,7 @@ class Supervisor:
             cluster.unresponsive_seconds,
             wanted_stop=lambda: self._wanted_stop(group, placed_at),
             on_progress=self._on_progress,
+            on_start=self._on_start,
         )
         try:
             peers = (
@@ -135,13 +136,16 @@ class Supervisor:
             return StopReason.RESIZE
         return None
 
-    def _on_progress(self, step: int | None, metrics: dict[str, float]) -> None:
-        if step is None:
-            return
+    def _on_start(self, phase: str, seconds: float) -> None:
+        """Note how far the group's start is."""
+        changed = phase != self._board.status.phase
+        self._board.update(phase=phase, phase_began_at=time.time() - seconds, now=changed)
+
+    def _on_progress(self, step: int, metrics: dict[str, float]) -> None:
         state = None if self._board.status.state is RunState.STOPPING else RunState.RUNNING
         committed = metrics.get("committed_step")
         saved = self._board.status.committed_step if committed is None else int(committed)
-        self._board.update(state, step=step, metrics=metrics, message="", committed_step=saved)
+        self._board.update(state, step=step, metrics=metrics, message="", phase="", committed_step=saved)
         if self._recovery and self._recovery.reached(step):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
             logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)

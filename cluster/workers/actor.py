@@ -64,12 +64,12 @@ class WorkerAddress:
 class Progress:
     """What a process is at, as the driver polls it."""
 
-    phase: str = "starting"
-    """starting, training or done."""
+    phase: str = "imports"
+    """A phase of the start (RunContext.begin_phase), then training."""
     step: int = 0
     """Step that is being trained; counted from 0 within the stage."""
     age_seconds: float = 0.0
-    """Time since the step began."""
+    """Time since the step or the phase began."""
     metrics: dict[str, float] = field(default_factory=dict)
     stop: StopReason | None = None
 
@@ -111,6 +111,11 @@ class RayContext:
     def stop_request(self) -> StopReason | None:
         """Return why this process was asked to stop, if it was."""
         return self._stop
+
+    def begin_phase(self, phase: str) -> None:
+        """Note which phase of the start begins."""
+        self._step_began = time.monotonic()
+        self._progress = Progress(phase, metrics=self._progress.metrics)
 
     def begin_step(self, step: int) -> None:
         """Note that `step` is being trained."""
