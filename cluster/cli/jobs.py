@@ -222,9 +222,9 @@ def _show(views: "list[RunView]", *, one: bool, as_json: bool) -> None:
 
 
 def _rendered(views: "list[RunView]", *, one: bool) -> Any:
-    from isthmus.cluster.cli.run_text import details, table
+    from isthmus.cluster.cli.run_text import details, overview
 
-    return details(views[0]) if one and views else table(views)
+    return details(views[0]) if one and views else overview(views)
 
 
 def _watch(look: "Callable[[], list[RunView]]") -> "list[RunView]":

@@ -1,30 +1,28 @@
-"""A run as an operator reads it: one line, one row of a table, or everything."""
+"""A run as an operator reads it: one line, one row of a table, or everything. Tables fit 100 columns."""
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.cluster.cli.output import duration, table
 from isthmus.cluster.status import Restart, RunState, RunStatus
 from isthmus.cluster.submission.run_view import RunView
 
 RESTARTS_SHOWN = 10
-COLUMNS = ("run", "state", "stage", "step", "left", "workers", "images/s", "goodput", "restarts", "saved")
-NUMBERS = ("step", "left", "workers", "images/s", "goodput", "restarts", "saved")
+COLUMNS = ("run", "state", "progress", "left>", "workers>", "images/s>", "goodput>", "restarts>", "saved>")
 COLOURS = {"running": "green", "finished": "green", "failed": "red", "lost contact": "red", "waiting": "yellow"}
+STARTING = (RunState.STARTING, RunState.RESTARTING)
 
 
 def line(view: RunView) -> str:
     """Return the run in one line."""
-    status, why = view.status, _why(view)
+    status, why = view.status, _note(view)
     if status is None or not status.stage:
         return f"{view.run} {view.state}{f': {why}' if why else ''}"
-    parts = [
-        f"{view.run} {view.state} {status.stage} step {_progress(status)}",
-        f"{_count(status.world_size, 'worker')}",
-    ]
+    parts = [f"{view.run} {view.state} {_progress(status)}", _count(status.world_size, "worker")]
     figures = status.metrics
     if status.state is RunState.RUNNING and "samples_per_second" in figures:
         parts.append(f"{figures['samples_per_second']:.1f} images/s")
@@ -37,40 +35,32 @@ def line(view: RunView) -> str:
     return ", ".join(parts) + (f": {why}" if why else "")
 
 
-def table(views: list[RunView]) -> Table:
-    """Return one row per run."""
-    found = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        found.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=True)
-    found.add_column("", overflow="fold")
-    for view in views:
-        found.add_row(*_row(view))
-    return found
+def overview(views: list[RunView]) -> Group:
+    """Return one row per run, and below the table what a row cannot hold: why a run waits, starts or has failed."""
+    notes = [Text(f"{view.run}: {why}") for view in views if (why := _note(view))]
+    return Group(table(COLUMNS, map(_row, views)), *notes)
 
 
 def details(view: RunView) -> Table:
     """Return everything that is known of one run, one thing a line."""
-    found = Table(box=None, pad_edge=False, show_header=False)
-    found.add_column(no_wrap=True)
-    found.add_column(overflow="fold")
-    job = f"  job {view.job.id}" if view.job else ""
-    found.add_row(view.run, _state(view) + Text(f"{job}  {view.url}"))
-    if why := _why(view):
-        found.add_row("  note", why)
-    for name, text in _facts(view.status) if view.status else ():
-        found.add_row(f"  {name}", text)
-    for restart in view.status.restarts[-RESTARTS_SHOWN:] if view.status else ():
-        found.add_row("", _restart(restart))
-    return found
+    rows: list[tuple[str, str | Text]] = [(view.run, _state(view)), ("folder", view.url)]
+    if view.job:
+        rows.append(("job", view.job.id))
+    if why := _note(view):
+        rows.append(("note", why))
+    if view.status:
+        rows += _facts(view.status)
+        rows += [("", _restart(restart)) for restart in view.status.restarts[-RESTARTS_SHOWN:]]
+    return table(None, rows)
 
 
 def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
-    """Yield name and text of what the driver last said."""
+    """Yield name and text of what the driver last reported."""
     figures = status.metrics
     if status.stage:
         left = _left(status)
         share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
-        yield "progress", f"{status.stage}, step {_progress(status)}{share}" + (f", {left} left" if left else "")
+        yield "progress", f"{_progress(status)}{share}" + (f", {left} left" if left else "")
     yield "workers", f"{status.world_size or 'none'}" + (f", attempt {status.attempt}" if status.attempt else "")
     is_training = status.state in (RunState.RUNNING, RunState.STOPPING)
     if is_training and "samples_per_second" in figures:
@@ -81,7 +71,7 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
     saved = "none yet" if status.committed_step is None else f"step {status.committed_step}"
     age = figures.get("checkpoint_age_seconds")
     if age is not None and is_training:
-        saved += f", {_seconds(age + time.time() - status.updated_at)} ago"
+        saved += f", {duration(age + time.time() - status.updated_at)} ago"
     yield "checkpoint", saved
     lost = sum(restart.lost_steps or 0 for restart in status.restarts)
     yield "restarts", f"{len(status.restarts)}" + (f", {_count(lost, 'step')} repeated in all" if lost else "")
@@ -90,20 +80,18 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
 def _row(view: RunView) -> tuple[str | Text, ...]:
     status = view.status
     if status is None:
-        return (view.run, _state(view), *[""] * (len(COLUMNS) - 2), _why(view))
+        return (view.run, _state(view), *[""] * (len(COLUMNS) - 2))
     figures = status.metrics
     return (
         view.run,
         _state(view),
-        status.stage or "",
-        _progress(status),
+        _progress(status) if status.stage else "",
         _left(status),
         str(status.world_size or ""),
         f"{figures['samples_per_second']:.1f}" if "samples_per_second" in figures else "",
         f"{figures['goodput']:.1%}" if "goodput" in figures else "",
         str(len(status.restarts)),
         "none" if status.committed_step is None else str(status.committed_step),
-        _why(view),
     )
 
 
@@ -121,22 +109,23 @@ def _state(view: RunView) -> Text:
     return Text(view.state, style=COLOURS.get(view.state, ""))
 
 
-def _why(view: RunView) -> str:
-    """Return why the run failed, waits or restarts; empty: nothing to say."""
-    return view.failure or (view.current.message if view.current else "") or view.problem
+def _note(view: RunView) -> str:
+    """Return why the run failed, waits, starts or restarts; empty: there is nothing to say."""
+    status = view.current
+    why = view.failure or (status.message if status else "") or view.problem
+    if status and status.phase and status.state in STARTING and not view.is_over:
+        seconds = max(0.0, time.time() - status.phase_began_at)
+        return "; ".join(part for part in (why, f"{status.phase}, {duration(seconds)}") if part)
+    return why
 
 
 def _progress(status: RunStatus) -> str:
-    return f"{status.step}/{status.num_steps}"
+    return f"{status.stage} {status.step}/{status.num_steps}"
 
 
 def _left(status: RunStatus) -> str:
     eta = status.eta_seconds
-    return "" if eta is None else str(timedelta(seconds=round(eta)))
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
+    return "" if eta is None else duration(eta)
 
 
 def _count(number: int, thing: str) -> str:

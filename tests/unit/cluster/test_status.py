@@ -1,13 +1,15 @@
 """The status is kept in the run's folder; joined with the job it tells what an operator needs."""
 
 import io
+import re
 import time
 
 import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from isthmus.cluster.cli.run_text import details, line, table
+from isthmus.cluster.cli.output import duration
+from isthmus.cluster.cli.run_text import details, line, overview
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.status import STALE_SECONDS, Restart, RunState, RunStatus, StatusBoard, read_status
 from isthmus.cluster.submission.job import Job
@@ -113,8 +115,8 @@ def test_without_a_cluster_a_silent_driver_is_suspicious():
     assert view(status(state=RunState.FINISHED)).state == "finished"
 
 
-def rendered(renderable):
-    console = Console(width=240, record=True, file=io.StringIO())
+def rendered(renderable, width=240):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
@@ -125,10 +127,12 @@ def test_details_show_progress_and_what_restarts_cost():
         metrics={"seconds_per_step": 0.5, "goodput": 0.9, "samples_per_second": 32.0, "data_wait_fraction": 0.04},
         restarts=[restart(lost_steps=3, recovery_seconds=12.5, phases={"place": 2.5, "start": 10})],
     )
-    text = rendered(details(view(known, job())))
+    text = re.sub("  +", "  ", rendered(details(view(known, job()))))
     for words in (
-        "running  job demo-1  s3://b/runs/demo",
-        "stage1, step 20/100 (20%), 0:00:40 left",
+        "demo  running",
+        "folder  s3://b/runs/demo",
+        "job  demo-1",
+        "stage1 20/100 (20%), 40 s left",
         "32.0 images/s, 0.50 s a step, 4% waiting for data",
         "90.0%",
         "step 18",
@@ -141,9 +145,43 @@ def test_details_show_progress_and_what_restarts_cost():
 
 def test_a_row_has_the_same_and_a_line_says_why():
     known = status(state=RunState.WAITING, message="needs 8 x {GPU: 1}", committed_step=18)
-    assert "20/100" in rendered(table([view(known, job())]))
-    assert line(view(known, job())) == ("demo waiting stage1 step 20/100, 2 workers, saved at 18: needs 8 x {GPU: 1}")
+    text = rendered(overview([view(known, job())]))
+    assert "20/100" in text
+    assert "demo: needs 8 x {GPU: 1}" in text
+    assert line(view(known, job())) == "demo waiting stage1 20/100, 2 workers, saved at 18: needs 8 x {GPU: 1}"
     assert line(view(None, job())) == "demo starting"
+
+
+def test_a_start_says_its_phase_and_for_how_long():
+    known = status(state=RunState.STARTING, phase="weights", phase_began_at=time.time() - 12, updated_at=time.time())
+    assert re.search(r"note +weights, 12 s", rendered(details(view(known, job()))))
+    assert "demo: weights, 12 s" in rendered(overview([view(known, job())]))
+    assert line(view(known, job())).endswith(": weights, 12 s")
+    again = known.model_copy(update={"state": RunState.RESTARTING, "message": "train-1 died"})
+    assert "train-1 died; weights, 12 s" in rendered(details(view(again, job())))
+    ended = view(known, job(JobStatus.FAILED, "killed"))
+    assert "weights" not in rendered(details(ended))
+
+
+def test_tables_fit_100_columns():
+    full = {
+        "run": "blip2-vitg-opt2-7b", "stage": "stage1", "step": 123456, "num_steps": 250000, "world_size": 1024,
+        "committed_step": 123400, "restarts": [restart()] * 100,
+        "metrics": {"seconds_per_step": 1.0, "goodput": 0.999, "samples_per_second": 12345.6},
+    }  # fmt: skip
+    views = [RunView("blip2-vitg-opt2-7b", "s3://b", job(), status(**full)), view(None, job())]
+    rows = rendered(overview(views), 100).splitlines()
+    assert len(rows) == 3, "no cell is wrapped or cut"
+    assert "1 d 11 h" in rows[1]
+    assert "…" not in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.6, "1 min"), (320, "5 min 20 s"), (3600, "1 h"), (3605, "1 h"), (90000, "1 d 1 h")],
+)
+def test_durations_have_two_units(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_folder_without_a_status_is_said(tmp_path):
