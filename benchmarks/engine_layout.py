@@ -100,14 +100,14 @@ def _two(bridge: Bridge, template: str) -> Any:
 
 def _one(bridge: Bridge, language: Any) -> Any:
     """Take the language model's own hooks off and put everything under one ZeRO-3 engine."""
-    from isthmus.trainer.engine.deepspeed_config import load_template
+    from isthmus.trainer.engine.deepspeed_config import trainable_config
     from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 
     language.partitioning.destroy()
     template = Path(tempfile.mkdtemp()) / "one.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": 3, **ZERO, "memory_efficient_linear": False}}))
     trainable = list(bridge.trainable_parameters().values())
-    config = load_template(str(template))
+    config = trainable_config(str(template))
     engine, *_ = load_deepspeed().initialize(model=bridge, optimizer=torch.optim.AdamW(trainable), config=config)
     stack: list[Any] = []
 

@@ -31,6 +31,7 @@ from isthmus.trainer.estimate.flops import Text, self_attention_flops, stage1_wo
 from isthmus.trainer.estimate.hardware import find_gpu
 from isthmus.trainer.estimate.memory import FP32, Kept, stage1_activations, stage2_activations
 from isthmus.trainer.estimate.shapes import VisionShape, language_shape, vision_shape
+from tests.original_estimate import PADDED_TOKENS, original_stage1_work, original_stage2_work
 
 ROWS, TOKENS = 8, 12
 A6000_SECONDS = {"stage1": 3.56, "stage2": 2.485}
@@ -109,7 +110,7 @@ def steps(quick: bool) -> list[dict[str, Any]]:
 
     first = Stage1Model(None, QFormer(q, vision.width))
     inputs = Stage1Inputs(input_ids_BT=ids, attention_mask_BT=torch.ones_like(ids), **common)
-    work = stage1_work(q, vision, text, original=False).qformer
+    work = stage1_work(q, vision, text).qformer
     compare("stage 1", first, inputs, work, stage1_activations(q, vision, text, kept).written)
     with tempfile.TemporaryDirectory() as name:
         folder = write_tiny_language(Path(name) / "opt", "opt", width=512, num_layers=6, vocab_size=2000)
@@ -117,7 +118,7 @@ def steps(quick: bool) -> list[dict[str, Any]]:
         shape = language_shape(json.loads((folder / "config.json").read_text()))
     second = Stage2Model(None, QFormer(q, vision.width, with_text=False), language)
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    both = stage2_work(q, vision, shape, text, original=False)
+    both = stage2_work(q, vision, shape, text)
     activations = stage2_activations(q, vision, shape, text, kept, language_element=FP32)
     compare("stage 2", second, Stage2Inputs(tokens=tokens, **common), both.qformer + both.language, activations)
     return found
@@ -127,9 +128,11 @@ def work_of(stage: str, language: str, *, original: bool) -> float:
     """Return operations per sample of a full-size stage with ViT-g."""
     q, vision = QFormerConfig(), vision_shape(bundled_config("eva-clip-vit-g-14") or {}, 224)
     if stage == "stage1":
-        return stage1_work(q, vision, Text(), original=original).total
+        return (original_stage1_work(q, vision) if original else stage1_work(q, vision, Text())).total
     shape = language_shape(bundled_config(language) or {})
-    return stage2_work(q, vision, shape, Text(longest=None if original else 24.0), original=original).total
+    if original:
+        return original_stage2_work(q, vision, shape).total
+    return stage2_work(q, vision, shape, Text(longest=24.0)).total
 
 
 def public_logs() -> dict[str, Any]:
@@ -137,7 +140,7 @@ def public_logs() -> dict[str, Any]:
 
     It is fitted to the first run and predicts the second one, and ours.
     """
-    q, padded = QFormerConfig(), Text().padded
+    q, padded = QFormerConfig(), PADDED_TOKENS
     reader = q.num_layers * (
         self_attention_flops(padded, padded, q.hidden_size) + 4 * padded * q.hidden_size * q.intermediate_size
     )

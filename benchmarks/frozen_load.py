@@ -78,17 +78,16 @@ def own(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, f
 
 def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, float]:
     """Load as transformers documents it for ZeRO-3."""
-    from isthmus.trainer.engine.deepspeed_config import load_template
+    from isthmus.trainer.engine.deepspeed_config import frozen_config
     from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, load_deepspeed
     from isthmus.trainer.frozen.memory import return_freed_memory
-    from isthmus.trainer.frozen.zero3 import zero3_config
 
     return_freed_memory()
     load_deepspeed()
     from transformers import OPTForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    holder = HfDeepSpeedConfig(zero3_config(load_template(template)))
+    holder = HfDeepSpeedConfig(frozen_config(template))
     watched = Watched(lambda: OPTForCausalLM.from_pretrained(folder))
     assert holder is not None
     watched.figures["partition MB"] = sum(p.ds_tensor.nbytes for p in watched.model.parameters()) / 1e6

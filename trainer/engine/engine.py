@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import Rank
-from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_config import trainable_config
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
 from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
 from isthmus.trainer.engine.process_group import select_device
@@ -211,10 +211,10 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
     """
     device = select_device(rank)
     parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
-    template = load_template(stage_config.deepspeed)
+    deepspeed_config = trainable_config(stage_config.deepspeed)
     task_model.to(device)
     schedule = stage_config.optimizer
-    offloaded = template["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = ClippedAdamW(
         parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors),
         schedule,
@@ -222,9 +222,9 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
     )
     _share_scalars(parameters)
     wrapped, *_ = load_deepspeed().initialize(
-        model=_trainable_module(task_model, parameters, template),
+        model=_trainable_module(task_model, parameters, deepspeed_config),
         optimizer=optimizer,
-        config=template,
+        config=deepspeed_config,
         dist_init_required=False,
     )
     return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device)

@@ -1,7 +1,5 @@
 """Floating-point operations per sample, counted by formula; a multiply and an add are two operations.
 
-`original` counts the work as BLIP-2's released code does it: text padded to its limit, image features projected anew
-for each of the four passes, logits at every position. Without it, the work as this code does it.
 A trainable product costs three times its forward work, one that only passes a gradient on twice.
 """
 
@@ -13,10 +11,9 @@ from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 @dataclass(frozen=True)
 class Text:
-    """Mean lengths in tokens. `padded` is what the original pads to, `real` what captions have."""
+    """Mean lengths of captions in tokens."""
 
     real: float = 12.0
-    padded: float = 32.0
     prefix: float = 4.0
     """Real tokens of a prefix-LM prefix; the decoder then writes `real` - `prefix` + 2."""
     longest: float | None = None
@@ -60,9 +57,9 @@ def self_attention_flops(rows: float, keys: float, width: int) -> float:
     return 8 * width**2 * rows + 4 * rows * keys * width
 
 
-def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, original: bool) -> Work:
+def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text) -> Work:
     """Work of one stage-1 sample, forward and backward (BLIP-2, section 3.2)."""
-    length = text.padded if original else text.real
+    length = text.real
     width, queries, layers = q.hidden_size, q.num_queries, q.num_layers
     crossed = -(-layers // q.cross_attention_every)
     feed_forward = 4 * width * q.intermediate_size
@@ -73,15 +70,13 @@ def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, original: 
     text_pass = layers * (self_attention_flops(length, length, width) + feed_forward * length)
     rows = queries + length
     matching = 3 * (layers * (self_attention_flops(rows, rows, width) + feed_forward * rows) + crossed * cross)
-    written = length if original else length - 1
+    written = length - 1
     writing = layers * (self_attention_flops(written, queries + written, width) + feed_forward * written)
     writing += written * (2 * width**2 + 2 * width * q.vocab_size)
-    if not original:
-        matching -= 3 * _unread_text_of_last_layer(q, length)
-        text_pass -= _unread_text_of_last_layer(q, length - 1)
+    matching -= 3 * _unread_text_of_last_layer(q, length)
+    text_pass -= _unread_text_of_last_layer(q, length - 1)
     trained = 3 * (query_pass + text_pass + matching + writing)
-    projections = 4 * 3 * image_keys * crossed if original else 2 * image_keys * crossed
-    return Work(vision_flops(vision), trained + projections)
+    return Work(vision_flops(vision), trained + 2 * image_keys * crossed)
 
 
 def foreign_image_flops(q: QFormerConfig, vision: VisionShape) -> float:
@@ -105,7 +100,7 @@ def _unread_text_of_last_layer(q: QFormerConfig, rows: float) -> float:
     return (4 * q.hidden_size**2 + 4 * q.hidden_size * q.intermediate_size) * rows
 
 
-def stage2_work(q: QFormerConfig, vision: VisionShape, language: LanguageShape, text: Text, *, original: bool) -> Work:
+def stage2_work(q: QFormerConfig, vision: VisionShape, language: LanguageShape, text: Text) -> Work:
     """Work of one stage-2 sample, forward and backward: the frozen language model only passes the gradient on."""
     width, queries = q.hidden_size, q.num_queries
     crossed = -(-q.num_layers // q.cross_attention_every)
@@ -113,26 +108,26 @@ def stage2_work(q: QFormerConfig, vision: VisionShape, language: LanguageShape, 
     cross = 4 * width**2 * queries + 4 * queries * vision.num_tokens * width
     query_pass = q.num_layers * (self_attention_flops(queries, queries, width) + feed_forward * queries)
     query_pass += crossed * cross + 2 * width * language.width * queries
-    image_keys = (3 if original else 2) * 4 * vision.width * width * vision.num_tokens * crossed
-    qformer = 3 * query_pass + image_keys
-    return Work(vision_flops(vision), qformer, 2 * language_flops(language, queries, text, original=original))
+    image_keys = 2 * 4 * vision.width * width * vision.num_tokens * crossed
+    return Work(vision_flops(vision), 3 * query_pass + image_keys, 2 * language_flops(language, queries, text))
 
 
-def language_flops(shape: LanguageShape, queries: int, text: Text, *, original: bool) -> float:
+def language_flops(shape: LanguageShape, queries: int, text: Text) -> float:
     """Forward work of the frozen language model for one sample."""
     if shape.is_encoder_decoder:
-        if original:
-            return _encoder_decoder_flops(shape, queries + text.padded / 2, text.padded, text.padded)
-        return _encoder_decoder_flops(
-            shape, queries + text.prefix * text.stretch, text.suffix * text.stretch, text.suffix
-        )
-    rows = queries + (text.padded if original else text.real * text.stretch - 1)
+        read, written = queries + text.prefix * text.stretch, text.suffix * text.stretch
+        return encoder_decoder_flops(shape, read, written, text.suffix)
+    return decoder_flops(shape, queries + text.real * text.stretch - 1, text.real)
+
+
+def decoder_flops(shape: LanguageShape, rows: float, predicted: float) -> float:
+    """Forward work of a decoder-only model over `rows` positions with logits at `predicted` of them."""
     layers = 2 * shape.decoder_layer_parameters * rows + 4 * rows**2 * shape.attention_width
-    predicted = rows if original else text.real
     return shape.decoder_layers * layers + 2 * shape.head_parameters * predicted
 
 
-def _encoder_decoder_flops(shape: LanguageShape, read: float, written: float, predicted: float) -> float:
+def encoder_decoder_flops(shape: LanguageShape, read: float, written: float, predicted: float) -> float:
+    """Forward work of an encoder over `read` positions and a decoder over `written`, with logits at `predicted`."""
     encoder = 2 * shape.encoder_layer_parameters * read + 4 * read**2 * shape.attention_width
     own = 2 * (shape.attention_parameters + shape.feed_forward_parameters) * written
     own += 4 * written**2 * shape.attention_width

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from isthmus.trainer.config.schema import StageName, TrainConfig
-from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_config import frozen_config, trainable_config
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.estimate.flops import Text, Work, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
 from isthmus.trainer.estimate.hardware import Assumptions, Cluster
@@ -107,7 +107,8 @@ class _Stage:
         self.chosen, self.q = chosen, config.model.qformer
         self.local = chosen.global_batch_size // cluster.num_gpus
         self.micro = min(chosen.micro_batch_size, self.local)
-        self.zero = load_template(chosen.deepspeed)["zero_optimization"]
+        self.frozen_zero = frozen_config(chosen.deepspeed)["zero_optimization"]
+        self.trainable_zero = trainable_config(chosen.deepspeed)["zero_optimization"]
         self.text = Text(real=assumptions.real_text_tokens, longest=assumptions.longest_text_tokens)
         self.kept = Kept.of(chosen.precision, self.q.dropout)
         self.vision_element = DTYPE_BYTES[config.model.vision.dtype]
@@ -157,8 +158,8 @@ class _Stage:
     def work(self) -> Work:
         """Operations per sample, with what micro-batches repeat."""
         if self.language is not None:
-            return stage2_work(self.q, self.parts.vision, self.language, self.text, original=False)
-        work = stage1_work(self.q, self.parts.vision, self.text, original=False)
+            return stage2_work(self.q, self.parts.vision, self.language, self.text)
+        work = stage1_work(self.q, self.parts.vision, self.text)
         foreign = self.outside(self.micro) * foreign_image_flops(self.q, self.parts.vision)
         again = feature_pass_flops(self.q, self.parts.vision, self.text) if self.micro < self.local else 0.0
         return Work(work.vision, work.qformer + foreign + again)
@@ -225,13 +226,13 @@ class _Stage:
             return 0.0
         return gathered_working_set(
             self.language, self.language_element, self.reuse_distance,
-            float(self.zero.get("stage3_prefetch_bucket_size", 5e7)),
+            float(self.frozen_zero.get("stage3_prefetch_bucket_size", 5e7)),
         )  # fmt: skip
 
     @property
     def reuse_distance(self) -> float:
         """Parameters within which ZeRO-3 keeps what is needed again."""
-        return float(self.zero.get("stage3_max_reuse_distance", 1e9))
+        return float(self.frozen_zero.get("stage3_max_reuse_distance", 1e9))
 
     @property
     def checkpoint_interval_seconds(self) -> float:
@@ -242,7 +243,7 @@ class _Stage:
     @property
     def hpz(self) -> int:
         """Ranks over which a second copy of the frozen model is partitioned; 1: none."""
-        return int(self.zero.get("zero_hpz_partition_size", 1))
+        return int(self.frozen_zero.get("zero_hpz_partition_size", 1))
 
     def with_activations(self, fixed: Memory, micro: int, *, checkpointed: bool | None = None) -> Memory:
         """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced.
@@ -250,7 +251,7 @@ class _Stage:
         The bucket of that reduction is allocated in full, whatever goes into it, and freed again.
         """
         kept = micro * self.activations(micro, checkpointed=checkpointed)
-        return replace(fixed, activations=max(kept, FP32 * float(self.zero.get("reduce_bucket_size", 5e8))))
+        return replace(fixed, activations=max(kept, FP32 * float(self.trainable_zero.get("reduce_bucket_size", 5e8))))
 
     def largest_micro_batch(self) -> int:
         """Return how many samples fit at a time."""

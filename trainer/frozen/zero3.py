@@ -22,9 +22,8 @@ from torch.autograd.function import FunctionCtx
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.trainer.context import Rank
-from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_config import frozen_config
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
-from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.memory import return_freed_memory
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
@@ -61,7 +60,7 @@ def load_frozen_lm(
         folder_url: Hugging Face folder, local or in an object store.
         store: Access to it.
         rank: Place of this process.
-        deepspeed: The stage's template: its `stage3_*` and `offload_param` keys hold here.
+        deepspeed: The stage's template, by name, path or content; its section `frozen` holds here.
 
     Raises:
         FrozenWeightsError: the files are damaged, or a tensor is missing, extra or of another shape.
@@ -73,7 +72,7 @@ def load_frozen_lm(
     with parameters_on_meta():
         language = build_language(config, folder, entries)
     dtype = getattr(torch, config.dtype)
-    module, report = shard(language, language.weight_names, entries, store, dtype, load_template(deepspeed))
+    module, report = shard(language, language.weight_names, entries, store, dtype, frozen_config(deepspeed))
     logger.info(
         "rank %d read %.1f of %.1f MB of %s in %.1f s",
         rank.rank, report.bytes_read / 1e6, report.bytes_total / 1e6, folder_url, report.seconds,
@@ -97,7 +96,7 @@ def shard(
         entries: Tensor name to place.
         store: Access to the files.
         dtype: Storage type of the partitions.
-        deepspeed: The stage's template (`load_template`).
+        deepspeed: Configuration of the partitions (`frozen_config`).
 
     Raises:
         FrozenWeightsError: a tensor is missing or of another shape; all are named.
@@ -105,39 +104,20 @@ def shard(
     began = time.monotonic()
     return_freed_memory()
     chosen = _match(skeleton, weight_names, entries)
-    zero3 = zero3_config(deepspeed)
-    _partition(skeleton, zero3, _kept_in_fp32(skeleton, dtype), dtype)
+    _partition(skeleton, deepspeed, _kept_in_fp32(skeleton, dtype), dtype)
     partitions = {name: cast(Any, parameter) for name, parameter in skeleton.named_parameters()}
     jobs = [piece for name, entry in chosen.items() for piece in _pieces(partitions[name], entry)]
     bytes_read = _fill(jobs, store)
     for module in skeleton.modules():
         if isinstance(module, nn.Linear):
             _save_no_weights(module)
-    engine, *_ = load_deepspeed().initialize(model=skeleton, config=zero3, dist_init_required=False)
+    engine, *_ = load_deepspeed().initialize(model=skeleton, config=deepspeed, dist_init_required=False)
     # Not a submodule: the engine's hooks go when the engine does, so it must live as long as the model.
     object.__setattr__(skeleton, "partitioning", engine.optimizer)
     object.__setattr__(skeleton, "partitioning_engine", engine)
     skeleton.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     total = sum(entry.num_bytes for entry in chosen.values())
     return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
-
-
-def zero3_config(template: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration under which frozen parameters are partitioned, each in its own type.
-
-    Raises:
-        ConfigError: the template asks for something that does not work with frozen parameters read in place.
-    """
-    zero = template["zero_optimization"] | {"stage": 3, "memory_efficient_linear": False}
-    zero.pop("offload_optimizer", None)
-    if zero.get("zero_quantized_nontrainable_weights"):
-        raise ConfigError(
-            "deepspeed: zero_quantized_nontrainable_weights needs an engine with an optimizer over the frozen "
-            "parameters; leave it out (zero_quantized_weights quantises what travels)"
-        )
-    if zero.get("offload_param", {}).get("device") == "nvme":
-        raise ConfigError("deepspeed: offload_param.device nvme is not supported for frozen weights; use cpu")
-    return template | {"zero_optimization": zero}
 
 
 @contextmanager

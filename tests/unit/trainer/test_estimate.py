@@ -9,12 +9,17 @@ from isthmus.model.config import QFormerConfig
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.estimate.architectures import BUNDLED, bundled_config
-from isthmus.trainer.estimate.flops import Text, self_attention_flops, stage1_work, stage2_work, vision_flops
+from isthmus.trainer.estimate.flops import Text, self_attention_flops, stage1_work, vision_flops
 from isthmus.trainer.estimate.hardware import GIB, Assumptions, Cluster, find_gpu, with_overrides
 from isthmus.trainer.estimate.memory import FP32, HALF, trainable_parameters
-from isthmus.trainer.estimate.original import original_stage1_activations, original_stage2_activations
 from isthmus.trainer.estimate.shapes import language_shape, vision_shape
 from isthmus.trainer.estimate.step import Parts, divisible, estimate_stage
+from tests.original_estimate import (
+    original_stage1_activations,
+    original_stage1_work,
+    original_stage2_activations,
+    original_stage2_work,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -51,14 +56,14 @@ def test_encoder_work_is_that_measured_for_the_original_encoders():
 
 def test_stage1_work_of_the_original_and_of_this_code():
     vision = VITG_OPT.vision
-    assert stage1_work(Q, vision, Text(), original=True).qformer / 1e9 == pytest.approx(240.6, rel=2e-3)
-    assert stage1_work(Q, vision, Text(), original=False).qformer / 1e9 == pytest.approx(117.1, rel=5e-3)
+    assert original_stage1_work(Q, vision).qformer / 1e9 == pytest.approx(240.6, rel=2e-3)
+    assert stage1_work(Q, vision, Text()).qformer / 1e9 == pytest.approx(117.1, rel=5e-3)
 
 
 @pytest.mark.parametrize(("name", "gigaflops"), [("opt-2.7b", 1239), ("opt-6.7b", 2266), ("flan-t5-xl", 1004)])
 def test_stage2_work_of_the_original(name, gigaflops):
     parts = shapes("eva-clip-vit-g-14", name)
-    work = stage2_work(Q, parts.vision, parts.language, Text(), original=True)
+    work = original_stage2_work(Q, parts.vision, parts.language)
     assert work.total / 1e9 == pytest.approx(gigaflops, rel=2e-3)
 
 
@@ -68,10 +73,10 @@ def test_peak_memory_of_the_public_runs_is_within_a_fifth():
     fixed = HALF * vision.num_parameters + 1.2e9
     per_parameter = FP32 + FP32 + 2 * FP32 + FP32 + HALF  # weight, gradient, moments, bucket, cast copy
     gathered_features = 2 * 8 * LOG_BATCH * vision.num_tokens * vision.width * FP32
-    stage1 = LOG_BATCH * original_stage1_activations(Q, vision, Text()) + gathered_features
+    stage1 = LOG_BATCH * original_stage1_activations(Q, vision) + gathered_features
     stage1 += per_parameter * 186_705_470 + fixed
     assert stage1 / (1 << 20) == pytest.approx(37_493, rel=0.2)
-    stage2 = LOG_BATCH * original_stage2_activations(Q, vision, language, Text())
+    stage2 = LOG_BATCH * original_stage2_activations(Q, vision, language)
     stage2 += per_parameter * 107_133_696 + fixed + HALF * language.num_parameters
     assert stage2 / (1 << 20) == pytest.approx(37_363, rel=0.2)
 
@@ -81,11 +86,7 @@ def test_one_public_run_predicts_the_next(stage, first, second):
     """The same cards and batch a week later, with a frozen BERT-base that reads the text besides."""
     reader = 12 * (self_attention_flops(32, 32, 768) + 4 * 32 * 768 * 3072)
     vision, language = VITG_OPT.vision, VITG_OPT.language
-    work = (
-        stage1_work(Q, vision, Text(), original=True)
-        if stage == "stage1"
-        else stage2_work(Q, vision, language, Text(), original=True)
-    )
+    work = original_stage1_work(Q, vision) if stage == "stage1" else original_stage2_work(Q, vision, language)
     assert first * (work.total + reader) / work.total == pytest.approx(second, rel=0.2)
 
 

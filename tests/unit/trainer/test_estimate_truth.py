@@ -124,7 +124,7 @@ def test_stage1_parameters_are_exact():
 @pytest.mark.parametrize("micro", [ROWS, ROWS // 2])
 def test_stage1_work_is_within_2_percent(micro):
     model, inputs = stage1()
-    expected = stage1_work(Q, VISION, TEXT, original=False).qformer
+    expected = stage1_work(Q, VISION, TEXT).qformer
     if micro < ROWS:
         expected += feature_pass_flops(Q, VISION, TEXT)
         expected += foreign_image_flops(Q, VISION) * foreign_images(model, inputs, micro) / ROWS
@@ -170,7 +170,7 @@ def test_stage2_parameters_work_and_activations(kind, tmp_path):
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.language.parameters())
     trainable = trainable_parameters(Q, IMAGE_WIDTH, stage2=True) + (Q.hidden_size + 1) * shape.width
     assert trainable == sum(parameter.numel() for parameter in model.trainable_parameters().values())
-    work = stage2_work(Q, VISION, shape, TEXT, original=False)
+    work = stage2_work(Q, VISION, shape, TEXT)
     assert counted_flops(step(model, inputs)) == pytest.approx(work.qformer + work.language, rel=0.02)
     expected = stage2_activations(Q, VISION, shape, TEXT, Kept.of("fp32", Q.dropout), language_element=4)
     assert kept_bytes(step(model, inputs)) / ROWS == pytest.approx(expected, rel=0.15)

@@ -14,11 +14,10 @@ from isthmus.model.objectives.stage2 import Stage2Model
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.savings import Savings
 from isthmus.trainer.config.loading import load_config
-from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_config import frozen_config
 from isthmus.trainer.estimate.architectures import BUNDLED, bundled_config, load_parts
 from isthmus.trainer.estimate.hardware import Assumptions, Cluster, find_gpu
 from isthmus.trainer.estimate.step import estimate_stage
-from isthmus.trainer.frozen.zero3 import zero3_config
 
 pytestmark = pytest.mark.unit
 
@@ -66,7 +65,7 @@ def test_the_recipe_holds_on_the_meta_device(name, tmp_path):
     check_trainable(first, second, parts.vision.width)
     assert parts.language.num_parameters == sum(parameter.numel() for parameter in language.parameters())
     for stage in config.stages:
-        zero3_config(load_template(config.stage(stage).deepspeed))
+        frozen_config(config.stage(stage).deepspeed)
         result = estimate_stage(config, stage, parts, Cluster(find_gpu("a100-80g"), 16), Assumptions())
         assert result.largest_micro_batch >= config.stage(stage).micro_batch_size
         assert 0 < result.days < 30

@@ -6,7 +6,7 @@ import pytest
 
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
-from isthmus.trainer.engine.deepspeed_config import load_template
+from isthmus.trainer.engine.deepspeed_config import trainable_config
 from isthmus.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -80,6 +80,13 @@ def test_rules_across_fields_name_the_key(recipe, overrides, key):
     assert any(problem.startswith(f"{key}: ") for problem in problems_of(recipe, *overrides))
 
 
+@pytest.mark.parametrize("value", ["0123", "1.5", "true", "2026-11-27"])
+def test_a_name_that_yaml_reads_as_something_else_wants_quotes(recipe, value):
+    with pytest.raises(ConfigError, match=r"run\.name: .*put it in quotes"):
+        load_config(recipe, [f"run.name={value}"], JobConfig)
+    assert load_config(recipe, [f"run.name='{value.replace('.', '-')}'"], JobConfig).run.name
+
+
 def test_world_sizes_divide_the_lanes(recipe):
     assert load_config(recipe, [], JobConfig).world_sizes == (1, 2, 4)
 
@@ -105,7 +112,7 @@ def test_the_hash_follows_the_content_and_yaml_reads_back_equal(recipe):
     ("text", "message"),
     [
         ("a: &x [1]\nb: *x", "aliases"),
-        ("a: 1\na: 2", "stands twice"),
+        ("a: 1\na: 2", "appears twice"),
         ("a: !!python/object/apply:os.system ['true']", "not plain YAML"),
         ("- 1", "not a mapping"),
         ("a: [" * 5000, "not plain YAML"),
@@ -140,7 +147,7 @@ def test_a_deepspeed_template_becomes_part_of_the_configuration(tmp_path, monkey
     config = load_config("recipe.yaml", ["stage1.deepspeed=mine.json"], JobConfig)
     (tmp_path / "mine.json").unlink()
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
-    template = load_template(load_config("resolved.yaml", [], JobConfig).stage1.deepspeed)
+    template = trainable_config(load_config("resolved.yaml", [], JobConfig).stage1.deepspeed)
     assert template["zero_optimization"]["stage"] == 2
     with pytest.raises(ConfigError, match=r"mine\.json is not a readable JSON file"):
         load_config("recipe.yaml", ["stage1.deepspeed=mine.json"], JobConfig)
