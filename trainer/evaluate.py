@@ -101,14 +101,14 @@ def evaluate_run(
         return _report(subject, data, out, store, context.rank, num_samples)
 
 
-def evaluate_export(url: str, data: str, out: Path, *, num_samples: int | None) -> Report:
+def evaluate_export(url: str, data: str, out: Path, store: ObjectStore, *, num_samples: int | None) -> Report:
     """Measure a stage-2 export, or what `isthmus import` made of a published model, as `evaluate_run` does a run.
 
     Raises:
         TrainerError: the folder is no export.
         ModelError: it is one of stage 1.
     """
-    store, alone = ObjectStore(), Rank(0, 1)
+    alone = Rank(0, 1)
     if not any(info.url.endswith(f"/{DESCRIPTION}") for info in store.list(url)):
         raise TrainerError(
             f"{url}: holds neither config.yaml nor {DESCRIPTION}; give the folder of a run (isthmus runs ls) or of an "

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import AddressOption, JsonOption, OverridesArg, RecipeArg, RunArg
+from isthmus.cluster.cli.options import (
+    AddressOption,
+    EndpointOption,
+    JsonOption,
+    OverridesArg,
+    RecipeArg,
+    RegionOption,
+    RunArg,
+    open_store,
+)
 from isthmus.cluster.cli.output import print_json, print_rich
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
@@ -46,6 +55,8 @@ def preflight(
 def doctor(
     run: RunArg,
     address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write [default: RUN-doctor.tar.gz].")] = None,
 ) -> None:
     """Collect configuration, versions, events, logs and stack dumps of a run into one archive without secrets."""
@@ -57,7 +68,7 @@ def doctor(
     facts: dict[str, Any] = {}
     logs: dict[str, str] = {}
     if is_url(run):
-        url, store = run.rstrip("/"), ObjectStore()
+        url, store = run.rstrip("/"), open_store(endpoint_url, region)
     else:
         jobs = Jobs(address)
         job = jobs.latest(run)

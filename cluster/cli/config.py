@@ -1,11 +1,11 @@
 """`isthmus config`: show, describe and compare run configurations."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import JsonOption, OverridesArg, RecipeArg
+from isthmus.cluster.cli.options import EndpointOption, JsonOption, OverridesArg, RecipeArg, RegionOption, open_store
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import (
     Change,
@@ -16,6 +16,9 @@ from isthmus.trainer.config.loading import (
     parse_yaml,
     to_yaml,
 )
+
+if TYPE_CHECKING:
+    from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer(help="Show, describe and compare run configurations.", no_args_is_help=True)
 
@@ -40,10 +43,13 @@ def schema() -> None:
 def diff(
     old: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
     new: Annotated[str, typer.Argument(help="Recipe file, or folder (local or s3://) of a run.")],
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the keys whose values differ between two recipes or runs."""
-    changes = diff_configs(_resolved(old), _resolved(new))
+    store = open_store(endpoint_url, region)
+    changes = diff_configs(_resolved(old, store), _resolved(new, store))
     if as_json:
         typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
         return
@@ -57,12 +63,12 @@ def _line(change: Change) -> str:
     return f"{change.key}: {json.dumps(change.old)} -> {json.dumps(change.new)}"
 
 
-def _resolved(place: str) -> dict[str, Any]:
+def _resolved(place: str, store: "ObjectStore") -> dict[str, Any]:
     """Return the resolved configuration of a recipe file or of a run's folder."""
     if place.endswith((".yaml", ".yml")) and "://" not in place:
         return load_config(place, [], JobConfig).model_dump(mode="json")
-    from isthmus.data_pipeline.store.object_store import ObjectStore, join
+    from isthmus.data_pipeline.store.object_store import join
 
     url = place if place.endswith((".yaml", ".yml")) else join(place.rstrip("/"), "config.yaml")
-    text = ObjectStore().get(url).decode()
+    text = store.get(url).decode()
     return check_config(parse_yaml(text, url), JobConfig, url).model_dump(mode="json")

@@ -12,11 +12,15 @@ import typer
 from isthmus.cluster.cli.options import (
     AddressOption,
     AllowChangeOption,
+    EndpointOption,
     JsonOption,
     OverridesArg,
     RecipeArg,
+    RegionOption,
     RunArg,
     WatchOption,
+    open_store,
+    store_config,
 )
 from isthmus.cluster.cli.output import print_json, print_rich
 from isthmus.cluster.config import JobConfig
@@ -54,14 +58,20 @@ def submit(
 
 
 @app.command()
-def resume(run: RunArg, address: AddressOption = None, watch: WatchOption = False) -> None:
+def resume(
+    run: RunArg,
+    address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    watch: WatchOption = False,
+) -> None:
     """Resume a run from its last committed checkpoint; by URL also on another cluster."""
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_folder import is_url, stored_config
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
     if is_url(run):
-        resolved = stored_config(run.rstrip("/"), ObjectStore())
+        resolved = stored_config(run.rstrip("/"), open_store(endpoint_url, region))
         _submit(resolved, address or resolved.cluster.address, watch=watch)
         return
     job = Jobs(address).latest(run)
@@ -74,16 +84,19 @@ def status(
         str | None, typer.Argument(metavar="[RUN]", help="Run or URL of its folder; none: all runs.")
     ] = None,
     address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     watch: WatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show state, stage, step, time left, workers, goodput, restarts and the last committed checkpoint."""
     from isthmus.cluster.submission.watch import known_runs
 
+    store = store_config(endpoint_url, region)
     if watch and not as_json:
-        _watch(lambda: known_runs(run, address))
+        _watch(lambda: known_runs(run, address, store))
     else:
-        _show(known_runs(run, address), one=run is not None, as_json=as_json)
+        _show(known_runs(run, address, store), one=run is not None, as_json=as_json)
 
 
 @app.command()
@@ -91,7 +104,7 @@ def ls(address: AddressOption = None, as_json: JsonOption = False) -> None:
     """List the runs that the cluster knows, newest first."""
     from isthmus.cluster.submission.watch import known_runs
 
-    _show(known_runs(None, address), one=False, as_json=as_json)
+    _show(known_runs(None, address, store_config(None, None)), one=False, as_json=as_json)
 
 
 @app.command()

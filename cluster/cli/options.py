@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from isthmus.data_pipeline.config import StoreConfig
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
 ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 [default: RAY_ADDRESS, else this machine's]."
@@ -27,9 +28,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Show the state until the run ends.")]
 
 
+def store_config(endpoint_url: str | None, region: str | None) -> "StoreConfig":
+    """Return how to reach the object store that the options describe."""
+    from isthmus.data_pipeline.config import StoreConfig
+
+    return StoreConfig(endpoint_url=endpoint_url, region=region)
+
+
 def open_store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
     """Return the object store that the options describe."""
-    from isthmus.data_pipeline.config import StoreConfig
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
-    return ObjectStore(StoreConfig(endpoint_url=endpoint_url, region=region))
+    return ObjectStore(store_config(endpoint_url, region))

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from isthmus.cluster.cli.options import AllowChangeOption, JsonOption, OverridesArg, RecipeArg
+from isthmus.cluster.cli.options import (
+    AllowChangeOption,
+    EndpointOption,
+    JsonOption,
+    OverridesArg,
+    RecipeArg,
+    RegionOption,
+    open_store,
+)
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
@@ -53,22 +61,25 @@ def evaluate(
         typer.Option("--stage", help="stage1 or stage2 [default: the last with any]"),
     ] = None,
     num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
-    from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+    from isthmus.data_pipeline.store.object_store import NotFoundError, join
     from isthmus.trainer.config.loading import check_config, parse_yaml
     from isthmus.trainer.evaluate import evaluate_export, evaluate_run
 
     log_to_terminal(logging.WARNING)
     folder = run.rstrip("/")
-    url = join(folder, "config.yaml")
+    url, store = join(folder, "config.yaml"), open_store(endpoint_url, region)
     try:
-        text = ObjectStore().get(url).decode()
+        text = store.get(url).decode()
     except NotFoundError:
-        report = evaluate_export(folder, data, out, num_samples=num_samples)
+        report = evaluate_export(folder, data, out, store, num_samples=num_samples)
     else:
         config = check_config(parse_yaml(text, url), JobConfig, url)
+        config = config.model_copy(update={"store": store.config}) if endpoint_url or region else config
         report = evaluate_run(config, folder, data, out, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
     typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)

@@ -36,13 +36,13 @@ class RunView:
             return RunView(job.run, job.run_url, job, None, str(error))
 
     @staticmethod
-    def of_folder(url: str) -> "RunView":
+    def of_folder(url: str, store: StoreConfig) -> "RunView":
         """Read the status of a run's folder, without a cluster.
 
         Raises:
             ClusterError: no driver has been at work there.
         """
-        status = read_status(url, fail_fast_store(StoreConfig()))
+        status = read_status(url, fail_fast_store(store))
         if status is None:
             raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver was at work there; see isthmus runs ls")
         return RunView(status.run, url, None, status)

@@ -9,16 +9,20 @@ from isthmus.cluster.submission.job import Job
 from isthmus.cluster.submission.jobs import Jobs
 from isthmus.cluster.submission.run_folder import is_url
 from isthmus.cluster.submission.run_view import RunView
+from isthmus.data_pipeline.config import StoreConfig
 
 FIRST_SIGN_SECONDS = 10.0
 WATCH_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
 
 
-def known_runs(run: str | None, address: str | None) -> list[RunView]:
-    """Return what is known of one run (a name, or the URL of its folder) or of all, by the newest job of each."""
+def known_runs(run: str | None, address: str | None, store: StoreConfig) -> list[RunView]:
+    """Return what is known of one run (a name, or the URL of its folder) or of all, by the newest job of each.
+
+    `store` is for a URL; a job says itself where its run's folder is.
+    """
     if run and is_url(run):
-        return [RunView.of_folder(run.rstrip("/"))]
+        return [RunView.of_folder(run.rstrip("/"), store)]
     jobs = Jobs(address)
     if run:
         return [RunView.of_job(jobs.latest(run))]

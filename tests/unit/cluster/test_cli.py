@@ -1,12 +1,19 @@
 """The command line: light to start, one red line for expected errors, tracebacks for defects."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from isthmus.cluster.cli.main import app
+from isthmus.cluster.cli.options import open_store
+from isthmus.cluster.errors import EXPECTED_ERRORS
 from tests.unit.trainer.test_config_io import RECIPE
 
 pytestmark = pytest.mark.unit
@@ -75,3 +82,43 @@ def test_neither_the_driver_nor_the_command_line_load_what_trains():
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+WITHOUT_A_STORE = {"train", "submit", "ls", "logs", "stop", "import", "preflight", "estimate", "manifests"}
+"""Verbs whose store is that of the recipe or of the job, or that read local files only."""
+
+
+def test_every_verb_that_takes_a_url_takes_the_stores_endpoint_and_region():
+    verbs = {}
+    for name, command in get_command(app).commands.items():
+        verbs |= {f"{name} {verb}": leaf for verb, leaf in getattr(command, "commands", {"": command}).items()}
+    lacking = {
+        name.strip()
+        for name, command in verbs.items()
+        if not {"--endpoint-url", "--region"} <= {option for parameter in command.params for option in parameter.opts}
+    }
+    assert {name for name in lacking if " " not in name} == WITHOUT_A_STORE
+    assert {name for name in lacking if " " in name} <= {
+        "config show", "config schema", "assets tiny", "models import", "models fetch", "models ls",
+    }  # fmt: skip
+
+
+def test_the_options_reach_the_store():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "moto")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "moto")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            options = ["--endpoint-url", f"http://{host}:{port}", "--region", "us-east-1"]
+            open_store(*options[1::2]).make_bucket("s3://bucket")
+            url = "s3://bucket/runs"
+            assert "holds no runs" in CliRunner().invoke(app, ["runs", "ls", url, *options]).output
+            for verb in ("runs show", "report", "checkpoints ls", "status", "resume", "doctor", "eval"):
+                more = ["s3://bucket/data"] if verb == "eval" else []
+                result = CliRunner().invoke(app, [*verb.split(), f"{url}/demo", *more, *options])
+                assert isinstance(result.exception, EXPECTED_ERRORS), (verb, result)
+                assert re.search("absent|holds no|holds neither", str(result.exception)), (verb, result.exception)
+        finally:
+            server.stop()

@@ -186,7 +186,7 @@ def test_durations_have_two_units(seconds, text):
 
 def test_a_folder_without_a_status_is_said(tmp_path):
     with pytest.raises(ClusterError, match="no driver was at work there"):
-        RunView.of_folder(str(tmp_path))
+        RunView.of_folder(str(tmp_path), StoreConfig())
 
 
 def test_what_another_cluster_left_under_the_same_job_id_is_not_ours():
