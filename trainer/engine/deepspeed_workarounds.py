@@ -1,6 +1,7 @@
 """Every place where DeepSpeed's or torch's own behaviour is patched, each with its reason.
 
-tests/integration/test_workarounds.py fails for each of these that is no longer needed.
+tests/integration/test_workarounds.py fails for each of these that is no longer needed, except `drain_gloo`, whose
+reason is a race that a test cannot provoke.
 """
 
 import datetime
@@ -10,10 +11,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 MUON = "deepspeed.runtime.zero.muon.original_muon"
 GLOO_DRAIN_SECONDS = 0.2
@@ -53,6 +57,34 @@ def _import_muon() -> None:
         importlib.import_module(MUON)
     finally:
         compiler.compile = compiled  # type: ignore[attr-defined]
+
+
+def broadcast_scalars(parameters: Iterable[nn.Parameter]) -> None:
+    """Broadcast 0-d parameters from rank 0: DeepSpeed's own broadcast views tensors as bytes, which 0-d cannot be."""
+    for parameter in parameters:
+        if parameter.dim() == 0:
+            dist.broadcast(parameter.data, src=0)
+            parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Give modules built inside parameters without memory; buffers are real.
+
+    `torch.device("meta")` would take the buffers' contents too, and these are computed when a module is built.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def limit_new_groups(timeout: datetime.timedelta) -> None:

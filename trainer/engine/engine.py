@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import trainable_config
-from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
+from isthmus.trainer.engine.deepspeed_workarounds import broadcast_scalars, load_deepspeed
 from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
 from isthmus.trainer.engine.process_group import select_device
 from isthmus.trainer.engine.state_shards import (
@@ -220,7 +219,7 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
         schedule,
         fused=device.type == "cuda" and not offloaded,
     )
-    _share_scalars(parameters)
+    broadcast_scalars(parameters.values())
     wrapped, *_ = load_deepspeed().initialize(
         model=_trainable_module(task_model, parameters, deepspeed_config),
         optimizer=optimizer,
@@ -241,14 +240,6 @@ def _trainable_module(model: nn.Module, parameters: dict[str, nn.Parameter], con
         )
     children = [c for c in model.children() if any(id(p) in wanted for p in c.parameters())]
     return nn.ModuleList(children)
-
-
-def _share_scalars(parameters: dict[str, nn.Parameter]) -> None:
-    """Broadcast 0-d parameters from rank 0 here: DeepSpeed's own broadcast views them as bytes, which 0-d cannot be."""
-    for parameter in parameters.values():
-        if parameter.dim() == 0:
-            dist.broadcast(parameter.data, src=0)
-            parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

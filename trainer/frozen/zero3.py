@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import frozen_config
-from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed
+from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed, parameters_on_meta
 from isthmus.trainer.frozen.memory import return_freed_memory
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
@@ -118,23 +117,6 @@ def shard(
     skeleton.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     total = sum(entry.num_bytes for entry in chosen.values())
     return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Give modules built inside parameters without memory; buffers are real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _match(
