@@ -25,13 +25,13 @@ from isthmus.cluster.errors import EXPECTED_ERRORS, ClusterError
 from isthmus.cluster.status import RunState, RunStatus, read_status
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.emoji import SPLITS, build_corpus
-from isthmus.demo.generated import generate_corpus, generate_models
 from isthmus.demo.local_s3 import LocalS3, local_s3
 from isthmus.demo.machine import LONG_RECIPE, RECIPE, TINY_RECIPE, Setup, choose, find_machine
 from isthmus.demo.models import prepare_models
 from isthmus.demo.packages import EVERYTHING, unpack_all
 from isthmus.demo.ray_head import RayHead, ray_head
 from isthmus.demo.timeline import Timeline, minutes
+from isthmus.demo.tiny.generated import generate_corpus, generate_models
 from isthmus.demo.watch import RunWatch
 from isthmus.trainer.config.loading import load_config
 

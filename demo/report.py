@@ -13,8 +13,10 @@ from isthmus.cluster.report.page import ReportExtras, render
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.curves import load_band, verdict
 from isthmus.demo.packages import EVERYTHING
+from isthmus.demo.picture import write_picture
 
 REPORT = "report.html"
+PICTURE = "picture.svg"
 BANDS = Path("docs/curves")
 PLAIN = "pooled features, MLP to frozen MiniLM (6,000 pairs, 648 captions)"
 BASELINES = {
@@ -31,7 +33,7 @@ UNSEEN_BASELINE = (
 
 
 def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str | None = None) -> Path:
-    """Write the report into the run's folder and the cache; fetch the curves for TensorBoard; return the local file.
+    """Write the report into the run's folder and the cache, beside it one picture and the curves; return the report.
 
     Args:
         config: of the run.
@@ -57,6 +59,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
     partial = path.with_name(f".{REPORT}.part")
     partial.write_bytes(page)
     partial.replace(path)
+    write_picture(facts, cache / PICTURE)
     _fetch_curves(url, store, cache / "tensorboard" / config.run.name)
     return path
 

@@ -8,8 +8,8 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.demo import main
 from isthmus.demo.emoji import SPLITS
-from isthmus.demo.generated import generate_corpus, generate_models
 from isthmus.demo.timeline import Timeline
+from isthmus.demo.tiny.generated import generate_corpus, generate_models
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.trainer.config.loading import load_config
