@@ -13,7 +13,7 @@ class WorkersConfig(Config):
     """Size of the training group."""
 
     min: int = Field(1, gt=0)
-    """Fewest workers with which the run goes on."""
+    """Fewest workers with which the run trains."""
     max: int = Field(1, gt=0)
     """Most workers used."""
     gpus: int = Field(0, ge=0)
@@ -23,14 +23,16 @@ class WorkersConfig(Config):
 
 
 class RestartConfig(Config):
-    """How often a run is restarted by itself."""
+    """When a run that fails again and again stops; a run that commits checkpoints is restarted without end."""
 
     max_failures: int = Field(8, ge=0)
-    """Restarts after infrastructure failures."""
+    """Infrastructure failures within `window_seconds`, without a checkpoint committed in between, that are retried."""
     max_preemptions: int = Field(1000, ge=0)
-    """Restarts after preemptions."""
+    """Preemptions within `window_seconds`, without a checkpoint committed in between, that are retried."""
+    window_seconds: float = Field(6 * 3600.0, gt=0)
+    """Failures longer ago than this are no longer counted."""
     max_failures_at_same_step: int = Field(3, gt=0)
-    """Failures without a step of progress before the run stops."""
+    """Failures of the same rank at the same step before the run stops."""
     backoff_seconds: float = Field(2.0, ge=0)
     """First pause before a restart; it doubles up to a minute."""
 
@@ -85,13 +87,19 @@ class ClusterConfig(Config):
     restart: RestartConfig = RestartConfig()
     """Restart budget."""
     wait_seconds: float = Field(3600.0, gt=0)
-    """A run that finds no free resources for this long fails."""
+    """A run that finds no free resources, or no object store that responds, for this long fails."""
+    start_wait_seconds: float = Field(0.0, ge=0)
+    """Time given to the largest group before a smaller one is started, for clusters whose nodes arrive over minutes."""
+    start_timeout_seconds: float = Field(120.0, gt=0)
+    """Time for the processes of a group to start, plus 0.1 s for each of them."""
     grow_after_seconds: float = Field(60.0, ge=0)
     """An attempt trains at least this long before it is restarted with more workers."""
     unresponsive_seconds: float = Field(60.0, gt=0)
-    """A worker that answers the driver for this long not at all counts as lost."""
+    """A worker that does not respond to the driver for this long counts as lost."""
     stop_grace_seconds: float = Field(120.0, gt=0)
     """Time for a last checkpoint after a stop request or a drain notice."""
+    export_timeout_seconds: float = Field(3600.0, gt=0)
+    """Time for the export at the end of a run, including the wait for a free node."""
     secrets: tuple[str, ...] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     """Names of environment variables that the nodes must hold; values are never sent, stored or printed."""
     environment: dict[EnvironmentName, str] = Field({})

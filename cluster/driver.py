@@ -19,7 +19,7 @@ import ray
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.errors import EXPECTED_ERRORS
-from isthmus.cluster.logs import configure_logging
+from isthmus.cluster.logs import bounded_file, configure_logging
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.jobs_api import end_without_retry, submission_id
 from isthmus.cluster.status import RunState, StatusBoard
@@ -34,6 +34,8 @@ from isthmus.trainer.runs.store import RunStore
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
+JOB_LOG_BYTES = 256 << 20
+"""Ray rotates the logs of workers, but not that of a job, to which it copies the lines of all workers."""
 LAST_LINES_SECONDS = 1.0
 """Time for the workers' last lines, which Ray brings to the driver, to reach the job's log."""
 
@@ -73,7 +75,8 @@ def main(path: str, *allow_change: str) -> int:
         config = load_config(path, [], JobConfig)
         configure_logging(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
-        return drive(config, submission_id(), allow_change).exit_code
+        with bounded_file(sys.stdout.fileno(), JOB_LOG_BYTES):
+            return drive(config, submission_id(), allow_change).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
         is_final = not getattr(error, "retryable", False)
@@ -93,17 +96,27 @@ def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outco
         with _stop_on_signals(supervisor):
             for stage in config.stages:
                 if not supervisor.run_stage(stage):
-                    board.update(RunState.STOPPED, message="stopped by the operator; isthmus resume goes on")
+                    board.update(RunState.STOPPED, message="stopped by the operator; isthmus resume continues")
                     return Outcome.STOPPED
-            if config.run.export:
-                board.update(RunState.RUNNING, message="exporting")
-                logger.info("exported to %s", export_on_worker(config, run.token))
+            if config.run.export and not _export(config, run, board, supervisor):
+                return Outcome.STOPPED
     except BaseException as error:
         expected = isinstance(error, EXPECTED_ERRORS)
         board.update(RunState.FAILED, message=str(error) if expected else f"{type(error).__name__}: {error}")
         raise
     board.update(RunState.FINISHED, message="", now=True)
     return Outcome.FINISHED
+
+
+def _export(config: JobConfig, run: RunStore, board: StatusBoard, supervisor: Supervisor) -> bool:
+    """Export the run; False: stopped by the operator."""
+    board.update(RunState.RUNNING, message="exporting")
+    url = export_on_worker(config, run.token, lambda: supervisor.stop_requested)
+    if url is None:
+        board.update(RunState.STOPPED, message="stopped before the export was done; isthmus resume exports")
+        return False
+    logger.info("exported to %s", url)
+    return True
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """What went wrong in an attempt, and whether another attempt can help."""
 
+import sys
 import traceback
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from isthmus.data_pipeline.errors import DataError, ReadersUnavailable, StoreError
+from isthmus.data_pipeline.errors import AccessError, DataError, ReadersUnavailable
+from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from isthmus.model.errors import ModelError
 from isthmus.trainer.errors import ConfigError, TrainerError
 
@@ -15,22 +17,40 @@ class FailureKind(StrEnum):
     """Classes of failure, from the one that explains most to the one that is only an echo."""
 
     USER = "user error"
-    """Configuration, credentials, weights or code: starting again gives the same error."""
+    """Configuration, weights or data: another attempt fails with the same error."""
     DATA = "data over budget"
     """More bad samples than the configuration tolerates."""
+    MEMORY = "out of memory"
+    """Of the accelerator or of the host; a user error where it repeats."""
     PREEMPTION = "preemption"
     """The platform took a node away after a notice, or a process was asked to end."""
     LOST = "lost process"
-    """A process or node died or stopped answering."""
+    """A process or node died or stopped responding."""
+    READERS = "no readers"
+    """The CPU nodes that read the data are away."""
+    ACCESS = "access denied"
+    """The object store refused the credentials: a user error before a run's first step, later an outage."""
     STORAGE = "object store"
-    """It did not answer or broke off, after all retries."""
+    """It did not respond or broke off, after all retries."""
+    DEFECT = "programming error"
+    """A TypeError or the like: an echo beside a lost process, a user error where it repeats by itself."""
     ERROR = "error"
     """An exception of no known class, such as a broken connection to a rank that died."""
 
     @property
     def is_final(self) -> bool:
-        """Whether starting again cannot help."""
+        """Whether another attempt cannot help."""
         return self in (FailureKind.USER, FailureKind.DATA)
+
+    @property
+    def is_final_when_repeated(self) -> bool:
+        """Whether a second attempt that ends the same way shows that further ones cannot help."""
+        return self in (FailureKind.MEMORY, FailureKind.DEFECT)
+
+    @property
+    def may_be_an_echo(self) -> bool:
+        """Whether the failure of another process may explain this one."""
+        return self in (FailureKind.DEFECT, FailureKind.ERROR)
 
 
 @dataclass(frozen=True)
@@ -48,37 +68,42 @@ class Failure:
 
     def __str__(self) -> str:
         """Return `kind on rank r: cause`."""
-        place = "" if self.rank is None else f" on rank {self.rank}"
-        return f"{self.kind}{place}: {self.cause}"
+        where = "" if self.rank is None else f" on rank {self.rank}"
+        return f"{self.kind}{where}: {self.cause}"
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the failure that an exception raised by the training code stands for.
-
-    Classes of modules that need torch are known by name, so that the driver does not load torch.
-    """
-    name = type(error).__name__
-    kind = FailureKind.ERROR
-    cause = str(error).strip() or name
-    if name == "BudgetExceeded":
-        kind = FailureKind.DATA
-    elif isinstance(error, ReadersUnavailable):
-        kind = FailureKind.LOST
-    elif isinstance(error, StoreError) and error.retryable:
-        kind = FailureKind.STORAGE
-    elif isinstance(error, ConfigError | TrainerError | DataError | ModelError):
-        kind = FailureKind.USER
-    elif isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        kind, cause = FailureKind.USER, f"{cause}; {OUT_OF_MEMORY_REMEDY}"
-    elif isinstance(error, ImportError | SyntaxError | NameError | AttributeError | TypeError):
-        kind, cause = FailureKind.USER, f"{name}: {cause}"
-    else:
-        cause = f"{name}: {cause}"
+    """Return the failure that an exception raised by the training code stands for."""
+    kind = _kind_of(error)
+    cause = str(error).strip() or type(error).__name__
+    if kind is FailureKind.MEMORY:
+        cause = f"{cause}; {OUT_OF_MEMORY_REMEDY}"
+    elif not isinstance(error, ConfigError | TrainerError | DataError | ModelError):
+        cause = f"{type(error).__name__}: {cause}"
     return Failure(kind, cause, detail="".join(traceback.format_exception(error)))
 
 
+def _kind_of(error: BaseException) -> FailureKind:
+    if isinstance(error, DataError | TrainerError) and error.retryable:
+        return FailureKind.READERS if isinstance(error, ReadersUnavailable) else FailureKind.STORAGE
+    kinds: list[tuple[FailureKind, tuple[type[BaseException], ...]]] = [
+        (FailureKind.DATA, (BudgetExceeded,)),
+        (FailureKind.ACCESS, (AccessError,)),
+        (FailureKind.USER, (DataError, TrainerError, ConfigError, ModelError, ImportError, SyntaxError)),
+        (FailureKind.MEMORY, (MemoryError, _accelerator_out_of_memory())),
+        (FailureKind.DEFECT, (NameError, AttributeError, TypeError)),
+    ]
+    return next((kind for kind, classes in kinds if isinstance(error, classes)), FailureKind.ERROR)
+
+
+def _accelerator_out_of_memory() -> type[BaseException]:
+    """Return torch's class where torch is loaded: the driver, which classifies too, does not load it."""
+    torch = sys.modules.get("torch")
+    return torch.OutOfMemoryError if torch else MemoryError
+
+
 def root_cause(failures: list[Failure]) -> Failure:
-    """Return the failure that explains the others: by class, then the lowest rank.
+    """Return the failure that explains the others: by kind, then the lowest rank.
 
     When one rank dies, its peers raise connection errors; those are echoes. Needs at least one failure.
     """
@@ -87,5 +112,5 @@ def root_cause(failures: list[Failure]) -> Failure:
 
 
 def on_rank(failure: Failure, rank: int, node: str | None) -> Failure:
-    """Return the failure with its place filled in."""
+    """Return the failure with its rank and node filled in."""
     return replace(failure, rank=rank, node=node)

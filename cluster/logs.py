@@ -1,10 +1,16 @@
 """Structured logs: one JSON object per line with time, level, message and context: run, stage, step, rank."""
 
+import fcntl
 import json
 import logging
 import os
+import stat
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 CONTEXT_KEYS = ("run", "stage", "step", "rank", "node")
@@ -63,6 +69,45 @@ def configure_logging(stream: TextIO | None = None, level: int = logging.INFO, *
     for noisy in ("urllib3", "botocore", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     bind_context(**context)
+
+
+@contextmanager
+def bounded_file(descriptor: int, max_bytes: int, check_seconds: float = 30.0) -> Iterator[None]:
+    """Keep the file that a descriptor writes to below a size: its older half is dropped when it has grown past that.
+
+    Whoever else writes through the same open file, such as Ray with the lines of all workers, is covered too.
+    Anything but a regular file is left alone.
+    """
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        yield
+        return
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_APPEND)  # so that writers follow when it is cut
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(check_seconds):
+            drop_older_half(descriptor, max_bytes)
+
+    thread = threading.Thread(target=watch, name="log size", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def drop_older_half(descriptor: int, max_bytes: int) -> None:
+    """Cut a file that is larger than `max_bytes` to its newest whole lines, half as many bytes at most."""
+    size = os.fstat(descriptor).st_size
+    if size <= max_bytes:
+        return
+    with Path(f"/proc/self/fd/{descriptor}").open("rb") as file:
+        file.seek(size - max_bytes // 2)
+        newest = file.read().partition(b"\n")[2]
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, newest)
 
 
 def parse_line(text: str) -> dict[str, Any] | None:

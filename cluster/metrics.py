@@ -1,24 +1,24 @@
-"""Figures of a run for Prometheus, through Ray's metrics agent: every name starts with `ray_isthmus_`."""
+"""Metrics of a run for Prometheus, through Ray's metrics agent: every name starts with `ray_isthmus_`."""
 
-from ray.util.metrics import Gauge
+from ray.util.metrics import Counter, Gauge
 
 TAGS = ("run", "stage")
 WORKER_GAUGES = {
-    "step": "Optimizer step",
-    "loss": "Loss of the global batch",
-    "samples_per_second": "Samples trained per second over all ranks",
-    "seconds_per_step": "Time of a step",
-    "data_wait_fraction": "Share of time in which the step waits for data",
-    "checkpoint_age_seconds": "Age of the last committed checkpoint",
-    "checkpoint_stall_seconds": "Time for which the last save stopped training",
-    "goodput": "Share of the run's time spent computing steps that count",
-    "memory_bytes": "Memory of the fullest rank",
+    "step": ("step", "Optimizer step"),
+    "loss": ("loss", "Loss of the global batch"),
+    "samples_per_second": ("samples_per_second", "Samples trained per second over all ranks"),
+    "seconds_per_step": ("step_seconds", "Time of a step"),
+    "data_wait_fraction": ("data_wait_ratio", "Share of time in which the step waits for data"),
+    "checkpoint_age_seconds": ("checkpoint_age_seconds", "Age of the last committed checkpoint"),
+    "checkpoint_stall_seconds": ("checkpoint_blocking_seconds", "Time for which the last save blocked training"),
+    "goodput": ("goodput_ratio", "Share of the run's time spent computing steps that count"),
+    "memory_bytes": ("memory_bytes", "Memory of the fullest rank"),
 }
-"""The figures of trainer.watch.report_figures that are worth a graph."""
-DRIVER_GAUGES = {
+"""Figure of isthmus.trainer.monitoring that is worth a graph -> name of its metric and description."""
+DRIVER_METRICS = {
     "world_size": "Training processes",
-    "restarts": "Restarts of the run, whatever the cause",
-    "lost_steps": "Steps trained again after restarts, in all",
+    "restarts_total": "Restarts of the run, whatever the cause",
+    "lost_steps_total": "Steps trained again after restarts",
     "recovery_seconds": "Time from the last failure to the next step",
 }
 
@@ -26,10 +26,10 @@ DRIVER_GAUGES = {
 class Gauges:
     """Gauges of one stage of one run; figures without a gauge are left out."""
 
-    def __init__(self, run: str, stage: str, descriptions: dict[str, str] | None = None) -> None:
+    def __init__(self, run: str, stage: str, names: dict[str, tuple[str, str]] | None = None) -> None:
         """Register the gauges with Ray's metrics agent."""
-        chosen = WORKER_GAUGES if descriptions is None else descriptions
-        self._gauges = {name: Gauge(f"isthmus_{name}", text, TAGS) for name, text in chosen.items()}
+        chosen = WORKER_GAUGES if names is None else names
+        self._gauges = {figure: Gauge(f"isthmus_{name}", text, TAGS) for figure, (name, text) in chosen.items()}
         self._tags = {"run": run, "stage": stage}
 
     @staticmethod
@@ -42,3 +42,31 @@ class Gauges:
         for name, value in figures.items():
             if name in self._gauges:
                 self._gauges[name].set(value, self._tags)
+
+
+class DriverMetrics:
+    """What the driver counts; its counters begin at 0 with each driver, as Prometheus expects of a counter."""
+
+    def __init__(self, run: str) -> None:
+        """Register the metrics with Ray's metrics agent."""
+        self._tags = {"run": run, "stage": ""}
+        self._world_size, self._recovery = (
+            Gauge(f"isthmus_{name}", DRIVER_METRICS[name], TAGS) for name in ("world_size", "recovery_seconds")
+        )
+        self._restarts, self._lost_steps = (
+            Counter(f"isthmus_{name}", DRIVER_METRICS[name], TAGS) for name in ("restarts_total", "lost_steps_total")
+        )
+
+    def world_size(self, size: int) -> None:
+        """Record the size of the group."""
+        self._world_size.set(float(size), self._tags)
+
+    def restarted(self) -> None:
+        """Count a restart."""
+        self._restarts.inc(1.0, self._tags)
+
+    def recovered(self, lost_steps: int, seconds: float) -> None:
+        """Record what the last restart cost."""
+        self._recovery.set(seconds, self._tags)
+        if lost_steps:
+            self._lost_steps.inc(float(lost_steps), self._tags)

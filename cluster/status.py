@@ -6,9 +6,11 @@ It lives beside the checkpoints, so it can be read with no cluster at all, and a
 import logging
 import time
 from enum import StrEnum
+from typing import Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError, model_validator
 
+from isthmus.cluster.errors import ClusterError
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
@@ -18,6 +20,7 @@ FILE_NAME = "status.json"
 WRITE_EVERY_SECONDS = 5.0
 STALE_SECONDS = 60.0
 RESTARTS_KEPT = 100
+"""Only so many are listed; `num_restarts` and `lost_steps` count all."""
 
 
 class RunState(StrEnum):
@@ -31,9 +34,15 @@ class RunState(StrEnum):
     """Saving a last checkpoint."""
     RESTARTING = "restarting"
     STOPPED = "stopped"
-    """By the operator; `isthmus resume` goes on."""
+    """By the operator; `isthmus resume` continues."""
     FAILED = "failed"
     FINISHED = "finished"
+    UNKNOWN = "unknown"
+    """A state of a newer release."""
+
+    @classmethod
+    def _missing_(cls, _value: object) -> "RunState":
+        return cls.UNKNOWN
 
     @property
     def is_final(self) -> bool:
@@ -86,6 +95,19 @@ class RunStatus(BaseModel):
     metrics: dict[str, float] = {}
     """Newest figures of rank 0."""
     restarts: list[Restart] = []
+    """The newest of them."""
+    num_restarts: int = 0
+    """Of the whole run, whatever the cause."""
+    lost_steps: int = 0
+    """Steps trained again after restarts, of the whole run."""
+
+    @model_validator(mode="after")
+    def _count_listed(self) -> Self:
+        """Complete the totals of a status that an earlier release wrote without them."""
+        if self.num_restarts < len(self.restarts):
+            self.num_restarts = len(self.restarts)
+            self.lost_steps = sum(restart.lost_steps or 0 for restart in self.restarts)
+        return self
 
     @property
     def eta_seconds(self) -> float | None:
@@ -98,28 +120,24 @@ class RunStatus(BaseModel):
         return not self.state.is_final and now - self.updated_at > STALE_SECONDS
 
 
+class StatusError(ClusterError):
+    """A `status.json` cannot be read: it is damaged, or a newer release has written it."""
+
+
 class StatusBoard:
     """The driver's side: changes the status and writes it, at most every few seconds."""
 
     def __init__(self, url: str, store: ObjectStore, run: str, job: str | None) -> None:
         """Continue from what an earlier driver of the run left, or begin."""
-        self._url, self._store = join(url, FILE_NAME), store
+        self.url, self._store = join(url, FILE_NAME), store
         self._written_at = 0.0
-        known = read_status(url, store) or RunStatus(run=run, started_at=time.time())
-        self.status = known.model_copy(
-            update={
-                "state": RunState.STARTING,
-                "job": job,
-                "message": "",
-                "metrics": {},
-                "phase": "",
-                "world_size": 0,
-                "attempt": 0,
-            }
-        )
+        known = _known(url, store) or RunStatus(run=run, started_at=time.time())
+        fresh: dict[str, object] = {"state": RunState.STARTING, "job": job, "message": ""}
+        fresh |= {"metrics": {}, "phase": "", "world_size": 0, "attempt": 0}
+        self.status = known.model_copy(update=fresh)
 
     def begin_stage(self, stage: str, num_steps: int) -> None:
-        """Note which stage begins; one that an earlier driver was at goes on from what is known of it."""
+        """Record which stage begins; what is known of a stage that an earlier driver was training is kept."""
         if self.status.stage != stage:
             self.update(stage=stage, step=0, committed_step=None)
         self.update(RunState.STARTING, num_steps=num_steps, message="", now=True)
@@ -136,29 +154,53 @@ class StatusBoard:
             self._write()
 
     def add_restart(self, restart: Restart) -> None:
-        """Note a restart."""
+        """Record a restart."""
         self.update(
-            RunState.RESTARTING, restarts=[*self.status.restarts, restart][-RESTARTS_KEPT:], message=restart.cause
+            RunState.RESTARTING,
+            restarts=[*self.status.restarts, restart][-RESTARTS_KEPT:],
+            num_restarts=self.status.num_restarts + 1,
+            message=restart.cause,
         )
 
     def complete_restart(self, lost_steps: int, recovery_seconds: float, phases: dict[str, float]) -> None:
-        """Note what the newest restart cost, at the first step after it."""
+        """Record what the newest restart cost, at the first step after it."""
         *earlier, last = self.status.restarts
         figures = {"lost_steps": lost_steps, "recovery_seconds": recovery_seconds, "phases": phases}
-        self.update(now=True, restarts=[*earlier, last.model_copy(update=figures)])
+        restarts = [*earlier, last.model_copy(update=figures)]
+        self.update(now=True, restarts=restarts, lost_steps=self.status.lost_steps + lost_steps)
 
     def _write(self) -> None:
         self.status = self.status.model_copy(update={"updated_at": time.time()})
         self._written_at = time.monotonic()
         try:
-            self._store.put(self._url, self.status.model_dump_json(indent=1).encode())
+            self._store.put(self.url, self.status.model_dump_json(indent=1).encode())
         except (DataError, OSError) as error:
             logger.warning("the status was not written, the next write tries again: %s", error)
 
 
 def read_status(run_url: str, store: ObjectStore) -> RunStatus | None:
-    """Return the status that the run's folder holds, if any."""
+    """Return the status that the run's folder holds, if any.
+
+    Raises:
+        StatusError: it cannot be read by this release.
+    """
+    url = join(run_url, FILE_NAME)
     try:
-        return RunStatus.model_validate_json(store.get(join(run_url, FILE_NAME)))
+        return RunStatus.model_validate_json(store.get(url))
     except NotFoundError:
+        return None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise StatusError(
+            f"{url}: damaged, or written by a newer release ({problem['msg']}); "
+            "the next start of the run replaces it, checkpoints are not affected"
+        ) from error
+
+
+def _known(url: str, store: ObjectStore) -> RunStatus | None:
+    """Return what an earlier driver left; a status that cannot be read is replaced."""
+    try:
+        return read_status(url, store)
+    except StatusError as error:
+        logger.warning("%s", error)
         return None

@@ -1,8 +1,11 @@
-"""Errors that an operator of a training run can mend."""
+"""Errors that an operator of a training run can fix."""
 
 
 class TrainerError(RuntimeError):
     """A run cannot go on; the message names what, where and the next action."""
+
+    retryable = False
+    """Whether the same may succeed later although nobody changes anything: then it is no error of the user."""
 
 
 class ConfigError(ValueError):
@@ -11,6 +14,12 @@ class ConfigError(ValueError):
 
 class CheckpointError(TrainerError):
     """A checkpoint cannot be written, read or trusted; the message names its URL and what is intact."""
+
+
+class SaveFailedError(CheckpointError):
+    """No save succeeded for as long as the configuration allows; an object store that is back ends that."""
+
+    retryable = True
 
 
 class LeaseError(TrainerError):

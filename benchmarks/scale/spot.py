@@ -3,9 +3,10 @@
     python -m benchmarks.scale.spot [--quick] [--json FILE] [--png FILE]
 
 Nodes are lost at random, with or without a notice. A notice lets the run save before the node goes (a drain). After
-each loss the run starts again: on the nodes that are left (elastic), or when the lost node has been replaced. A save
-stops training for a moment and counts only when its upload has ended. With a peer tier, snapshots in other nodes'
-memory answer the loss of one node. Goodput: full-size seconds of training kept, over the seconds of the month.
+the loss of a node that it used, the run starts again on the nodes that are left, in the largest size that it may take;
+it grows when replacements allow a larger one. A save blocks training for a moment and counts only when its upload has
+ended; a planned stop waits for that. With replicas, snapshots in other nodes' memory answer the loss of one node.
+Goodput: full-size seconds of training kept, over the seconds of the month.
 """
 
 import argparse
@@ -35,18 +36,28 @@ class Weather:
     restart: float = 60.0
     """From a loss to the next step."""
     stall: float = 2.0
-    """For which a save stops training."""
+    """For which a save blocks training."""
     upload: float = 30.0
     """After which a save counts."""
-    elastic: bool = True
+    sizes: tuple[int, ...] = ()
+    """Numbers of nodes with which the run may train (the product: divisors of data.lanes); empty: any."""
     peer_every: float = 0.0
-    """Seconds between snapshots in peers' memory; 0: none."""
+    """Seconds between snapshots in replica buffers; 0: none."""
     peer_stall: float = 0.5
+
+    @property
+    def full(self) -> int:
+        """Nodes of the largest group."""
+        return max(self.sizes, default=self.nodes)
+
+    def largest(self, alive: int) -> int:
+        """Return with how many of these nodes the run trains; 0: it waits."""
+        return max((size for size in self.sizes if size <= alive), default=0) if self.sizes else alive
 
     @property
     def between_failures(self) -> float:
         """Seconds between losses without notice, of the whole job."""
-        return self.node_life / self.nodes / (1 - self.noticed)
+        return self.node_life / self.full / (1 - self.noticed)
 
 
 @dataclass
@@ -59,35 +70,54 @@ class Run:
     lost: float = 0.0
 
 
+@dataclass
+class Nodes:
+    """How many nodes are alive, and when the lost ones are replaced."""
+
+    weather: Weather
+    rng: random.Random
+    alive: int
+    back: list[float]
+
+    def next_stop(self, now: float) -> tuple[float, str]:
+        """Return when the run has to stop next, and why: "loss" of a node it uses, "grow", or "end" of the month."""
+        weather, size = self.weather, self.weather.largest(self.alive)
+        while True:
+            loss = now + self.rng.expovariate(self.alive / weather.node_life) if self.alive else math.inf
+            grow = self.back[0] if self.back else math.inf
+            now = min(loss, grow)
+            if now >= MONTH:
+                return MONTH, "end"
+            if grow <= loss:
+                heapq.heappop(self.back)
+                self.alive += 1
+                if weather.largest(self.alive) > size:
+                    return now, "grow"
+                continue
+            is_used = size == self.alive or self.rng.random() < size / self.alive
+            self.alive -= 1
+            heapq.heappush(self.back, now + self.rng.expovariate(1 / weather.replacement))
+            if size and is_used:
+                return now, "loss"
+
+
 def simulate(weather: Weather, interval: float, seed: int) -> float:
     """Return the goodput of one month."""
     rng = random.Random(seed)
-    run, now, alive = Run(), 0.0, weather.nodes
-    back: list[float] = []
+    run, now = Run(), 0.0
+    nodes = Nodes(weather, rng, weather.nodes, [])
+    planned_stop = weather.stall + weather.upload
     while now < MONTH:
-        while back and back[0] <= now:
-            heapq.heappop(back)
-            alive += 1
-        if alive == 0 or (alive < weather.nodes and not weather.elastic):
-            now = back[0]
-            continue
-        speed = alive / weather.nodes
-        loss = now + rng.expovariate(alive / weather.node_life)
-        grow = back[0] if back else math.inf
-        end = min(loss, grow, MONTH)
-        _train(run, weather, interval, end - now, speed)
-        now = end
-        if end == MONTH:
+        size = weather.largest(nodes.alive)
+        end, why = nodes.next_stop(now)
+        if size:
+            _train(run, weather, interval, max(0.0, end - now), size / weather.full)
+        now = max(now, end)
+        if why == "end":
             break
-        if end == grow:  # a planned stop: save, then start on more nodes
+        if why == "grow" or rng.random() < weather.noticed:
             _save_all(run)
-            now += weather.stall + weather.restart
-            continue
-        alive -= 1
-        heapq.heappush(back, now + rng.expovariate(1 / weather.replacement))
-        if rng.random() < weather.noticed:
-            _save_all(run)
-            now += weather.stall
+            now += planned_stop if size else 0.0
         else:
             kept = max(run.committed, run.peer)
             run.lost += run.work - kept
@@ -157,10 +187,12 @@ def main() -> None:
     months = 20 if options.quick else 200
     calm = Weather()
     kinds = {
-        "16 nodes, elastic": calm,
-        "16 nodes, fixed size": replace(calm, elastic=False),
-        "128 nodes, elastic": replace(calm, nodes=128),
-        "128 nodes, elastic, peer tier every 30 s": replace(calm, nodes=128, peer_every=30.0),
+        "16 nodes, any size": calm,
+        "16 nodes, fixed size": replace(calm, sizes=(16,)),
+        "128 nodes, any size": replace(calm, nodes=128),
+        "128 nodes, sizes 128, 64, 32": replace(calm, nodes=128, sizes=(32, 64, 128)),
+        "128 nodes, 8 of them spare, sizes 120, 60, 40": replace(calm, nodes=128, sizes=(40, 60, 120)),
+        "128 nodes, any size, replicas every 30 s": replace(calm, nodes=128, peer_every=30.0),
     }
     intervals = [15.0 * 2 ** (i / 2) for i in range(19)]
     result: dict[str, Any] = {"intervals_seconds": intervals, "months": months}

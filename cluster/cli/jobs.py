@@ -272,7 +272,7 @@ class _Lines:
         from isthmus.cluster.cli.run_text import line
 
         for view in views:
-            news = (view.state, line(view).partition(": ")[2], len(view.status.restarts) if view.status else 0)
+            news = (view.state, line(view).partition(": ")[2], view.status.num_restarts if view.status else 0)
             before, at = self._printed.get(view.run, (None, 0.0))
             if news != before or time.monotonic() - at > PROGRESS_SECONDS:
                 self._printed[view.run] = (news, time.monotonic())

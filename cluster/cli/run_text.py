@@ -28,8 +28,8 @@ def line(view: RunView) -> str:
         parts.append(f"{figures['samples_per_second']:.1f} images/s")
     if status.committed_step is not None:
         parts.append(f"saved at {status.committed_step}")
-    if status.restarts:
-        parts.append(_count(len(status.restarts), "restart"))
+    if status.num_restarts:
+        parts.append(_count(status.num_restarts, "restart"))
     if left := _left(status):
         parts.append(f"{left} left")
     return ", ".join(parts) + (f": {why}" if why else "")
@@ -73,8 +73,8 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
     if age is not None and is_training:
         saved += f", {duration(age + time.time() - status.updated_at)} ago"
     yield "checkpoint", saved
-    lost = sum(restart.lost_steps or 0 for restart in status.restarts)
-    yield "restarts", f"{len(status.restarts)}" + (f", {_count(lost, 'step')} repeated in all" if lost else "")
+    lost = status.lost_steps
+    yield "restarts", f"{status.num_restarts}" + (f", {_count(lost, 'step')} repeated in all" if lost else "")
 
 
 def _row(view: RunView) -> tuple[str | Text, ...]:
@@ -90,7 +90,7 @@ def _row(view: RunView) -> tuple[str | Text, ...]:
         str(status.world_size or ""),
         f"{figures['samples_per_second']:.1f}" if "samples_per_second" in figures else "",
         f"{figures['goodput']:.1%}" if "goodput" in figures else "",
-        str(len(status.restarts)),
+        str(status.num_restarts),
         "none" if status.committed_step is None else str(status.committed_step),
     )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, StringConstraints, ValidationError, model_validator
 
-from isthmus.cluster.errors import first_line
+from isthmus.cluster.errors import ClusterError, first_line
 from isthmus.cluster.status import RunStatus, read_status
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
@@ -156,7 +156,16 @@ class _Reader:
             return read()
         except NotFoundError:
             return None
-        except (DataError, CheckpointError, ValidationError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except (
+            ClusterError,
+            DataError,
+            CheckpointError,
+            ValidationError,
+            ValueError,
+            TypeError,
+            KeyError,
+            yaml.YAMLError,
+        ) as error:
             self.problems.append(f"{what} could not be read: {_line(error)}")
             return None
 

@@ -8,7 +8,7 @@ from ray.job_submission import JobStatus
 
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.logs import parse_line
-from isthmus.cluster.status import FILE_NAME, RunState, RunStatus, read_status
+from isthmus.cluster.status import FILE_NAME, RunState, RunStatus, StatusError, read_status
 from isthmus.cluster.submission.job import Job
 from isthmus.cluster.submission.run_folder import fail_fast_store
 from isthmus.data_pipeline.config import StoreConfig
@@ -32,7 +32,7 @@ class RunView:
         """Read the status of a job's run."""
         try:
             return RunView(job.run, job.run_url, job, read_status(job.run_url, fail_fast_store(job.store)))
-        except (DataError, OSError) as error:
+        except (StatusError, DataError, OSError) as error:
             return RunView(job.run, job.run_url, job, None, str(error))
 
     @staticmethod

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 ECHO_SECONDS = 3.0
-"""After the first failure, time for the failure that caused it to show."""
+"""After the first failure, time for the one that caused it to be seen."""
 FINISHED = "finished"
 
 
@@ -31,7 +31,7 @@ class AttemptEnd:
 
 @dataclass
 class Attempt:
-    """Supervises a launched group. At each turn `wanted_stop` is asked, and `on_start` or `on_progress` called."""
+    """Supervises a launched group; at each poll it calls `wanted_stop`, and `on_start` or `on_progress`."""
 
     group: WorkerGroup
     stop_grace_seconds: float
@@ -72,19 +72,22 @@ class Attempt:
             reason = next((reason for reason in order if reason in reasons), StopReason.SIGNAL)
             saved = self.group.metrics.get("committed_step")
             return AttemptEnd(self.step if saved is None else int(saved), stop=reason)
+        if self.stop and self.group.stopped_before_training:
+            logger.info("the group is ended: it has trained nothing yet")
+            return AttemptEnd(self.step, stop=self.stop)
         if time.monotonic() > self.stop_deadline:
             return self._out_of_time()
         return self._hung()
 
     def _explain(self) -> Failure:
-        """Give the other processes a moment to end as well, then return the failure that explains all."""
+        """Return the failure that explains the others, after a moment for the other processes to end as well."""
         deadline = time.monotonic() + ECHO_SECONDS
         failures: list[Failure] = []
         while True:
             failures = [
                 member.result.failure for member in self.group.members if member.result and member.result.failure
             ]
-            explained = any(failure.kind is not FailureKind.ERROR for failure in failures)
+            explained = any(not failure.kind.may_be_an_echo for failure in failures)
             if explained or len(failures) == self.group.world_size or time.monotonic() > deadline:
                 return root_cause(failures)
             self.group.update(0.2)
@@ -92,7 +95,7 @@ class Attempt:
     def _out_of_time(self) -> AttemptEnd:
         """Return the end of a group that did not stop within the grace period."""
         cause = f"no checkpoint within {self.stop_grace_seconds:g} s of the stop request ({self.stop})"
-        logger.warning("%s; raise cluster.stop_grace_seconds; the last committed checkpoint stands", cause)
+        logger.warning("%s; raise cluster.stop_grace_seconds; the last committed checkpoint is intact", cause)
         if self.stop is StopReason.OPERATOR:
             return AttemptEnd(self.step, stop=self.stop)
         return AttemptEnd(self.step, failure=Failure(FailureKind.PREEMPTION, cause))
@@ -103,7 +106,7 @@ class Attempt:
             return None
         for name, stacks in self.group.stacks().items():
             logger.error("stacks of %s:\n%s", name, stacks)
-        cause = f"{member.name} (pid {member.address.pid}) has not answered for {self.unresponsive_seconds:g} s"
+        cause = f"{member.name} (pid {member.address.pid}) has not responded for {self.unresponsive_seconds:g} s"
         return AttemptEnd(
             self.step, failure=Failure(FailureKind.LOST, cause, "", member.rank.rank, member.address.node)
         )

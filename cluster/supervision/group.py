@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,14 +33,17 @@ from isthmus.trainer.context import Rank, StopReason
 logger = logging.getLogger(__name__)
 
 CLEAR_TIMEOUT_SECONDS = 10.0
-START_TIMEOUT_SECONDS = 120.0
+START_SECONDS_PER_WORKER = 0.1
 STACKS_TIMEOUT_SECONDS = 5.0
+POLL_SECONDS = 5.0
+"""Between two polls of a rank other than 0: they only show that it is alive."""
+POLLS_BEFORE_UNRESPONSIVE = 4
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_ARENA_MAX": "1"}
 """For glibc, on CPU: what a step frees the next takes again, without page faults (docs/decisions.md, 2026-11-25)."""
 
 
 class PlacementError(RuntimeError):
-    """The group did not come to life; another placement may."""
+    """The group did not start; another placement may."""
 
 
 @dataclass
@@ -51,20 +55,25 @@ class Member:
     address: WorkerAddress
     rank: Rank
     running: Any = None
-    """Reference of the running stage."""
+    """Future of the stage's WorkerResult."""
     poll: Any = None
-    """Reference of the poll under way."""
+    """Future of the poll under way."""
+    poll_at: float = 0.0
+    """When it is polled next."""
     progress: Progress = field(default_factory=Progress)
-    answered_at: float = 0.0
+    responded_at: float = 0.0
     result: WorkerResult | None = None
 
 
 class WorkerGroup:
     """Training processes `train-0`, `train-1`, ... in one placement group."""
 
-    def __init__(self, placement: PlacementGroup, members: list[Member]) -> None:
-        """Take over placed processes; see `place`."""
+    def __init__(self, placement: PlacementGroup, members: list[Member], rendezvous: tuple[str, int]) -> None:
+        """Own placed processes, which meet at `rendezvous`; see `place`."""
         self._placement = placement
+        self._rendezvous = rendezvous
+        self._poll_seconds = POLL_SECONDS
+        self._one_ended = threading.Event()
         self.members = members
 
     @staticmethod
@@ -74,7 +83,7 @@ class WorkerGroup:
         """Reserve resources for all processes and start them; none: the resources were not free in time.
 
         Raises:
-            PlacementError: a process died or did not answer while it started.
+            PlacementError: a process died or did not respond while it started.
         """
         bundles = [dict(ResourceRequest.of(config).worker) for _ in range(world_size)]
         excluded = sorted(excluded_nodes)
@@ -83,13 +92,11 @@ class WorkerGroup:
         if not placement.wait(timeout_seconds):
             remove_placement_group(placement)
             return None
-        members: list[Member] = []
         try:
-            members = _start(config, placement, world_size)
+            return WorkerGroup(placement, *_start(config, placement, world_size))
         except (RayError, ValueError, GetTimeoutError) as error:
             remove_placement_group(placement)
             raise PlacementError(f"a worker did not start: {first_line(error)}") from error
-        return WorkerGroup(placement, members)
 
     @property
     def world_size(self) -> int:
@@ -102,47 +109,68 @@ class WorkerGroup:
         return {member.address.node for member in self.members}
 
     def launch(
-        self, config: JobConfig, stage: StageName, run_token: Any, entry: str, peers: list[RayReplicas] | None = None
+        self,
+        config: JobConfig,
+        stage: StageName,
+        run_token: Any,
+        entry: str,
+        replicas: list[RayReplicas] | None = None,
     ) -> None:
         """Let every process run the stage.
 
-        `entry` is the module with `train(assignment, context)`; `peers` is each rank's memory on other nodes.
+        `entry` is the module with `train(assignment, context)`; `replicas` are each rank's buffers on other nodes.
         """
-        master = (self.members[0].address.host, self.members[0].address.port)
+        assignment = ray.put(Assignment(config, stage, self._rendezvous, run_token, entry))
+        self._poll_seconds = min(POLL_SECONDS, config.cluster.unresponsive_seconds / POLLS_BEFORE_UNRESPONSIVE)
+        now = time.monotonic()
         for member in self.members:
-            memory = peers[member.rank.rank] if peers else None
-            assignment = Assignment(config, stage, member.rank, master, run_token, entry, memory)
-            member.running = member.actor.run.remote(assignment)
-            member.answered_at = time.monotonic()
+            rank = member.rank
+            memory = replicas[rank.rank] if replicas else None
+            self.start_member(member, member.actor.run.remote(assignment, rank, memory))
+            member.responded_at = now
+            member.poll_at = now + self._poll_seconds * rank.rank / rank.world_size  # spread over the interval
+
+    def start_member(self, member: Member, reference: Any) -> None:
+        """Wait for a stage's result in the background."""
+        member.running = reference.future()
+        member.running.add_done_callback(lambda _: self._one_ended.set())
 
     def update(self, wait_seconds: float) -> None:
-        """Wait for an end or for `wait_seconds`, then take in ends and progress of all processes.
+        """Wait until a process has ended or for `wait_seconds`; note ends and progress, and poll who is due.
 
-        All answers are collected at once; each process costs the driver one call.
+        Rank 0 is polled at each call, the others every few seconds.
         """
-        running = [member for member in self.members if member.result is None]
-        if not running:
-            return
-        ray.wait([member.running for member in running], num_returns=1, timeout=wait_seconds)
-        ready = _ready([member.running for member in running] + [member.poll for member in running if member.poll])
-        _take_polls([member for member in running if member.poll in ready])
-        for member in running:
-            if member.running in ready:
-                _take_result(member)
-            elif member.poll is None or member.poll in ready:
-                member.poll = member.actor.poll.remote()
+        self._one_ended.wait(wait_seconds)
+        self._one_ended.clear()
+        now = time.monotonic()
+        for member in self.members:
+            if member.result is not None:
+                continue
+            if member.poll is not None and member.poll.done():
+                _note_poll(member, now)
+            if member.running.done():
+                _note_result(member)
+            elif member.poll is None and now >= member.poll_at:
+                member.poll = member.actor.poll.remote().future()
+                member.poll_at = now + (0.0 if member.rank.is_main else self._poll_seconds)
 
     def unresponsive(self, limit_seconds: float) -> Member | None:
-        """Return a running process that has answered no poll for `limit_seconds`."""
+        """Return a running process that has not responded to a poll for `limit_seconds`."""
         now = time.monotonic()
         running = (member for member in self.members if member.result is None)
-        return next((member for member in running if now - member.answered_at > limit_seconds), None)
+        return next((member for member in running if now - member.responded_at > limit_seconds), None)
 
     @property
     def step(self) -> int | None:
-        """Least step that a training process is at; none: no process trains yet."""
-        steps = [member.progress.step for member in self.members if member.progress.phase == "training"]
-        return min(steps) if len(steps) == self.world_size else None
+        """Step that rank 0, and with it every other rank, is training; none: it does not train yet."""
+        progress = self.members[0].progress
+        return progress.step if progress.phase == "training" else None
+
+    @property
+    def stopped_before_training(self) -> bool:
+        """Whether rank 0 has received a stop request and has not begun to train: there is nothing to save."""
+        progress = self.members[0].progress
+        return progress.stop is not None and progress.phase != "training"
 
     @property
     def start_phase(self) -> tuple[str, float]:
@@ -162,12 +190,13 @@ class WorkerGroup:
                 member.actor.stop.remote(reason)
 
     def stacks(self) -> dict[str, str]:
-        """Return the stacks of the processes that still answer, by name."""
-        references = {member.name: member.actor.stacks.remote() for member in self.members}
+        """Return the stacks of the processes that still respond, by name."""
+        calls = {member.actor.stacks.remote(): member.name for member in self.members}
+        responded, _ = ray.wait(list(calls), num_returns=len(calls), timeout=STACKS_TIMEOUT_SECONDS)
         found = {}
-        for name, reference in references.items():
-            with contextlib.suppress(RayError, GetTimeoutError):
-                found[name] = ray.get(reference, timeout=STACKS_TIMEOUT_SECONDS / len(references))
+        for reference in responded:
+            with contextlib.suppress(RayError):
+                found[calls[reference]] = ray.get(reference)
         return found
 
     def kill(self) -> None:
@@ -179,73 +208,63 @@ class WorkerGroup:
         remove_placement_group(self._placement)
 
 
-def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> list[Member]:
-    """Start the actors with ranks grouped by node and wait until each has answered."""
+def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> tuple[list[Member], tuple[str, int]]:
+    """Start the actors with ranks grouped by node and wait until each has responded; return where they meet as well."""
     nodes: dict[int, str] = placement_group_table(placement)["bundles_to_node_id"]
     order = sorted(range(world_size), key=lambda bundle: (nodes[bundle], bundle))
-    actors = []
-    for rank, bundle in enumerate(order):
-        worker = config.cluster.workers
-        options: dict[str, Any] = {
-            "name": f"train-{rank}",
-            "num_cpus": worker.cpus,
-            "num_gpus": worker.gpus,
-            "max_concurrency": CONCURRENT_CALLS,
-            "max_restarts": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, bundle),
-            "runtime_env": {} if worker.gpus else {"env_vars": KEEP_FREED_MEMORY},
-        }
-        # Ray titles processes by class: `ray::train-3` is what ps and the dashboard shall show.
-        named_class = type(f"train-{rank}", (TrainWorker,), {})
-        actors.append(ray.remote(named_class).options(**options).remote(f"train-{rank}", config))
-    addresses: list[WorkerAddress] = ray.get(
-        [actor.address.remote() for actor in actors], timeout=START_TIMEOUT_SECONDS
-    )
+    actors = [
+        _start_actor(config, rank, PlacementGroupSchedulingStrategy(placement, bundle))
+        for rank, bundle in enumerate(order)
+    ]
+    limit = config.cluster.start_timeout_seconds + world_size * START_SECONDS_PER_WORKER
+    addresses: list[WorkerAddress] = ray.get([actor.address.remote() for actor in actors], timeout=limit)
+    rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=limit)
     local: dict[str, int] = {}
     members = []
     for rank, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
         local_rank = local[address.node] = local.get(address.node, -1) + 1
         members.append(Member(f"train-{rank}", actor, address, Rank(rank, world_size, local_rank)))
-    return members
+    return members, rendezvous
 
 
-def _ready(references: list[Any]) -> set[Any]:
-    """Return those references whose answers are here."""
-    return set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+def _start_actor(config: JobConfig, rank: int, strategy: PlacementGroupSchedulingStrategy) -> Any:
+    worker = config.cluster.workers
+    options: dict[str, Any] = {
+        "name": f"train-{rank}",
+        "num_cpus": worker.cpus,
+        "num_gpus": worker.gpus,
+        "max_concurrency": CONCURRENT_CALLS,
+        "max_restarts": 0,
+        "enable_task_events": False,  # else each poll of each worker is an event that the head stores
+        "scheduling_strategy": strategy,
+        "runtime_env": {} if worker.gpus else {"env_vars": KEEP_FREED_MEMORY},
+    }
+    # Ray names processes by class, so that ps and the dashboard show `ray::train-3`.
+    named_class = type(f"train-{rank}", (TrainWorker,), {})
+    actor = ray.remote(named_class).options(**options)
+    return actor.remote(f"train-{rank}", config.run.name, on_cpu=not worker.gpus)
 
 
-def _take_polls(members: list[Member]) -> None:
-    """Take in what these processes answered to their last polls."""
-    try:
-        answers = ray.get([member.poll for member in members])
-    except RayError:  # one of them died; the others' answers count
-        answers = [_answer(member) for member in members]
-    now = time.monotonic()
-    for member, progress in zip(members, answers, strict=True):
-        if progress is not None:
-            member.progress, member.answered_at = progress, now
+def _note_poll(member: Member, now: float) -> None:
+    poll, member.poll = member.poll, None
+    error = poll.exception()
+    if error is None:
+        member.progress, member.responded_at = poll.result(), now
+    else:
+        logger.debug("%s did not respond: %s", member.name, first_line(error))
 
 
-def _answer(member: Member) -> Progress | None:
-    try:
-        progress: Progress = ray.get(member.poll)
-    except RayError as error:
-        logger.debug("%s did not answer: %s", member.name, first_line(error))
-        return None
-    return progress
-
-
-def _take_result(member: Member) -> None:
-    """Take in how a process ended, and what it was at then."""
-    try:
-        member.result = ray.get(member.running, timeout=CLEAR_TIMEOUT_SECONDS)
-    except RayActorError as error:
+def _note_result(member: Member) -> None:
+    """Note how a process ended, and what it was doing then."""
+    error = member.running.exception()
+    if error is None:
+        member.result = member.running.result()
+        member.progress = member.result.progress
+    elif isinstance(error, RayActorError):
         member.result = WorkerResult(failure=_lost(member, error))
-    except RayError as error:
+    else:
         failure = Failure(FailureKind.ERROR, first_line(error), str(error), member.rank.rank, member.address.node)
         member.result = WorkerResult(failure=failure)
-    else:
-        member.progress = member.result.progress
 
 
 def _lost(member: Member, error: RayActorError) -> Failure:
@@ -262,7 +281,7 @@ def _why(error: RayActorError) -> str:
     if isinstance(error, ActorUnavailableError):
         return "its process or node is gone (connection lost)"
     if "connection error code" in text:
-        return "killed or crashed; the kernel's log on that host tells of memory"
+        return "killed or crashed; the kernel's log on that host shows whether it ran out of memory"
     for marker in ("Worker exit detail:", "The actor is dead because"):
         if marker in text:
             return text.split(marker, 1)[1].strip().splitlines()[0].split(". ")[0]

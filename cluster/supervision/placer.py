@@ -8,14 +8,16 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes.nodes import Node, known_nodes, live_nodes
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
-from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
+from isthmus.cluster.supervision.node_request import NodeRequest
+from isthmus.cluster.supervision.resource_request import Bundle, ResourceRequest, largest_world_size, shortfall
 
 logger = logging.getLogger(__name__)
 
 FIRST_PATIENCE_SECONDS = 1.0
 """Time for the reservation of the run's first group."""
 PATIENCE_SECONDS = 5.0
-"""Time for resources of the last attempt to come free before a smaller group is taken."""
+"""Time for resources of the last attempt to become free before a smaller group is placed."""
+PATIENCE_PER_WORKER_SECONDS = 0.02
 WAIT_SECONDS = 2.0
 GROW_CHECK_SECONDS = 5.0
 MAX_START_FAILURES = 5
@@ -27,7 +29,9 @@ class GroupPlacer:
     def __init__(self, config: JobConfig) -> None:
         """Take the allowed world sizes and resources from the configuration."""
         self._config = config
-        self.request = ResourceRequest.of(config)
+        self._sizes = config.world_sizes
+        self._request = ResourceRequest.of(config)
+        self._nodes = NodeRequest()
         self._grow_checked_at = 0.0
         self._could_grow = False
         self._patience_seconds = FIRST_PATIENCE_SECONDS
@@ -40,12 +44,15 @@ class GroupPlacer:
         Raises:
             ClusterError: no resources within cluster.wait_seconds, or processes do not start.
         """
-        deadline = time.monotonic() + self._config.cluster.wait_seconds
+        began = time.monotonic()
         num_failures = 0
+        self._nodes.withdraw()  # it would compete for what the last group has just freed
         while not stopped():
+            self._nodes.withdraw_if_met()
             nodes = self._usable(excluded_nodes)
+            waited = time.monotonic() - began
             try:
-                group = self._try(nodes)
+                group = self._try(nodes, only_largest=waited < self._config.cluster.start_wait_seconds)
             except PlacementError as error:
                 num_failures += 1
                 if num_failures >= MAX_START_FAILURES:
@@ -55,63 +62,74 @@ class GroupPlacer:
                 continue
             if group:
                 self._patience_seconds = PATIENCE_SECONDS
+                self._ask_for_the_rest(group.world_size)
                 return group
             message = shortfall(
-                min(self._config.world_sizes),
-                self.request,
-                [node.free for node in nodes],
-                [node.total for node in nodes],
+                self._sizes[0], self._request, [node.free for node in nodes], [node.total for node in nodes]
             )
-            if time.monotonic() > deadline:
+            if waited > self._config.cluster.wait_seconds:
                 raise ClusterError(
                     f"no resources for {self._config.cluster.wait_seconds:g} s: {message}; "
                     "add nodes, end other jobs, or lower cluster.workers"
                 )
             on_waiting(f"{message}; add nodes, end other jobs, or lower cluster.workers")
+            self._ask_for_the_rest(0)
             time.sleep(WAIT_SECONDS)
         return None
 
     def can_grow(self, group: WorkerGroup, excluded_nodes: frozenset[str]) -> bool:
-        """Return whether a larger allowed group would fit, seen at two checks in a row."""
-        if group.world_size == max(self._config.world_sizes):
+        """Return whether a larger allowed group would fit, as two checks in a row have found.
+
+        Its workers and readers keep what they hold, so only those that come in addition have to fit.
+        """
+        if group.world_size == self._sizes[-1]:
             return False
         now = time.monotonic()
         if now - self._grow_checked_at < GROW_CHECK_SECONDS:
             return False
         self._grow_checked_at = now
-        held = [member.address.node for member in group.members]
-        resources = [_with(node, held.count(node.id), self.request.worker) for node in live_nodes(excluded_nodes)]
-        size = largest_world_size(self._config.world_sizes, self.request, resources)
-        before, self._could_grow = self._could_grow, size is not None and size > group.world_size
+        self._nodes.withdraw_if_met()
+        larger = [size for size in self._sizes if size > group.world_size]
+        free = [node.free for node in live_nodes(excluded_nodes)]
+        before = self._could_grow
+        self._could_grow = largest_world_size(larger, self._request, free, group.world_size) is not None
+        if not self._could_grow:
+            self._ask_for_the_rest(group.world_size)
         return before and self._could_grow
 
+    def close(self) -> None:
+        """Ask the autoscaler for nothing any more."""
+        self._nodes.withdraw()
+
+    def _ask_for_the_rest(self, world_size: int) -> None:
+        """Ask for the nodes of the largest group; where nothing runs yet, for those of the smallest by themselves."""
+        present = world_size or self._sizes[0]
+        first = [] if world_size else self._request.bundles(present)
+        self._nodes.ask(first, self._request.bundles(self._sizes[-1], present))
+
     def _usable(self, excluded_nodes: frozenset[str]) -> list[Node]:
-        """Return the live nodes without the bad ones; with them where the others do not suffice."""
+        """Return the live nodes without the excluded ones; with them where the others do not suffice."""
         nodes = live_nodes(excluded_nodes)
         if excluded_nodes and self._largest([node.total for node in nodes]) is None:
-            logger.warning("the nodes that failed again and again are used: the others do not suffice")
+            logger.warning("nodes that failed repeatedly are used again: the others do not suffice")
             return live_nodes()
         return nodes
 
-    def _try(self, nodes: list[Node]) -> WorkerGroup | None:
+    def _try(self, nodes: list[Node], *, only_largest: bool) -> WorkerGroup | None:
         """Try the size that the nodes' totals allow, then the one that their free resources allow."""
-        avoid = known_nodes() - {node.id for node in nodes}
-        wanted = self._largest([node.total for node in nodes])
-        if wanted is None:
+        excluded = known_nodes() - {node.id for node in nodes}
+        size = self._largest([node.total for node in nodes])
+        if size is None or (only_largest and size < self._sizes[-1]):
             return None
-        group = WorkerGroup.place(self._config, wanted, avoid, self._patience_seconds)
-        if group:
+        group = self._place(size, excluded)
+        if group or only_largest:
             return group
-        possible = self._largest([node.free for node in live_nodes(avoid)])
-        return WorkerGroup.place(self._config, possible, avoid, self._patience_seconds) if possible else None
+        possible = self._largest([node.free for node in live_nodes(excluded)])
+        return self._place(possible, excluded) if possible else None
 
-    def _largest(self, resources: list[dict[str, float]]) -> int | None:
-        return largest_world_size(self._config.world_sizes, self.request, resources)
+    def _place(self, size: int, excluded_nodes: set[str]) -> WorkerGroup | None:
+        patience = self._patience_seconds + size * PATIENCE_PER_WORKER_SECONDS
+        return WorkerGroup.place(self._config, size, excluded_nodes, patience)
 
-
-def _with(node: Node, num_workers: int, worker: dict[str, float]) -> dict[str, float]:
-    """Return a node's free resources with those of our own workers there added."""
-    free = dict(node.free)
-    for key, amount in worker.items():
-        free[key] = free.get(key, 0.0) + num_workers * amount
-    return free
+    def _largest(self, resources: list[Bundle]) -> int | None:
+        return largest_world_size(self._sizes, self._request, resources)

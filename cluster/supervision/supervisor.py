@@ -6,15 +6,12 @@ classifies how the attempt ended, decides and starts the next one.
 
 import logging
 import time
-from typing import Any
-
-from ray.autoscaler.sdk import request_resources
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.logs import bind_context
-from isthmus.cluster.metrics import DRIVER_GAUGES, Gauges
+from isthmus.cluster.metrics import DriverMetrics
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.cluster.supervision.attempt import Attempt, AttemptEnd
 from isthmus.cluster.supervision.group import WorkerGroup
@@ -23,6 +20,7 @@ from isthmus.cluster.supervision.recovery import Recovery
 from isthmus.cluster.supervision.replica_store import ReplicaStore
 from isthmus.cluster.supervision.restart_policy import RestartPolicy
 from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.cluster.supervision.store_outage import await_store
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import StageName
@@ -37,18 +35,21 @@ NAMED_SAMPLES = 4
 class Supervisor:
     """Runs attempts at the stages of one run."""
 
-    def __init__(self, config: JobConfig, run_token: Any, board: StatusBoard, *, entry: str = ENTRY) -> None:
+    def __init__(self, config: JobConfig, run_token: int, board: StatusBoard, *, entry: str = ENTRY) -> None:
         """`run_token` lets workers write under the driver's lease; `entry` is the module that trains."""
         self._config = config
         self._run_token = run_token
         self._board = board
+        self._store = ObjectStore(config.store)
         self._entry = entry
-        self._policy = RestartPolicy(config.cluster.restart)
+        known = board.status
+        committed = None if known.stage is None or known.committed_step is None else (known.stage, known.committed_step)
+        self._policy = RestartPolicy(config.cluster, committed, trained=known.step > 0 or committed is not None)
         self._placer = GroupPlacer(config)
         self._recovery: Recovery | None = None
         self._replica_store: ReplicaStore | None = None
         self._stop = False
-        self._gauges = Gauges(config.run.name, "", DRIVER_GAUGES)
+        self._metrics = DriverMetrics(config.run.name)
         self._num_attempts = 0
 
     def request_stop(self) -> None:
@@ -68,15 +69,15 @@ class Supervisor:
         """
         bind_context(stage=stage)
         self._board.begin_stage(stage, self._config.stage(stage).steps)
-        request_resources(bundles=[dict(self._placer.request.worker)] * max(self._config.world_sizes))
-        if not self._config.checkpoint.peer_memory_every_steps:
-            return self._attempts(stage)
-        self._replica_store = ReplicaStore()
+        if self._config.checkpoint.peer_memory_every_steps:
+            self._replica_store = ReplicaStore()
         try:
             return self._attempts(stage)
         finally:
-            self._replica_store.close()
-            self._replica_store = None
+            self._placer.close()
+            if self._replica_store:
+                self._replica_store.close()
+                self._replica_store = None
 
     def _attempts(self, stage: StageName) -> bool:
         while not self._stop:
@@ -95,7 +96,7 @@ class Supervisor:
         return False
 
     def _attempt(self, group: WorkerGroup, stage: StageName) -> AttemptEnd:
-        """Let a placed group train, and clear it away."""
+        """Let a placed group train, and end it."""
         self._num_attempts += 1
         placed_at = time.monotonic()
         self._board.update(RunState.STARTING, world_size=group.world_size, attempt=self._num_attempts, message="")
@@ -112,18 +113,15 @@ class Supervisor:
             on_start=self._on_start,
         )
         try:
-            peers = (
-                self._replica_store.for_group([member.address.node for member in group.members])
-                if self._replica_store
-                else None
-            )
-            group.launch(self._config, stage, self._run_token, self._entry, peers)
+            nodes = [member.address.node for member in group.members]
+            replicas = self._replica_store.for_group(nodes) if self._replica_store else None
+            group.launch(self._config, stage, self._run_token, self._entry, replicas)
             end = attempt.run()
         finally:
             ended_at = time.monotonic()
             group.kill()
         if not end.finished and end.stop is not StopReason.OPERATOR:
-            self._recovery = Recovery(end.step or 0, ended_at)
+            self._recovery = Recovery(end.step or 0, ended_at, time.monotonic)
             self._recovery.mark("clear")
         return end
 
@@ -137,28 +135,29 @@ class Supervisor:
         return None
 
     def _on_start(self, phase: str, seconds: float) -> None:
-        """Note how far the group's start is."""
+        """Record how far the group's start is."""
         changed = phase != self._board.status.phase
         self._board.update(phase=phase, phase_began_at=time.time() - seconds, now=changed)
 
     def _on_progress(self, step: int, metrics: dict[str, float]) -> None:
-        state = None if self._board.status.state is RunState.STOPPING else RunState.RUNNING
-        committed = metrics.get("committed_step")
-        saved = self._board.status.committed_step if committed is None else int(committed)
-        self._board.update(state, step=step, metrics=metrics, message="", phase="", committed_step=saved)
+        board = self._board
+        state = None if board.status.state is RunState.STOPPING else RunState.RUNNING
+        if "committed_step" in metrics:
+            saved = int(metrics["committed_step"])
+            board.update(committed_step=saved)
+            self._policy.commit(str(board.status.stage), saved)
+        self._policy.trained |= step > 0
+        board.update(state, step=step, metrics=metrics, message="", phase="")
         if self._recovery and self._recovery.reached(step):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
             logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)
-            self._board.complete_restart(lost, seconds, self._recovery.phases)
-            self._gauges.set({"recovery_seconds": seconds, "lost_steps": float(self._total_lost())})
+            board.complete_restart(lost, seconds, self._recovery.phases)
+            self._metrics.recovered(lost, seconds)
             self._recovery = None
-        self._gauges.set({"world_size": float(self._board.status.world_size)})
-
-    def _total_lost(self) -> int:
-        return sum(restart.lost_steps or 0 for restart in self._board.status.restarts)
+        self._metrics.world_size(board.status.world_size)
 
     def _prepare_next(self, end: AttemptEnd, stage: StageName, world_size: int) -> None:
-        """Note how the attempt ended, and pause; raises where nothing may follow."""
+        """Record how the attempt ended, and pause; raises where nothing may follow."""
         step = end.step or 0
         failure = end.failure
         if end.stop in (StopReason.PREEMPTION, StopReason.SIGNAL):
@@ -166,22 +165,31 @@ class Supervisor:
         kind, cause = (failure.kind, str(failure)) if failure else ("resize", "more workers fit now")
         logger.warning("attempt %d ended at step %d: %s", self._num_attempts, step, cause)
         if failure:
-            decision = self._policy.decide(failure, stage, step)
-            if decision.repeated:
-                raise ClusterError(f"{decision.stop}; {self._describe_samples(stage, step)}")
-            if decision.stop:
-                raise ClusterError(decision.stop)
-            self._pause(decision.pause_seconds)
+            self._follow(failure, stage, step)
         restart = Restart(at=time.time(), kind=kind, cause=cause, stage=stage, step=step, world_size=world_size)
         self._board.add_restart(restart)
-        self._gauges.set({"restarts": float(len(self._board.status.restarts))})
+        self._metrics.restarted()
+
+    def _follow(self, failure: Failure, stage: StageName, step: int) -> None:
+        """Do what the policy decides: raise, or wait as long as it says."""
+        decision = self._policy.decide(failure, stage, step)
+        if decision.repeated:
+            raise ClusterError(f"{decision.stop}; {self._describe_samples(stage, step)}")
+        if decision.stop:
+            raise ClusterError(decision.stop)
+        self._pause(decision.pause_seconds)
+        if decision.await_store:
+            limit = self._config.cluster.wait_seconds
+            await_store(self._store, self._board.url, limit, on_waiting=self._on_waiting, stopped=lambda: self._stop)
+        if self._recovery:
+            self._recovery.mark("pause")
 
     def _describe_samples(self, stage: StageName, step: int) -> str:
         """Name the samples of a step: all in the log, some in the returned text."""
         try:
-            keys = sample_keys(self._config, ObjectStore(self._config.store), stage, step)
+            keys = sample_keys(self._config, self._store, stage, step)
         except (DataError, OSError) as error:
-            return f"its samples cannot be told: {error}"
+            return f"its samples are unknown: {error}"
         logger.error("samples of step %d of %s: %s", step, stage, " ".join(keys))
         named = ", ".join(keys[:NAMED_SAMPLES])
         return f"its {len(keys)} samples are in the log, the first: {named}"
@@ -190,8 +198,6 @@ class Supervisor:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._stop:
             time.sleep(min(0.2, seconds))
-        if self._recovery:
-            self._recovery.mark("pause")
 
     def _on_waiting(self, message: str) -> None:
         self._board.update(RunState.WAITING, message=message)

@@ -1,6 +1,6 @@
-"""One training process: an actor that runs a stage of the run, answers the driver and turns SIGTERM into a stop.
+"""One training process: an actor that runs a stage, reports to the driver and turns SIGTERM into a stop request.
 
-The actor's method `run` holds one thread for the whole stage; the others answer `poll`, `stop` and `stacks` meanwhile.
+The actor's method `run` holds one thread for the whole stage; the others serve `poll`, `stop` and `stacks` meanwhile.
 """
 
 import faulthandler
@@ -23,6 +23,7 @@ from isthmus.cluster.errors import EXPECTED_ERRORS, first_line
 from isthmus.cluster.failures import Failure, classify, on_rank
 from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.metrics import Gauges
+from isthmus.cluster.workers.rendezvous import Rendezvous, set_environment
 from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import Rank, StopReason
@@ -30,39 +31,36 @@ from isthmus.trainer.context import Rank, StopReason
 logger = logging.getLogger(__name__)
 
 CONCURRENT_CALLS = 4
-"""One for `run`, the rest for short answers."""
+"""One for `run`, the rest for short calls."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one process is to do in an attempt."""
+    """What the processes of a group are to do; the same for all of them."""
 
     config: JobConfig
     stage: StageName
-    rank: Rank
-    master: tuple[str, int]
-    """Address and port of rank 0's rendezvous."""
+    rendezvous: tuple[str, int]
+    """Address and port at which rank 0 serves the ranks' store."""
     run_token: Any
     """What `RunStore.attach` needs to write under the driver's lease."""
     entry: str = "isthmus.cluster.workers.rank"
     """Module whose `train(assignment, context)` trains the stage."""
-    peers: RayReplicas | None = None
-    """This rank's memory on other nodes; none: off."""
 
 
 @dataclass(frozen=True)
 class WorkerAddress:
-    """Where a process lives, and a port that was free there a moment ago."""
+    """Where a process lives."""
 
     node: str
+    """Ray's hexadecimal node id."""
     host: str
-    port: int
     pid: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a process is at, as the driver polls it."""
+    """What a process is doing, as the driver polls it."""
 
     phase: str = "imports"
     """A phase of the start (RunContext.begin_phase), then training."""
@@ -71,6 +69,7 @@ class Progress:
     age_seconds: float = 0.0
     """Time since the step or the phase began."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Newest figures; of rank 0 only."""
     stop: StopReason | None = None
 
 
@@ -84,7 +83,7 @@ class WorkerResult:
     """Why it stopped before its last step, if it did."""
     failure: Failure | None = None
     progress: Progress = field(default_factory=Progress)
-    """What it was at when it ended."""
+    """What it was doing when it ended."""
 
     @property
     def step(self) -> int | None:
@@ -95,9 +94,17 @@ class WorkerResult:
 class RayContext:
     """RunContext of a training process under Ray: stop requests come from the driver or by SIGTERM."""
 
-    def __init__(self, rank: Rank, gauges: Gauges) -> None:
-        """Begin without a stop request and without progress."""
+    def __init__(
+        self,
+        rank: Rank,
+        gauges: Gauges,
+        replicas: RayReplicas | None = None,
+        rendezvous: Rendezvous | None = None,
+    ) -> None:
+        """Begin without a stop request and without progress; `rendezvous` is of rank 0."""
         self._rank = rank
+        self.replicas = replicas
+        self._rendezvous = rendezvous
         self._gauges = gauges
         self._stop: StopReason | None = None
         self._progress = Progress()
@@ -107,6 +114,11 @@ class RayContext:
     def rank(self) -> Rank:
         """Place of this process."""
         return self._rank
+
+    def serve_rendezvous(self) -> None:
+        """Let the ranks meet; to be called before the process group is joined. Only rank 0 has something to do."""
+        if self._rendezvous:
+            self._rendezvous.serve()
 
     def stop_request(self) -> StopReason | None:
         """Return why this process was asked to stop, if it was."""
@@ -125,15 +137,16 @@ class RayContext:
 
     def report(self, metrics: dict[str, float]) -> None:
         """Keep the newest figures for the driver and for Prometheus."""
-        self._progress = Progress(self._progress.phase, self._progress.step, metrics=dict(metrics))
-        self._gauges.set(metrics)
+        if self._rank.is_main:
+            self._progress = Progress(self._progress.phase, self._progress.step, metrics=dict(metrics))
+            self._gauges.set(metrics)
 
     def request_stop(self, reason: StopReason) -> None:
         """Ask for a stop at the next step boundary; the first reason stays."""
         self._stop = self._stop or reason
 
     def progress(self) -> Progress:
-        """Return what this process is at."""
+        """Return what this process is doing."""
         now = self._progress
         return Progress(now.phase, now.step, time.monotonic() - self._step_began, now.metrics, self._stop)
 
@@ -141,16 +154,17 @@ class RayContext:
 class TrainWorker:
     """The actor around one training process."""
 
-    def __init__(self, name: str, config: JobConfig) -> None:
+    def __init__(self, name: str, run: str, *, on_cpu: bool) -> None:
         """Catch SIGTERM and start logging; runs on the main thread of the actor's process."""
         self._name = name
         self._context: RayContext | None = None
         self._early_stop: StopReason | None = None
-        if not config.cluster.workers.gpus:
+        self._rendezvous: Rendezvous | None = None
+        if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         faulthandler.enable()
-        configure_logging(run=config.run.name)
+        configure_logging(run=run)
         watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))
 
     def __repr__(self) -> str:
@@ -159,24 +173,23 @@ class TrainWorker:
 
     def address(self) -> WorkerAddress:
         """Return where this process lives."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as sock:
-            sock.bind((host, 0))
-            port = int(sock.getsockname()[1])
-        return WorkerAddress(ray.get_runtime_context().get_node_id(), host, port, os.getpid())
+        return WorkerAddress(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
-    def run(self, assignment: Assignment) -> WorkerResult:
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Open the port at which the ranks meet, on rank 0; return its address."""
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+        return self._rendezvous.address
+
+    def run(self, assignment: Assignment, rank: Rank, replicas: RayReplicas | None) -> WorkerResult:
         """Run one stage to its end, its stop or its failure. Never raises what the training code raised."""
-        rank = assignment.rank
         bind_context(stage=assignment.stage, rank=rank.rank, step=None)
-        context = RayContext(
-            rank, Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
-        )
+        gauges = Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
+        context = RayContext(rank, gauges, replicas, self._rendezvous)
         self._context = context
-        logger.info("begins as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
+        logger.info("starts as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
         if self._early_stop:
             context.request_stop(self._early_stop)
-        _set_environment(assignment)
+        set_environment(rank.rank, rank.world_size, rank.local_rank, assignment.rendezvous)
         try:
             outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver decides
@@ -187,8 +200,8 @@ class TrainWorker:
         return WorkerResult(outcome=outcome, stop=context.stop_request(), progress=context.progress())
 
     def poll(self) -> Progress:
-        """Return what this process is at."""
-        return self._context.progress() if self._context else Progress()
+        """Return what this process is doing."""
+        return self._context.progress() if self._context else Progress(stop=self._early_stop)
 
     def stop(self, reason: StopReason) -> None:
         """Ask for a checkpoint and an end at the next step boundary."""
@@ -202,18 +215,6 @@ class TrainWorker:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             return file.read()
-
-
-def _set_environment(assignment: Assignment) -> None:
-    """Tell torch.distributed where the ranks meet, as torchrun does."""
-    rank, (host, port) = assignment.rank, assignment.master
-    os.environ.update(
-        RANK=str(rank.rank),
-        WORLD_SIZE=str(rank.world_size),
-        LOCAL_RANK=str(rank.local_rank),
-        MASTER_ADDR=host,
-        MASTER_PORT=str(port),
-    )
 
 
 def watch_sigterm(on_signal: Any) -> None:

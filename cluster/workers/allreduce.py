@@ -1,4 +1,4 @@
-"""Preflight's look at the network between the workers: is the sum right, and how fast does it come?"""
+"""Preflight's check of the network between the workers: whether an all-reduce is right, and its bandwidth."""
 
 import json
 import time
@@ -6,8 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from isthmus.cluster.workers.actor import Assignment
-from isthmus.trainer.context import RunContext
+from isthmus.cluster.workers.actor import Assignment, RayContext
 from isthmus.trainer.engine.process_group import process_group
 
 GPU_ELEMENTS, CPU_ELEMENTS = 64 << 20, 1 << 20
@@ -15,13 +14,14 @@ ROUNDS = 5
 LIMIT_SECONDS = 60.0
 
 
-def train(assignment: Assignment, _context: RunContext) -> str:
+def train(_assignment: Assignment, context: RayContext) -> str:
     """All-reduce fp32 vectors over all ranks; return JSON with `correct`, `gigabytes_per_second` and `backend`.
 
     The bandwidth is the algorithm's: bytes that each rank must send and receive, 2 (W - 1) / W of the vector
     (as nccl-tests count it), over the time of the slowest of some rounds.
     """
-    rank = assignment.rank
+    rank = context.rank
+    context.serve_rendezvous()
     with process_group(rank, LIMIT_SECONDS) as device:
         gpu = device.type == "cuda"
         vector = torch.full((GPU_ELEMENTS if gpu else CPU_ELEMENTS,), float(rank.rank + 1), device=device)

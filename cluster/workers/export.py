@@ -1,7 +1,9 @@
-"""The export as a task on a worker node: the head, where the driver lives, has neither the memory nor the GPUs."""
+"""The export as a task on a worker node: the head, where the driver runs, has neither the memory nor the GPUs."""
 
 import importlib
-import logging
+import time
+from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -10,31 +12,48 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-logger = logging.getLogger(__name__)
-
 MAX_RETRIES = 3
+POLL_SECONDS = 0.5
 
 
-def export_on_worker(config: JobConfig, token: int) -> str:
-    """Export a run under the driver's lease and return the folder's URL; a lost node is tried again elsewhere.
+def export_on_worker(config: JobConfig, token: int, stopped: Callable[[], bool]) -> str | None:
+    """Export a run under the driver's lease and return the folder's URL; none: `stopped()` meanwhile.
+
+    A lost node is retried elsewhere.
 
     Raises:
-        TrainerError, ModelError, DataError: as trainer.export raises them.
-        ClusterError: the task was lost again and again.
+        TrainerError, ModelError, DataError: as isthmus.trainer.runs.export raises them.
+        ClusterError: the task was lost repeatedly, or was not done within cluster.export_timeout_seconds.
     """
     workers = config.cluster.workers
-    task = ray.remote(_export).options(
-        name="export", num_cpus=workers.cpus, num_gpus=workers.gpus, max_retries=MAX_RETRIES, retry_exceptions=False
-    )
+    options = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "max_retries": MAX_RETRIES}
+    task = ray.remote(_export).options(name="export", retry_exceptions=False, **options).remote(config, token)
     try:
-        url: str = ray.get(task.remote(config, token), timeout=config.cluster.wait_seconds)
+        return _wait(task, config, stopped)
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:
         raise ClusterError(
             f"{config.run.name}: the export was lost ({error}); isthmus resume tries it again"
         ) from error
-    return url
+    finally:
+        ray.cancel(task, force=True)
+
+
+def _wait(task: Any, config: JobConfig, stopped: Callable[[], bool]) -> str | None:
+    limit = config.cluster.export_timeout_seconds
+    deadline = time.monotonic() + limit
+    while not stopped():
+        done, _ = ray.wait([task], timeout=POLL_SECONDS)
+        if done:
+            url: str = ray.get(task)
+            return url
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{config.run.name}: the export was not done within {limit:g} s (cluster.export_timeout_seconds); "
+                "isthmus resume tries it again"
+            )
+    return None
 
 
 def _export(config: JobConfig, token: int) -> str:

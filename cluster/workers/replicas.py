@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from isthmus.cluster.errors import first_line
-from isthmus.data_pipeline.errors import StoreError
+from isthmus.data_pipeline.errors import UnavailableError
 from isthmus.trainer.checkpoint.replica_buffer import ReplicaPart, SnapshotId
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class RayReplicas:
             block = ray.put(np.frombuffer(data[start : start + BLOCK_BYTES], np.uint8))
             buffers = _call_all(buffers, "write", part.key, start, block)
         if not _call_all(buffers, "complete", part.key):
-            raise StoreError(
+            raise UnavailableError(
                 f"{part.key}: none of {len(self.targets)} replica buffers accepted it; check for lost nodes or memory"
             )
 
@@ -49,7 +49,7 @@ class RayReplicas:
                 logger.warning("a replica buffer did not return %s: %s", key, first_line(error))
             else:
                 return data
-        raise StoreError(f"{key}: all replica buffers that held it are gone; use the newest checkpoint")
+        raise UnavailableError(f"{key}: all replica buffers that held it are gone; use the newest checkpoint")
 
 
 def _call_all(buffers: list[Any], method: str, *arguments: Any) -> list[Any]:

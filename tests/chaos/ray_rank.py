@@ -6,18 +6,17 @@ import tempfile
 from pathlib import Path
 
 from isthmus.cluster.workers import rank
-from isthmus.cluster.workers.actor import Assignment
-from isthmus.trainer.context import RunContext
+from isthmus.cluster.workers.actor import Assignment, RayContext
 from tests.chaos.faults import START_FILE, ChaosStore, Points, install
 from tests.chaos.record import record_steps
 from tests.chaos.schedule import Fault
 
 
-def train(assignment: Assignment, context: RunContext) -> str:
+def train(assignment: Assignment, context: RayContext) -> str:
     """Be a rank; the faults are those of the file that stands beside the run."""
     folder = Path(assignment.config.run.url).parent
     start = json.loads((folder / START_FILE).read_text())
-    place, attempt = assignment.rank, start["attempt"]
+    place, attempt = context.rank, start["attempt"]
     points = Points(folder, attempt, place.rank, tuple(Fault(**fault) for fault in start["faults"]))
     store = ChaosStore(assignment.config.store, points)
     rank.ObjectStore = lambda _config: store  # type: ignore[attr-defined]

@@ -34,11 +34,20 @@ def test_losses_are_those_of_the_first_order_model():
     assert 1 - goodput == pytest.approx(expected(weather, interval), rel=0.15)
 
 
-def test_going_on_with_fewer_nodes_and_peers_pay():
+def test_training_on_fewer_nodes_and_replicas_pay():
     weather = replace(Weather(), nodes=128)
-    kinds = (weather, replace(weather, elastic=False), replace(weather, peer_every=30.0))
+    kinds = (weather, replace(weather, sizes=(128,)), replace(weather, peer_every=30.0))
     elastic, fixed, peers = (curve(kind, [600.0], MONTHS)[0] for kind in kinds)
     assert fixed < elastic < peers
+
+
+def test_spare_nodes_pay_where_sizes_are_few():
+    """A run whose sizes divide data.lanes halves at the first loss, unless spare nodes stand by."""
+    halving = replace(Weather(), nodes=128, sizes=(32, 64, 128))
+    spare = replace(Weather(), nodes=128, sizes=(40, 60, 120))
+    without, with_spare = (curve(kind, [147.0], MONTHS)[0] for kind in (halving, spare))
+    assert without < 0.85
+    assert with_spare > 0.9
 
 
 def test_lanes_are_balanced_and_hardly_anything_is_fetched_twice():

@@ -28,7 +28,7 @@ from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.checkpoint.upload_process import UploadProcess, UploadProcessLostError
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.state_shards import Fragment
-from isthmus.trainer.errors import CheckpointError, LeaseError
+from isthmus.trainer.errors import CheckpointError, LeaseError, SaveFailedError
 
 logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 0.5
@@ -140,7 +140,7 @@ class BackgroundSaver:
                 return
             except (CheckpointError, DataError, OSError) as error:
                 if self._closing.is_set() or time.monotonic() + pause > deadline:
-                    self._error = CheckpointError(
+                    self._error = SaveFailedError(
                         f"{self._url}: no save of step {step} succeeded within {self._timeout_seconds:g} s: {error}. "
                         "Checkpoints committed before are intact; fix the cause and start the run again"
                     )

@@ -1,4 +1,4 @@
-"""A stand-in for cluster.rank whose state goes through the real checkpoints and peers' memory, without an engine."""
+"""A stand-in for cluster.workers.rank with real checkpoints and replica buffers, and without an engine."""
 
 import json
 import os
@@ -16,12 +16,13 @@ STEP_SECONDS = 0.2  # on a loaded machine, too, a snapshot arrives before the ne
 
 
 def train(assignment, context):
-    """Go on from the newest state, note which that was, and take steps until stopped."""
+    """Resume from the newest state, record which that was, and take steps until stopped."""
     config, rank = assignment.config, context.rank
+    context.serve_rendezvous()
     folder = Path(config.run.url)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     url = join(str(folder), "checkpoints")
-    checkpoints = CheckpointManager(url, ObjectStore(), config.checkpoint, rank, lambda: None, peers=assignment.peers)
+    checkpoints = CheckpointManager(url, ObjectStore(), config.checkpoint, rank, lambda: None, peers=context.replicas)
     saved = checkpoints.newest()
     step = saved.step if saved else 0
     started = {"world": rank.world_size, "step": step, "url": saved.url if saved else "", "pid": os.getpid()}

@@ -1,4 +1,7 @@
-"""The real training on raylets that come and go: the world shrinks and grows, samples and losses stay the same."""
+"""The real training on raylets that come and go: the world shrinks and grows, samples and losses stay the same.
+
+Readers are Ray actors, and a worker with its reader fills a node exactly, so growth has no CPU to spare.
+"""
 
 import json
 import threading
@@ -22,19 +25,21 @@ STEPS_IN_EACH_WORLD = 10
 
 @pytest.fixture
 def raylets():
-    raylets = Raylets(2)
+    raylets = Raylets(2, num_cpus=2)
     raylets.connect("tiny")
     yield raylets
     raylets.close()
 
 
-def recipe(assets, folder, name):
+def recipe(assets, folder, name, *more):
     overrides = [
         f"run.name={name}",
         f"run.url={folder}",
         f"data.sources.0.manifest={assets}/train",
         f"model.vision.path={assets}/vision",
         f"model.qformer.tokenizer={assets}/bert",
+        "data.backend=ray",
+        "data.readers=1",
         "model.language=null",
         "stage2=null",
         f"stage1.steps={ENDLESS}",
@@ -46,6 +51,7 @@ def recipe(assets, folder, name):
         "evaluation.manifest=null",
         "cluster.workers={min: 1, max: 2}",
         "cluster.grow_after_seconds=1",
+        *more,
     ]
     return load_config(ROOT / "recipes" / "tiny.yaml", overrides, JobConfig)
 
@@ -114,7 +120,7 @@ def test_the_world_shrinks_and_grows_and_trains_as_if_nothing_had_happened(rayle
     end = board.status.step
     assert [step for step, _ in trained] == list(range(1, end + 1))
 
-    train_here(recipe(assets, tmp_path, "alone"), StopAt(end))
+    train_here(recipe(assets, tmp_path, "alone", "data.backend=process", "data.readers=0"), StopAt(end))
     alone = losses(tmp_path, "alone")
     assert [step for step, _ in alone] == [step for step, _ in trained]
     assert max(abs(a - b) / b for (_, a), (_, b) in zip(trained, alone, strict=True)) < 1e-3

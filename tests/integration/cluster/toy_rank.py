@@ -1,4 +1,4 @@
-"""A stand-in for cluster.rank without torch: steps of fixed length, a checkpoint file every five steps."""
+"""A stand-in for cluster.workers.rank without torch: steps of fixed length, a checkpoint file every five steps."""
 
 import json
 import os
@@ -9,12 +9,14 @@ SAVE_EVERY = 5
 
 
 def train(assignment, context):
-    """Count to the stage's steps from the newest save; write one line per step; obey stop requests and orders."""
+    """Count to the stage's steps from the newest save, one line per step; obey stop requests and planted errors."""
     folder = Path(assignment.config.run.url)
-    rank = assignment.rank
+    rank = context.rank
     save = folder / f"{assignment.stage}.save"
     step = int(save.read_text()) if save.exists() else 0
     (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
+    while (folder / "hold").exists():  # it loads weights, say
+        time.sleep(0.05)
     while step < assignment.config.stage(assignment.stage).steps:
         if context.stop_request():
             _save(save, step, rank)
@@ -50,7 +52,7 @@ def _save(save, step, rank):
 
 
 def _obey(folder, rank, step):
-    """Raise the error that the file `raise-<step>` asks for: class name, then message."""
+    """Raise the error that the file `raise-<step>` names: module, class, message."""
     order = folder / f"raise-{step}"
     if order.exists() and rank.rank == 0:
         import importlib

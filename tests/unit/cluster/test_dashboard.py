@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.cluster.metrics import DRIVER_GAUGES, WORKER_GAUGES
+from isthmus.cluster.metrics import DRIVER_METRICS, WORKER_GAUGES
 
 pytestmark = pytest.mark.unit
 DASHBOARD = json.loads((Path(__file__).parents[3] / "cluster" / "manifests" / "grafana.json").read_text())
-OURS = {f"ray_isthmus_{name}" for name in (*WORKER_GAUGES, *DRIVER_GAUGES)}
+OURS = {f"ray_isthmus_{name}" for name in (*(name for name, _ in WORKER_GAUGES.values()), *DRIVER_METRICS)}
 
 
 def test_every_exported_figure_is_shown_and_no_other_is_asked_for():

@@ -1,4 +1,4 @@
-"""Recovery time and lost steps are booked to phases that add up."""
+"""Recovery time is attributed to phases that add up, and repeated steps are counted."""
 
 import pytest
 

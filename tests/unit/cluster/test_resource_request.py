@@ -37,6 +37,23 @@ def test_readers_take_cpu_nodes_first():
     assert largest_world_size((1, 2), request, nodes[:1]) is None  # 4 CPUs stay for 8 readers
 
 
+def test_growth_needs_room_only_for_what_comes_in_addition():
+    """Readers of a running group fill the CPU nodes exactly; all they need is there already."""
+    request = ResourceRequest({"CPU": 1, "GPU": 1}, {"CPU": 1}, 16)
+    free = [{"CPU": 0, "GPU": 0}, {"CPU": 8, "GPU": 8}, {"CPU": 0}]
+    assert largest_world_size((16,), request, free) is None
+    assert largest_world_size((16,), request, free, present_workers=8) == 16
+    each_its_own = ResourceRequest({"CPU": 1, "GPU": 1}, {"CPU": 1}, 1)
+    assert largest_world_size((16,), each_its_own, free, present_workers=8) is None
+    assert largest_world_size((16,), each_its_own, [*free, {"CPU": 8}], present_workers=8) == 16
+
+
+def test_what_is_asked_of_an_autoscaler_is_what_is_missing():
+    request = ResourceRequest({"CPU": 4, "GPU": 1}, {"CPU": 1}, 3)
+    assert request.bundles(2) == [request.worker] * 2 + [request.reader] * 3
+    assert request.bundles(4, present_workers=2) == [request.worker] * 2 + [request.reader]
+
+
 def test_choosing_leaves_the_nodes_alone():
     node = {"CPU": 8, "GPU": 8}
     largest_world_size(SIZES, GPU, [node])
@@ -61,6 +78,6 @@ def test_reader_processes_reserve_nothing():
     )
 
 
-def test_what_is_lacking_in_one_line():
+def test_the_shortfall_in_one_line():
     text = shortfall(2, GPU, [{"CPU": 4.0, "GPU": 0.0}], [{"CPU": 32.0, "GPU": 8.0}])
     assert text == "needs 2 x {CPU: 4, GPU: 1}; 1 nodes have {CPU: 4, GPU: 0} free of {CPU: 32, GPU: 8}"

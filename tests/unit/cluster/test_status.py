@@ -1,6 +1,7 @@
-"""The status is kept in the run's folder; joined with the job it tells what an operator needs."""
+"""The status is kept in the run's folder; joined with the job it is what an operator needs to know."""
 
 import io
+import json
 import re
 import time
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from isthmus.cluster.cli.output import duration
 from isthmus.cluster.cli.run_text import details, line, overview
 from isthmus.cluster.errors import ClusterError
-from isthmus.cluster.status import STALE_SECONDS, Restart, RunState, RunStatus, StatusBoard, read_status
+from isthmus.cluster.status import STALE_SECONDS, Restart, RunState, RunStatus, StatusBoard, StatusError, read_status
 from isthmus.cluster.submission.job import Job
 from isthmus.cluster.submission.run_view import RunView
 from isthmus.data_pipeline.config import StoreConfig
@@ -74,7 +75,7 @@ def test_a_new_driver_knows_how_far_the_stage_is_and_nothing_of_the_next(tmp_pat
     assert (second.status.step, second.status.committed_step, second.status.num_steps) == (0, None, 50)
 
 
-def test_small_changes_are_written_seldom_and_states_at_once(tmp_path):
+def test_small_changes_are_written_rarely_and_states_at_once(tmp_path):
     store = ObjectStore()
     board = StatusBoard(str(tmp_path), store, "demo", None)
     board.update(RunState.RUNNING, step=1)
@@ -88,13 +89,60 @@ def test_no_folder_no_status(tmp_path):
     assert read_status(str(tmp_path / "absent"), ObjectStore()) is None
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"run": 1}', b'{"run": "demo", "restarts": [{"at": "soon"}]}', b"\xff"]
+)
+def test_a_damaged_status_is_one_line_for_who_reads_and_is_replaced_by_the_next_driver(tmp_path, content):
+    (tmp_path / "status.json").write_bytes(content)
+    store = ObjectStore()
+    with pytest.raises(StatusError, match=r"status\.json: damaged, or written by a newer release") as raised:
+        read_status(str(tmp_path), store)
+    assert "\n" not in str(raised.value)
+    board = StatusBoard(str(tmp_path), store, "demo", "demo-2")
+    board.update(RunState.RUNNING, step=9)
+    assert read_status(str(tmp_path), store).step == 9
+
+
+def test_a_damaged_status_is_a_problem_of_one_run_in_a_listing(tmp_path):
+    (tmp_path / "status.json").write_text("{")
+    seen = RunView.of_job(Job("demo-1", "demo", str(tmp_path), StoreConfig(), JobStatus.RUNNING, 1.0, ""))
+    assert (seen.status, seen.state) == (None, "starting")
+    assert "damaged" in seen.problem
+    assert "demo" in rendered(overview([seen]))
+
+
+def test_a_newer_release_may_add_states_and_fields(tmp_path):
+    newer = status().model_dump(mode="json") | {"state": "hibernating", "added": [1]}
+    (tmp_path / "status.json").write_text(json.dumps(newer))
+    found = read_status(str(tmp_path), ObjectStore())
+    assert (found.state, found.step) == (RunState.UNKNOWN, 20)
+    assert not found.state.is_final
+
+
+def test_totals_count_every_restart_and_the_list_is_bounded(tmp_path):
+    board = StatusBoard(str(tmp_path), ObjectStore(), "demo", "demo-1")
+    for _ in range(130):
+        board.add_restart(restart())
+        board.complete_restart(3, 12.5, {})
+    found = read_status(str(tmp_path), ObjectStore())
+    assert (found.num_restarts, found.lost_steps, len(found.restarts)) == (130, 390, 100)
+
+
+def test_totals_of_an_earlier_release_are_those_of_its_list(tmp_path):
+    old = status(restarts=[restart(lost_steps=3), restart()]).model_dump(mode="json")
+    del old["num_restarts"], old["lost_steps"]
+    (tmp_path / "status.json").write_text(json.dumps(old))
+    found = read_status(str(tmp_path), ObjectStore())
+    assert (found.num_restarts, found.lost_steps) == (2, 3)
+
+
 def test_time_left():
     assert status().eta_seconds == 40.0
     assert status(state=RunState.STOPPED).eta_seconds is None
     assert status(metrics={}).eta_seconds is None
 
 
-def test_a_driver_that_died_without_a_word_is_a_failure_with_a_remedy():
+def test_a_driver_that_died_without_writing_a_status_is_a_failure_with_a_remedy():
     seen = view(status(), job(JobStatus.FAILED))
     assert seen.state == "failed"
     assert "isthmus resume" in seen.failure
@@ -184,7 +232,7 @@ def test_durations_have_two_units(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_folder_without_a_status_is_said(tmp_path):
+def test_a_folder_without_a_status_is_an_error(tmp_path):
     with pytest.raises(ClusterError, match="no driver was at work there"):
         RunView.of_folder(str(tmp_path), StoreConfig())
 

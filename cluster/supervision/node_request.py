@@ -1,0 +1,39 @@
+"""What a run asks of an autoscaler: placement groups that stay pending until the nodes have come.
+
+Ray's `request_resources` holds one request for the whole cluster: the second run would replace the first one's, and the
+last request outlives its run. A placement group belongs to its run and ends with it.
+"""
+
+from typing import Any
+
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from isthmus.cluster.supervision.resource_request import Bundle
+
+
+class NodeRequest:
+    """The resources that a run misses, as pending placement groups."""
+
+    def __init__(self) -> None:
+        self._bundles: list[list[Bundle]] = []
+        self._pending: list[Any] = []
+
+    def ask(self, *groups: list[Bundle]) -> None:
+        """Ask for these groups of bundles, each as a whole, in place of what was asked for before."""
+        wanted = [bundles for bundles in groups if bundles]
+        if wanted == self._bundles:
+            return
+        self.withdraw()
+        self._bundles = wanted
+        self._pending = [placement_group([dict(bundle) for bundle in bundles]) for bundles in wanted]
+
+    def withdraw(self) -> None:
+        """Ask for nothing any more."""
+        for group in self._pending:
+            remove_placement_group(group)
+        self._bundles, self._pending = [], []
+
+    def withdraw_if_met(self) -> None:
+        """Free the resources of a request that has been met, so that the run can be placed on them."""
+        if any(placement_group_table(group)["state"] == "CREATED" for group in self._pending):
+            self.withdraw()
