@@ -1,7 +1,7 @@
 """One archive with what is needed to understand a run: configuration, versions, events, logs, last stack dumps.
 
-Everything in it is text that went through `redact`: values of the named secrets, tokens and keys are taken out.
-Weights, images and TensorBoard files stay where they are; the listing names them.
+All text in it went through `redact`: values of the named secrets, tokens and keys are taken out. NCCL's flight recorder
+is added as it is. Weights, images and TensorBoard files stay where they are; the listing names them.
 """
 
 import io
@@ -23,6 +23,8 @@ MAX_FILE_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 64 << 20
 """Of a run's files together; small files come first."""
 MAX_LISTED = 20_000
+FLIGHT_RECORDER = "flight_recorder"
+"""Folder of a stage in which the watchdog leaves the dumps."""
 TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".txt", ".log")
 NAMES_OF_SECRETS = r"(?:secret|token|passw(?:or)?d|credential|api_?key|access_?key)"
 PATTERNS = (
@@ -50,8 +52,8 @@ def collect(
     values = secret_values(secrets)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, text in _texts(run_url, store, logs, facts):
-            data = redact(text, values).encode()
+        for name, content in _files(run_url, store, logs, facts):
+            data = redact(content, values).encode() if isinstance(content, str) else content
             entry = tarfile.TarInfo(f"doctor/{name}")
             entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
             archive.addfile(entry, io.BytesIO(data))
@@ -86,22 +88,31 @@ def _without_secret(match: re.Match[str]) -> str:
     return match.group(0).replace(secret, REMOVED)
 
 
-def _texts(
+def _files(
     run_url: str, store: ObjectStore, logs: dict[str, str], facts: dict[str, object]
-) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each file of the archive."""
+) -> Iterator[tuple[str, str | bytes]]:
+    """Yield name and content of each file of the archive: text, and NCCL's flight recorder as it is."""
     infos = list(store.list(run_url))
     yield "listing.txt", _listing(infos)
     yield "facts.json", json.dumps({**facts, "versions_here": _versions()}, indent=1, default=str)
     for job, log in logs.items():
         yield f"jobs/{job}.log", log
-    texts = [info for info in infos if info.url.endswith(TEXT_SUFFIXES) and not _is_link(info.url)]
+    packed = [info for info in infos if (_is_text(info) or _is_dump(info)) and not _is_link(info.url)]
     left = MAX_TOTAL_BYTES
-    for info in sorted(texts, key=lambda info: info.size):
-        left -= min(info.size, MAX_FILE_BYTES)
+    for info in sorted(packed, key=lambda info: info.size):
+        left -= info.size if _is_dump(info) else min(info.size, MAX_FILE_BYTES)
         if left < 0:
             return
-        yield "run" + info.url.removeprefix(run_url), _text_of(info, store)
+        yield "run" + info.url.removeprefix(run_url), _content_of(info, store)
+
+
+def _is_text(info: ObjectInfo) -> bool:
+    return info.url.endswith(TEXT_SUFFIXES)
+
+
+def _is_dump(info: ObjectInfo) -> bool:
+    """Whether a file is a dump of NCCL's flight recorder: names and sizes of collectives, with their stacks."""
+    return f"/{FLIGHT_RECORDER}/" in info.url and not _is_text(info)
 
 
 def _listing(infos: list[ObjectInfo]) -> str:
@@ -115,10 +126,12 @@ def _is_link(url: str) -> bool:
     return Path(url.removeprefix("file://")).is_symlink()
 
 
-def _text_of(info: ObjectInfo, store: ObjectStore) -> str:
-    """Return a file's text, of a long one the end."""
+def _content_of(info: ObjectInfo, store: ObjectStore) -> str | bytes:
+    """Return a dump as it is, or a file's text, of a long one the end."""
     start = max(0, info.size - MAX_FILE_BYTES)
     try:
+        if _is_dump(info):
+            return store.get(info.url)
         data = bytes(store.get_range(info.url, start, info.size - start)) if info.size else b""
     except DataError as error:
         return f"not readable: {error}\n"

@@ -469,3 +469,18 @@ def test_no_address_of_all_interfaces_is_in_the_code():
         if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::")
     ]
     assert not found
+
+
+# The page itself
+
+
+def test_every_test_that_the_page_names_exists():
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    paths = [ROOT / path for path in re.findall(r"`(tests/[\w/]+\.py)`", page)]
+    assert len(paths) > 8
+    assert not [path for path in paths if not path.exists()]
+    everywhere = "\n".join(path.read_text() for path in {*paths, Path(__file__)})
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[3])}
+    assert len(named) > 20
+    assert not [name for name in named if not re.search(rf"def test_\w*{name}", everywhere)]

@@ -46,6 +46,16 @@ def test_archive_holds_text_and_lists_the_rest(run_url):
     assert join(run_url, "stage1/checkpoints/step-000000010/part.safetensors") in files["doctor/listing.txt"]
 
 
+def test_nccls_flight_recorder_is_packed_as_it_is(run_url, tmp_path):
+    dump = b"\x80\x04\x95 a pickle of torch \xff"
+    folder = tmp_path / "runs" / "demo" / "stage1" / doctor.FLIGHT_RECORDER
+    folder.mkdir()
+    (folder / "rank-00003").write_bytes(dump)
+    data = doctor.collect(run_url, ObjectStore(), {}, {}, ())
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert archive.extractfile(f"doctor/run/stage1/{doctor.FLIGHT_RECORDER}/rank-00003").read() == dump
+
+
 def test_a_long_file_is_cut_at_its_beginning(run_url):
     text = unpack(doctor.collect(run_url, ObjectStore(), {}, {}, ()))["doctor/run/stage1/metrics.jsonl"]
     assert text.startswith("... 10 bytes left out ...\n")
