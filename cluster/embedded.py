@@ -1,7 +1,7 @@
 """A Ray cluster of our own on this machine, for runs without an address; ended with the run.
 
-Ray binds its gRPC ports to all interfaces whatever address it is given; what keeps strangers out is the token, which
-is fresh for every such cluster unless the user has one.
+Ray binds its gRPC ports to all interfaces whatever address it is given; what keeps others out is the token, which is
+fresh for every such cluster unless the user has one.
 """
 
 import importlib
@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 256 << 20
 NICENESS_VARIABLE = "RAY_worker_niceness"
 """Ray runs its workers at nice 15, where any other process of the machine takes their cores."""
 LOOPBACK = "127.0.0.2"
-"""Ray replaces 127.0.0.1 by an address that others can reach; it leaves the rest of the loopback network alone."""
+"""Ray replaces 127.0.0.1 by an address that others can reach, but keeps the other addresses of the loopback network."""
 
 
 @contextmanager

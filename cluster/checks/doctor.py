@@ -24,7 +24,7 @@ MAX_TOTAL_BYTES = 64 << 20
 """Of a run's files together; small files come first."""
 MAX_LISTED = 20_000
 FLIGHT_RECORDER = "flight_recorder"
-"""Folder of a stage in which the watchdog leaves the dumps."""
+"""Folder of a stage into which the watchdog writes the dumps."""
 TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".txt", ".log")
 NAMES_OF_SECRETS = r"(?:secret|token|passw(?:or)?d|credential|api_?key|access_?key)"
 PATTERNS = (

@@ -1,4 +1,4 @@
-"""Preflight's look at what a run reads and writes: the run's store, the frozen weights, the data."""
+"""Preflight checks of what a run reads and writes: the run's store, the frozen weights, the data."""
 
 import os
 import time
@@ -73,7 +73,7 @@ def check_weights(config: JobConfig) -> str:
 
 
 def check_data(config: JobConfig) -> str:
-    """Load every manifest and look at its first shard; return what was found.
+    """Load every manifest and check its first shard; return what was found.
 
     Raises:
         DataError: a manifest or its first shard cannot be read, or the shard is not the indexed one.

@@ -19,7 +19,7 @@ from isthmus.cluster.cli.output import duration, print_json, print_rich, table
 if TYPE_CHECKING:
     from isthmus.cluster.submission.checkpoint_folders import CheckpointEntry
 
-app = typer.Typer(help="Look at, check, copy and delete checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, compare, copy and delete checkpoints.", no_args_is_help=True)
 
 CheckpointArg = Annotated[str, typer.Argument(help="URL of one checkpoint (.../step-000001200).")]
 
@@ -53,7 +53,7 @@ def verify(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte again and compare with the manifest; exit code 2 where something is damaged."""
+    """Read every byte and compare it with the manifest; exit code 2 if anything is damaged."""
     from isthmus.cluster.submission.checkpoint_folders import checkpoint_folders
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint, scan
 
@@ -66,7 +66,7 @@ def verify(
         for folder in checkpoint_folders(run, store):
             intact, damaged = scan(folder, store)
             checkpoints += intact
-            found |= {url: [f"{url}: is a damaged manifest"] for url in damaged}
+            found |= {url: [f"{url}: the manifest is damaged"] for url in damaged}
     digests = {}
     for saved in checkpoints:
         found[saved.url] = saved.verify()
@@ -89,7 +89,7 @@ def prune(
     keep_last: Annotated[int, typer.Option("--keep-last", min=2, help="Newest checkpoints to keep.")] = 2,
     keep_every_steps: Annotated[int | None, typer.Option(help="Keep those at multiples of this.")] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     as_json: JsonOption = False,
@@ -123,7 +123,7 @@ def cp(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a checkpoint, checked byte by byte on the way; its manifest appears last."""
+    """Copy a checkpoint, verifying every byte; its manifest is written last."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint
     from isthmus.trainer.checkpoint.tools import copy_checkpoint
 
@@ -156,7 +156,7 @@ def diff(
         for item in found:
             where = f"{item['kind']} of {item['name']}" if item["kind"] else item["name"]
             typer.echo(f"{where}: {item['difference']}")
-        typer.echo(f"{len(found)} differences" if found else "equal, bit by bit")
+        typer.echo(f"{len(found)} differences" if found else "bitwise equal")
     if found:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from isthmus.cluster.cli.output import print_json, print_rich, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-app = typer.Typer(help="Look at runs in object storage.", no_args_is_help=True)
+app = typer.Typer(help="Inspect runs in object storage.", no_args_is_help=True)
 report_app = typer.Typer()
 RunUrlArg = Annotated[str, typer.Argument(metavar="RUN_URL", help="Folder of a run: local or s3://.")]
 

@@ -50,7 +50,7 @@ def ray_job(config: JobConfig) -> Manifest:
     """Return a RayJob that makes the cluster, runs the driver on its head and takes the cluster down at the end."""
     kubernetes = config.cluster.kubernetes
     environment = {**job_environment(config), NO_RETRY_VARIABLE: "1"}
-    del environment[secret_names.VARIABLE]  # what this machine holds says nothing about the pods
+    del environment[secret_names.VARIABLE]  # this machine's variables are not the pods'
     manifest = _template("rayjob.yaml")[0]
     manifest["metadata"] |= {"name": config.run.name, "namespace": kubernetes.namespace}
     if kubernetes.queue:
@@ -157,7 +157,7 @@ def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
 
 
 def _fix_size(spec: Manifest) -> None:
-    """Take out the autoscaler: Kueue admits a job as a whole and refuses one that would change its own size."""
+    """Remove the autoscaler: Kueue admits a job as a whole and refuses one that would change its own size."""
     spec["enableInTreeAutoscaling"] = False
     del spec["autoscalerOptions"]
 

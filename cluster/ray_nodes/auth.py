@@ -49,7 +49,7 @@ def use_tokens(*, create: bool) -> None:
 
 
 def reread() -> None:
-    """Make Ray look at the environment again: it reads mode and token once, when it is imported."""
+    """Make Ray read the environment again: it reads mode and token once, when it is imported."""
     raylet = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()

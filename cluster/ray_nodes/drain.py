@@ -1,8 +1,8 @@
-"""`python -m isthmus.cluster.ray_nodes.drain`: Kubernetes runs it before a pod ends; it waits until the work has left.
+"""`python -m isthmus.cluster.ray_nodes.drain`: Kubernetes runs it before a pod ends; it waits until the work has moved.
 
 A worker's node is marked as draining with a deadline: the driver sees the mark, lets the group save and stop, and
-starts it again elsewhere. The head takes the driver and the cluster with it: the driver is asked to save and stop.
-Only then, or at the deadline, may the pod's processes be ended.
+starts it again elsewhere. On the head, the driver is asked to save and stop. Only then, or at the deadline, may the
+pod's processes be ended.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ DRIVER_MODULE = "isthmus.cluster.driver"
 
 
 def drain_node(gcs_address: str, node_id: str, grace_seconds: float) -> None:
-    """Mark a node as about to be taken away.
+    """Mark a node as about to be removed.
 
     Raises:
         RuntimeError: the cluster refuses.

@@ -20,7 +20,7 @@ class Node:
     total: dict[str, float]
     """Resources of the node, by Ray's names: CPU, GPU, ..."""
     free: dict[str, float]
-    """What nobody has reserved, as Ray last heard."""
+    """What is not reserved, as last reported to Ray."""
 
 
 def draining_nodes() -> dict[str, float]:
@@ -30,12 +30,12 @@ def draining_nodes() -> dict[str, float]:
 
 
 def live_nodes(avoid: Iterable[str] = ()) -> list[Node]:
-    """Return the nodes whose raylet answers, without draining ones and those to avoid.
+    """Return the nodes whose raylet answers, except draining ones and those to avoid.
 
-    Ray needs some 15 s to declare a vanished node dead; a connection to its raylet tells at once.
+    Ray needs some 15 s to declare a lost node dead; a connection to its raylet shows it at once.
     """
-    shunned = set(avoid) | set(draining_nodes())
-    candidates = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in shunned]
+    excluded = set(avoid) | set(draining_nodes())
+    candidates = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in excluded]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answers = list(pool.map(_answers, candidates))
     free = ray_state.available_resources_per_node()
@@ -47,7 +47,7 @@ def live_nodes(avoid: Iterable[str] = ()) -> list[Node]:
 
 
 def known_nodes() -> set[str]:
-    """Return the ids of all nodes that Ray takes for alive."""
+    """Return the ids of all nodes that Ray considers alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 

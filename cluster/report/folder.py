@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for its report. What is missing or damaged is noted, never fatal."""
+"""What a run's folder holds, read for its report. What is missing or damaged is reported, never fatal."""
 
 import logging
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def read_folder(url: str, store: ObjectStore) -> RunFacts:
     """Read a run's folder, local or remote.
 
     Raises:
-        TrainerError: it is no run's folder.
+        TrainerError: it is not a run's folder.
     """
     url = url.rstrip("/")
     reader = _Reader(url, store)

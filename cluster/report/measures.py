@@ -14,7 +14,7 @@ LABELS = {
 CAPTION_LABELS = {
     "cider_d": "captions, CIDEr-D",
     "bleu4": "captions, BLEU-4",
-    "exact": "captions, word for word right",
+    "exact": "captions, exact matches",
     "loss": "caption loss, nats a token (less is better)",
 }
 
@@ -58,7 +58,7 @@ def retrieval(stage: StageFacts, known: Baselines) -> list[Measure]:
 
 
 def captioning(stage: StageFacts, known: Baselines) -> list[Measure]:
-    """Return the caption scores of stage 2, with those of guesses that do not look at the image."""
+    """Return the caption scores of stage 2, with those of guesses that ignore the image."""
     figures = stage.last("eval/")
     guesses = _guesses(stage.samples.texts) if stage.samples else {}
     found = []

@@ -17,20 +17,20 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 
 @dataclass(frozen=True)
 class ReportExtras:
-    """What whoever writes the report knows beyond the run's folder."""
+    """What the caller knows beyond the run's folder."""
 
     baselines: Baselines = field(default_factory=dict)
     sections: Mapping[str, Html] = field(default_factory=dict)
     """Further sections, title -> content."""
     warning: str | None = None
-    """Stands above everything."""
+    """Shown above everything."""
 
 
 def write_report(url: str, store: ObjectStore, out: Path, extra: ReportExtras | None = None) -> Path:
     """Write the report of a run's folder, local or remote, to a file, replacing it.
 
     Raises:
-        TrainerError: the folder is no run's.
+        TrainerError: the folder is not a run's.
         DataError: the object store refuses access.
     """
     page = render(read_folder(url, store), extra or ReportExtras())
@@ -54,7 +54,7 @@ def render(facts: RunFacts, extra: ReportExtras) -> str:
         "Restarts": sections.restarts(facts),
         "Memory": sections.memory(facts),
         **extra.sections,
-        "Going on": h("pre", commands(facts)),
+        "Next steps": h("pre", commands(facts)),
         "Identity": identity(facts),
     }
     name = str(facts.record.get("name", facts.url.rpartition("/")[2]))
@@ -73,23 +73,23 @@ def render(facts: RunFacts, extra: ReportExtras) -> str:
 
 
 ATTENTION = (
-    "Where the queries of the Q-Former look, in its last cross-attention: one image, all queries together, then those "
-    "that look hardest at one place."
+    "Where the queries of the Q-Former attend, in its last cross-attention: one image, all queries together, then "
+    "those with the most concentrated attention."
 )
 SIMILARITY = "Cosine of each image's best query with each caption, for the first samples; true pairs: the diagonal."
 
 
 def heading(facts: RunFacts, name: str) -> Html:
-    """Return the title, how the run stands, and what could not be read."""
+    """Return the title, the run's state, and what could not be read."""
     status = facts.status
     state = h("span", str(status.state), class_=f"state {status.state}") if status else None
-    told = [facts.url, f"written {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"]
+    lead = [facts.url, f"written {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"]
     if status and status.world_size:
-        told.append(f"{status.world_size} ranks")
+        lead.append(f"{status.world_size} ranks")
     message = h("p", status.message) if status and status.message else None
     problems = (h("p", problem, class_="missing") for problem in facts.problems)
     title = h("h1", name, " ", state)
-    return h("header", title, h("p", " · ".join(told), class_="lead"), message, *problems)
+    return h("header", title, h("p", " · ".join(lead), class_="lead"), message, *problems)
 
 
 def identity(facts: RunFacts) -> Html:

@@ -1,4 +1,4 @@
-"""The parts of the page, each from a run's facts to markup; each says in place what is missing."""
+"""The parts of the page, each from a run's facts to markup; each says what is missing."""
 
 import time
 from datetime import timedelta
@@ -9,12 +9,12 @@ from isthmus.cluster.report.markup import Html, h, join, picture, table
 from isthmus.cluster.report.measures import Baselines, Measure, captioning, retrieval
 from isthmus.trainer.monitoring.goodput import Activity
 
-NO_EVALUATION = "No evaluation is on file: none was configured (evaluation.manifest), or none has been reached yet."
+NO_EVALUATION = "There is no evaluation: none was configured (evaluation.manifest), or none has been reached yet."
 GALLERY = 16
 
 
 def missing(text: str) -> Html:
-    """Say that something is not there."""
+    """Say that something is missing."""
     return h("p", text, class_="missing")
 
 
@@ -36,13 +36,13 @@ def results(facts: RunFacts, known: Baselines) -> Html:
         for measure in measures
     ]
     counts = [f"{name}: {len(s.samples.texts)} samples" for name, s in facts.stages.items() if s.samples]
-    note = h("p", f"Held-out samples ({', '.join(counts) or 'number not on file'}). ", BASELINES, class_="note")
+    note = h("p", f"Held-out samples ({', '.join(counts) or 'number unknown'}). ", BASELINES, class_="note")
     return join(table(["measure", "this run", "contrast alone", "to compare with"], rows, "numbers"), note)
 
 
 BASELINES = (
     "Chance is a random order. The most frequent caption is given to every image; the caption of another image is what "
-    "was generated for the sample before: a model that looks at the image is better than both."
+    "was generated for the sample before: a model that uses the image is better than both."
 )
 
 
@@ -109,7 +109,7 @@ def gallery(facts: RunFacts) -> Html:
         cards.append(h("div", image, h("b", generated or "(nothing)", class_=right), h("br"),
                        h("span", truth, class_="truth"), class_="card"))  # fmt: skip
     return join(
-        h("p", "Bold: generated; green where it is the true caption, which stands below.", class_="note"),
+        h("p", "Bold: generated; green where it equals the true caption, which is below.", class_="note"),
         h("div", *cards, class_="cards gallery") if cards else missing("No examples were kept."),
     )
 
@@ -128,7 +128,7 @@ def drawings(facts: RunFacts, name: str) -> Html:
 def goodput(facts: RunFacts) -> Html:
     """Return where the run's time went."""
     if facts.goodput is None:
-        return missing("No goodput ledger is on file yet.")
+        return missing("There is no goodput ledger yet.")
     total = sum(facts.goodput.seconds.values()) or 1.0
     parts = [(n, activity, facts.goodput.seconds.get(activity, 0.0)) for n, activity in enumerate(Activity)]
     shares = (
@@ -141,16 +141,16 @@ def goodput(facts: RunFacts) -> Html:
     ]
     share = facts.goodput.seconds.get(Activity.COMPUTE, 0.0) / total
     starts = "one start" if facts.goodput.starts == 1 else f"{facts.goodput.starts} starts"
-    told = f"{share:.1%} of {duration(total)} was training, over {starts} of the training process."
-    return join(h("p", told), h("div", *shares, class_="bar"), table(["spent on", "time", "share"], rows, "numbers"))
+    summary = f"{share:.1%} of {duration(total)} was training, over {starts} of the training process."
+    return join(h("p", summary), h("div", *shares, class_="bar"), table(["activity", "time", "share"], rows, "numbers"))
 
 
 def restarts(facts: RunFacts) -> Html:
     """Return the restarts: cause, lost steps, recovery."""
     if facts.status is None:
-        return missing("No status is on file: the run was not driven by Ray (isthmus train --local).")
+        return missing("There is no status: the run was not driven by Ray (isthmus train --local).")
     if not facts.status.restarts:
-        return h("p", "There was none.")
+        return h("p", "None.")
     rows = [
         [
             time.strftime("%H:%M:%S", time.gmtime(restart.at)),
@@ -162,7 +162,7 @@ def restarts(facts: RunFacts) -> Html:
         ]
         for restart in facts.status.restarts
     ]
-    return table(["UTC", "at", "cause", "steps done again", "trains again after", "of which"], rows)
+    return table(["UTC", "at", "cause", "steps repeated", "recovered after", "of which"], rows)
 
 
 def memory(facts: RunFacts) -> Html:
@@ -179,7 +179,7 @@ def memory(facts: RunFacts) -> Html:
         if peak := max((value for _, value in stage.series("memory/gigabytes")), default=None):
             sizes.append((f"{stage.name}: largest rank, whole process", peak))
     if not sizes:
-        return missing("No memory figures are on file.")
+        return missing("There are no memory figures.")
     largest = max(size for _, size in sizes)
     bars = [
         part

@@ -45,7 +45,7 @@ def list_entries(run: str, store: ObjectStore) -> list[CheckpointEntry]:
 
 
 def checkpoint_folders(run: str, store: ObjectStore) -> list[str]:
-    """Return the folders of checkpoints that a run's folder, or such a folder itself, stands for.
+    """Return the checkpoint folders of a run's folder; a checkpoint folder itself is returned as it is.
 
     Raises:
         ClusterError: there are none.

@@ -47,7 +47,7 @@ class Jobs:
         """Connect to a dashboard: `address`, else RAY_API_SERVER_ADDRESS, RAY_ADDRESS (http), else port 8265 here.
 
         Raises:
-            ClusterError: nobody answers, the token is missing or wrong, or the versions differ.
+            ClusterError: no dashboard answers, the token is missing or wrong, or the versions differ.
         """
         self.address = dashboard.dashboard_url(address)
         use_tokens(create=False)
@@ -80,10 +80,10 @@ class Jobs:
         return f"{run}-{max((int(found[1]) for known in ids if (found := pattern.fullmatch(known))), default=0) + 1}"
 
     def run_to_end(self, config: JobConfig, module: str) -> list[str]:
-        """Run one of our modules as a job that is no run, and return the lines of its log.
+        """Run one of our modules as a job that is not a training run, and return the lines of its log.
 
         Raises:
-            ClusterError: it failed without a result, or did not end in time.
+            ClusterError: it failed without a result or did not end in time.
         """
         job_id = f"{module.rpartition('.')[2]}-{config.run.name}-{uuid.uuid4().hex[:8]}"
         self._send(config, job_id, module, {})
@@ -109,7 +109,7 @@ class Jobs:
             try:
                 _once_there_is_an_agent(
                     self._client.submit_job,
-                    # Without `exec` a shell stands between the job and the driver, which outlives that shell's death.
+                    # Without `exec` the job's process is a shell, and the driver survives its death.
                     entrypoint=f"exec {shlex.join([python, '-m', module, CONFIG_NAME, *arguments])}",
                     submission_id=job_id,
                     runtime_env={"working_dir": str(package), "env_vars": job_environment(config)},
@@ -197,7 +197,7 @@ class Jobs:
                 yield from lines
         except (OSError, RuntimeError) as error:
             raise ClusterError(
-                f"{self.address}: the log broke off, the head may be gone; see isthmus status {job.run}, "
+                f"{self.address}: the log was interrupted, the head may be lost; see isthmus status {job.run}, "
                 f"or on another cluster isthmus resume {job.run_url}"
             ) from error
         finally:
@@ -215,7 +215,7 @@ class Jobs:
 
 
 def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
-    """Submit; a cluster that has just started answers before it can take jobs, and is given a while."""
+    """Submit; a cluster that has just started answers before it accepts jobs, so it is asked again for a minute."""
     retrying = Retrying(
         retry=retry_if_exception_message(match=f"(?s).*{NO_AGENT}"),
         wait=wait_fixed(AGENT_POLL_SECONDS),

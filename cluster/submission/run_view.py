@@ -40,16 +40,16 @@ class RunView:
         """Read the status of a run's folder, without a cluster.
 
         Raises:
-            ClusterError: no driver has been at work there.
+            ClusterError: no driver has run there.
         """
         status = read_status(url, fail_fast_store(store))
         if status is None:
-            raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver was at work there; see isthmus runs ls")
+            raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver has run there; see isthmus runs ls")
         return RunView(status.run, url, None, status)
 
     @property
     def current(self) -> RunStatus | None:
-        """The status, if it is of this job: ids repeat from cluster to cluster, but an older status is not ours."""
+        """The status, if it is this job's: ids repeat from cluster to cluster, and an older status is another job's."""
         if self.status is None or self.job is None:
             return self.status
         is_ours = self.status.job == self.job.id and self.status.updated_at >= self.job.started_at
@@ -57,7 +57,7 @@ class RunView:
 
     @property
     def state(self) -> str:
-        """State in one word: the driver's, unless its job ended without a word."""
+        """State in one word: the driver's, unless its job ended without writing one."""
         known = self.current
         if self.job and self.job.is_over and (known is None or not known.state.is_final):
             return {JobStatus.SUCCEEDED: "finished", JobStatus.STOPPED: "stopped"}.get(self.job.status, "failed")
@@ -67,7 +67,7 @@ class RunView:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody works on the run."""
+        """Whether no driver is active."""
         return (
             self.job.is_over
             if self.job
@@ -82,10 +82,13 @@ class RunView:
         if self.current and self.current.state is RunState.FAILED:
             return self.current.message
         lines = (self.job.message if self.job else "").splitlines()
-        return _driver_error(lines) or "the driver ended without a word (killed?); isthmus resume goes on"
+        return (
+            _driver_error(lines)
+            or "the driver ended without writing a status (killed?); isthmus resume continues the run"
+        )
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything known, for programs."""
+        """Return everything that is known, for programs."""
         status = self.status.model_dump(mode="json") if self.status else {}
         eta = self.status.eta_seconds if self.status else None
         known = {"run": self.run, "url": self.url, "job": self.job.id if self.job else None, "state": self.state}

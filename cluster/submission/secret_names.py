@@ -12,14 +12,14 @@ VARIABLE = "ISTHMUS_SECRETS"
 def check_secrets() -> list[str]:
     """Return, and log, the names of secrets that the submitter had and this process lacks.
 
-    It is no error yet: a node may have an identity of its own (an instance profile, IRSA).
+    This is not an error: a node may have an identity of its own (an instance profile, IRSA).
     """
     named = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     missing = [name for name in named if not os.environ.get(name)]
     if missing:
         logger.warning(
             "%s: set where the run was submitted, not on this node; if access is denied, give the nodes these "
-            "variables (on Kubernetes: envFrom a Secret), because values are never sent with a job",
+            "variables (on Kubernetes: cluster.kubernetes.secret), because values are never sent with a job",
             ", ".join(missing),
         )
     return missing

@@ -19,7 +19,7 @@ SILENCE_SECONDS = 60.0
 def known_runs(run: str | None, address: str | None, store: StoreConfig) -> list[RunView]:
     """Return what is known of one run (a name, or the URL of its folder) or of all, by the newest job of each.
 
-    `store` is for a URL; a job says itself where its run's folder is.
+    `store` is for a URL; a job's metadata names its own.
     """
     if run and is_url(run):
         return [RunView.of_folder(run.rstrip("/"), store)]

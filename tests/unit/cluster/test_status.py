@@ -233,7 +233,7 @@ def test_durations_have_two_units(seconds, text):
 
 
 def test_a_folder_without_a_status_is_an_error(tmp_path):
-    with pytest.raises(ClusterError, match="no driver was at work there"):
+    with pytest.raises(ClusterError, match="no driver has run there"):
         RunView.of_folder(str(tmp_path), StoreConfig())
 
 
