@@ -46,8 +46,8 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 WEATHER = Weather(nodes=128, sizes=(40, 60, 120))
 """120 ranks train, one to a node, and 8 nodes stand by; world sizes divide 120 lanes."""
 STEP_SECONDS = 2.0
-POLL_SECONDS, WRITE_SECONDS, BEAT_SECONDS = 5.0, 60.0, 0.5
-"""Coarser than the product's where only simulated time passes; the lease beats in real time, and faster."""
+POLL_SECONDS, WRITE_SECONDS, HEARTBEAT_SECONDS = 5.0, 60.0, 0.5
+"""Coarser than the product's where only simulated time passes; the lease's heartbeat is in real time, and faster."""
 RUN, LOG = "month", "driver.log"
 MAX_LOG_BYTES = 1 << 20
 
@@ -103,7 +103,7 @@ def simulated(world: World, store: WorldStore, config: JobConfig, plan: Plan) ->
         (status, "WRITE_EVERY_SECONDS", WRITE_SECONDS),
         (supervisor, "ObjectStore", lambda _: store),
         (driver, "ObjectStore", lambda _: store),
-        (driver.RunStore, "open", partial(driver.RunStore.open, beat_seconds=BEAT_SECONDS)),
+        (driver.RunStore, "open", partial(driver.RunStore.open, heartbeat_seconds=HEARTBEAT_SECONDS)),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -151,7 +151,7 @@ def simulate(folder: Path, days: float, seed: int, steps: int, weather: Weather 
 def report(folder: Path, config: JobConfig, world: World, outcome: str, peak_kib: int) -> dict[str, Any]:
     """Return the table's figures."""
     known = read_status(join(str(folder), RUN), ObjectStore())
-    assert known is not None
+    assert known is not None, outcome
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     trained = config.stage("stage1").steps * STEP_SECONDS
     return {
