@@ -4,7 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Compute type of a stage; tf32: fp32 whose products on CUDA are rounded to TensorFloat-32."""
+STORAGE_TYPES: dict[Precision, Dtype] = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Config(BaseModel):
@@ -13,15 +16,26 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class VisionConfig(Config):
+class FrozenConfig(Config):
+    """What both frozen models have."""
+
+    dtype: Dtype
+
+    @property
+    def torch_dtype(self) -> str:
+        """Name of the weights' type in torch."""
+        return "float32" if self.dtype == "auto" else self.dtype
+
+
+class VisionConfig(FrozenConfig):
     """The frozen image encoder."""
 
     path: str
     """Folder with config.json and *.safetensors: a local path or an object-store URL."""
     image_size_pixels: int = Field(224, gt=0)
     """Side of the square input image."""
-    dtype: Dtype = "float32"
-    """Storage and compute type of the frozen weights."""
+    dtype: Dtype = "auto"
+    """Storage and compute type of the frozen weights; auto: that of the stage's precision, float32 outside a stage."""
     micro_batch_size: int = Field(64, gt=0)
     """Images encoded at a time; the encoder keeps no activations, so this only bounds memory."""
 
@@ -61,7 +75,7 @@ class QFormerConfig(Config):
     """Recompute each layer in backward: less memory, about a third more compute."""
 
 
-class LanguageConfig(Config):
+class LanguageConfig(FrozenConfig):
     """The frozen language model of stage 2."""
 
     path: str
@@ -74,8 +88,8 @@ class LanguageConfig(Config):
     """Captions are cut to this many tokens, special tokens included."""
     dropout: bool = False
     """Keep the frozen model's dropout active, as the original code does."""
-    dtype: Dtype = "float32"
-    """Storage and compute type of the frozen weights."""
+    dtype: Dtype = "auto"
+    """Storage and compute type of the frozen weights; auto: that of the stage's precision, float32 outside a stage."""
     activation_checkpointing: bool = False
     """Recompute the frozen model's layers in backward."""
 
@@ -110,3 +124,13 @@ class ModelConfig(Config):
     """Trainable bridge."""
     language: LanguageConfig | None = None
     """Frozen language model; needed by stage 2."""
+
+    def at(self, precision: Precision) -> "ModelConfig":
+        """Return the configuration of a stage of that precision: `auto` types are resolved."""
+        frozen = {"vision": self.vision, "language": self.language}
+        resolved = {
+            name: part.model_copy(update={"dtype": STORAGE_TYPES[precision]})
+            for name, part in frozen.items()
+            if part is not None and part.dtype == "auto"
+        }
+        return self.model_copy(update=resolved)

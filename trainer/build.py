@@ -49,13 +49,14 @@ def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: Object
 
 def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     assert config.stage1 is not None
-    bridge = config.model.qformer
+    model_config = config.model_at("stage1")
+    bridge = model_config.qformer
     tokenizer = bridge.tokenizer or bridge.init_from
     if tokenizer is None:
         raise ConfigError("model.qformer: set tokenizer or init_from, a folder with vocab.txt; stage 1 reads captions")
     encoder = QFormerEncoder(local_folder(tokenizer, store, leave_out=WEIGHT_FILES), config.stage1.loss.max_text_tokens)
     encoder.check(bridge)
-    vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
+    vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
     with _seeded_by(config.run.seed):
         qformer = QFormer(bridge, vision.width)
         if bridge.init_from:
@@ -64,23 +65,24 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     task = Stage1Task(
         model, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
     )
-    return Parts(task, encoder, _identities({"vision": config.model.vision.path}, store, rank))
+    return Parts(task, encoder, _identities({"vision": model_config.vision.path}, store, rank))
 
 
 def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     assert config.stage2 is not None
-    assert config.model.language is not None
-    language_config = config.model.language
+    model_config = config.model_at("stage2")
+    assert model_config.language is not None
+    language_config = model_config.language
     encoder = LanguageEncoder(local_folder(language_config.path, store, leave_out=WEIGHT_FILES), language_config)
-    vision = load_vision(config.model.vision, local_folder(config.model.vision.path, store))
+    vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
     language = load_frozen_lm(language_config, language_config.path, store, rank, config.stage2.deepspeed)
     with _seeded_by(config.run.seed):
-        qformer = QFormer(config.model.qformer, vision.width, with_text=False)
+        qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     task = Stage2Task(
         model, encoder, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
     )
-    paths = {"vision": config.model.vision.path, "language": language_config.path}
+    paths = {"vision": model_config.vision.path, "language": language_config.path}
     return Parts(task, encoder, _identities(paths, store, rank))
 
 

@@ -89,7 +89,11 @@ def evaluate_run(
     store, context = ObjectStore(config.store), LocalContext()
     name, saved = _newest(config, run_url, store, stage)
     with ExitStack() as stack:
-        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
+        stack.enter_context(
+            process_group(
+                context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
+            )
+        )
         parts = build_parts(config, name, context.rank, store)
         engine = build_engine(parts.task.model, config.stage(name), context.rank)
         stack.callback(engine.close)

@@ -28,7 +28,11 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
     owner = f"{socket.gethostname()} process {os.getpid()}"
     with ExitStack() as stack:
         stack.enter_context(context.catch_signals())
-        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
+        stack.enter_context(
+            process_group(
+                context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
+            )
+        )
         run = RunStore.open(config, store, owner=owner, allow_change=allow_change)
         stack.callback(run.close)
         for stage in config.stages:

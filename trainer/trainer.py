@@ -137,6 +137,8 @@ class Trainer:
                 self.engine.num_parameters() / 1e6, self.stage.precision, self.engine.device,
                 self.run_store.stage_url(self.name),
             )  # fmt: skip
+            for warning in self.config.slow_frozen_parts(self.name):
+                logger.warning("%s", warning)
         self.checkpoints.prepare(self.engine.fragments())
         batch = next(iter(self.loader.batches(self.step, 1)))
         self.monitor.expect_flops(probe_memory(self.task, self.engine, batch, self.encoder))

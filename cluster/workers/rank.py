@@ -12,6 +12,8 @@ def train(assignment: Assignment, context: RayContext) -> str:
     config = assignment.config
     store = ObjectStore(config.store)
     context.serve_rendezvous()
-    with process_group(context.rank, config.safety.collective_timeout_seconds):
+    with process_group(
+        context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
+    ):
         run = RunStore.attach(config, store, assignment.run_token)
         return str(run_stage(config, assignment.stage, context, store, run, context.replicas))

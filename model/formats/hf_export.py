@@ -73,7 +73,7 @@ def export_captioner(
     text_config = AutoConfig.from_pretrained(language_folder)
     text_config.vocab_size = max(text_config.vocab_size, image_token + 1)
     text_config.eos_token_id = encoder.stop_id
-    text_config.dtype = language_config.dtype
+    text_config.dtype = language_config.torch_dtype
     if text_config.pad_token_id is None:
         text_config.pad_token_id = encoder.pad_id
     config = Blip2Config(
@@ -83,7 +83,7 @@ def export_captioner(
         num_query_tokens=qformer.num_queries,
         image_token_index=image_token,
         architectures=["Blip2ForConditionalGeneration"],
-        dtype=language_config.dtype,
+        dtype=language_config.torch_dtype,
     )
     names = [name for name in trained if name.startswith("projection.") or _is_query_side(name)]
     sources = [

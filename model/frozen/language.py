@@ -172,7 +172,7 @@ def build_language(config: LanguageConfig, folder: Path, tensor_names: Collectio
     hf_config = _hf_config(folder, dropout=config.dropout)
     factory: Any = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     with no_init_weights():
-        model = factory.from_config(hf_config, dtype=getattr(torch, config.dtype))
+        model = factory.from_config(hf_config, dtype=getattr(torch, config.torch_dtype))
     _check_takes_embeddings(model, folder)
     weight_names = _tie_and_map(model, set(names), folder)
     kind = EncoderDecoderLanguageModel if hf_config.is_encoder_decoder else DecoderLanguageModel

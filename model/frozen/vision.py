@@ -58,7 +58,7 @@ class VisionEncoder(nn.Module):
         self.image_mean, self.image_std = image_mean, image_std
         self.num_patches, self.width = _feature_shape(network, features, config)
         self._features = features
-        network.to(getattr(torch, config.dtype)).requires_grad_(requires_grad=False)
+        network.to(getattr(torch, config.torch_dtype)).requires_grad_(requires_grad=False)
         self.train(mode=False)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -75,7 +75,7 @@ class VisionEncoder(nn.Module):
                 f"images are {tuple(images_BCHW.shape[1:])}, the encoder was set up for (3, {size}, {size}); "
                 "make model.vision.image_size_pixels and the data's image size equal"
             )
-        dtype = getattr(torch, self.config.dtype)
+        dtype = getattr(torch, self.config.torch_dtype)
         if images_BCHW.shape[0] == 0:
             return images_BCHW.new_zeros(0, self.num_patches, self.width, dtype=dtype)
         with torch.autocast(images_BCHW.device.type, enabled=False):

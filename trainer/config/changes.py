@@ -1,7 +1,9 @@
 """What of a run's configuration may change between two starts."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from isthmus.model.config import STORAGE_TYPES
 from isthmus.trainer.config.loading import Change, diff_configs
 from isthmus.trainer.errors import ConfigError
 
@@ -34,7 +36,7 @@ ALLOWABLE = ("data.crop_scale", "data.flip", "data.max_caption_words", "data.max
 NEVER = ("stage1.global_batch_size", "stage2.global_batch_size")
 
 
-def check_changes(old: dict[str, object], new: dict[str, object], allowed: Sequence[str], url: str) -> list[Change]:
+def check_changes(old: dict[str, Any], new: dict[str, Any], allowed: Sequence[str], url: str) -> list[Change]:
     """Compare a run's stored configuration with the one of this start; return what changed.
 
     Args:
@@ -46,7 +48,7 @@ def check_changes(old: dict[str, object], new: dict[str, object], allowed: Seque
     Raises:
         ConfigError: something changed that must not, or may only when allowed; lists every such key.
     """
-    changes = diff_configs(old, new)
+    changes = diff_configs(_with_frozen_types(old), _with_frozen_types(new))
     refused = [change for change in changes if not _covered(change.key, FREE) and not _allowed(change.key, allowed)]
     if refused:
         lines = [f"  {change.key}: {change.old!r} -> {change.new!r}{_advice(change.key)}" for change in refused]
@@ -56,6 +58,17 @@ def check_changes(old: dict[str, object], new: dict[str, object], allowed: Seque
             + "\nrestore these values, or give the new run another run.name"
         )
     return changes
+
+
+def _with_frozen_types(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain data with `auto` types of frozen parts replaced, where all stages resolve them alike."""
+    precisions = {name: stage["precision"] for name in ("stage1", "stage2") if (stage := config.get(name))}
+    model = dict(config.get("model") or {})
+    for part, stages in (("vision", ("stage1", "stage2")), ("language", ("stage2",))):
+        types = {STORAGE_TYPES[precisions[name]] for name in stages if name in precisions}
+        if (model.get(part) or {}).get("dtype") == "auto" and len(types) == 1:
+            model[part] = {**model[part], "dtype": types.pop()}
+    return {**config, "model": model}
 
 
 def _allowed(key: str, allowed: Sequence[str]) -> bool:

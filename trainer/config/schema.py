@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
-from isthmus.model.config import ModelConfig, Stage1LossConfig
+from isthmus.model.config import STORAGE_TYPES, ModelConfig, Precision, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -61,11 +61,11 @@ class StageConfig(Config):
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(gt=0)
-    """Samples per forward pass on one rank; changes memory and speed, never the loss."""
+    """Samples per forward pass on one rank; changes memory and speed, not the expected loss."""
     deepspeed: str | dict[str, Any]
     """Name of a template in ds_configs/ (without .json), path of a JSON file, or the content of such a file."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute type of the trainable part."""
+    precision: Precision = "fp32"
+    """Compute type: fp32, tf32 (fp32 with TensorFloat-32 products on CUDA), bf16 or fp16 (both by autocast)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
 
@@ -83,7 +83,7 @@ class Stage2Config(StageConfig):
     init_from: str = "stage1"
     """stage1: this run's stage 1. random: an untrained Q-Former. Else: URL of a checkpoint or export."""
     init_choice: Literal["last", "best"] = "last"
-    """Which checkpoint of this run's stage 1 is handed over."""
+    """Which checkpoint of this run's stage 1 to begin with."""
 
 
 class CheckpointConfig(Config):
@@ -96,9 +96,10 @@ class CheckpointConfig(Config):
     keep_last: int = Field(2, ge=2)
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(None, gt=0)
-    """Checkpoints at multiples of this are kept for ever."""
+    """Checkpoints at multiples of this are never deleted."""
     keep_best: str | None = None
-    """Metric whose best checkpoint is kept, such as eval/r1; larger is better unless the name ends in loss."""
+    """Metric whose best checkpoint is kept, such as eval/r1; each evaluation then saves. Larger is better unless the
+    name ends in loss."""
     peer_memory_every_steps: int = Field(0, ge=0)
     """Steps between snapshots held in the memory of other nodes (Ray only, twice the state per copy); 0: off."""
     save_timeout_seconds: float = Field(600.0, gt=0)
@@ -124,7 +125,8 @@ class EvaluationConfig(Config):
     before_training: bool = False
     """Also evaluate before a stage's first step: what the untrained parts reach."""
     batch_size: int | None = Field(None, gt=0)
-    """Rows of all ranks at a time, cut into no micro-batches; none: as in training. More gather shards less often."""
+    """Global evaluation batch, run without micro-batching; none: as in training. Larger batches all-gather the frozen
+    weights less often."""
     num_samples: int = Field(1000, gt=0)
     """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)
@@ -141,11 +143,13 @@ class SafetyConfig(Config):
     """Limits after which a run stops rather than hangs or diverges."""
 
     max_nonfinite_steps: int = Field(5, gt=0)
-    """Non-finite steps in a row before the run stops."""
+    """Consecutive non-finite steps after which the run stops."""
     step_timeout_seconds: float = Field(1800.0, gt=0)
-    """A rank that finishes no step for this long dumps its stacks and dies."""
+    """A rank that makes no progress for this long dumps its stacks and is killed."""
     collective_timeout_seconds: float = Field(300.0, gt=0)
     """Limit of one collective operation."""
+    deterministic: bool = False
+    """On CUDA use deterministic algorithms only, so that a step repeats bit by bit; slower. The CPU always does."""
 
 
 class TrainConfig(Config):
@@ -183,6 +187,23 @@ class TrainConfig(Config):
         assert stage is not None, name
         return stage
 
+    def model_at(self, name: StageName) -> ModelConfig:
+        """Return the model's configuration in a stage: frozen types that follow the stage's precision are resolved."""
+        return self.model.at(self.stage(name).precision)
+
+    def slow_frozen_parts(self, name: StageName) -> list[str]:
+        """Return a warning for each frozen part of a stage that computes in fp32 while the stage does not."""
+        stage, model = self.stage(name), self.model_at(name)
+        half = STORAGE_TYPES[stage.precision] != "float32"
+        frozen = {"vision": model.vision, "language": model.language if name == "stage2" else None}
+        return [
+            f"model.{part}.dtype is float32 while {name}.precision is {stage.precision}: on a GPU this frozen model "
+            "runs about ten times slower than in the stage's type and takes twice the memory; "
+            f"remove model.{part}.dtype or set it to auto"
+            for part, config in frozen.items()
+            if half and config is not None and config.dtype == "float32"
+        ]
+
     @model_validator(mode="after")
     def _check_across_fields(self) -> Self:
         problems = list(_cross_field_problems(self))
@@ -209,6 +230,17 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
             "stage2.init_from: 'stage1' but stage1 is not configured; "
             "configure stage1, or give the URL of a checkpoint, or 'random'"
         )
+    if config.stage2 and config.stage2.init_choice == "best" and config.stage2.init_from == "stage1":
+        missing = {
+            "checkpoint.keep_best": config.checkpoint.keep_best,
+            "evaluation.manifest": config.evaluation.manifest,
+        }
+        problems += [
+            f"stage2.init_choice: 'best' needs {key}, which says how checkpoints of stage 1 are compared; set it, or "
+            "use 'last'"
+            for key, value in missing.items()
+            if value is None
+        ]
     if config.stage2 and not config.model.language:
         problems.append("model.language: needed by stage2; set model.language.path")
     return problems

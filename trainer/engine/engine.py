@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.model.config import STORAGE_TYPES
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import trainable_config
@@ -29,7 +30,6 @@ from isthmus.trainer.engine.state_shards import (
 )
 from isthmus.trainer.errors import TrainerError
 
-_COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOSS_SCALE_START = 2.0**16
 _LOSS_SCALE_GROWTH_STEPS = 2000
 _LOSS_SCALE_MAX = 2.0**24
@@ -75,7 +75,7 @@ class Engine:
         """Use `build_engine`."""
         self.module = module
         self.device = device
-        self.precision = Precision(device, _COMPUTE_TYPES[stage_config.precision])
+        self.precision = Precision(device, getattr(torch, STORAGE_TYPES[stage_config.precision]))
         self.rank = rank
         self.loss_scale = _LOSS_SCALE_START if stage_config.precision == "fp16" else None
         self._parameters = parameters
@@ -209,6 +209,9 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
         rank: Place of this process in the process group, which exists already.
     """
     device = select_device(rank)
+    if device.type == "cuda":
+        _check_bf16(device, stage_config)
+        allow_tf32(enabled=stage_config.precision == "tf32")
     parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
     deepspeed_config = trainable_config(stage_config.deepspeed)
     task_model.to(device)
@@ -227,6 +230,19 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
         dist_init_required=False,
     )
     return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device)
+
+
+def allow_tf32(*, enabled: bool) -> None:
+    """Let CUDA round operands of fp32 products and convolutions to TF32, or not; torch's defaults for them differ."""
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
+def _check_bf16(device: torch.device, stage_config: StageConfig) -> None:
+    if stage_config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise TrainerError(
+            f"{torch.cuda.get_device_name(device)} has no bf16; set stage1.precision and stage2.precision to fp16"
+        )
 
 
 def _trainable_module(model: nn.Module, parameters: dict[str, nn.Parameter], config: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import HashStore
 
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, limit_new_groups
+from isthmus.trainer.engine.determinism import set_determinism
 from isthmus.trainer.errors import TrainerError
 
 
@@ -22,7 +23,7 @@ def select_device(rank: Rank) -> torch.device:
     under torchrun, takes the one of its local rank. Without CUDA, or with DS_ACCELERATOR=cpu, the device is the CPU.
 
     Raises:
-        TrainerError: the node has fewer GPUs than ranks.
+        TrainerError: the node has fewer GPUs than ranks, or this build of torch has no kernels for the GPU.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -35,19 +36,38 @@ def select_device(rank: Rank) -> torch.device:
         )
     torch.cuda.set_device(index)
     os.environ["LOCAL_RANK"] = str(index)
+    _check_architecture(index)
     return torch.device("cuda", index)
 
 
+def _check_architecture(index: int) -> None:
+    """Binaries run on GPUs of the same major version from their minor one on; PTX on all later ones."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = torch.cuda.get_arch_list()
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        version = divmod(int("".join(filter(str.isdigit, number))), 10)
+        if version <= (major, minor) and (kind == "compute" or version[0] == major):
+            return
+    if built_for:
+        raise TrainerError(
+            f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}, but this build of torch {torch.__version__} is "
+            f"for {', '.join(built_for)}; install a build of torch for this GPU (https://pytorch.org), or set "
+            "DS_ACCELERATOR=cpu"
+        )
+
+
 @contextmanager
-def process_group(rank: Rank, timeout_seconds: float) -> Iterator[torch.device]:
+def process_group(rank: Rank, timeout_seconds: float, *, deterministic: bool = False) -> Iterator[torch.device]:
     """Join the process group of all ranks and leave it at the end; yields this rank's device.
 
     Tensors on the CPU, object collectives among them, travel by gloo, tensors on a GPU by NCCL. A group that exists
-    already is used as it is and left alone.
+    already is used as it is and left alone. `deterministic` must be known before CUDA and NCCL start.
 
     Raises:
         TrainerError: several ranks, but nothing in the environment says where they meet, or two ranks share a GPU.
     """
+    set_determinism(enabled=deterministic)
     device = select_device(rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     limit_new_groups(timeout)

@@ -6,14 +6,14 @@ operands, since no weight needs a gradient. test_estimate_truth.py holds the cou
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from isthmus.model.config import Dtype, QFormerConfig
+from isthmus.model.config import Precision, QFormerConfig
 from isthmus.trainer.estimate.flops import Text
 from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
 FP32, HALF = 4, 2
-DTYPE_BYTES: dict[Dtype, int] = {"float32": FP32, "bfloat16": HALF, "float16": HALF}
+DTYPE_BYTES = {"float32": FP32, "bfloat16": HALF, "float16": HALF}
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Kept:
     mask: int
 
     @classmethod
-    def of(cls, precision: Literal["fp32", "bf16", "fp16"], dropout: float) -> "Kept":
+    def of(cls, precision: Precision, dropout: float) -> "Kept":
         """Return the sizes for a stage's compute type."""
-        half = precision != "fp32"
+        half = precision in ("bf16", "fp16")
         return cls(
             operand=HALF if half else FP32,
             casts=3 if half else 1,

@@ -34,6 +34,7 @@ def rows(estimate: StageEstimate, price_per_gpu_hour: float | None) -> list[tupl
         ("object store", f"{estimate.storage_bytes / TERA:.1f} TB in {estimate.storage_requests:,.0f} requests"),
         ("checkpoint every", f"{estimate.checkpoint_interval_seconds / 60:.1f} min (Young-Daly)"),
         ("recommended", estimate.recommendation),
+        *(("WARNING", warning) for warning in estimate.warnings),
     ]
     if price_per_gpu_hour is not None:
         table.insert(10, ("cost", f"{estimate.gpu_hours * price_per_gpu_hour:,.0f} at {price_per_gpu_hour}/GPU hour"))

@@ -54,6 +54,8 @@ class StageEstimate:
     storage_requests: float
     checkpoint_interval_seconds: float
     recommendation: str
+    warnings: tuple[str, ...]
+    """What makes the stage slower than estimated."""
 
     @property
     def bottleneck(self) -> str:
@@ -111,9 +113,9 @@ class _Stage:
         self.trainable_zero = trainable_config(chosen.deepspeed)["zero_optimization"]
         self.text = Text(real=assumptions.real_text_tokens, longest=assumptions.longest_text_tokens)
         self.kept = Kept.of(chosen.precision, self.q.dropout)
-        self.vision_element = DTYPE_BYTES[config.model.vision.dtype]
-        language = config.model.language
-        self.language_element = DTYPE_BYTES[language.dtype] if language else HALF
+        model = config.model_at(stage)
+        self.vision_element = DTYPE_BYTES[model.vision.torch_dtype]
+        self.language_element = DTYPE_BYTES[model.language.torch_dtype] if model.language else HALF
         self.trainable = trainable_parameters(self.q, parts.vision.width, stage2=stage == "stage2")
         if self.language is not None:
             self.trainable += (self.q.hidden_size + 1) * self.language.width
@@ -153,6 +155,7 @@ class _Stage:
             storage_requests=samples * assumptions.sample_bytes / assumptions.chunk_bytes,
             checkpoint_interval_seconds=self.checkpoint_interval_seconds,
             recommendation="; ".join(self.advice(largest, traffic, seconds)),
+            warnings=tuple(self.config.slow_frozen_parts(self.stage)),
         )
 
     def work(self) -> Work:

@@ -70,7 +70,7 @@ def load_frozen_lm(
     folder = local_folder(folder_url, store, leave_out=WEIGHT_FILES)
     with parameters_on_meta():
         language = build_language(config, folder, entries)
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.torch_dtype)
     module, report = shard(language, language.weight_names, entries, store, dtype, frozen_config(deepspeed))
     logger.info(
         "rank %d read %.1f of %.1f MB of %s in %.1f s",

@@ -49,7 +49,8 @@ def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
 
 def _write(config: TrainConfig, store: ObjectStore, saved: SavedCheckpoint, folder: Path) -> None:
     trained = {name: saved.read_tensor(name) for name in saved.shapes()}
-    model, stage = config.model, config.stages[-1]
+    stage = config.stages[-1]
+    model = config.model_at(stage)
     vision = (model.vision, local_folder(model.vision.path, store))
     language = None
     if stage == "stage2" and model.language:

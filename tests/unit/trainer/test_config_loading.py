@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.cluster.config import JobConfig
+from isthmus.trainer.config.changes import check_changes
 from isthmus.trainer.config.loading import check_config, config_hash, diff_configs, load_config, parse_yaml, to_yaml
 from isthmus.trainer.engine.deepspeed_config import trainable_config
 from isthmus.trainer.errors import ConfigError
@@ -85,6 +86,47 @@ def test_a_name_that_yaml_reads_as_something_else_wants_quotes(recipe, value):
     with pytest.raises(ConfigError, match=r"run\.name: .*put it in quotes"):
         load_config(recipe, [f"run.name={value}"], JobConfig)
     assert load_config(recipe, [f"run.name='{value.replace('.', '-')}'"], JobConfig).run.name
+
+
+def test_the_best_checkpoint_of_stage_1_needs_a_comparison(recipe):
+    problems = problems_of(recipe, "stage2.init_choice=best")
+    assert [problem.split("needs ")[1].split(",")[0] for problem in problems] == [
+        "checkpoint.keep_best",
+        "evaluation.manifest",
+    ]
+    load_config(recipe, ["stage2.init_choice=best", "checkpoint.keep_best=eval/r1", "evaluation.manifest=m"], JobConfig)
+
+
+def test_frozen_types_follow_the_precision_of_each_stage(recipe):
+    mixed = load_config(recipe, ["stage1.precision=bf16", "stage2.precision=tf32"], JobConfig)
+    assert mixed.model.vision.dtype == "auto"
+    assert mixed.model_at("stage1").vision.dtype == "bfloat16"
+    assert mixed.model_at("stage2").vision.dtype == mixed.model_at("stage2").language.dtype == "float32"
+    assert mixed.slow_frozen_parts("stage1") == mixed.slow_frozen_parts("stage2") == []
+
+
+def test_frozen_parts_in_fp32_beside_a_bf16_stage_are_said(recipe):
+    half = ["stage1.precision=bf16", "stage2.precision=bf16"]
+    config = load_config(recipe, [*half, "model.vision.dtype=float32", "model.language.dtype=float32"], JobConfig)
+    (first,) = config.slow_frozen_parts("stage1")
+    assert "model.vision.dtype is float32 while stage1.precision is bf16" in first
+    assert "ten times slower" in first
+    assert [text.split(".dtype")[0] for text in config.slow_frozen_parts("stage2")] == [
+        "model.vision",
+        "model.language",
+    ]
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_a_run_that_stored_the_type_of_its_frozen_parts_resumes_with_auto(recipe, precision, stored):
+    overrides = [f"stage1.precision={precision}", f"stage2.precision={precision}"]
+    new = load_config(recipe, overrides, JobConfig).model_dump(mode="json")
+    types = [f"model.vision.dtype={stored}", f"model.language.dtype={stored}"]
+    old = load_config(recipe, [*overrides, *types], JobConfig).model_dump(mode="json")
+    assert check_changes(old, new, [], "url") == []
+    other = load_config(recipe, [*overrides, "model.vision.dtype=float16"], JobConfig).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=rf"model.vision.dtype: 'float16' -> '{stored}'"):
+        check_changes(other, new, [], "url")
 
 
 def test_world_sizes_divide_the_lanes(recipe):

@@ -8,6 +8,7 @@ import torch
 
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine import process_group as module
+from isthmus.trainer.engine.determinism import ENVIRONMENT, set_determinism
 from isthmus.trainer.engine.process_group import process_group, select_device
 from isthmus.trainer.errors import TrainerError
 
@@ -26,6 +27,9 @@ class Node:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: self.calls.append(("set_device", device)))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"gpu-{device}"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100")
         monkeypatch.setattr(module.dist, "init_process_group", self._init)
         monkeypatch.setattr(module.dist, "get_world_size", lambda: max(1, len(uuids)))
         monkeypatch.setattr(module.dist, "all_gather_object", lambda into, _own: into.__setitem__(slice(None), uuids))
@@ -58,6 +62,41 @@ def test_fewer_gpus_than_ranks(monkeypatch):
     Node(monkeypatch, visible=2)
     with pytest.raises(TrainerError, match=r"local rank 2, but this node has 2 GPUs; .*nproc-per-node"):
         select_device(Rank(2, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((8, 6), ["sm_80", "sm_90"], True),  # a binary of the same major version
+        ((12, 0), ["sm_80", "compute_90"], True),  # PTX is compiled for a later GPU
+        ((12, 0), ["sm_80", "sm_90a"], False),
+        ((7, 0), ["sm_75", "sm_80"], False),
+    ],
+)
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_one_line(monkeypatch, capability, built_for, runs):
+    Node(monkeypatch, visible=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if runs:
+        assert select_device(Rank(0, 1)).index == 0
+    else:
+        with pytest.raises(TrainerError, match=r"is sm_\d+, but this build of torch .*install a build"):
+            select_device(Rank(0, 1))
+
+
+def test_determinism_is_set_for_the_process_and_undone(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    try:
+        with process_group(Rank(0, 1), 60, deterministic=True):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert os.environ["NCCL_ALGO"] == "Ring"
+    finally:
+        set_determinism(enabled=False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_cpu_where_it_is_asked_for_or_the_only_device(monkeypatch):

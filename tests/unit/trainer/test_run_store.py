@@ -205,7 +205,7 @@ def test_init_from_stage1_takes_by_name_drops_the_rest_and_is_done_once(tmp_path
 
 
 def test_init_from_stage1_of_the_best(tmp_path):
-    changes = {"stage2__init_choice": "best", "checkpoint__keep_best": "eval/r1"}
+    changes = {"stage2__init_choice": "best", "checkpoint__keep_best": "eval/r1", "evaluation__manifest": "m"}
     run = open_run(tmp_path, **changes)
     stage1(run, 2, 4, **{"eval/r1": 0.5})
     parameters = stage2_parameters()
