@@ -168,7 +168,7 @@ def _print_counts(counts: dict[str, int]) -> None:
 
 
 def _warn(note: str) -> None:
-    console.print(Panel(Text(note), style="bold yellow"))
+    console.print(Panel(Text(note), style="bold yellow"), soft_wrap=False)
 
 
 def _upload_models(models: dict[str, Path], server: LocalS3) -> None:
@@ -245,7 +245,7 @@ def _announce(phase: str, timeline: Timeline, note: str = "") -> None:
     shown = [name for name, text in PHASES.items() if text]
     place = f"{shown.index(phase) + 1}/{len(shown)}"
     left = minutes(timeline.seconds_left())
-    console.print(f"[bold cyan]\\[{place}][/] {PHASES[phase]}{note} [dim]about {left} left[/]")
+    console.print(f"[bold cyan]\\[{place}][/] {PHASES[phase]}{note}, [dim]about {left} left[/]")
 
 
 @contextlib.contextmanager

