@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from isthmus.cluster.embedded import NICENESS_VARIABLE
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.demo.loopback import HOST, free_ports
@@ -58,6 +59,7 @@ def ray_head(num_cpus: int, threads: int, log: Path) -> Iterator[RayHead]:
     command += [f"--ray-client-server-port={client_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"}
+    environment[NICENESS_VARIABLE] = "0"
     with log.open("wb") as output:
         # A session of its own: a Ctrl-C at the terminal reaches the demo alone, which then stops the run in order.
         process = psutil.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
