@@ -1,4 +1,4 @@
-# One command each; every target first makes or refreshes .venv.
+# One command each; every target first creates or refreshes .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
@@ -9,14 +9,14 @@ UNIT_THREADS := OMP_NUM_THREADS=1
 
 help:
 	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for longer"
-	@echo "make demo-tiny  the same path in 90 seconds on generated scenes, without a download"
+	@echo "make demo-tiny  the same path in two minutes on generated scenes, without a download"
 	@echo "make test    run all tests"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling, style limits"
-	@echo "make graph   list which folder imports which; no circle, no upward arrow"
-	@echo "make chaos N=100  run, or go on with, N schedules of faults; result in docs/reliability.md"
+	@echo "make graph   list which folder imports which, floor by floor"
+	@echo "make chaos N=100  run, or resume, N schedules of faults; result in docs/reliability.md"
 	@echo "make bench   run all benchmarks"
-	@echo "make clean   remove everything that make made"
+	@echo "make clean   remove everything that make created"
 
 venv: $(STAMP)
 

@@ -42,8 +42,8 @@ class Band(BaseModel):
     stages: dict[str, dict[str, dict[int, Limits]]]
 
 
-class Departure(NamedTuple):
-    """One place where a run is outside."""
+class Shortfall(NamedTuple):
+    """One point at which a run learned less than the reference runs."""
 
     stage: str
     figure: str
@@ -63,7 +63,7 @@ def load_band(path: Path) -> Band | None:
     try:
         return Band.model_validate_json(path.read_text())
     except (ValidationError, ValueError) as error:
-        raise ClusterError(f"{path}: is no reference band ({error}); see docs/curves/README.md") from error
+        raise ClusterError(f"{path}: not a reference band ({error}); see docs/curves/README.md") from error
 
 
 def make_band(recipe: str, runs: Sequence[RunFacts], tolerance: float = TOLERANCE) -> Band:
@@ -84,35 +84,42 @@ def make_band(recipe: str, runs: Sequence[RunFacts], tolerance: float = TOLERANC
     return Band(recipe=recipe, runs=len(runs), tolerance=tolerance, stages=stages)
 
 
-def compare(band: Band, run: RunFacts) -> tuple[int, list[Departure]]:
-    """Return how many points of the band the run has, and those of them that lie outside."""
-    compared, outside = 0, []
+def compare(band: Band, run: RunFacts) -> tuple[int, list[Shortfall]]:
+    """Return how many points of the band the run has, and those of them that are worse than the band."""
+    compared, worse = 0, []
     for stage, figures in band.stages.items():
         for figure, steps in figures.items():
             found = dict(run.stages[stage].series(figure)) if stage in run.stages else {}
             for step, limits in steps.items():
                 if step in found:
                     compared += 1
-                    if not limits.low <= found[step] <= limits.high:
-                        outside.append(Departure(stage, figure, step, found[step], limits))
-    return compared, outside
+                    if _is_worse(figure, found[step], limits):
+                        worse.append(Shortfall(stage, figure, step, found[step], limits))
+    return compared, worse
 
 
 def verdict(band: Band | None, run: RunFacts) -> str:
-    """Say in a line or two whether a run is inside the reference band."""
+    """Say in a line or two whether a run learned what the reference runs did."""
     if band is None:
-        return "reference curves: none are on file for this recipe, so nothing was compared"
-    compared, outside = compare(band, run)
-    total = sum(len(steps) for figures in band.stages.values() for steps in figures.values())
+        return "learned as expected? There are no reference runs of this recipe to compare with"
+    compared, worse = compare(band, run)
+    runs = f"{band.runs} reference run{'s' if band.runs > 1 else ''}"
     if not compared:
-        return f"reference curves: this run has none of the band's {total} points"
-    if not outside:
-        return f"reference curves: inside the band of {band.runs} runs at all {compared} of {total} points"
-    worst = ", ".join(
-        f"{d.stage} {d.figure} at step {d.step}: {d.value:.3f}, expected {d.limits.low:.3f} to {d.limits.high:.3f}"
-        for d in outside[:3]
+        return f"learned as expected? This run has no point in common with the {runs}"
+    if not worse:
+        return f"learned as expected: all {compared} points are in the range of {runs}, or better"
+    first = ", ".join(
+        f"{s.stage} {s.figure} at step {s.step}: {s.value:.3f}, expected {s.limits.low:.3f} to {s.limits.high:.3f}"
+        for s in worse[:3]
     )
-    return f"reference curves: OUTSIDE the band of {band.runs} runs at {len(outside)} of {compared} points ({worst})"
+    return f"learned less than expected: {len(worse)} of {compared} points are worse than in {runs} ({first})"
+
+
+def _is_worse(figure: str, value: float, limits: Limits) -> bool:
+    """Return whether a value is on the wrong side of its limits; the loss with a wrong image has no wrong side."""
+    if figure.startswith("loss/") or figure == "eval/loss":
+        return value > limits.high
+    return figure != "eval/loss_wrong_image" and value < limits.low
 
 
 def _around(values: list[float], tolerance: float) -> Limits:

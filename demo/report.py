@@ -65,7 +65,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
 
 
 def curve_verdict(config: JobConfig, store: ObjectStore) -> str:
-    """Say whether the run lies inside the committed reference band."""
+    """Say whether the run learned what the committed reference runs did."""
     facts = read_folder(join(config.run.url, config.run.name), store)
     return verdict(load_band(_band_of(config.run.name)), facts)
 

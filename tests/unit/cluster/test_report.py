@@ -172,10 +172,10 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
         assert store.get(join(config.run.url, config.run.name, "report.html")) == path.read_bytes()
         page = Page(path.read_text())
         monkeypatch.setattr("isthmus.demo.report.BANDS", tmp_path)
-        assert "none are on file" in curve_verdict(config, store)
+        assert "no reference runs" in curve_verdict(config, store)
         band = make_band("recipes/demo.yaml", [read_folder("s3://bucket/runs/demo", store)])
         (tmp_path / "demo.json").write_text(band.model_dump_json())
-        assert "inside the band of 1 runs at all" in curve_verdict(config, store)
+        assert "learned as expected: all" in curve_verdict(config, store)
         generated = Page(write_demo_report(config, store, tmp_path, "no registry").read_text())
     assert "pooled features, MLP" in page.text
     assert re.search(r"i2t_r10\s+0.500\s+0.568", page.text)
@@ -186,7 +186,7 @@ def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, mo
     assert "0.568" not in generated.text
 
 
-def test_a_run_outside_the_band_is_told_where(run, tmp_path):
+def test_only_what_is_worse_than_the_band_is_reported(run, tmp_path):
     facts = read_folder(run[1], ObjectStore())
     band = make_band("recipes/demo.yaml", [facts], tolerance=0.0)
     limits = band.stages["stage1"]["loss/total"][20]
@@ -196,8 +196,14 @@ def test_a_run_outside_the_band_is_told_where(run, tmp_path):
     assert [(departure.stage, departure.figure, departure.step) for departure in outside] == [
         ("stage1", "loss/total", 20)
     ]
-    assert "OUTSIDE" in verdict(band, facts)
+    assert "learned less than expected: 1 of" in verdict(band, facts)
     assert "stage1 loss/total at step 20: 2.012, expected 0.100 to 0.500" in verdict(band, facts)
+    band.stages["stage1"]["loss/total"][20] = limits.model_copy(update={"low": 5.0, "high": 6.0})
+    recall = band.stages["stage1"]["eval/i2t_r1"]
+    recall[40] = recall[40].model_copy(update={"low": 0.0, "high": 0.01})
+    assert compare(band, facts) == (compared, []), "a lower loss and a higher recall are no shortfall"
+    recall[40] = recall[40].model_copy(update={"low": 0.5, "high": 0.6})
+    assert [shortfall.figure for shortfall in compare(band, facts)[1]] == ["eval/i2t_r1"]
     (tmp_path / "band.json").write_text("{}")
-    with pytest.raises(ClusterError, match="no reference band"):
+    with pytest.raises(ClusterError, match="not a reference band"):
         load_band(tmp_path / "band.json")
