@@ -101,11 +101,11 @@ def compare(band: Band, run: RunFacts) -> tuple[int, list[Shortfall]]:
 def verdict(band: Band | None, run: RunFacts) -> str:
     """Say in a line or two whether a run learned what the reference runs did."""
     if band is None:
-        return "learned as expected? There are no reference runs of this recipe to compare with"
+        return "not compared: there are no reference runs of this recipe"
     compared, worse = compare(band, run)
     runs = f"{band.runs} reference run{'s' if band.runs > 1 else ''}"
     if not compared:
-        return f"learned as expected? This run has no point in common with the {runs}"
+        return f"not compared: this run has no point in common with the {runs}"
     if not worse:
         return f"learned as expected: all {compared} points are in the range of {runs}, or better"
     first = ", ".join(
