@@ -1,4 +1,4 @@
-"""`isthmus train` without an address: an embedded Ray, the very same driver; Ctrl-C saves and stops, again goes on."""
+"""`isthmus train` without an address: an embedded Ray, the same driver; Ctrl-C saves and stops, a new start resumes."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def test_ctrl_c_saves_and_the_next_start_finishes_and_exports(recipe, tmp_path):
     output, _ = second.communicate(timeout=LIMIT)
     assert second.returncode == 0, output
     assert read_status(url, ObjectStore()).state is RunState.FINISHED
-    resumed = re.search(r"goes on from \S+/step-(\d+)", output)
+    resumed = re.search(r"resumes from \S+/step-(\d+)", output)
     assert resumed, output
     assert 5 < int(resumed.group(1)) < 150
     assert (tmp_path / "runs" / "tiny" / "export").is_dir()

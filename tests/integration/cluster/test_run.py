@@ -156,7 +156,7 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator, undi
     output = operator.isthmus("submit", operator.recipe("disturbed"))
     assert "submitted as job disturbed-1" in output
     assert "isthmus logs -f disturbed" in output
-    assert "already at work as job disturbed-1" in operator.isthmus("submit", operator.recipe("disturbed"))
+    assert "already active as job disturbed-1" in operator.isthmus("submit", operator.recipe("disturbed"))
 
     operator.wait_for_checkpoint("disturbed", 5)
     operator.kill("ray::reader-1")
