@@ -161,7 +161,8 @@ class Supervisor:
         step = end.step or 0
         failure = end.failure
         if end.stop in (StopReason.PREEMPTION, StopReason.SIGNAL):
-            failure = Failure(FailureKind.PREEMPTION, f"saved and stopped at step {step} after a {end.stop} notice")
+            done = "stopped before it trained" if end.step is None else f"saved and stopped at step {step}"
+            failure = Failure(FailureKind.PREEMPTION, f"{done}, after a {end.stop} notice")
         kind, cause = (failure.kind, str(failure)) if failure else ("resize", "more workers fit now")
         logger.warning("attempt %d ended at step %d: %s", self._num_attempts, step, cause)
         if failure:

@@ -103,6 +103,7 @@ class RayBackend:
         with contextlib.suppress(ValueError):  # no such actor: the usual case
             self._kill(ray.get_actor(name))
         options = {"num_cpus": 1, "resources": self._resources, "scheduling_strategy": "SPREAD", "max_restarts": 0}
+        options["enable_task_events"] = False  # else each part of each reader is an event that the head stores
         # Ray names processes by class, so that ps and the dashboard show `ray::reader-7`.
         named_class = type(name, (ReaderActor,), {})
         return ray.remote(named_class).options(name=name, **options).remote(self._make_reader)
