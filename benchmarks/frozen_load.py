@@ -80,7 +80,7 @@ def peer(_rank: int, _world_size: int, folder: str, template: str) -> dict[str, 
     """Load as transformers documents it for ZeRO-3."""
     from isthmus.trainer.engine.deepspeed_config import frozen_config
     from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, load_deepspeed
-    from isthmus.trainer.frozen.memory import return_freed_memory
+    from isthmus.trainer.frozen.zero3 import return_freed_memory
 
     return_freed_memory()
     load_deepspeed()

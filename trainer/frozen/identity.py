@@ -23,11 +23,16 @@ from torch import Tensor, nn
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import TrainerError
-from isthmus.trainer.frozen.safetensors_index import TensorEntry, read_entries
+from isthmus.trainer.frozen.safetensors_index import TensorEntry, is_direct, read_entries
 
 BLOCK_BYTES = 16 << 20
 HASH_THREADS = 4
 _DIGEST_BYTES = 32
+TEXT_FILES = frozenset({
+    "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model",
+})  # fmt: skip
+NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path"})
 
 
 def frozen_identity(folder_url: str, store: ObjectStore, rank: Rank | None = None) -> str:
@@ -54,8 +59,21 @@ def frozen_identity(folder_url: str, store: ObjectStore, rank: Rank | None = Non
     return hashlib.sha256(b"".join(_hash_tensor(entry, by_tensor[entry.name]) for entry in entries)).hexdigest()
 
 
+def text_identity(folder_url: str, store: ObjectStore) -> str:
+    """Return a hash of what a folder says about its model besides the weights: configuration and tokenizer.
+
+    What a library notes about itself when it saves config.json does not count.
+    """
+    digest = hashlib.sha256()
+    for info in sorted(store.list(folder_url.rstrip("/") + "/"), key=lambda info: info.url):
+        name = info.url.rsplit("/", 1)[-1]
+        if name in TEXT_FILES and is_direct(folder_url, info):
+            digest.update(f"{name}\0".encode() + hashlib.sha256(_significant(name, store.get(info.url))).digest())
+    return digest.hexdigest()
+
+
 class FrozenGuard:
-    """Holds the hashes of this rank's frozen parameters and shows later that they are what they were."""
+    """Holds the hashes of this rank's frozen parameters and all buffers, and shows later that they did not change."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -65,7 +83,7 @@ class FrozenGuard:
         """Hash again and compare. Collective: all ranks learn of a change on any.
 
         Raises:
-            TrainerError: a frozen parameter has changed.
+            TrainerError: a frozen parameter or a buffer has changed.
         """
         after = _live_hashes(self._module)
         changed = sorted(
@@ -79,6 +97,16 @@ class FrozenGuard:
                 f"frozen weights have changed during training: {', '.join(changed[:5]) or 'on another rank'}; "
                 "do not use the checkpoints of this start of the run, and report what was trained with which template"
             )
+
+
+def _significant(name: str, data: bytes) -> bytes:
+    if name != "config.json":
+        return data
+    try:
+        fields = json.loads(data)
+        return json.dumps({key: fields[key] for key in fields.keys() - NOT_OF_THE_MODEL}, sort_keys=True).encode()
+    except (ValueError, AttributeError):  # whoever reads it reports that
+        return data
 
 
 def _hash_block(entry: TensorEntry, start: int, store: ObjectStore) -> bytes:
@@ -104,10 +132,11 @@ def _live_hashes(module: nn.Module) -> dict[str, bytes]:
 
 
 def _frozen_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what this rank holds of each frozen parameter: its ZeRO-3 partition, or all of it."""
+    """Yield what this rank holds of each frozen parameter, its ZeRO-3 partition or all of it, and all buffers."""
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             yield name, getattr(parameter, "ds_tensor", parameter).detach()
+    yield from module.named_buffers()  # such as the statistics of batch normalisation
 
 
 def _hash_live(tensor: Tensor) -> bytes:

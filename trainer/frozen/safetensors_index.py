@@ -52,7 +52,7 @@ def read_entries(folder_url: str, store: ObjectStore) -> dict[str, TensorEntry]:
         FrozenWeightsError: no safetensors file, a damaged header or index, a tensor in two files.
     """
     entries: dict[str, TensorEntry] = {}
-    for info in _files(folder_url, store):
+    for info in weight_files(folder_url, store):
         for entry in _read_header(info, store):
             if entry.name in entries:
                 raise FrozenWeightsError(
@@ -62,8 +62,13 @@ def read_entries(folder_url: str, store: ObjectStore) -> dict[str, TensorEntry]:
     return entries
 
 
-def _files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
-    found = {info.url.rsplit("/", 1)[-1]: info for info in store.list(folder_url + "/") if _is_direct(folder_url, info)}
+def weight_files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
+    """Return the safetensors files of a folder in the order of their names: those its index names, or all.
+
+    Raises:
+        FrozenWeightsError: there is none, or the index is damaged or names one that is absent.
+    """
+    found = {info.url.rsplit("/", 1)[-1]: info for info in store.list(folder_url + "/") if is_direct(folder_url, info)}
     files = {name: info for name, info in found.items() if name.endswith(".safetensors")}
     if INDEX_NAME in found:
         url = join(folder_url, INDEX_NAME)
@@ -77,7 +82,8 @@ def _files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
     return [files[name] for name in sorted(files)]
 
 
-def _is_direct(folder_url: str, info: ObjectInfo) -> bool:
+def is_direct(folder_url: str, info: ObjectInfo) -> bool:
+    """Return whether an object lies directly in a folder, not in a subfolder."""
     return info.url.rsplit("/", 1)[0].removeprefix("file://") == folder_url.removeprefix("file://")
 
 

@@ -4,6 +4,7 @@ The skeleton is built without weights; each parameter becomes a partition, and e
 partition from the safetensors files straight into it. No rank ever holds the whole model, nothing is broadcast.
 """
 
+import ctypes
 import logging
 import sys
 import time
@@ -23,13 +24,14 @@ from isthmus.model.config import LanguageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import frozen_config
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed, parameters_on_meta
-from isthmus.trainer.frozen.memory import return_freed_memory
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
 
 logger = logging.getLogger(__name__)
 PIECE_BYTES = 32 << 20
 READ_THREADS = 4
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,18 @@ def shard(
     skeleton.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     total = sum(entry.num_bytes for entry in chosen.values())
     return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
+
+
+def return_freed_memory() -> None:
+    """Make glibc return every freed buffer above 256 KiB to the system, as MALLOC_MMAP_THRESHOLD_ does.
+
+    By default it raises this threshold up to 32 MiB as buffers are freed and keeps their memory: gathered ZeRO-3
+    weights on the CPU would stay resident.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # musl has none
+            mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
 def _match(

@@ -1,6 +1,7 @@
 """The identity of frozen weights depends on names, types, shapes and bytes, and on nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen import identity as module
-from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity
+from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity, text_identity
+from isthmus.trainer.runs import identities
+from isthmus.trainer.runs.identities import frozen_identities
+from tests.unit.trainer.test_run_store import open_run
 
 pytestmark = pytest.mark.unit
 
@@ -52,3 +57,59 @@ def test_guard_names_what_changed_and_ignores_trainable_parameters() -> None:
         model[0].bias[0] = -model[0].bias[0]
     with pytest.raises(TrainerError, match=r"0\.bias"):
         guard.check()
+
+
+def test_guard_covers_buffers() -> None:
+    """A frozen encoder in train mode would change the statistics of its normalisation, and every feature with them."""
+    model = nn.Sequential(nn.BatchNorm1d(3).requires_grad_(requires_grad=False), nn.Linear(3, 3))
+    guard = FrozenGuard(model)
+    model(torch.randn(4, 3))
+    with pytest.raises(TrainerError, match="running_mean"):
+        guard.check()
+
+
+def write_texts(folder: Path, **files: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return text_identity(str(folder), ObjectStore())
+
+
+def test_configuration_and_tokenizer_have_an_identity(tmp_path: Path) -> None:
+    base = write_texts(tmp_path / "a", config__json='{"act": "gelu", "eps": 1e-6}', tokenizer__json="1")
+    resaved = '{"eps": 1e-6, "act": "gelu", "transformers_version": "5.23"}'
+    assert write_texts(tmp_path / "b", config__json=resaved, tokenizer__json="1", README__md="text") == base
+    others = {
+        write_texts(tmp_path / "c", config__json='{"act": "gelu_new", "eps": 1e-6}', tokenizer__json="1"),
+        write_texts(tmp_path / "d", config__json='{"act": "gelu", "eps": 1e-6}', tokenizer__json="2"),
+        write_texts(tmp_path / "e", config__json='{"act": "gelu", "eps": 1e-6}'),
+        write_texts(tmp_path / "f", config__json="damaged", tokenizer__json="1"),
+    }
+    assert len(others | {base}) == 5
+
+
+def test_weights_are_hashed_once_and_again_only_when_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart of a large model would otherwise read every byte of it twice."""
+    hashed: list[str] = []
+    whole = identities.frozen_identity
+
+    def count(url: str, *args: Any) -> str:
+        hashed.append(url)
+        return whole(url, *args)
+
+    monkeypatch.setattr(identities, "frozen_identity", count)
+    folder, store = tmp_path / "vision", ObjectStore()
+    folder.mkdir()
+    save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+    run = open_run(tmp_path / "runs")
+    parts = {"vision": str(folder)}
+    first, second = (frozen_identities(parts, parts, run, store, Rank(0, 1)) for _ in range(2))
+    assert first == second
+    assert first["vision"] == whole(str(folder), store)
+    assert hashed == [str(folder)]
+    save_file({"a": torch.ones(3)}, folder / "model.safetensors")
+    assert frozen_identities(parts, parts, run, store, Rank(0, 1))["vision"] != first["vision"]
+    assert len(hashed) == 2
+    run.close()
