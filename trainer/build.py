@@ -1,4 +1,4 @@
-"""The parts of a stage that do not depend on how it is run: model, tokenizer, task, identity of what is frozen."""
+"""The parts of a stage that do not depend on how it is run: model, tokenizer and task."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,6 @@ from isthmus.model.text.qformer_tokenizer import LanguageEncoder, QFormerEncoder
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import ConfigError
-from isthmus.trainer.frozen.identity import frozen_identity
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from isthmus.trainer.seeds import derive_seed
@@ -35,8 +34,6 @@ class Parts:
 
     task: Task
     encoder: TextEncoder
-    frozen_identity: dict[str, str]
-    """Part of the model -> identity of its frozen weights."""
 
 
 def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
@@ -65,7 +62,7 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     task = Stage1Task(
         model, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
     )
-    return Parts(task, encoder, _identities({"vision": model_config.vision.path}, store, rank))
+    return Parts(task, encoder)
 
 
 def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
@@ -82,8 +79,7 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     task = Stage2Task(
         model, encoder, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
     )
-    paths = {"vision": model_config.vision.path, "language": language_config.path}
-    return Parts(task, encoder, _identities(paths, store, rank))
+    return Parts(task, encoder)
 
 
 def make_exchange(rank: Rank) -> Exchange:
@@ -97,7 +93,3 @@ def _seeded_by(run_seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("initial weights", run_seed))
         yield
-
-
-def _identities(paths: dict[str, str], store: ObjectStore, rank: Rank) -> dict[str, str]:
-    return {part: frozen_identity(path, store, rank) for part, path in paths.items()}

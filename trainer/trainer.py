@@ -27,6 +27,7 @@ from isthmus.trainer.memory_probe import probe_memory
 from isthmus.trainer.monitoring.goodput import Activity
 from isthmus.trainer.monitoring.hardware import peak_memory_bytes
 from isthmus.trainer.monitoring.monitor import Monitor
+from isthmus.trainer.runs.identities import frozen_identities
 from isthmus.trainer.runs.stage2_init import init_from_stage1
 from isthmus.trainer.runs.store import RunStore
 
@@ -91,7 +92,8 @@ class Trainer:
         self.build(initialize=saved is None)
         if saved is not None:
             self.context.begin_phase("restore")
-            self.restore(saved)
+            with closing(saved):
+                self.restore(saved)
         self.monitor.resume(self.step, self.engine.device)
         self.context.begin_phase("memory probe")
         self.warm_up()
@@ -106,7 +108,8 @@ class Trainer:
         `initialize`: the stage begins here, so its trainable part gets the values of the stage before it, if any.
         """
         parts = build_parts(self.config, self.name, self.rank, self.store)
-        self.task, self.encoder, self.frozen_identity = parts.task, parts.encoder, parts.frozen_identity
+        self.task, self.encoder = parts.task, parts.encoder
+        self.frozen_identity = frozen_identities(self.config, self.name, self.run_store, self.store, self.rank)
         if initialize and self.name == "stage2":
             init_from_stage1(self.config, self.run_store, self.store, self.task.model.trainable_parameters())
         self.frozen_guard = FrozenGuard(self.task.model)

@@ -1,9 +1,9 @@
 """The identities of a run's frozen parts: hashed once per version of their files, and kept in `run.json`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.frozen.identity import frozen_identity, text_identity
@@ -15,19 +15,20 @@ FACT = "frozen"
 
 
 def frozen_identities(
-    weights: Mapping[str, str], texts: Mapping[str, str], run: RunStore, store: ObjectStore, rank: Rank
+    config: TrainConfig, stage: StageName, run: RunStore, store: ObjectStore, rank: Rank
 ) -> dict[str, str]:
-    """Return the identity of each frozen part. Collective.
+    """Return the identity of what a stage reads and does not train. Collective.
 
+    These are the weights of each frozen part, under its name, and its configuration and tokenizer, under a longer one.
     The bytes of a model are read only if no earlier start has hashed files of the same names, sizes and etags.
-
-    Args:
-        weights: Part of the model -> its folder with weights, as in checkpoints since the first release.
-        texts: Part -> folder whose configuration and tokenizer training depends on.
-        run: Where the identities are kept.
-        store: Access to the folders.
-        rank: Place of this process.
     """
+    model = config.model
+    weights = {"vision": model.vision.path}
+    texts = {"vision": model.vision.path}
+    if stage == "stage2" and model.language is not None:
+        weights["language"] = texts["language"] = model.language.path
+    elif tokenizer := model.qformer.tokenizer or model.qformer.init_from:
+        texts["qformer"] = tokenizer
     found = {part: _identity(part, url, run, store, rank) for part, url in weights.items()}
     return found | from_main_rank(
         lambda: {f"{part} config and tokenizer": text_identity(url, store) for part, url in texts.items()}

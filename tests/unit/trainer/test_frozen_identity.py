@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.context import Rank
-from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.errors import CheckpointError, TrainerError
 from isthmus.trainer.frozen import identity as module
 from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity, text_identity
 from isthmus.trainer.runs import identities
 from isthmus.trainer.runs.identities import frozen_identities
-from tests.unit.trainer.test_run_store import open_run
+from isthmus.trainer.trainer import check_same_inputs
+from tests.saved_states import state_of
+from tests.unit.trainer.test_run_store import config, open_run
 
 pytestmark = pytest.mark.unit
 
@@ -104,12 +106,32 @@ def test_weights_are_hashed_once_and_again_only_when_a_file_changes(
     folder.mkdir()
     save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
     run = open_run(tmp_path / "runs")
-    parts = {"vision": str(folder)}
-    first, second = (frozen_identities(parts, parts, run, store, Rank(0, 1)) for _ in range(2))
+    setup = config(tmp_path / "runs", model__vision__path=str(folder), model__qformer__tokenizer=str(tmp_path / "bert"))
+    first, second = (frozen_identities(setup, "stage1", run, store, Rank(0, 1)) for _ in range(2))
     assert first == second
+    assert sorted(first) == ["qformer config and tokenizer", "vision", "vision config and tokenizer"]
     assert first["vision"] == whole(str(folder), store)
     assert hashed == [str(folder)]
     save_file({"a": torch.ones(3)}, folder / "model.safetensors")
-    assert frozen_identities(parts, parts, run, store, Rank(0, 1))["vision"] != first["vision"]
+    assert frozen_identities(setup, "stage1", run, store, Rank(0, 1))["vision"] != first["vision"]
     assert len(hashed) == 2
     run.close()
+
+
+class Saved:
+    """A checkpoint as far as its inputs are compared."""
+
+    url = "step-000000003"
+
+    def __init__(self, **identity: str) -> None:
+        self.state = state_of(3, frozen_identity=identity, data_identity="order")
+
+
+def test_a_resume_with_other_inputs_names_them_and_older_checkpoints_know_fewer() -> None:
+    now = {"vision": "a", "vision config and tokenizer": "b"}
+    check_same_inputs(Saved(vision="a"), now, "order")
+    check_same_inputs(Saved(**now), now, "order")
+    with pytest.raises(CheckpointError, match="trained with other vision config and tokenizer; restore"):
+        check_same_inputs(Saved(**now), now | {"vision config and tokenizer": "c"}, "order")
+    with pytest.raises(CheckpointError, match="trained with other vision, data order"):
+        check_same_inputs(Saved(vision="z"), now, "other")
