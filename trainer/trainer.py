@@ -20,6 +20,7 @@ from isthmus.trainer.engine.engine import build_engine
 from isthmus.trainer.engine.optimizer import learning_rate
 from isthmus.trainer.engine.step_status import NonFiniteGuard, StepStatus, all_reduce_status
 from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.estimate.model_flops import model_flops
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.evaluator import Evaluator, held_out_loader
 from isthmus.trainer.frozen.identity import FrozenGuard
@@ -144,7 +145,8 @@ class Trainer:
                 logger.warning("%s", warning)
         self.checkpoints.prepare(self.engine.fragments())
         batch = next(iter(self.loader.batches(self.step, 1)))
-        self.monitor.expect_flops(probe_memory(self.task, self.engine, batch, self.encoder))
+        executed = probe_memory(self.task, self.engine, batch, self.encoder)
+        self.monitor.expect_work(executed, model_flops(self.config, self.name, batch))
         if self.step == 0 and self.config.evaluation.before_training:
             self.evaluate()
 
@@ -184,7 +186,7 @@ class Trainer:
         )
         status = all_reduce_status(own, self.engine.device)
         self.step = batch.step + 1
-        self.monitor.on_step_end(status)
+        self.monitor.on_step_end(self.step, status)
         if self.monitor.record_due(self.step):
             extra = {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
             extra |= {f"data/{name}": value for name, value in self.loader.metrics().items()}

@@ -111,6 +111,9 @@ class LoggingConfig(Config):
 
     every_steps: int = Field(10, gt=0)
     """Steps between console lines and records."""
+    profile_steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    """First and last step of each stage, counted from 1, of which rank 0 writes a torch.profiler trace into the stage's
+    folder profile/; none: off."""
     wandb_project: str | None = None
     """Weights & Biases project (extra `wandb`); none: off."""
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C import _distributed_c10d as c10d
 
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, limit_new_groups
 from isthmus.trainer.engine.determinism import set_determinism
 from isthmus.trainer.errors import TrainerError
+
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Remember the last collectives with their stacks: after a hang they tell which rank was where."""
 
 
 def select_device(rank: Rank) -> torch.device:
@@ -83,10 +86,20 @@ def process_group(rank: Rank, timeout_seconds: float, *, deterministic: bool = F
         _destroy_group()
 
 
+def last_collectives() -> bytes | None:
+    """Return what torch's flight recorder holds of this rank's last collectives, a pickle for `torchfrtrace`."""
+    if not dist.is_initialized():
+        return None
+    dump: bytes = c10d._dump_fr_trace()  # type: ignore[attr-defined] # missing in torch's stubs
+    return dump
+
+
 def _init_group(rank: Rank, device: torch.device, timeout: datetime.timedelta) -> None:
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank.world_size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if "MASTER_ADDR" not in os.environ:
         raise TrainerError(

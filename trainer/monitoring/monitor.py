@@ -15,12 +15,14 @@ from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.checkpoint.manager import Committed
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import RunContext
+from isthmus.trainer.engine.process_group import last_collectives
 from isthmus.trainer.engine.step_status import StepStatus
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.monitoring.console import GIGA, console_line, driver_metrics, evaluation_line
 from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger, MemoryLedger, StoreLedger
 from isthmus.trainer.monitoring.hardware import allocator_retries, peak_flops, reset_peak_memory
 from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, TensorBoardLogger, WandbLogger
+from isthmus.trainer.monitoring.profiler import StepProfiler
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
@@ -28,6 +30,8 @@ from isthmus.trainer.monitoring.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 FLUSH_EVERY_SECONDS = 30.0
+FLIGHT_RECORDER = "flight_recorder"
+"""Folder with the last collectives of ranks that hung, as torch's flight recorder writes them."""
 
 
 @dataclass
@@ -60,8 +64,10 @@ class Monitor:
         self.ledger = GoodputLedger(MemoryLedger(), began=self._began)
         self._loggers: list[MetricLogger] = []
         self._quarantine = QuarantineLog(None, 0)
+        self._profiler: StepProfiler | None = None
         self._device = torch.device("cpu")
-        self._flops_per_sample = 0.0
+        self._executed_flops = 0.0
+        self._needed_flops: float | None = None
         self._window = _Window()
         self._reported: dict[str, float] = {}
         self._wait_seconds = self._blocking_seconds = 0.0
@@ -87,14 +93,22 @@ class Monitor:
                 JsonlLogger(self._synced, resumed, self._stage.global_batch_size),
                 TensorBoardLogger(self._synced, resumed),
             ]
+            if steps := self._config.logging.profile_steps:
+                self._profiler = StepProfiler(self._synced.path, steps)
+                self._stack.callback(self._profiler.close)
             if project := self._config.logging.wandb_project:
                 resolved = self._config.model_dump(mode="json")
                 self._loggers.append(WandbLogger(project, self._config.run.name, self._name, resolved))
         self.heartbeat()
 
-    def expect_flops(self, flops_per_sample: float) -> None:
-        """Take the work of a sample, from which utilisation is computed."""
-        self._flops_per_sample = flops_per_sample
+    def expect_work(self, executed: float, needed: float | None) -> None:
+        """Take the work of a sample, from which utilisation of the hardware (HFU) and by the model (MFU) follow.
+
+        Args:
+            executed: Floating-point operations that a step executes, recomputed ones included.
+            needed: Those that the model needs, by formula; none: no formula for this model.
+        """
+        self._executed_flops, self._needed_flops = executed, needed
         self.heartbeat()
 
     def heartbeat(self) -> None:
@@ -111,6 +125,8 @@ class Monitor:
             self._wait_seconds = time.monotonic() - self._step_began
             if batch is None:
                 return
+            if self._profiler:
+                self._profiler.begin_step(batch.step + 1)
             with self.ledger.spending(Activity.COMPUTE):
                 yield batch
 
@@ -118,9 +134,11 @@ class Monitor:
         """Return the seconds since the step began, and how many of them were spent waiting for its batch."""
         return time.monotonic() - self._step_began, self._wait_seconds
 
-    def on_step_end(self, status: StepStatus) -> None:
-        """Count a step."""
+    def on_step_end(self, step: int, status: StepStatus) -> None:
+        """Count a step; `step` are done so far in the stage."""
         self.heartbeat()
+        if self._profiler:
+            self._profiler.end_step(step)
         self._window.steps += 1
         self._window.seconds += status.step_seconds
         self._window.wait_seconds += status.wait_seconds
@@ -230,11 +248,13 @@ class Monitor:
             "memory/gigabytes": status.memory_bytes / GIGA,
             "memory/allocator_retries": allocator_retries(self._device),
         }
-        if self._flops_per_sample:
-            flops = images_per_second * self._flops_per_sample / self._context.rank.world_size
-            metrics["speed/gigaflops_per_second_per_rank"] = flops / GIGA
+        if self._executed_flops:
+            per_rank = images_per_second / self._context.rank.world_size
+            metrics["speed/gigaflops_per_second_per_rank"] = per_rank * self._executed_flops / GIGA
             if peak := peak_flops(self._device):
-                metrics["speed/mfu"] = flops / peak
+                metrics["speed/hfu"] = per_rank * self._executed_flops / peak
+                if self._needed_flops is not None:
+                    metrics["speed/mfu"] = per_rank * self._needed_flops / peak
         return metrics
 
     def _safety(self, committed: Committed | None) -> dict[str, float]:
@@ -249,9 +269,11 @@ class Monitor:
         return metrics
 
     def _keep_stacks(self, stacks: str) -> None:
-        """Put the stacks of a rank that hangs into the run's folder."""
-        name = f"rank-{self._context.rank.rank:05d}-{int(time.time())}.txt"
-        self._store.put(join(self._url, "stacks", name), stacks.encode())
+        """Put the stacks of a rank that hangs, and its last collectives, into the run's folder."""
+        name = f"rank-{self._context.rank.rank:05d}-{int(time.time())}"
+        self._store.put(join(self._url, "stacks", f"{name}.txt"), stacks.encode())
+        if collectives := last_collectives():
+            self._store.put(join(self._url, FLIGHT_RECORDER, f"{name}.pickle"), collectives)
 
 
 def loss_metrics(losses: LossOutput) -> dict[str, float]:

@@ -1,11 +1,15 @@
 """A process without progress writes its stacks and dies; one with progress lives."""
 
+import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from isthmus.cluster.checks.doctor import FLIGHT_RECORDER
 
 pytestmark = pytest.mark.unit
 
@@ -58,3 +62,32 @@ def test_a_rank_stuck_in_native_code_with_the_interpreter_lock_dies_too(tmp_path
     )
     assert result.returncode != 0
     assert "stuck_here" in result.stderr
+
+
+def test_a_rank_that_hangs_leaves_its_last_collectives_in_the_run_folder(tmp_path):
+    program = """
+import sys, time
+import torch
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import LocalContext, Rank
+from isthmus.trainer.engine.process_group import process_group
+from isthmus.trainer.monitoring.monitor import Monitor
+config = load_config("tiny.yaml", ["safety.step_timeout_seconds=1"], JobConfig)
+with process_group(Rank(0, 1), 60):
+    torch.distributed.all_reduce(torch.ones(7))
+    Monitor(config, "stage1", LocalContext(), ObjectStore(), sys.argv[1])
+    time.sleep(60)
+"""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, timeout=60, check=False, env=environment
+    )
+    assert result.returncode == -signal.SIGKILL
+    (stacks,) = (tmp_path / "stage1/stacks").iterdir()
+    assert 'File "<string>"' in stacks.read_text()
+    (dump,) = (tmp_path / "stage1" / FLIGHT_RECORDER).iterdir()
+    entries = pickle.loads(dump.read_bytes())["entries"]
+    assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce"]
+    assert entries[0]["input_sizes"] == [[7]]
