@@ -46,8 +46,10 @@ def details(view: RunView) -> Table:
     rows: list[tuple[str, str | Text]] = [(view.run, _state(view)), ("folder", view.url)]
     if view.job:
         rows.append(("job", view.job.id))
-    if why := _note(view):
+    if why := _why(view):
         rows.append(("note", why))
+    if phase := _phase(view):
+        rows.append(("phase", phase))
     if view.status:
         rows += _facts(view.status)
         rows += [("", _restart(restart)) for restart in view.status.restarts[-RESTARTS_SHOWN:]]
@@ -59,7 +61,7 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
     figures = status.metrics
     if status.stage:
         left = _left(status)
-        share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
+        share = f" ({status.step / status.num_steps:.1%})" if status.num_steps else ""
         yield "progress", f"{_progress(status)}{share}" + (f", {left} left" if left else "")
     yield "workers", f"{status.world_size or 'none'}" + (f", attempt {status.attempt}" if status.attempt else "")
     is_training = status.state in (RunState.RUNNING, RunState.STOPPING)
@@ -82,13 +84,14 @@ def _row(view: RunView) -> tuple[str | Text, ...]:
     if status is None:
         return (view.run, _state(view), *[""] * (len(COLUMNS) - 2))
     figures = status.metrics
+    speed = figures.get("samples_per_second") if status.state is RunState.RUNNING else None
     return (
         view.run,
         _state(view),
         _progress(status) if status.stage else "",
         _left(status),
-        str(status.world_size or ""),
-        f"{figures['samples_per_second']:.1f}" if "samples_per_second" in figures else "",
+        "" if view.is_over else str(status.world_size or ""),
+        "" if speed is None else f"{speed:.1f}",
         f"{figures['goodput']:.1%}" if "goodput" in figures else "",
         str(status.num_restarts),
         "none" if status.committed_step is None else str(status.committed_step),
@@ -110,13 +113,20 @@ def _state(view: RunView) -> Text:
 
 
 def _note(view: RunView) -> str:
-    """Return why the run failed, waits, starts or restarts; empty: there is nothing to say."""
+    """Return why the run failed, waits or restarts, and the phase of its start; empty: there is nothing to say."""
+    return "; ".join(part for part in (_why(view), _phase(view)) if part)
+
+
+def _why(view: RunView) -> str:
+    return view.failure or (view.current.message if view.current else "") or view.problem
+
+
+def _phase(view: RunView) -> str:
+    """Return the phase of the start and for how long it has lasted; empty: the run is not starting."""
     status = view.current
-    why = view.failure or (status.message if status else "") or view.problem
-    if status and status.phase and status.state in STARTING and not view.is_over:
-        seconds = max(0.0, time.time() - status.phase_began_at)
-        return "; ".join(part for part in (why, f"{status.phase}, {duration(seconds)}") if part)
-    return why
+    if status is None or not status.phase or status.state not in STARTING or view.is_over:
+        return ""
+    return f"{status.phase}, {duration(max(0.0, time.time() - status.phase_began_at))}"
 
 
 def _progress(status: RunStatus) -> str:

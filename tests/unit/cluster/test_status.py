@@ -180,7 +180,7 @@ def test_details_show_progress_and_what_restarts_cost():
         "demo  running",
         "folder  s3://b/runs/demo",
         "job  demo-1",
-        "stage1 20/100 (20%), 40 s left",
+        "stage1 20/100 (20.0%), 40 s left",
         "32.0 images/s, 0.50 s a step, 4% waiting for data",
         "90.0%",
         "step 18",
@@ -202,11 +202,11 @@ def test_a_row_has_the_same_and_a_line_says_why():
 
 def test_a_start_says_its_phase_and_for_how_long():
     known = status(state=RunState.STARTING, phase="weights", phase_began_at=time.time() - 12, updated_at=time.time())
-    assert re.search(r"note +weights, 12 s", rendered(details(view(known, job()))))
+    assert re.search(r"phase +weights, 12 s", rendered(details(view(known, job()))))
     assert "demo: weights, 12 s" in rendered(overview([view(known, job())]))
     assert line(view(known, job())).endswith(": weights, 12 s")
     again = known.model_copy(update={"state": RunState.RESTARTING, "message": "train-1 died"})
-    assert "train-1 died; weights, 12 s" in rendered(details(view(again, job())))
+    assert "demo: train-1 died; weights, 12 s" in rendered(overview([view(again, job())]))
     ended = view(known, job(JobStatus.FAILED, "killed"))
     assert "weights" not in rendered(details(ended))
 
