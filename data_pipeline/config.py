@@ -84,7 +84,9 @@ class DataConfig(Config):
     """Reader processes per train worker (process; 0: in the worker itself) or reader actors in all (ray)."""
     reader_resources: dict[str, float] = {}
     """Ray resources that a reader actor asks for besides one CPU, such as {"data": 1} to stay on CPU nodes."""
-    reader_timeout_seconds: float = Field(300.0, gt=0)
-    """A reader that does not answer for this long is replaced; after three readers the run stops."""
+    reader_timeout_seconds: float = Field(240.0, gt=0)
+    """A reader that does not answer for this long is replaced. When none can be had for this long, the group is started
+    again where readers fit. When three readers end at the same samples, the run stops and names them. Keep it below
+    safety.collective_timeout_seconds, within which all ranks must take a step."""
     budget: BudgetConfig = BudgetConfig()
     """Tolerance of bad samples."""

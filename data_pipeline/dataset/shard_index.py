@@ -112,6 +112,17 @@ class ShardIndex:
         data = b"".join(parts + [self._arrays[name].tobytes() for name, _, _ in _ARRAYS] + [self._keys])
         return data + zlib.crc32(data).to_bytes(4, "little")
 
+    def of_chunk(self, chunk: int) -> "ShardIndex":
+        """Return an index of one chunk alone, without the rest in memory; its samples count from 0, it is chunk 0."""
+        first, last = self._span("chunk_ends", chunk)
+        members = slice(self._span("member_ends", first)[0], self._span("member_ends", last - 1)[1])
+        keys = slice(self._span("key_ends", first)[0], self._span("key_ends", last - 1)[1])
+        arrays = {name: self._arrays[name][members].copy() for name, _, size in _ARRAYS if size == "members"}
+        arrays["member_ends"] = self._arrays["member_ends"][first:last] - members.start
+        arrays["key_ends"] = self._arrays["key_ends"][first:last] - keys.start
+        arrays["chunk_ends"] = np.array([last - first])
+        return ShardIndex(arrays, self._extension_names, self._keys[keys])
+
     def key(self, sample: int) -> str:
         """Return the key of a sample."""
         first, last = self._span("key_ends", sample)

@@ -62,6 +62,8 @@ class SampleRef:
     sample: int
     """Index of the sample in its chunk."""
     row: int
+    is_last_of_chunk: bool
+    """No later sample of the lane lies in the chunk, in this epoch."""
 
 
 class _Window(NamedTuple):
@@ -70,6 +72,7 @@ class _Window(NamedTuple):
     start: int  # first sample, as an index into the epoch's permuted sequence
     first_chunk: int  # its chunk, as an index into the permuted chunks
     order: NDArray[np.int32]  # permutation of the window's samples
+    is_last: NDArray[np.bool_]  # by place in the order: the last one of its chunk
 
 
 class _Epoch(NamedTuple):
@@ -151,7 +154,8 @@ class Plan:
         order = self._epoch(source, epoch)
         index = int(np.searchsorted(order.ends, offset, side="right"))
         window = self._window(source, epoch, lane, index)
-        shuffled = window.start + int(window.order[offset - window.start])
+        place = offset - window.start
+        shuffled = window.start + int(window.order[place])
         index = window.first_chunk + int(
             np.searchsorted(
                 order.ends[window.first_chunk : window.first_chunk + self.shuffle_chunks], shuffled, side="right"
@@ -161,7 +165,8 @@ class Plan:
         manifest = self.manifests[source]
         shard = int(np.searchsorted(manifest.shard_chunk_starts, chunk, side="right")) - 1
         sample = shuffled - (int(order.ends[index]) - int(manifest.chunk_samples[chunk]))
-        return SampleRef(source, epoch, position, shard, chunk - int(manifest.shard_chunk_starts[shard]), sample, row)
+        chunk -= int(manifest.shard_chunk_starts[shard])
+        return SampleRef(source, epoch, position, shard, chunk, sample, row, bool(window.is_last[place]))
 
     def _step_start(self, source: int, step: int) -> tuple[IntArray, IntArray]:
         """Return, per lane, the source's counts, global and in the lane, before the lane's first slot of a step."""
@@ -225,7 +230,8 @@ class Plan:
         def compute() -> _Window:
             start = max(low, int(order.ends[first - 1]) if first else 0)
             end = min(high, int(order.ends[min(last, len(order.ends)) - 1]))
-            return _Window(start, first, permutation(end - start, "window", self.seed, source, epoch, lane, number))
+            shuffled = permutation(end - start, "window", self.seed, source, epoch, lane, number)
+            return _Window(start, first, shuffled, _last_of_each_chunk(start + shuffled, order.ends[first:last]))
 
         return self._remember("windows", (source, epoch, lane, number), 2 * self.lanes * len(self.manifests), compute)
 
@@ -239,3 +245,13 @@ class Plan:
             values.popitem(last=False)
         values[key] = value = compute()
         return value
+
+
+def _last_of_each_chunk(samples: NDArray[np.int32] | IntArray, chunk_ends: IntArray) -> NDArray[np.bool_]:
+    """Return for every one of the samples whether it is the last one of its chunk in their order."""
+    chunk_of = np.searchsorted(chunk_ends, samples, side="right")
+    last = np.full(len(chunk_ends), -1)
+    last[chunk_of] = np.arange(len(samples))  # of equal indices the last assignment stays
+    is_last = np.zeros(len(samples), dtype=np.bool_)
+    is_last[last[last >= 0]] = True
+    return is_last

@@ -16,7 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 class ReaderDied(RuntimeError):
-    """The reader that was asked is gone; another one may be asked the same."""
+    """The reader that was asked is gone; another one may be asked the same.
+
+    Args:
+        message: Which reader, and why.
+        while_reading: It was at work on this very request; otherwise it had not begun, or its node was lost.
+    """
+
+    def __init__(self, message: str, *, while_reading: bool = False) -> None:
+        super().__init__(message)
+        self.while_reading = while_reading
 
 
 class PartReader(Protocol):
@@ -41,6 +50,9 @@ class Backend(Protocol):
     def submit(self, request: PartRequest) -> "Future[LanePart]":
         """Ask the lane's reader, a fresh one if it died; the future raises ReaderDied when it dies."""
 
+    def has_started(self, lane: int) -> bool:
+        """Return whether the lane's reader runs; one that waits for a free CPU or still imports does not."""
+
     def replace(self, lane: int) -> None:
         """End the lane's reader, which does not answer; what it was asked fails with ReaderDied."""
 
@@ -61,6 +73,10 @@ class InProcessBackend:
         future: Future[LanePart] = Future()
         future.set_result(self._reader.read(request))
         return future
+
+    def has_started(self, lane: int) -> bool:  # noqa: ARG002 - as in Backend
+        """Return True: the calling process runs."""
+        return True
 
     def replace(self, lane: int) -> None:
         """Do nothing: the calling process cannot be replaced."""

@@ -14,13 +14,13 @@ class ChunkMemory:
     """A reader's chunks in memory, fetched ahead by a few threads and bounded in bytes.
 
     What a sample needs now is always fetched, dropping the least recently used chunks. What is only expected waits
-    until it fits. Exhausted chunks stay as long as there is room and go first.
+    until it fits. Released chunks stay as long as there is room and go first.
     """
 
     def __init__(self, fetch: Callable[[ChunkId], bytes | memoryview], max_bytes: int) -> None:
         self._fetch, self._max_bytes = fetch, max_bytes
         self._chunks: OrderedDict[ChunkId, Future[bytes | memoryview]] = OrderedDict()  # least recently used first
-        self._exhausted: set[ChunkId] = set()
+        self._released: set[ChunkId] = set()
         self._expected: OrderedDict[ChunkId, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="chunk-fetch")
         self._lock = threading.Lock()
@@ -29,8 +29,10 @@ class ChunkMemory:
     def get(self, chunk: ChunkId) -> bytes | memoryview:
         """Return a chunk's bytes, waiting for them; errors of the fetch are raised here and not remembered."""
         with self._lock:
-            self._exhausted.discard(chunk)
+            self._released.discard(chunk)
             self._expected.pop(chunk, None)
+            if chunk in self._chunks and _has_failed(self._chunks[chunk]):  # when it was fetched ahead
+                self._remove(chunk)
             if chunk not in self._chunks:
                 self._evict(self._max_bytes - chunk.length)
                 self._start(chunk)
@@ -53,14 +55,14 @@ class ChunkMemory:
                 if self._bytes_in_use() + chunk.length > self._max_bytes:
                     return
                 del self._expected[chunk]
-                self._evict(self._max_bytes - chunk.length, only_exhausted=True)
+                self._evict(self._max_bytes - chunk.length, only_released=True)
                 self._start(chunk)
 
-    def exhaust(self, chunk: ChunkId) -> None:
-        """Note that no sample of the chunk is needed soon."""
+    def release(self, chunk: ChunkId) -> None:
+        """Note that no sample of the chunk is needed any more; its bytes stay while there is room."""
         with self._lock:
             if chunk in self._chunks:
-                self._exhausted.add(chunk)
+                self._released.add(chunk)
 
     def drop(self, chunk: ChunkId) -> None:
         """Forget a chunk."""
@@ -81,16 +83,20 @@ class ChunkMemory:
     def _remove(self, chunk: ChunkId) -> None:
         if self._chunks.pop(chunk, None) is not None:
             self.num_bytes -= chunk.length
-            self._exhausted.discard(chunk)
+            self._released.discard(chunk)
 
     def _bytes_in_use(self) -> int:
-        return self.num_bytes - sum(chunk.length for chunk in self._exhausted)
+        return self.num_bytes - sum(chunk.length for chunk in self._released)
 
-    def _evict(self, max_bytes: int, *, only_exhausted: bool = False) -> None:
-        candidates = [chunk for chunk in self._chunks if chunk in self._exhausted]
-        if not only_exhausted:
-            candidates += [chunk for chunk in self._chunks if chunk not in self._exhausted]
+    def _evict(self, max_bytes: int, *, only_released: bool = False) -> None:
+        candidates = [chunk for chunk in self._chunks if chunk in self._released]
+        if not only_released:
+            candidates += [chunk for chunk in self._chunks if chunk not in self._released]
         for chunk in candidates:
             if self.num_bytes <= max_bytes:
                 return
             self._remove(chunk)
+
+
+def _has_failed(future: "Future[bytes | memoryview]") -> bool:
+    return future.done() and future.exception() is not None

@@ -1,5 +1,6 @@
 """Batches of one rank, step by step: asks readers for lane parts ahead of need and puts them together."""
 
+import contextlib
 import functools
 import logging
 import time
@@ -14,7 +15,8 @@ import torch
 
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Manifest
-from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.errors import DataError, PoisonPartError, ReadersUnavailable
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
 from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend, ReaderDied
@@ -26,13 +28,18 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
 _CHUNK_LOOKAHEAD_STEPS = 8  # steps beyond the prefetched batches whose chunks are fetched
-_MAX_ATTEMPTS = 3
+_MAX_DEATHS = 3
+_REPLACE_PAUSE_SECONDS = 1.0
+_NAMED_SAMPLES = 8
 
 
 class _Pending(NamedTuple):
     request: PartRequest
     future: "Future[LanePart]"
-    attempts: int
+    deaths: int = 0
+    """Readers that ended while they were reading it."""
+    lost_since: float | None = None
+    """Since when no reader has begun with what was asked of its own."""
 
 
 class Loader:
@@ -46,7 +53,7 @@ class Loader:
         image_size_pixels: Side of the square images.
         rank: This rank.
         world_size: Number of ranks; must divide the plan's lanes.
-        train: False: whole images without augmentation, and rows beyond the first epoch are holes.
+        train: False: whole images without augmentation, and rows beyond the first epoch are masked.
 
     Raises:
         DataError: `world_size` does not divide the lanes.
@@ -70,7 +77,7 @@ class Loader:
                 f"{plan.lanes} (lanes are fixed for a run)"
             )
         self.plan = plan
-        self._config, self._encoder, self._train = config, encoder, train
+        self._config, self._store, self._encoder = config, store, encoder
         self._image_size = image_size_pixels
         self.lanes = list(range(rank, plan.lanes, world_size))
         make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
@@ -87,7 +94,8 @@ class Loader:
 
         Raises:
             BudgetExceeded: too many bad samples.
-            DataError: storage or readers fail for good.
+            DataError: the store cannot be read, or readers are not to be had (ReadersUnavailable) or die of the same
+                samples again and again (PoisonPartError).
         """
         pending: deque[list[_Pending]] = deque()
         end_step = start_step + num_steps
@@ -140,35 +148,71 @@ class Loader:
             self._samples[key] = tuple(self.plan.lane_samples(step, lane))
         return self._samples[key]
 
-    def _ask(self, request: PartRequest, attempts: int = 1) -> _Pending:
-        return _Pending(request, self._backend.submit(request), attempts)
+    def _ask(self, request: PartRequest, deaths: int = 0, lost_since: float | None = None) -> _Pending:
+        return _Pending(request, self._backend.submit(request), deaths, lost_since)
 
     def _collect(self, pending: deque[list[_Pending]]) -> list[LanePart]:
         """Wait for the first step's parts; what a dead or silent reader owes is asked again of a fresh one."""
-        parts = []
-        for place in range(len(self.lanes)):
-            while True:
-                asked = pending[0][place]
-                try:
-                    parts.append(asked.future.result(self._config.reader_timeout_seconds))
-                    break
-                except FutureTimeout:
-                    self._backend.replace(asked.request.lane)
-                except ReaderDied:
-                    _log.warning("the reader of lane %d died; asking another", asked.request.lane)
-                self._ask_again(pending)
+        parts = [self._wait_for(pending, place) for place in range(len(self.lanes))]
         pending.popleft()
         return parts
 
+    def _wait_for(self, pending: deque[list[_Pending]], place: int) -> LanePart:
+        limit = self._config.reader_timeout_seconds
+        while True:
+            asked = pending[0][place]
+            try:
+                return asked.future.result(limit)
+            except FutureTimeout:
+                if not self._backend.has_started(asked.request.lane):
+                    raise ReadersUnavailable(_unavailable(asked.request, limit, "it has not started")) from None
+                self._backend.replace(asked.request.lane)
+            except ReaderDied as error:
+                _log.warning("lane %d: %s; asking another reader", asked.request.lane, error)
+            self._ask_again(pending)
+
     def _ask_again(self, pending: deque[list[_Pending]]) -> None:
-        for step in pending:
-            for place, asked in enumerate(step):
-                if not (asked.future.done() and isinstance(asked.future.exception(), ReaderDied)):
-                    continue
-                if asked.attempts == _MAX_ATTEMPTS:
-                    raise DataError(_gave_up(asked.request, self._config))
-                self._metrics.parts_asked_again += 1
-                step[place] = self._ask(asked.request, asked.attempts + 1)
+        """Ask again what dead readers owe.
+
+        Raises:
+            PoisonPartError: a part ended its reader again and again.
+            ReadersUnavailable: no reader stays for long enough.
+        """
+        dead = [
+            (step, place, error) for step in pending for place, asked in enumerate(step) if (error := _death(asked))
+        ]
+        now = time.monotonic()
+        had_begun = any(error.while_reading for _, _, error in dead)
+        if any(step[place].lost_since for step, place, _ in dead):
+            time.sleep(_REPLACE_PAUSE_SECONDS)  # the second reader died too: what ends them may take a while to pass
+        for step, place, error in dead:
+            request, _, deaths, lost_since = step[place]
+            deaths += error.while_reading
+            lost_since = None if had_begun else lost_since or now
+            if deaths == _MAX_DEATHS:
+                raise PoisonPartError(self._poison(request, error))
+            if lost_since and now - lost_since > self._config.reader_timeout_seconds:
+                raise ReadersUnavailable(_unavailable(request, now - lost_since, str(error)))
+            self._metrics.parts_asked_again += 1
+            step[place] = self._ask(request, deaths, lost_since)
+
+    def _poison(self, request: PartRequest, error: ReaderDied) -> str:
+        """Return what to say of samples that end their readers."""
+        names = [self._sample_name(request, sample) for sample in request.samples[:_NAMED_SAMPLES]]
+        more = f" and {len(request.samples) - len(names)} more" if len(request.samples) > len(names) else ""
+        return (
+            f"step {request.step}, lane {request.lane}: {_MAX_DEATHS} readers ended, or gave no answer within "
+            f"{self._config.reader_timeout_seconds:g} s (data.reader_timeout_seconds), while they read "
+            f"{', '.join(names)}{more}; the last one: {error}. Exit code -9 often means that memory ran out. Check "
+            "these samples with `isthmus data show`, and leave their shard out if they cannot be read"
+        )
+
+    def _sample_name(self, request: PartRequest, sample: SampleRef) -> str:
+        shard = request.shards[sample.source, sample.shard]
+        with contextlib.suppress(DataError):  # a shorter name serves too
+            index = ShardIndex.load(shard, self._store)
+            return f"{shard.url}#{index.key(index.first_sample(sample.chunk) + sample.sample)}"
+        return f"{shard.url} (chunk {sample.chunk}, sample {sample.sample})"
 
     def _assemble(self, step: int, parts: list[LanePart]) -> Batch:
         """Put the lane parts, which are in row order, into one batch."""
@@ -282,10 +326,14 @@ def _open_backend(
     return ProcessBackend(make_reader, config.readers, lanes)
 
 
-def _gave_up(request: PartRequest, config: DataConfig) -> str:
-    shards = ", ".join(sorted({request.shards[s.source, s.shard].url for s in request.samples})[:4])
+def _death(asked: _Pending) -> ReaderDied | None:
+    """Return how the reader of a request died, if it did."""
+    error = asked.future.exception() if asked.future.done() else None
+    return error if isinstance(error, ReaderDied) else None
+
+
+def _unavailable(request: PartRequest, seconds: float, why: str) -> str:
     return (
-        f"step {request.step}, lane {request.lane}: {_MAX_ATTEMPTS} readers died or gave no answer within "
-        f"{config.reader_timeout_seconds:g} s (data.reader_timeout_seconds) while reading {shards}; "
-        "look for memory limits and for crashes in the readers' logs"
+        f"step {request.step}, lane {request.lane}: no reader for {seconds:.0f} s, {why}; check that nodes with free "
+        "CPUs (and data.reader_resources) are there, and the readers' logs"
     )

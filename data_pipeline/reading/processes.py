@@ -38,6 +38,10 @@ class ProcessBackend:
             self._readers[index] = _ReaderProcess(self._make_reader, index)
         return self._readers[index].submit(request)
 
+    def has_started(self, lane: int) -> bool:
+        """Return whether the lane's reader process is ready to read."""
+        return self._readers[self._index[lane]].has_started
+
     def replace(self, lane: int) -> None:
         """End the lane's reader; what it was asked fails with ReaderDied."""
         self._readers[self._index[lane]].kill()
@@ -69,6 +73,7 @@ class _ReaderProcess:
         self._lock = threading.Lock()
         self._outgoing: queue.SimpleQueue[tuple[int, PartRequest] | None] = queue.SimpleQueue()
         self.is_dead = False
+        self.has_started = False
         for work in (self._send, self._receive):
             threading.Thread(target=work, daemon=True, name=f"isthmus-reader-{index}").start()
 
@@ -83,7 +88,7 @@ class _ReaderProcess:
             if not self.is_dead:
                 self._waiting[number] = future
         if self.is_dead:
-            resolve(future, None, ReaderDied(f"reader process {self.process_id} died"))
+            resolve(future, None, ReaderDied(f"reader process {self.process_id} had died"))
         self._outgoing.put((number, request))
         return future
 
@@ -102,6 +107,8 @@ class _ReaderProcess:
 
     def _receive(self) -> None:
         try:
+            self._pipe.recv()  # ready
+            self.has_started = True
             while True:
                 number, error, part, shape = self._pipe.recv()
                 if part is not None:
@@ -115,11 +122,14 @@ class _ReaderProcess:
             self._fail_all()
 
     def _fail_all(self) -> None:
+        """Fail what was asked; requests are read in order, so the first one was being read."""
         with self._lock:
             self.is_dead = True
             waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            resolve(future, None, ReaderDied(f"reader process {self.process_id} died"))
+        self._process.join(_JOIN_SECONDS)
+        message = f"reader process {self.process_id} ended with exit code {self._process.exitcode}"
+        for place, future in enumerate(waiting.values()):
+            resolve(future, None, ReaderDied(message, while_reading=self.has_started and place == 0))
 
 
 def _serve(pipe: "Connection[Any, Any]", make_reader: MakeReader) -> None:
@@ -127,6 +137,7 @@ def _serve(pipe: "Connection[Any, Any]", make_reader: MakeReader) -> None:
     protect_reader()
     try:
         reader = make_reader()
+        pipe.send("ready")
         while True:
             number, request = pipe.recv()
             try:

@@ -1,4 +1,4 @@
-"""Makes lane parts: reads chunks, cuts samples out of them, checks, decodes, augments. A bad sample becomes a hole."""
+"""Makes lane parts: reads chunks, cuts samples out of them, checks, decodes, augments. A bad sample is masked."""
 
 import copy
 import functools
@@ -6,16 +6,19 @@ import logging
 import os
 import socket
 import threading
+import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Shard
-from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.dataset.shard_index import Member, ShardIndex
 from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError
 from isthmus.data_pipeline.hashing import stable_hash, uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
@@ -30,7 +33,10 @@ from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
-_CACHED_INDEXES = 256
+_CACHED_INDEXES = 512  # of chunks, about 15 KB each
+_UNUSABLE_SECONDS = 300.0
+
+T = TypeVar("T")
 
 
 class Reader:
@@ -41,7 +47,7 @@ class Reader:
         store: Access to shards and indexes.
         image_size_pixels: Side of the square images.
         seed: Seed of the augmentation.
-        train: False: whole images, first caption, no mirroring, and samples of later epochs are holes.
+        train: False: whole images, first caption, no mirroring, and samples of later epochs are masked.
     """
 
     def __init__(self, config: DataConfig, store: ObjectStore, image_size_pixels: int, seed: int, train: bool) -> None:
@@ -49,10 +55,9 @@ class Reader:
         self._store = copy.copy(store)  # its counters are this reader's own
         self._disk = DiskCache(Path(config.cache_dir), config.cache_bytes) if config.cache_dir else None
         self._memory = ChunkMemory(self._fetch, config.prefetch_bytes)
-        self._index = functools.lru_cache(_CACHED_INDEXES)(functools.partial(ShardIndex.load, store=self._store))
+        self._load_index = functools.lru_cache(_CACHED_INDEXES)(self._read_index)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="chunk-ahead")
-        self._gone: dict[ChunkId, tuple[str, str]] = {}
-        self._left: dict[ChunkId, int] = {}
+        self._unusable: dict[str, tuple[float, str, str]] = {}  # by URL: until when, cause, detail
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._name = f"{socket.gethostname()}/{os.getpid()}/{id(self)}"
@@ -79,30 +84,30 @@ class Reader:
         self._memory.close()
 
     def _add_sample(self, part: LanePart, place: int, request: PartRequest, ref: SampleRef) -> None:
-        """Append one sample, or a hole with its record."""
+        """Append one sample, or a masked one with its record."""
         shard = request.shards[ref.source, ref.shard]
-        index = self._index(shard)
-        number = index.first_sample(ref.chunk) + ref.sample
-        key = f"{ref.source}/{ref.shard}#{index.key(number)}"
-        valid, flip, caption, identity = False, False, "", key
+        key, offset = "", -1
+        valid, flip, caption, image_id = False, False, "", None
         try:
+            index = self._index(shard, ref.chunk)
+            key, offset = index.key(ref.sample), index.offset(ref.sample)
             if self._train or ref.epoch == 0:
-                members = self._members(shard, index, ref.chunk, number)
+                members = self._members(shard, index, ref)
                 caption, image_id = self._caption(members, ref)
-                identity = key if image_id is None else f"{ref.source}/{image_id}"
                 flip = self._picture(members, ref, part.images_BHWC[place])
                 valid = True
         except BadSample as bad:
-            caption, identity = "", key
-            where = (ref.source, ref.epoch, ref.position, shard.url, index.key(number), index.offset(number))
+            caption, image_id = "", None
+            where = (ref.source, ref.epoch, ref.position, shard.url, key, offset)
             part.bad.append(BadRecord(request.step, ref.row, *where, bad.cause, bad.detail))
         if not valid:
             part.images_BHWC[place] = 0
+        name = f"{ref.source}/{ref.shard}#{key or f'{ref.chunk}.{ref.sample}'}"
         part.valid.append(valid)
         part.flips.append(flip)
         part.captions.append(caption)
-        part.keys.append(key)
-        part.image_ids.append(stable_hash("image", identity) >> 1)
+        part.keys.append(name)
+        part.image_ids.append(stable_hash("image", name if image_id is None else f"{ref.source}/{image_id}") >> 1)
 
     def _caption(self, members: dict[str, memoryview], ref: SampleRef) -> tuple[str, str | None]:
         captions, image_id = read_captions(members)
@@ -113,7 +118,7 @@ class Reader:
         return caption, image_id
 
     def _picture(self, members: dict[str, memoryview], ref: SampleRef, target: UInt8Array) -> bool:
-        """Write the cropped and resized image into `target`; return whether it is to be mirrored."""
+        """Write the cropped and resized image into `target`; return whether to mirror it."""
         extension = picture_extension(members)
         if extension is None:
             raise BadSample("no_image", f"none of .{', .'.join(members)} is an image")
@@ -128,52 +133,62 @@ class Reader:
         target[:] = resize_square(image, box, self._size)
         return flip
 
-    def _members(self, shard: Shard, index: ShardIndex, chunk: int, number: int) -> dict[str, memoryview]:
+    def _members(self, shard: Shard, index: ShardIndex, ref: SampleRef) -> dict[str, memoryview]:
         """Return the sample's members by extension, each equal to its checksum.
 
         Damaged bytes are read again from the store, once.
         """
-        identity = _chunk_id(shard, index, chunk)
-        for _ in range(2):
-            data = memoryview(self._chunk(identity))
-            members = {}
-            damaged = None
-            for member in index.members(number):
-                start = member.offset - identity.start
-                members[member.extension] = data[start : start + member.length]
-                if zlib.crc32(members[member.extension]) != member.crc32:
-                    damaged = member.extension
-            if damaged is None:
-                self._note_use(identity, index, chunk)
-                return members
-            self._count("damaged_reads")
-            if self._disk:  # first, or the thread that fetches ahead would take the damaged file once more
-                self._disk.drop(identity)
-            self._memory.drop(identity)
-        raise BadSample("checksum", f".{damaged} differs from its checksum in the index, read twice")
-
-    def _chunk(self, identity: ChunkId) -> bytes | memoryview:
-        """Return a chunk's bytes; a chunk that is gone for good is remembered as such."""
-        if identity in self._gone:
-            raise BadSample(*self._gone[identity])
+        chunk = _chunk_id(shard, index)
         try:
-            return self._memory.get(identity)
-        except (NotFoundError, ChangedError) as error:
-            cause = "shard_missing" if isinstance(error, NotFoundError) else "shard_changed"
-            self._gone[identity] = cause, str(error)
-            raise BadSample(*self._gone[identity]) from error
+            for _ in range(2):
+                data = memoryview(self._lasting(shard.url, "shard", lambda: self._memory.get(chunk)))
+                members, damaged = _cut_members(data, chunk.start, index.members(ref.sample))
+                if damaged is None:
+                    return members
+                self._count("damaged_reads")
+                if self._disk:  # first, or the thread that fetches ahead would take the damaged file once more
+                    self._disk.drop(chunk)
+                self._memory.drop(chunk)
+            raise BadSample("checksum", f".{damaged} differs from its checksum in the index, read twice")
+        finally:
+            if ref.is_last_of_chunk:
+                self._memory.release(chunk)
 
-    def _fetch(self, identity: ChunkId) -> bytes | memoryview:
+    def _index(self, shard: Shard, chunk: int) -> ShardIndex:
+        """Return the index of a chunk."""
+        return self._lasting(shard.index_url, "index", lambda: self._load_index(shard, chunk))
+
+    def _read_index(self, shard: Shard, chunk: int) -> ShardIndex:
+        """Read a shard's index, whole and checked, and keep what concerns a chunk: of few shards are two needed."""
+        return ShardIndex.load(shard, self._store).of_chunk(chunk)
+
+    def _lasting(self, url: str, what: str, get: Callable[[], T]) -> T:
+        """Return `get()`; that an object is missing or another one is remembered for some minutes.
+
+        Raises:
+            BadSample: it is missing or another one.
+        """
+        until, cause, detail = self._unusable.get(url, (0.0, "", ""))
+        if time.monotonic() < until:
+            raise BadSample(cause, detail)
+        try:
+            return get()
+        except (NotFoundError, ChangedError) as error:
+            cause = f"{what}_missing" if isinstance(error, NotFoundError) else f"{what}_changed"
+            self._unusable[url] = (time.monotonic() + _UNUSABLE_SECONDS, cause, str(error))
+            raise BadSample(cause, str(error)) from error
+
+    def _fetch(self, chunk: ChunkId) -> bytes | memoryview:
         """Read a chunk from the disk cache or by one ranged request."""
         if self._disk:
-            cached = self._disk.get(identity)
+            cached = self._disk.get(chunk)
             if cached is not None:
                 self._count("disk_cache_hits")
                 return cached
-        data = self._store.get_range(identity.url, identity.start, identity.length, etag=identity.etag)
+        data = self._store.get_range(chunk.url, chunk.start, chunk.length, etag=chunk.etag)
         self._count("chunks_fetched")
         if self._disk:
-            self._disk.put(identity, data)
+            self._count("disk_cache_writes" if self._disk.put(chunk, data) else "disk_cache_skipped")
         return data
 
     def _expect(self, request: PartRequest) -> None:
@@ -182,19 +197,10 @@ class Reader:
             chunks = []
             for source, shard_number, chunk in request.expected_chunks:
                 shard = request.shards[source, shard_number]
-                chunks.append(_chunk_id(shard, self._index(shard), chunk))
+                chunks.append(_chunk_id(shard, self._index(shard, chunk)))
             self._memory.expect(chunks)
-        except (DataError, OSError) as error:
+        except (BadSample, DataError, OSError) as error:
             _log.debug("fetching ahead: %s", error)
-
-    def _note_use(self, identity: ChunkId, index: ShardIndex, chunk: int) -> None:
-        """Count down the chunk's samples; after the last one its bytes may go."""
-        left = self._left.setdefault(identity, index.num_samples(chunk)) - 1
-        if left > 0:
-            self._left[identity] = left
-            return
-        del self._left[identity]
-        self._memory.exhaust(identity)
 
     def _count(self, name: str) -> None:
         with self._lock:
@@ -213,6 +219,18 @@ def _place(ref: SampleRef) -> tuple[int, int, int]:
     return ref.epoch, ref.source, ref.position
 
 
-def _chunk_id(shard: Shard, index: ShardIndex, chunk: int) -> ChunkId:
-    start, length = index.chunk_range(chunk)
+def _chunk_id(shard: Shard, index: ShardIndex) -> ChunkId:
+    """Return the chunk that an index of one chunk describes."""
+    start, length = index.chunk_range(0)
     return ChunkId(shard.url, shard.etag, start, length)
+
+
+def _cut_members(data: memoryview, first_byte: int, members: list[Member]) -> tuple[dict[str, memoryview], str | None]:
+    """Return a sample's members by extension, and the extension of one that differs from its checksum."""
+    cut, damaged = {}, None
+    for member in members:
+        start = member.offset - first_byte
+        cut[member.extension] = data[start : start + member.length]
+        if zlib.crc32(cut[member.extension]) != member.crc32:
+            damaged = member.extension
+    return cut, damaged

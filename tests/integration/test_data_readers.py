@@ -1,4 +1,4 @@
-"""Reader processes and Ray reader actors over a real S3 server: the bytes of the inline loader, whatever dies."""
+"""Reader processes and Ray reader actors over a real S3 server: the bytes of an in-process reader, whatever dies."""
 
 import os
 import signal
@@ -12,7 +12,12 @@ import pytest
 import ray
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.errors import PoisonPartError
+from isthmus.data_pipeline.reading import loader as loader_module
+from isthmus.data_pipeline.reading import processes
 from isthmus.data_pipeline.reading.loader import Loader
+from isthmus.data_pipeline.reading.reader import Reader
 from isthmus.data_pipeline.store.object_store import AccessError, ObjectStore
 from tests.seaweed import BUCKET
 from tests.unit.data_pipeline.tar_set import Encoder, assert_equal, good_sample, loader, take, write_set
@@ -162,3 +167,45 @@ def test_two_ranks_share_the_actors_of_a_run(local_ray, store, manifest, expecte
     finally:
         for made in ranks:
             made.close()
+
+
+class PoisonedReader(Reader):
+    """Ends its process at one sample, as a decoder that crashes does."""
+
+    def read(self, request):
+        if any(sample.position == 21 and sample.epoch == 0 for sample in request.samples):
+            os._exit(3)
+        return super().read(request)
+
+
+def test_a_sample_that_ends_its_readers_stops_the_run_and_is_named(tmp_path, monkeypatch):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
+    monkeypatch.setattr(loader_module, "Reader", PoisonedReader)
+    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    made = loader(url, readers=1)
+    (culprit,) = (s for lane in range(4) for s in made.plan.lane_samples(2, lane) if s.position == 21)
+    index = ShardIndex.load(made.plan.manifests[0].shards[culprit.shard], ObjectStore())
+    key = index.key(index.first_sample(culprit.chunk) + culprit.sample)
+    with pytest.raises(PoisonPartError, match=rf"step 2, lane .*\.tar#{key}.*ended with exit code 3"):
+        take(made, 0, 4)
+
+
+def test_a_reader_that_is_killed_again_and_again_while_it_starts_is_only_replaced(tmp_path, monkeypatch):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
+    expected = take(loader(url), 0, 2)
+    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    made = loader(url, readers=1)
+    starts = []
+
+    class KilledAtStart(processes._ReaderProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            starts.append(self.process_id)
+            if len(starts) < 5:
+                os.kill(self.process_id, signal.SIGKILL)
+
+    monkeypatch.setattr(processes, "_ReaderProcess", KilledAtStart)
+    os.kill(made._backend.process_ids[0], signal.SIGKILL)
+    for one, other in zip(take(made, 0, 2), expected, strict=True):
+        assert_equal(one, other)
+    assert len(starts) == 5

@@ -1,6 +1,10 @@
 """Both caches keep their bounds, return the right bytes, and survive damage."""
 
+import errno
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,6 +76,57 @@ def test_disk_is_shared_by_writers_within_the_bound(tmp_path):
     assert 500 <= sum(path.stat().st_size for path in chunk_files(tmp_path)) <= 1000
 
 
+def test_processes_share_the_disk_within_its_bound(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from tests.unit.data_pipeline.test_cache import DiskCache, chunk, content
+cache = DiskCache(Path(sys.argv[1]), 20_000)
+for number in range(int(sys.argv[2]), int(sys.argv[2]) + 60):
+    cache.put(chunk(number, 1000), content(chunk(number, 1000)))
+    found = cache.get(chunk(number, 1000))
+    assert found in (None, content(chunk(number, 1000)))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    writers = [subprocess.Popen([*command, str(first)]) for first in (0, 60, 120)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    sizes = [path.stat().st_size for path in chunk_files(tmp_path)]
+    assert 10_000 <= sum(sizes) <= 20_000
+    assert set(sizes) == {1000}
+
+
+@pytest.mark.parametrize("fault", ["removed", "a file", "no locks", "full"])
+def test_a_folder_that_cannot_be_used_only_costs_a_fetch(tmp_path, monkeypatch, fault):
+    folder = tmp_path / "cache"
+    cache = DiskCache(folder, 1000)
+    if fault == "removed":
+        cache.put(chunk(0), content(chunk(0)))
+        shutil.rmtree(folder)
+        assert cache.put(chunk(1), content(chunk(1)))  # made again
+        shutil.rmtree(folder)
+    elif fault == "a file":
+        folder.write_bytes(b"")
+    elif fault == "no locks":
+        monkeypatch.setattr("fcntl.flock", lambda *_: _fail(errno.EOPNOTSUPP))
+    else:
+        monkeypatch.setattr(DiskCache, "_make_room", lambda *_: _fail(errno.ENOSPC))
+    if fault != "removed":
+        assert not cache.put(chunk(2), content(chunk(2)))
+    assert cache.get(chunk(2)) is None
+    cache.drop(chunk(2))
+
+
+def _fail(number):
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_disk_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path, 1000)
+    cache.put(chunk(0), content(chunk(0)))
+    monkeypatch.setattr("os.utime", lambda *_: _fail(errno.EROFS))
+    assert cache.get(chunk(0)) == content(chunk(0))
+
+
 class Fetches:
     """Counts what is fetched, and can be held back."""
 
@@ -112,7 +167,7 @@ def test_memory_fetches_ahead_only_what_fits():
     memory.expect([chunk(number) for number in range(1, 6)])
     wait_for(lambda: len(fetches.chunks) == 3)
     assert memory.num_bytes == 300
-    memory.exhaust(chunk(0))
+    memory.release(chunk(0))
     memory.expect([])
     wait_for(lambda: len(fetches.chunks) == 4)
     assert fetches.chunks[-1] == chunk(3)
@@ -144,6 +199,25 @@ def test_memory_does_not_remember_a_failed_fetch():
     with pytest.raises(OSError, match="broken"):
         memory.get(chunk(0))
     assert memory.num_bytes == 0
+    assert memory.get(chunk(0)) == b"bytes"
+    memory.close()
+
+
+def test_memory_tries_again_what_failed_when_it_was_fetched_ahead():
+    answers = iter([OSError("broken"), b"bytes"])
+    fetched = threading.Event()
+
+    def fetch(identity):
+        answer = next(answers)
+        fetched.set()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    memory = ChunkMemory(fetch, 300)
+    memory.expect([chunk(0)])
+    assert fetched.wait(10)
+    wait_for(memory._chunks[chunk(0)].done)
     assert memory.get(chunk(0)) == b"bytes"
     memory.close()
 

@@ -72,6 +72,21 @@ def test_chunks_are_contiguous_cover_all_samples_and_keep_to_their_size(tmp_path
     assert manifest.chunk_samples.tolist() == index.chunk_samples
 
 
+def test_the_index_of_a_chunk_says_what_the_whole_says_of_it(tmp_path):
+    (path,) = write_shards(tmp_path, [9])
+    manifest, _ = build(tmp_path / "m", [path], chunk_bytes=6000)
+    whole = ShardIndex.load(manifest.shards[0], STORE)
+    assert whole.total_chunks > 2
+    for chunk in range(whole.total_chunks):
+        part = whole.of_chunk(chunk)
+        assert (part.total_chunks, part.total_samples) == (1, whole.num_samples(chunk))
+        assert part.chunk_range(0) == whole.chunk_range(chunk)
+        for inside in range(part.total_samples):
+            number = whole.first_sample(chunk) + inside
+            assert (part.key(inside), part.offset(inside)) == (whole.key(number), whole.offset(number))
+            assert part.members(inside) == whole.members(number)
+
+
 def test_long_names_and_pax_headers_are_read(tmp_path):
     for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = tmp_path / f"{tar_format}.tar"

