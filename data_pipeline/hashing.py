@@ -25,7 +25,8 @@ def stable_hash(*parts: int | str) -> int:
 
 def hash_stream(*parts: int | str) -> Iterator[int]:
     """Yield an endless sequence of 64-bit integers that is a function of the parts."""
-    seed = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts).encode()
+    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
+    seed = text.encode(errors="surrogatepass")  # JSON may hold half of a surrogate pair
     block = 0
     while True:
         digest = hashlib.blake2b(seed, digest_size=64, salt=block.to_bytes(8, "little")).digest()

@@ -1,6 +1,7 @@
 """An S3 server in this process that does to each request what a test tells it to."""
 
 import contextlib
+import email.utils
 import hashlib
 import re
 import threading
@@ -50,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "NoSuchKey")
         if self.headers.get("If-Match") not in (None, etag):
             return self.refuse(412, "PreconditionFailed")
-        status, headers = 200, {"ETag": etag}
+        status, headers = 200, {"ETag": etag, "Last-Modified": email.utils.formatdate(usegmt=True)}
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             first, last = int(found[1]), min(int(found[2]), len(data) - 1)
             if first > last:
