@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,12 +154,22 @@ def ls(
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, or COCO caption .json.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, COCO captions or annotation list (.json).")
+    ],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to resume.")],
     kind: Annotated[
-        str | None, typer.Option("--kind", help="folder, jsonl, parquet or coco [default: guessed].")
+        str | None, typer.Option("--kind", help="folder, jsonl, parquet, coco or annotations [default: guessed].")
     ] = None,
-    images: Annotated[Path | None, typer.Option("--images", help="Folder of relative image paths.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of relative image paths; no path may lead out of it.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option("--image-column", help="Field of bytes, path or URL.")] = None,
+    caption_column: Annotated[str | None, typer.Option("--caption-column", help="Field of the captions.")] = None,
+    id_column: Annotated[str | None, typer.Option("--id-column", help="Field of the image id.")] = None,
+    allow_private_addresses: Annotated[
+        bool, typer.Option("--allow-private-addresses", help="Also download from addresses that are not public.")
+    ] = False,
     samples_per_shard: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 10_000,
     processes: Processes = CPUS,
     endpoint_url: EndpointOption = None,
@@ -167,35 +178,27 @@ def ingest(
 ) -> None:
     """Write images with captions as WebDataset shards, ready for `isthmus data index`."""
     from isthmus.data_pipeline.dataset.shard_urls import absolute
-    from isthmus.data_pipeline.errors import DataError
+    from isthmus.data_pipeline.ingest.records import Columns
+    from isthmus.data_pipeline.ingest.shards import DROPPED
     from isthmus.data_pipeline.ingest.shards import ingest as write
-    from isthmus.data_pipeline.ingest.sources import KINDS, guess_kind, read_records
+    from isthmus.data_pipeline.ingest.sources import open_source
     from isthmus.data_pipeline.process_pool import run_in_processes
+    from isthmus.data_pipeline.store.object_store import join
 
-    known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(source)
-    if known is None:
-        raise DataError(f"--kind {kind} is unknown; choose one of {', '.join(KINDS)}")
-    records = read_records(source.absolute(), known, images.absolute() if images else None)
-    folder = absolute(dest.rstrip("/"))
+    opened = open_source(source, kind, images, Columns(image_column, caption_column, id_column))
     with progress("shards", None) as advance:
-        shards = write(
-            records,
-            folder,
+        summary = write(
+            opened,
+            absolute(dest.rstrip("/")),
             open_store(endpoint_url, region),
             run_in_processes(processes),
             samples_per_shard=samples_per_shard,
+            allow_private=allow_private_addresses,
             on_shard=lambda _: advance(),
         )
-    dropped = [drop for shard in shards for drop in shard.dropped]
-    facts = {
-        "folder": folder,
-        "shards": len(shards),
-        "reused": sum(shard.reused for shard in shards),
-        "samples": sum(shard.num_samples for shard in shards),
-        "dropped": len(dropped),
-        "first_drops": dropped[:5],
-    }
-    _print_facts(facts, as_json=as_json)
+    _print_facts(asdict(summary), as_json=as_json)
+    if summary.dropped and not as_json:
+        typer.echo(f"what was dropped, and why: {join(summary.folder, DROPPED)}; it can be ingested like any .jsonl")
 
 
 def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:

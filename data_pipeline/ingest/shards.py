@@ -1,143 +1,220 @@
 """Writes image-caption records as shards: the same records give the same names and bytes, everywhere and always."""
 
+import asyncio
+import contextlib
 import hashlib
 import io
-import itertools
 import json
 import tarfile
 import tempfile
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import IO, Any
 
 from isthmus.data_pipeline.errors import DataError, NotFoundError
-from isthmus.data_pipeline.ingest.download import DownloadError, download
-from isthmus.data_pipeline.ingest.sources import Record
-from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS, usual_extension
+from isthmus.data_pipeline.ingest.fetch import Members, fetch_samples
+from isthmus.data_pipeline.ingest.records import Record
+from isthmus.data_pipeline.ingest.sources import Part, Source
+from isthmus.data_pipeline.process_pool import Runner
+from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 SAMPLES_PER_SHARD = 10_000
+DROPPED = "dropped.jsonl"
 _VERSION = 1
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The records of one shard."""
+    """What becomes one shard."""
 
     number: int
     first: int
     """Number of the first record in the source."""
-    records: tuple[Record, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class IngestedShard:
-    """Outcome of one shard, stored beside it so that an interrupted ingest goes on."""
+    """Outcome of one shard, stored beside it so that an interrupted ingest resumes."""
 
     url: str
     fingerprint: str
     num_samples: int
     dropped: list[dict[str, Any]]
-    """Record number and cause of what has no usable image or no caption."""
+    """Records that became no sample: number, place in the source, cause, and what can be ingested again."""
     reused: bool = False
+
+
+@dataclass
+class IngestSummary:
+    """Outcome of an ingest."""
+
+    folder: str
+    shards: int = 0
+    reused: int = 0
+    samples: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Number of records by cause."""
+    first_drops: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, shard: IngestedShard) -> None:
+        """Count a shard."""
+        self.shards += 1
+        self.reused += shard.reused
+        self.samples += shard.num_samples
+        self.dropped.update(drop["cause"] for drop in shard.dropped)
+        self.first_drops = [*self.first_drops, *shard.dropped][:_SHOWN]
 
 
 @dataclass(frozen=True)
 class IngestShard:
     """Writes one shard; picklable."""
 
+    source: Source
     store: ObjectStore
     folder_url: str
+    allow_private: bool = False
+    """Whether images may come from addresses that are not public."""
 
     def __call__(self, task: ShardTask) -> IngestedShard:
-        """Write a shard, unless it was written from the same records."""
+        """Write a shard, unless it was written from the same records.
+
+        Raises:
+            DataError: a file of the source is unreadable, or the store does not answer.
+        """
+        known = _known(_record_url(self.folder_url, task.number), self.store)
+        if known and known.fingerprint == _fingerprint(task.first, self._records(task)):
+            return replace(known, reused=True)
         url = join(self.folder_url, f"shard-{task.number:06d}.tar")
-        done_url = join(self.folder_url, "ingest", f"shard-{task.number:06d}.json")
-        fingerprint = _fingerprint(task)
-        try:
-            known = json.loads(self.store.get(done_url))
-            if known["fingerprint"] == fingerprint:
-                return IngestedShard(**known | {"reused": True})
-        except (NotFoundError, json.JSONDecodeError, KeyError):
-            pass  # not done, or by another version: write it
-        dropped: list[dict[str, Any]] = []
+        fingerprint = _Fingerprint(task.first)
         with tempfile.NamedTemporaryFile(suffix=".tar") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for number, record in enumerate(task.records, task.first):
-                    try:
-                        members = _members(record, self.store)
-                    except _Unusable as error:
-                        dropped.append({"record": number, "cause": str(error)})
-                    else:
-                        _write(archive, f"{number:09d}", members)
+            dropped = asyncio.run(self._write(task, file, fingerprint))
             file.flush()
             self.store.put_file(url, Path(file.name))
-        result = IngestedShard(url, fingerprint, len(task.records) - len(dropped), dropped)
-        self.store.put(done_url, json.dumps(asdict(result)).encode())
+        result = IngestedShard(url, fingerprint.hexdigest(), fingerprint.num_records - len(dropped), dropped)
+        self.store.put(_record_url(self.folder_url, task.number), json.dumps(asdict(result)).encode())
         return result
+
+    def _records(self, task: ShardTask) -> Iterator[Record]:
+        for part in task.parts:
+            yield from part.records(self.source)
+
+    async def _write(self, task: ShardTask, file: IO[bytes], fingerprint: "_Fingerprint") -> list[dict[str, Any]]:
+        """Write the samples in the order of their records; return what was dropped."""
+        dropped = []
+        records = fingerprint.of(self._records(task))
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            async with contextlib.aclosing(fetch_samples(records, self.store, self.allow_private)) as samples:
+                number = task.first
+                async for record, members in samples:
+                    if isinstance(members, BadSample):
+                        dropped.append(_drop(number, record, members))
+                    else:
+                        _write_sample(archive, f"{number:09d}", members)
+                    number += 1
+        return dropped
+
+
+class _Fingerprint:
+    """Hash of the records of a shard: of captions, image ids and the places of images, or their bytes if embedded."""
+
+    def __init__(self, first: int) -> None:
+        self._digest = hashlib.sha256(f"{_VERSION} {first}".encode())
+        self.num_records = 0
+
+    def of(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield the records, adding each."""
+        for record in records:
+            image = record.image if isinstance(record.image, bytes) else record.image.encode("utf-8", "surrogatepass")
+            for part in (hashlib.sha256(image).digest(), *(text.encode() for text in record.captions)):
+                self._digest.update(len(part).to_bytes(8, "little") + part)
+            self._digest.update(repr(record.image_id).encode())
+            self.num_records += 1
+            yield record
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def ingest(
-    records: Iterable[Record],
+    source: Source,
     folder_url: str,
     store: ObjectStore,
-    run: Callable[[Callable[[ShardTask], IngestedShard], Iterable[ShardTask]], Iterator[IngestedShard]],
+    run: Runner[ShardTask, IngestedShard],
     *,
     samples_per_shard: int = SAMPLES_PER_SHARD,
+    allow_private: bool = False,
     on_shard: Callable[[IngestedShard], None] = lambda _: None,
-) -> list[IngestedShard]:
-    """Write all records as shards into a folder; returns the shards in order.
+) -> IngestSummary:
+    """Write all records of a source as shards into a folder, and what was dropped into `dropped.jsonl` there.
 
     Raises:
-        DataError: the source has no usable record, or the folder holds shards of a larger ingest.
+        DataError: the source is unreadable or has no usable record, or the folder holds shards of another ingest.
     """
-    done = []
-    for shard in run(IngestShard(store, folder_url), _tasks(records, samples_per_shard)):
+    summary = IngestSummary(folder_url)
+    for shard in run(IngestShard(source, store, folder_url, allow_private), _tasks(source, samples_per_shard)):
         on_shard(shard)
-        done.append(shard)
-    done.sort(key=lambda shard: shard.url)
-    written = {shard.url for shard in done}
-    if not sum(shard.num_samples for shard in done):
-        causes = Counter(drop["cause"] for shard in done for drop in shard.dropped)
-        why = f"at most: {causes.most_common(1)[0][0]}" if causes else "it is empty"
-        raise DataError(f"no record of the source is usable ({why}); check the source and --images")
-    stale = [info.url for info in store.list(folder_url) if info.url.endswith(".tar") and info.url not in written]
+        summary.add(shard)
+    _write_dropped(summary, store)
+    if not summary.samples:
+        why = f"most often: {summary.dropped.most_common(1)[0][0]}" if summary.dropped else "it is empty"
+        first = f", for example {json.dumps(summary.first_drops[0])}" if summary.first_drops else ""
+        raise DataError(f"no record of the source is usable ({why}{first}); check the source, the columns and --images")
+    tars = (info.url for info in store.list(folder_url) if info.url.endswith(".tar"))
+    written = {join(folder_url, f"shard-{number:06d}.tar") for number in range(summary.shards)}
+    stale = [url for url in tars if url not in written]
     if stale:
         raise DataError(
             f"{stale[0]} and {len(stale) - 1} more are not of this source; delete them or use another folder"
         )
-    return done
+    return summary
 
 
-class _Unusable(Exception):
-    """A record cannot become a sample."""
+def _tasks(source: Source, samples_per_shard: int) -> Iterator[ShardTask]:
+    parts: list[Part] = []
+    number = 0
+    for part in source.parts(samples_per_shard):
+        parts.append(part)
+        if sum(part.count for part in parts) == samples_per_shard:
+            yield ShardTask(number, number * samples_per_shard, tuple(parts))
+            parts, number = [], number + 1
+    if parts:
+        yield ShardTask(number, number * samples_per_shard, tuple(parts))
 
 
-def _tasks(records: Iterable[Record], samples_per_shard: int) -> Iterator[ShardTask]:
-    rest = iter(records)
-    for number in itertools.count():
-        batch = tuple(itertools.islice(rest, samples_per_shard))
-        if not batch:
-            return
-        yield ShardTask(number, number * samples_per_shard, batch)
+def _write_dropped(summary: IngestSummary, store: ObjectStore) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
+        for number in range(summary.shards if summary.dropped else 0):
+            known = _known(_record_url(summary.folder, number), store)
+            file.writelines(f"{json.dumps(drop)}\n" for drop in (known.dropped if known else ()))
+        file.flush()
+        store.put_file(join(summary.folder, DROPPED), Path(file.name))
 
 
-def _fingerprint(task: ShardTask) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {task.first}".encode())
-    for record in task.records:
-        image = record.image if isinstance(record.image, bytes) else record.image.encode()
-        for part in (hashlib.sha256(image).digest(), *(text.encode() for text in record.captions)):
-            digest.update(len(part).to_bytes(8, "little") + part)
-        digest.update(repr(record.image_id).encode())
-    return digest.hexdigest()
+def _record_url(folder_url: str, number: int) -> str:
+    return join(folder_url, "ingest", f"shard-{number:06d}.json")
 
 
-def _write(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+def _known(url: str, store: ObjectStore) -> IngestedShard | None:
+    """Return the stored outcome of a shard; None: it is not finished, or by another version."""
+    try:
+        return IngestedShard(**json.loads(store.get(url)))
+    except (NotFoundError, ValueError, TypeError):
+        return None
+
+
+def _fingerprint(first: int, records: Iterable[Record]) -> str:
+    fingerprint = _Fingerprint(first)
+    for _ in fingerprint.of(records):
+        pass
+    return fingerprint.hexdigest()
+
+
+def _write_sample(archive: tarfile.TarFile, key: str, members: Members) -> None:
     """Write a sample with fixed owner, mode and time: the bytes depend on the record alone.
 
     The bytes are those of webdataset's TarWriter, which gives every member a pax header for its fractional time.
@@ -148,39 +225,11 @@ def _write(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -> Non
         archive.addfile(info, io.BytesIO(data))
 
 
-def _members(record: Record, store: ObjectStore) -> dict[str, bytes]:
-    captions = [text.strip() for text in record.captions if text.strip()]
-    if not captions:
-        raise _Unusable("no caption")
-    data = _image_bytes(record.image, store)
-    members = {_extension(data): data}
-    if len(captions) == 1:
-        members["txt"] = captions[0].encode()
-    if len(captions) > 1 or record.image_id is not None:
-        document = {"captions": captions} | ({} if record.image_id is None else {"image_id": record.image_id})
-        members["json"] = json.dumps(document, sort_keys=True, ensure_ascii=False).encode()
-    return members
-
-
-def _extension(data: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            extension = usual_extension(image.format)
-    except Exception as error:
-        raise _Unusable(f"undecodable image: {type(error).__name__}") from error
-    if extension is None:
-        raise _Unusable(f"image format {image.format} is not supported")
-    return extension
-
-
-def _image_bytes(image: bytes | str, store: ObjectStore) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    try:
-        if urllib.parse.urlsplit(image).scheme in ("http", "https"):
-            return download(image)
-        return store.get(image)
-    except NotFoundError as error:
-        raise _Unusable("image not found") from error
-    except DownloadError as error:
-        raise _Unusable(str(error)) from error
+def _drop(number: int, record: Record, bad: BadSample) -> dict[str, Any]:
+    """Describe a dropped record; the fields of its image and captions are those of a JSONL source."""
+    line: dict[str, Any] = {"record": number, "where": record.where, "cause": bad.cause, "detail": bad.detail}
+    if isinstance(record.image, str) and record.image:
+        line["url" if "://" in record.image else "path"] = record.image
+    if record.captions:
+        line["captions"] = list(record.captions)
+    return line if record.image_id is None else line | {"image_id": record.image_id}

@@ -1,0 +1,93 @@
+"""One record of a source: which of its fields hold the image, the captions and the image id."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.sample.captions import first_captions, image_id_of, read_captions
+from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
+
+_EMBEDDED_COLUMNS = ("bytes", "image", *IMAGE_EXTENSIONS)
+_PLACE_COLUMNS = ("path", "url", "image", "file_name", "image_path", "image_url")
+_CAPTION_COLUMNS = ("captions", "caption", "txt", "text")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the fields; None: the usual names, in upper or lower case."""
+
+    image: str | None = None
+    caption: str | None = None
+    image_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with its captions, before the image is read."""
+
+    image: bytes | str
+    """The encoded image, or where it is: a local path, or an s3, http or https URL."""
+    captions: tuple[str, ...]
+    image_id: str | None = None
+    where: str = ""
+    """Place in the source, for people."""
+    problem: BadSample | None = None
+    """Why it cannot become a sample."""
+
+
+def record_of_fields(fields: Mapping[str, object], columns: Columns, base: Path, where: str) -> Record:
+    """Return the record that a row or a JSON object describes; paths are relative to `base` and must stay below it."""
+    lowered: dict[str, object] = {}
+    for name, value in fields.items():
+        lowered.setdefault(str(name).lower(), value)
+    names = [columns.caption.lower()] if columns.caption else _CAPTION_COLUMNS
+    record = Record("", (), image_id_of(lowered.get((columns.image_id or "image_id").lower())), where)
+    try:
+        record = replace(record, image=_image(lowered, columns.image, base))
+        return replace(record, captions=tuple(first_captions(lowered.get(name) for name in names)))
+    except BadSample as problem:
+        return replace(record, problem=problem)
+
+
+def record_of_file(path: Path, where: str) -> Record:
+    """Return the record of an image file with its captions in a .json or .txt file of the same name."""
+    try:
+        texts = {suffix: path.with_suffix(f".{suffix}") for suffix in ("json", "txt")}
+        captions, image_id = read_captions(
+            {suffix: text.read_bytes() for suffix, text in texts.items() if text.exists()}
+        )
+    except OSError as error:
+        return Record(str(path), (), where=where, problem=BadSample("no_caption", str(error)))
+    except BadSample as problem:
+        return Record(str(path), (), where=where, problem=problem)
+    return Record(str(path), tuple(captions), image_id, where)
+
+
+def _image(fields: Mapping[str, object], column: str | None, base: Path) -> bytes | str:
+    """Return the image's bytes where the record has them, else its place."""
+    named = [fields.get(name) for name in ((column.lower(),) if column else _EMBEDDED_COLUMNS)]
+    structs = [value for value in fields.values() if isinstance(value, Mapping)] if column is None else []
+    for value in (*named, *structs):  # as `datasets` stores images, whatever the column is called
+        data = value.get("bytes") if isinstance(value, Mapping) else value
+        if isinstance(data, bytes) and data:
+            return data
+    for name in (column.lower(),) if column else _PLACE_COLUMNS:
+        value = fields.get(name)
+        place = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(place, str) and place:
+            return _place(place, base)
+    raise BadSample("no_image", f"none of {', '.join((column,) if column else _PLACE_COLUMNS)} holds an image")
+
+
+def _place(place: str, base: Path) -> str:
+    scheme = place.partition("://")[0].lower() if "://" in place else ""
+    if scheme in ("http", "https", "s3"):
+        return place
+    if scheme not in ("", "file"):
+        raise BadSample("bad_url", f"{place[:80]!a} is of an unknown kind; use a path, s3, http or https")
+    path = place if scheme else str(base / place)
+    if not Path(os.path.normpath(path.removeprefix("file://"))).is_relative_to(os.path.normpath(base)):
+        raise BadSample("outside_folder", f"{place[:80]!a} is not below {base}; name the images' folder with --images")
+    return path
