@@ -12,6 +12,9 @@ from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.task import Task
 
+HELD_OUT_READERS = 2
+"""Processes per rank that read held-out images where Ray actors read the training data."""
+
 
 class Evaluator:
     """Runs a task's evaluation on held-out data; without any it is never due and returns an empty result."""
@@ -49,10 +52,16 @@ def held_out_loader(
     global_batch_size: int,
     rank: Rank,
 ) -> Loader:
-    """Open a loader of whole, unaugmented held-out images; rows beyond the data are holes."""
+    """Open a loader of whole, unaugmented held-out images; rows beyond the data are holes.
+
+    It has reader processes of its own where training does not read in the training process.
+    """
+    readers = data.readers if data.backend == "process" else HELD_OUT_READERS
     plain = data.model_copy(
-        update={"sources": (SourceConfig(manifest=manifest),), "backend": "process", "readers": 0, "cache_dir": None}
-    )
+        update={
+            "sources": (SourceConfig(manifest=manifest),), "backend": "process", "readers": readers, "cache_dir": None,
+        }
+    )  # fmt: skip
     return open_loader(
         plain,
         store,

@@ -38,6 +38,7 @@ SHORT = [
 ]  # fmt: skip
 UNMEASURED = "evaluation.manifest=null"
 SKIPPED_STEP = 1
+BEST = "eval/itc_i2t_r10"
 
 
 def configure(assets, runs, *overrides):
@@ -93,8 +94,9 @@ def prove_alone(rank, world_size, assets, folder):
 
 
 def train_in_half_precision(rank, world_size, assets, folder):
-    """Run both stages to the end, evaluations included; in fp16 without re-ranking."""
-    options = {"bf16": [], "fp16": ["evaluation.rerank_top_k=0"]}
+    """Run both stages to the end, evaluations included: bf16 with the best checkpoint, fp16 without re-ranking."""
+    best = ["checkpoint.every_steps=null", f"checkpoint.keep_best={BEST}", "evaluation.every_steps=1"]
+    options = {"bf16": [*best, "stage2.init_choice=best"], "fp16": ["evaluation.rerank_top_k=0"]}
     return {
         precision: train_here(
             configure(
@@ -243,6 +245,19 @@ def test_half_precision_trains_and_evaluates_both_stages_close_to_fp32(half, alo
         assert figure in measured(folder / precision, stage)
         first, exact = (known_losses(runs, stage)[0][1] for runs in (folder / precision, alone[0] / "whole"))
         assert first == pytest.approx(exact, rel=0.02)
+
+
+def test_the_best_checkpoint_is_kept_and_begins_stage_2_whatever_the_interval(half):
+    folder, _ = half
+    run = folder / "bf16/tiny"
+    kept = {
+        saved.step: saved.state.metrics for saved in list_checkpoints(str(run / "stage1/checkpoints"), ObjectStore())
+    }
+    assert set(kept) == {1, 2}
+    assert all(BEST in metrics for metrics in kept.values())
+    best = max(kept, key=lambda step: (kept[step][BEST], -step))
+    record = json.loads((run / "run.json").read_text())["handoffs"]["stage2"]
+    assert record["url"].endswith(f"step-{best:09d}")
 
 
 def measured(runs, stage):
