@@ -116,7 +116,7 @@ class RunStatus(BaseModel):
         return pace * (self.num_steps - self.step) if pace and self.state is RunState.RUNNING else None
 
     def is_stale(self, now: float) -> bool:
-        """Whether the driver seems to be gone: it should be at work but has written nothing for a while."""
+        """Whether the driver seems to be gone: it should be running but has written nothing for a while."""
         return not self.state.is_final and now - self.updated_at > STALE_SECONDS
 
 

@@ -111,7 +111,7 @@ def simulated(world: World, store: WorldStore, config: JobConfig, plan: Plan) ->
         yield
 
 
-def live(answer: "Connection[Any, Any]", world: World, config: JobConfig, plan: Plan, number: int) -> None:
+def live(parent: "Connection[Any, Any]", world: World, config: JobConfig, plan: Plan, number: int) -> None:
     """Be one driver's process: drive the run to its end, or until the world kills it."""
     outcome: str | None = None
     with Path(config.run.url, LOG).open("a") as log:
@@ -123,7 +123,7 @@ def live(answer: "Connection[Any, Any]", world: World, config: JobConfig, plan: 
                 outcome = None
             except Exception as error:  # noqa: BLE001 - the report says how the run ended
                 outcome = f"failed: {error}"
-    answer.send((outcome, world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    parent.send((outcome, world, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     os._exit(0)  # the lease is not released, as after SIGKILL
 
 

@@ -292,9 +292,9 @@ def _wait_until_dead(actors: list[Any]) -> None:
     """Wait until killed actors fail a call: only then are their names and resources free."""
     deadline = time.monotonic() + CLEAR_TIMEOUT_SECONDS
     while actors and time.monotonic() < deadline:
-        asked = [actor.poll.remote() for actor in actors]
-        ray.wait(asked, num_returns=len(asked), timeout=deadline - time.monotonic())
-        actors = [actor for actor, reference in zip(actors, asked, strict=True) if not _is_dead(reference)]
+        calls = [actor.poll.remote() for actor in actors]
+        ray.wait(calls, num_returns=len(calls), timeout=deadline - time.monotonic())
+        actors = [actor for actor, reference in zip(actors, calls, strict=True) if not _is_dead(reference)]
         if actors:
             time.sleep(0.05)
 

@@ -31,7 +31,7 @@ def raylets():
 
 
 class Supervised:
-    """A supervisor at work in a thread."""
+    """A supervisor that runs in a thread."""
 
     def __init__(self, folder: Path, **cluster):
         from isthmus.cluster.supervision.supervisor import Supervisor
