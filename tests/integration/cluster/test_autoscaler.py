@@ -50,7 +50,13 @@ class AutoscaledCluster:
             "max_workers": max_nodes,
             "upscaling_speed": 100.0,
             "idle_timeout_minutes": 0.05,
-            "provider": {"type": "fake_multinode", "gcs_address": self.address, "launch_multiple": True},
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "launch_multiple": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
             "head_node_type": "ray.head.default",
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
