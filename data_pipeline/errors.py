@@ -5,11 +5,11 @@ class DataError(ValueError):
     """Data, manifest or object store are not usable as asked; the message names the URL and the next action."""
 
     retryable = False
-    """Whether the same may succeed later although nobody changes anything: then it is no error of the user."""
+    """Whether the same may succeed later without any change; then it is not the user's error."""
 
 
 class StoreError(DataError):
-    """An object store refused a request, and would refuse it again."""
+    """An object store refused a request and would refuse it again."""
 
 
 class UnavailableError(StoreError):
@@ -27,7 +27,7 @@ class NotFoundError(StoreError):
 
 
 class AccessError(StoreError):
-    """Credentials are missing, expired, wrong, or not allowed to do this; later ones may be."""
+    """Credentials are missing, expired, wrong, or not allowed to do this."""
 
 
 class AlreadyExistsError(StoreError):
@@ -39,10 +39,10 @@ class ChangedError(StoreError):
 
 
 class ReadersUnavailable(DataError):
-    """No reader process could be had for a long time, as while a pool of CPU nodes is away."""
+    """No reader was available for too long, as while a pool of CPU nodes is away."""
 
     retryable = True
 
 
 class PoisonPartError(DataError):
-    """The same samples ended several reader processes while they were being read."""
+    """The same samples ended several reader processes that were reading them."""

@@ -1,4 +1,4 @@
-"""An S3 server in this process that does to each request what a test tells it to."""
+"""An S3 server in this process whose answers a test can replace, break off or delay."""
 
 import contextlib
 import email.utils

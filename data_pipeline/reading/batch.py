@@ -1,4 +1,4 @@
-"""What the pipeline hands to the trainer, and what readers hand to the pipeline."""
+"""The batch that the trainer gets, and the requests and parts between loader and readers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     rows_B: Tensor
     """int64: row in the global batch."""
     valid_B: Tensor
-    """bool; False: a hole (bad sample), which takes part in no loss."""
+    """bool; False: a masked (bad) sample, which takes part in no loss."""
     images_BCHW: Tensor
     """uint8 RGB, cropped and resized, not yet flipped; in memory channels come last, as decoders write them."""
     flip_B: Tensor
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     tokens: dict[str, Tensor]
     """What the injected encoder returned, first dimension B."""
     captions: list[str]
-    """Cleaned text; "" for holes."""
+    """Cleaned text; "" for masked samples."""
     keys: list[str]
     """`source/shard#key`: unique in an epoch."""
     image_ids_B: Tensor

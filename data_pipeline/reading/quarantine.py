@@ -11,7 +11,7 @@ from isthmus.data_pipeline.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-    """One line of quarantine.jsonl: a sample that became a hole, and why."""
+    """One line of quarantine.jsonl: a sample that was masked, and why."""
 
     step: int
     row: int

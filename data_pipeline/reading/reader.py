@@ -159,7 +159,7 @@ class Reader:
         return self._lasting(shard.index_url, "index", lambda: self._load_index(shard, chunk))
 
     def _read_index(self, shard: Shard, chunk: int) -> ShardIndex:
-        """Read a shard's index, whole and checked, and keep what concerns a chunk: of few shards are two needed."""
+        """Read and check a shard's whole index; return what concerns one chunk."""
         return ShardIndex.load(shard, self._store).of_chunk(chunk)
 
     def _lasting(self, url: str, what: str, get: Callable[[], T]) -> T:

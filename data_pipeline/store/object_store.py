@@ -1,8 +1,8 @@
 """Objects in S3 and in local folders behind one small interface.
 
 What a caller may rely on in both: an object appears whole or not at all; put-if-absent and compare-and-swap have one
-winner; a read is of one version; whatever fails on the way is tried again a limited number of times, and what cannot
-succeed (missing, forbidden, changed) is reported at once.
+winner; a read is of one version; what may succeed later is retried a limited number of times, and what cannot succeed
+(missing, forbidden, changed) is reported at once.
 """
 
 from collections.abc import Iterator
@@ -144,9 +144,9 @@ class ObjectStore:
         self._backend(url).delete(url)
 
     def remove_unfinished(self, folder_url: str) -> int:
-        """Remove what killed writers have left half written inside a folder; return how much.
+        """Remove what killed writers left half written inside a folder; return how many objects that was.
 
-        These are partial files and multipart uploads. Only for a folder in which nobody else writes.
+        These are partial files and multipart uploads. Only for a folder in which no one else writes.
         """
         return self._backend(folder_url).remove_unfinished(folder_url)
 

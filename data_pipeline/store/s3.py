@@ -35,7 +35,7 @@ class _Body:
     """How far a read has come."""
 
     start: int
-    target: memoryview | None  # None: the whole object, whose size the first answer tells
+    target: memoryview | None  # None: the whole object, whose size the first answer says
     etag: str | None
     done: int = 0
 

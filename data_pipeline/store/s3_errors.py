@@ -34,7 +34,7 @@ from isthmus.data_pipeline.errors import (
     UnavailableError,
 )
 
-_FEW_TRIES = 3  # for what seldom passes by itself
+_FEW_TRIES = 3  # for what seldom resolves itself
 _SDK_CHECKS = (TransientRetryableChecker(), ThrottledRetryableChecker())
 _TRANSIENT_CODES = frozenset(  # beyond the SDK's: bytes damaged on the way, and an identity provider out of reach
     {"BadDigest", "IncompleteBody", "InternalError", "XAmzContentChecksumMismatch", "IDPCommunicationError"}
@@ -87,7 +87,7 @@ CLIENT_ERRORS = (ClientError, BotoCoreError, HTTPError, ResponseParserError, Not
 
 
 def classify(kind: str, url: str, error: Exception, config: StoreConfig) -> Exception:
-    """Return TransientError for what may pass, else the StoreError that tells what was asked and what to do."""
+    """Return TransientError for what may succeed on another try, else the StoreError to raise."""
     asked = f"{kind} {url} at {_place(config)}"
     if isinstance(error, ClientError):
         return _classify_response(kind, url, asked, error)

@@ -68,8 +68,8 @@ def test_processes_give_the_same_bytes_ignore_sigterm_and_are_replaced(store, ma
         assert last[0] != first[0]
         assert last[1] == first[1]
         assert made.metrics()["parts_asked_again"] >= 1
-        holes = sum(int((~batch.valid_B).sum()) for batch in expected)
-        assert [record.key for record in made.take_bad_records()] == ["000033"] * holes
+        masked = sum(int((~batch.valid_B).sum()) for batch in expected)
+        assert [record.key for record in made.take_bad_records()] == ["000033"] * masked
     finally:
         made.close()
     wait_until_gone([*first, *last])

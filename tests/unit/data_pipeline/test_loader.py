@@ -1,4 +1,4 @@
-"""Batches: what is in them, that nothing depends on rank or starting step, and that bad samples become holes."""
+"""Batches: what is in them, that nothing depends on rank or starting step, and that bad samples are masked."""
 
 import io
 import time
@@ -117,7 +117,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_sample_is_a_hole_and_shifts_nothing(tmp_path, name):
+def test_a_bad_sample_is_masked_and_shifts_nothing(tmp_path, name):
     members, cause = BAD[name]
     samples = [good_sample(i) for i in range(16)]
     good = write_set(str(tmp_path / "good"), samples, chunk_bytes=1 << 20)
@@ -155,7 +155,7 @@ def test_several_captions_are_all_used_over_epochs(tmp_path):
     assert len({int(image_id) for batch in batches for image_id in batch.image_ids_B}) == 1
 
 
-def test_damaged_bytes_are_read_again_and_then_a_hole(tmp_path):
+def test_damaged_bytes_are_read_again_and_then_masked(tmp_path):
     url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(16)], damaged_key="000003")
     made = loader(url)
     batches = take(made, 0, 2)
@@ -186,7 +186,7 @@ def test_a_damaged_cache_file_is_fetched_again(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "cause"), [("delete", "shard_missing"), ("cut", "shard_changed"), ("replace", "shard_changed")]
 )
-def test_a_lost_shard_is_holes_until_the_budget_stops_and_names_it(tmp_path, damage, cause):
+def test_a_lost_shard_is_masked_until_the_budget_stops_and_names_it(tmp_path, damage, cause):
     url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)], samples_per_shard=20)
     path = tar_files(tmp_path / "set")[1]
     if damage == "delete":

@@ -232,7 +232,7 @@ def test_a_metadata_service_that_is_too_busy_is_asked_again(store, server, monke
     assert "Credential=ROLEKEY" in server.requests[-1][2]["Authorization"]
 
 
-def test_no_credentials_is_told_after_one_more_look(store, server, monkeypatch, tmp_path):
+def test_missing_credentials_are_reported_after_a_second_try(store, server, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -265,7 +265,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("page", [PAGE, XHTML_PAGE, b'{"status": "ok"}'])
-def test_something_else_than_an_object_store_is_told(store, server, operation, page):
+def test_an_endpoint_that_is_no_object_store_is_named(store, server, operation, page):
     def answer(handler):
         handler.send(200, page, {"Content-Type": "text/html" if b"html" in page else "application/json"})
         return True
@@ -277,7 +277,7 @@ def test_something_else_than_an_object_store_is_told(store, server, operation, p
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_endpoint_that_redirects_to_itself_is_told(store, server, operation):
+def test_an_endpoint_that_redirects_to_itself_is_named(store, server, operation):
     def redirect(handler):
         handler.send(307, b"", {"Location": f"{server.endpoint_url}{handler.path}"})
         return True
@@ -300,7 +300,7 @@ def test_a_404_of_a_proxy_is_no_missing_object(store, server):
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://host", "http://"])
-def test_an_endpoint_without_a_scheme_is_told(endpoint):
+def test_an_endpoint_without_a_scheme_is_named(endpoint):
     with pytest.raises(StoreError, match=f"{endpoint}.*(http://host:port|not a valid URI)"):
         ObjectStore(StoreConfig(endpoint_url=endpoint)).get(URL)
 
