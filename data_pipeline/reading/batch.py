@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 
@@ -73,3 +74,15 @@ class LanePart:
     """Totals of the reader since its start."""
     get_seconds: list[float] = field(default_factory=list)
     """Latencies of its requests to the store since its last part."""
+
+    def mask(self, place: int, record: BadRecord) -> None:
+        """Take a sample out of the batch, and record why."""
+        self.images_BHWC[place] = 0
+        self.valid[place], self.flips[place], self.captions[place] = False, False, ""
+        self.image_ids[place] = image_id_hash(self.keys[place])
+        self.bad.append(record)
+
+
+def image_id_hash(identity: str) -> int:
+    """Return the number of an image id, or of a sample's key where it has none."""
+    return stable_hash("image", identity) >> 1

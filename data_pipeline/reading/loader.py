@@ -218,12 +218,11 @@ class Loader:
         """Put the lane parts, which are in row order, into one batch."""
         width = self.plan.lane_batch_size
         size = self._image_size
+        samples = [sample for part in parts for sample in part.samples]
+        tokens = self._encode(step, samples, parts)  # first, for it may mask samples
         images_BHWC = torch.empty((len(parts) * width, size, size, 3), dtype=torch.uint8)
         for place, part in enumerate(parts):
             images_BHWC[place * width : (place + 1) * width].numpy()[:] = part.images_BHWC
-        samples = [sample for part in parts for sample in part.samples]
-        captions = [caption for part in parts for caption in part.captions]
-        seeds = [stable_hash("text", self.plan.seed, s.source, s.epoch, s.position) for s in samples]
         self._account(samples, parts)
         return Batch(
             step=step,
@@ -231,12 +230,38 @@ class Loader:
             valid_B=torch.tensor([valid for part in parts for valid in part.valid], dtype=torch.bool),
             images_BCHW=images_BHWC.permute(0, 3, 1, 2),
             flip_B=torch.tensor([flip for part in parts for flip in part.flips], dtype=torch.bool),
-            tokens=self._encoder(captions, seeds),
-            captions=captions,
+            tokens=tokens,
+            captions=[caption for part in parts for caption in part.captions],
             keys=[key for part in parts for key in part.keys],
             image_ids_B=torch.tensor([image_id for part in parts for image_id in part.image_ids], dtype=torch.int64),
             positions=[(sample.source, sample.epoch, sample.position) for sample in samples],
         )
+
+    def _encode(self, step: int, samples: list[SampleRef], parts: list[LanePart]) -> dict[str, torch.Tensor]:
+        """Encode the captions; a sample whose caption the encoder refuses is masked, with the cause."""
+        seeds = [stable_hash("text", self.plan.seed, s.source, s.epoch, s.position) for s in samples]
+        try:
+            return self._encoder([caption for part in parts for caption in part.captions], seeds)
+        except Exception:
+            self._encoder([""], [0])  # what no caption causes, such as a wrong configuration, is raised here
+            if not self._mask_refused(step, seeds, parts):
+                raise
+        return self._encoder([caption for part in parts for caption in part.captions], seeds)
+
+    def _mask_refused(self, step: int, seeds: list[int], parts: list[LanePart]) -> bool:
+        rows = [(part, place) for part in parts for place in range(len(part.captions))]
+        num_masked = 0
+        for (part, place), seed in zip(rows, seeds, strict=True):
+            try:
+                self._encoder([part.captions[place]], [seed])
+            except Exception as error:  # noqa: BLE001 - encoders raise anything
+                num_masked += 1
+                ref = part.samples[place]
+                shard = self.plan.manifests[ref.source].shards[ref.shard].url
+                detail = f"the encoder refuses {part.captions[place][:80]!a}: {type(error).__name__}: {error}"
+                where = (ref.source, ref.epoch, ref.position, shard, part.keys[place].partition("#")[2], -1)
+                part.mask(place, BadRecord(step, ref.row, *where, "caption_refused", detail))
+        return num_masked > 0
 
     def _account(self, samples: list[SampleRef], parts: list[LanePart]) -> None:
         """Update metrics and budget with the parts of a step."""

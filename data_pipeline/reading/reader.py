@@ -20,9 +20,9 @@ from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, ShardIndex
 from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError
-from isthmus.data_pipeline.hashing import stable_hash, uniform_stream
+from isthmus.data_pipeline.hashing import uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
-from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
+from isthmus.data_pipeline.reading.batch import LanePart, PartRequest, image_id_hash
 from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
 from isthmus.data_pipeline.reading.quarantine import BadRecord
@@ -107,7 +107,7 @@ class Reader:
         part.flips.append(flip)
         part.captions.append(caption)
         part.keys.append(name)
-        part.image_ids.append(stable_hash("image", name if image_id is None else f"{ref.source}/{image_id}") >> 1)
+        part.image_ids.append(image_id_hash(name if image_id is None else f"{ref.source}/{image_id}"))
 
     def _caption(self, members: dict[str, memoryview], ref: SampleRef) -> tuple[str, str | None]:
         captions, image_id = read_captions(members)

@@ -72,7 +72,9 @@ class Encoder:
         }
 
 
-def loader(*manifests, batch=8, rank=0, world_size=1, train=True, size=32, seed=5, store=None, **options) -> Loader:
+def loader(
+    *manifests, batch=8, rank=0, world_size=1, train=True, size=32, seed=5, store=None, encoder=None, **options
+) -> Loader:
     """A loader over manifests, by default in this process."""
     weighted = [manifest if isinstance(manifest, tuple) else (manifest, 1.0) for manifest in manifests]
     sources = tuple({"manifest": url, "weight": weight} for url, weight in weighted)
@@ -80,7 +82,7 @@ def loader(*manifests, batch=8, rank=0, world_size=1, train=True, size=32, seed=
     return open_loader(
         config,
         store or ObjectStore(),
-        Encoder(),
+        encoder or Encoder(),
         image_size_pixels=size,
         global_batch_size=batch,
         seed=seed,

@@ -19,7 +19,16 @@ from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from tests.unit.data_pipeline.tar_set import assert_equal, good_sample, loader, picture, take, tar_files, write_set
+from tests.unit.data_pipeline.tar_set import (
+    Encoder,
+    assert_equal,
+    good_sample,
+    loader,
+    picture,
+    take,
+    tar_files,
+    write_set,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -385,3 +394,38 @@ def test_a_stored_configuration_with_the_former_backend_name_is_read():
     stored = {"sources": ({"manifest": "m"},), "lanes": 4, "backend": "inline"}
     assert DataConfig(**stored).backend == "process"
     assert DataConfig(**stored | {"backend": "ray"}).backend == "ray"
+
+
+class Picky(Encoder):
+    """Refuses some captions, as tokenizers do, or everything, as a wrong configuration does."""
+
+    def __init__(self, refused):
+        self.refused = refused
+
+    def __call__(self, captions, seeds):
+        for caption in captions:
+            if self.refused in caption:
+                raise TypeError(f"cannot encode {caption}")
+        return super().__call__(captions, seeds)
+
+
+def test_a_caption_that_the_encoder_refuses_is_masked_with_its_key_and_shifts_nothing(manifest):
+    batches = {}
+    for encoder in (Encoder(), Picky("number 7")):
+        made = loader(manifest, batch=20, encoder=encoder)
+        batches[type(encoder)] = take(made, 0, 1)[0]
+    whole, masked = batches[Encoder], batches[Picky]
+    (row,) = (i for i, key in enumerate(whole.keys) if key.endswith("#000007"))
+    others = [i for i in range(20) if i != row]
+    assert masked.valid_B.tolist() == [i != row for i in range(20)]
+    assert masked.keys == whole.keys
+    assert not masked.images_BCHW[row].any()
+    assert torch.equal(masked.images_BCHW[others], whole.images_BCHW[others])
+    assert torch.equal(masked.tokens["lengths"][others], whole.tokens["lengths"][others])
+    (record,) = made.take_bad_records()
+    assert (record.cause, record.key, record.row) == ("caption_refused", "000007", row)
+
+
+def test_an_encoder_that_refuses_everything_is_an_error_of_its_own(manifest):
+    with pytest.raises(TypeError, match="cannot encode"):
+        take(loader(manifest, encoder=Picky("")), 0, 1)
