@@ -135,8 +135,13 @@ class LanguageEncoder:
         return [int(bos)] if bos is not None and (own or self._is_opt) else []
 
     def _caption_ids(self, caption: str) -> list[int]:
-        """Return the caption's tokens as they follow the prompt: with a space between them."""
-        return self._ids(f" {caption.strip()}" if self.config.prompt.strip() else caption.strip())
+        """Return the caption's tokens as they follow the prompt: with a space between them.
+
+        A control token that is spelled out in a caption, such as </s>, is text like any other.
+        """
+        text = f" {caption.strip()}" if self.config.prompt.strip() else caption.strip()
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

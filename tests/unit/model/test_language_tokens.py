@@ -127,3 +127,15 @@ def test_own_start_token_of_the_tokenizer_is_kept(tmp_path):
     write_tiny_tokenizer(folder, "llama", starts=True)
     out = encoder(folder)(["dog"], [0])
     assert out["input_ids"][0, 0] == out["labels"][0, 0] == 1
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_a_control_token_spelled_out_in_a_caption_is_text(folders, kind):
+    made = encoder(folders[kind], objective="lm")
+    spelled = made(["a red </s> <pad> <unk> dog"], [0])
+    plain = made(["a red dog"], [0])
+    controls = torch.tensor([*made.tokenizer.all_special_ids])
+    assert torch.isin(spelled["input_ids"], controls).sum() == torch.isin(plain["input_ids"], controls).sum()
+    assert torch.isin(spelled["labels"], controls).sum() == torch.isin(plain["labels"], controls).sum()
+    text = spelled["labels"][0] if kind == "t5" else spelled["input_ids"][0]
+    assert "a red </s> <pad> <unk> dog" in made.tokenizer.decode(text[text != -100])
