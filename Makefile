@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: bench chaos check clean demo demo-tiny fixtures format graph help integration test test-slow unit venv
+.PHONY: bench bench-data chaos check clean demo demo-tiny fixtures format graph help integration test test-slow unit venv
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make graph   list which folder imports which, floor by floor"
 	@echo "make chaos N=100  run, or resume, N schedules of faults; result in docs/reliability.md"
 	@echo "make bench   run all benchmarks"
+	@echo "make bench-data  compare the data pipeline with its peers, in an environment made for them"
 	@echo "make clean   remove everything that make created"
 
 venv: $(STAMP)
@@ -67,8 +68,11 @@ demo-tiny: venv
 chaos: venv
 	$(UNIT_THREADS) $(BIN)/python -m tests.chaos.run --schedules $(or $(N),100) --report
 
+bench-data: venv
+	$(UNIT_THREADS) $(BIN)/python -m benchmarks.data_throughput
+
 bench: venv
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python -m benchmarks.run_all
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

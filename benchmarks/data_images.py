@@ -7,16 +7,11 @@ mix that the targets in docs/benchmarks/data.md refer to. Grain on smooth shapes
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
-from isthmus.data_pipeline.dataset.shard_index import Member, Sample, ShardIndex, index_hash
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 SHORT_SIDES = ((0.4, 256), (0.3, 384), (0.3, 512))
 GRAIN = 5.5
@@ -65,23 +60,3 @@ def write_shards(folder: Path, num_samples: int, samples_per_shard: int) -> list
     if tar is not None:
         tar.close()
     return paths
-
-
-def index_shards(urls: list[str], folder_url: str, store: ObjectStore, chunk_bytes: int = 8 << 20) -> str:
-    """Write the manifest of such shards; the product's own way is `isthmus data index`, which also checks them."""
-    shards, chunk_samples = [], []
-    for number, url in enumerate(urls):
-        data = bytes(store.get(url))
-        groups: dict[str, list[Member]] = {}
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for info in tar:
-                key, _, extension = info.name.partition(".")
-                content = data[info.offset_data : info.offset_data + info.size]
-                groups.setdefault(key, []).append(Member(extension, info.offset_data, info.size, zlib.crc32(content)))
-        index = ShardIndex.build([Sample(key, tuple(members)) for key, members in groups.items()], chunk_bytes)
-        head, index_url = store.head(url), join(folder_url, "indexes", f"{number:05d}.idx")
-        store.put(index_url, index.to_bytes())
-        shards.append(Shard(url, head.size, head.etag, len(groups), index_url, index_hash(index.to_bytes())))
-        chunk_samples.append(index.chunk_samples)
-    Manifest(shards, chunk_samples, chunk_bytes).save(folder_url, store)
-    return folder_url

@@ -15,9 +15,11 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.data_images import index_shards, write_shards
+from benchmarks.data_images import write_shards
 from benchmarks.data_throughput import encode
 from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
@@ -27,7 +29,7 @@ ROUNDS, EPOCHS = 15, 20
 
 
 def open_one(manifest: str) -> Loader:
-    """Open an inline loader."""
+    """Open an in-process loader."""
     return open_loader(
         DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0),  # type: ignore[arg-type]
         ObjectStore(),
@@ -53,7 +55,8 @@ def first_batch_seconds(manifest: str, step: int) -> tuple[float, float]:
 def make_set(folder: str) -> None:
     """Write shards and manifest, in a process of its own: its memory is no part of the measurement."""
     shards = write_shards(Path(folder) / "tars", NUM_SAMPLES, 320)
-    index_shards([str(shard) for shard in shards], join(folder, "manifest"), ObjectStore(), 2 << 20)
+    urls, options = [str(shard) for shard in shards], IndexOptions(chunk_bytes=2 << 20)
+    build_manifest(urls, join(folder, "manifest"), ObjectStore(), options, run_in_processes(1))
 
 
 def measure_seek(manifest: str, steps: int) -> None:

@@ -1,10 +1,10 @@
 """CPU milliseconds per sample: this pipeline against webdataset and MosaicML streaming, on the same pictures.
 
-    OMP_NUM_THREADS=1 python benchmarks/data_throughput.py --peer-python PEERS/bin/python [--s3] [--samples 1024]
+    OMP_NUM_THREADS=1 python -m benchmarks.data_throughput [--s3] [--samples 1024]
 
 Every contestant runs alone in a process of its own, several rounds in turn; the least disturbed round of each counts.
-The peers are installed as benchmarks/peers.txt says. --s3 reads from a SeaweedFS on loopback instead: ours by ranged
-requests, webdataset by `pipe:curl` with presigned URLs (curl's CPU is counted).
+The peers' environment is made where there is none (peers.py). --s3 reads from a SeaweedFS on loopback instead: ours by
+ranged requests, webdataset by `pipe:curl` with presigned URLs (curl's CPU is counted).
 """
 
 import argparse
@@ -21,8 +21,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.data_images import index_shards, jpeg, write_shards
+from benchmarks import peers
+from benchmarks.data_images import jpeg, write_shards
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.reading.loader import open_loader
 from isthmus.data_pipeline.sample.images import decode_image, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
@@ -37,7 +40,7 @@ def encode(captions: Sequence[str], seeds: Sequence[int]) -> dict[str, torch.Ten
 
 
 def measure_ours(manifest: str, num_samples: int, endpoint: str | None) -> dict[str, float]:
-    """Read with the inline backend, from the start of the first batch to the end of the last."""
+    """Read in this process, from the start of the first batch to the end of the last."""
     torch.set_num_threads(1)
     resize_square(decode_image(jpeg(0), 1 << 30), (0, 0, 224, 224), 224)  # the first call costs more
     config = DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0)  # type: ignore[arg-type]
@@ -60,6 +63,12 @@ def measure_ours(manifest: str, num_samples: int, endpoint: str | None) -> dict[
     return {"cpu_ms": 1000 * cpu / taken, "wall_ms": 1000 * (time.perf_counter() - wall) / taken, "samples": taken}
 
 
+def index(urls: list[str], folder_url: str, store: ObjectStore) -> str:
+    """Index shards in chunks of 8 MiB; return the manifest's URL."""
+    build_manifest(urls, folder_url, store, IndexOptions(chunk_bytes=8 << 20), run_in_processes(1))
+    return folder_url
+
+
 def run(command: list[str]) -> str:
     """Run one contestant and return the last line that it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
@@ -80,7 +89,7 @@ def s3_copy(folder: Path, shards: list[Path]) -> Iterator[tuple[str, str, list[s
         store = ObjectStore(server.store_config)
         for shard in shards:
             store.put_file(f"s3://bench/{shard.name}", shard)
-        manifest = index_shards([f"s3://bench/{shard.name}" for shard in shards], "s3://bench/manifest", store)
+        manifest = index([f"s3://bench/{shard.name}" for shard in shards], "s3://bench/manifest", store)
         client = boto3.client("s3", endpoint_url=server.endpoint_url, region_name="us-east-1")
         links = [
             client.generate_presigned_url("get_object", Params={"Bucket": "bench", "Key": shard.name})
@@ -103,7 +112,7 @@ def contest(commands: dict[str, list[str]], rounds: int) -> dict[str, dict[str, 
 def main() -> None:
     """Write the pictures, let everyone read them, print a table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--peer-python", help="Python of an environment with the peers; none: one is made")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true")
@@ -114,7 +123,8 @@ def main() -> None:
         print(json.dumps(measure_ours(manifest, options.samples, None if endpoint == "none" else endpoint)))
         return
     size = ["--samples", str(options.samples)]
-    this, peer = [sys.executable, str(Path(__file__))], [options.peer_python, str(HERE / "data_peers.py")]
+    this = [sys.executable, str(Path(__file__))]
+    peer = [options.peer_python or peers.make_environment(), str(HERE / "data_peers.py")]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         shards = write_shards(folder / "tars", options.samples, 320)
@@ -124,7 +134,7 @@ def main() -> None:
             commands = {"isthmus, S3": [*this, *size, "--ours", manifest, endpoint]}
             commands["webdataset + Pillow, pipe:curl"] = [*peer, "webdataset", *urls, *size]
         else:
-            manifest = index_shards(urls, join(name, "manifest"), ObjectStore())
+            manifest = index(urls, join(name, "manifest"), ObjectStore())
             run([*peer, "convert", *urls, f"{name}/mds"])
             commands = {"isthmus": [*this, *size, "--ours", manifest, "none"]}
             for label, extra in (("float32", []), ("uint8", ["--uint8"])):

@@ -1,16 +1,14 @@
 """Runs all benchmarks and writes benchmarks/results/<date>.json and .md: ours, each peer, ratio, machine, command.
 
-    python benchmarks/run_all.py [--quick] [--only NAME ...]      (or: make bench)
+    python -m benchmarks.run_all [--quick] [--only NAME ...]      (or: make bench)
 
-Every benchmark is a process of its own with a time limit; one that fails is reported and the others go on. What they
-print in full goes to .cache/bench-output.txt. Peers from PyPI live in an environment of their own, .cache/peers, made
-from benchmarks/peers.txt, so they never constrain the product's pins. --quick takes smaller sizes, leaves out what has
-none, and says so in the file's name.
+Every benchmark is a process of its own with a time limit; one that fails is reported and the others run. What they
+print in full goes to .cache/bench-output.txt. Peers from PyPI live in an environment of their own (peers.py).
+--quick takes smaller sizes, leaves out what has none, and says so in the file's name.
 """
 
 import argparse
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -24,10 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import peers
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS = ROOT / ".cache" / "peers"
-PEERS_LIST = ROOT / "benchmarks" / "peers.txt"
 OUTPUT = ROOT / ".cache" / "bench-output.txt"
 LIMIT_SECONDS = 3600
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "numpy")
@@ -202,7 +200,7 @@ def truth(text: str) -> Iterator[Figure]:
 
 def benchmarks(assets: Path) -> list[Benchmark]:
     """Return all of them, cheap ones first."""
-    peer = ["--peer-python", str(PEERS / "bin" / "python")]
+    peer = ["--peer-python", str(peers.FOLDER / "bin" / "python")]
     return [
         Benchmark("scale.spot", scale_spot, [], ["--quick"]),
         Benchmark("scale.driver", scale_driver, [], ["--quick"]),
@@ -222,21 +220,6 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("group_start", group_start, ["--rounds", "3"]),
         Benchmark("recovery", recovery, [str(assets)]),
     ]
-
-
-def make_peers() -> None:
-    """Make the peers' environment, or leave it where benchmarks/peers.txt has not changed."""
-    stamp = PEERS / "stamp"
-    wanted = hashlib.sha256(PEERS_LIST.read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    logger.info("installing the peers into %s", PEERS.relative_to(ROOT))
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(PEERS)], check=True, timeout=LIMIT_SECONDS)
-    pip = [str(PEERS / "bin" / "python"), "-m", "pip", "install", "-qq", "--no-deps", "-r", str(PEERS_LIST)]
-    subprocess.run(pip, check=True, timeout=LIMIT_SECONDS)
-    site = next((PEERS / "lib").glob("python*/site-packages"))
-    (site / "product.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")) + "\n")
-    stamp.write_text(wanted)
 
 
 def make_assets(folder: Path) -> None:
@@ -285,7 +268,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load average": round(os.getloadavg()[0], 1),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in VERSIONS},
-        "peers": dict(line.split("==") for line in PEERS_LIST.read_text().splitlines() if "==" in line),
+        "peers": dict(line.split("==") for line in peers.REQUIREMENTS.read_text().splitlines() if "==" in line),
     }
 
 
@@ -334,7 +317,7 @@ def main() -> int:
     chosen = [b for b in known if (not options.only or b.module in options.only)]
     runnable = [b for b in chosen if not options.quick or b.quick is not None]
     if any(b.module == "data_throughput" for b in runnable):
-        make_peers()
+        peers.make_environment()
     if any(b.module == "recovery" for b in runnable):
         make_assets(assets)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
