@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.cli.options import open_store
 from isthmus.cluster.errors import EXPECTED_ERRORS
-from tests.unit.trainer.test_config_io import RECIPE
+from tests.unit.trainer.test_config_loading import RECIPE
 
 pytestmark = pytest.mark.unit
 
