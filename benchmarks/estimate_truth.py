@@ -21,8 +21,9 @@ from torch import Tensor
 
 from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.frozen.language import load_language
-from isthmus.model.objectives.communicator import LocalExchange
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_language
@@ -96,7 +97,12 @@ def steps(quick: bool) -> list[dict[str, Any]]:
         def step() -> None:
             model.zero_grad(set_to_none=True)
             model.loss_and_backward(
-                inputs, seed=0, step=0, micro_batch_size=ROWS, exchange=LocalExchange(), backward=Tensor.backward
+                inputs,
+                seed=0,
+                step=0,
+                micro_batch_size=ROWS,
+                communicator=LocalCommunicator(),
+                backward=Tensor.backward,
             )
 
         trainable = sum(p.numel() for p in model.trainable_parameters().values())

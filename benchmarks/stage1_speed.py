@@ -1,11 +1,11 @@
-"""Stage-1 step of the full Q-Former: the plain path against the path that saves work without changing the maths.
+"""Stage-1 step of the full Q-Former: the plain implementation of tests/reference against the product's.
 
 768 x 12, features 257 x 1408, 8 pairs, text padded to 32 with 8 to 16 real tokens, no dropout, fp32, one thread.
 CPU seconds (user and system) of both paths on the same weights, step by step in turn, so that what else the machine
 does falls on both; FLOPs as torch.utils.flop_counter sees them. Peak memory of each path in a process of its own: there
 every large block goes back to the system when it is freed, so the peak is of live memory, gradients included.
 
-Usage: python benchmarks/stage1_speed.py [--rounds 4]
+Usage: python -m benchmarks.stage1_speed [--rounds 4]
 """
 
 import argparse
@@ -23,16 +23,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.model.config import QFormerConfig
-from isthmus.model.objectives.communicator import LocalExchange
-from isthmus.model.objectives.losses import choose_hardest
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.savings import PLAIN, Savings
+from tests.reference import stage1 as plain
 
 LENGTHS = (14, 16, 8, 16, 9, 11, 8, 16)
-PATHS = {"plain": PLAIN, "fast": Savings()}
+PATHS = ("plain", "fast")
 TIME_LIMIT_SECONDS = 1800
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
 
 
 def _inputs() -> Stage1Inputs:
@@ -55,43 +56,47 @@ def _status_bytes(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def _model(path: str) -> Stage1Model:
+def _model() -> Stage1Model:
     torch.manual_seed(0)
-    qformer = QFormer(QFormerConfig(dropout=0.0), 1408, savings=PATHS[path])
-    return Stage1Model(None, qformer, choose_negatives=choose_hardest)
+    qformer = QFormer(QFormerConfig(dropout=0.0), 1408)
+    return Stage1Model(None, qformer, choose_negatives=plain.choose_hardest)
 
 
-def _step(model: Stage1Model, inputs: Stage1Inputs) -> dict[str, float]:
+def _step(path: str, model: Stage1Model, inputs: Stage1Inputs) -> dict[str, float]:
     model.zero_grad(set_to_none=True)
+    if path == "plain":
+        parts = plain.losses(model, inputs)
+        plain.total(model, parts).backward()
+        return {name: float(value.detach()) for name, value in parts._asdict().items()}
     output = model.loss_and_backward(
         inputs,
         seed=0,
         step=0,
         micro_batch_size=len(LENGTHS),
-        exchange=LocalExchange(),
+        communicator=LocalCommunicator(),
         backward=torch.Tensor.backward,
     )
     return {name: float(value) for name, value in output.parts.items()}
 
 
-def _seconds(model: Stage1Model, inputs: Stage1Inputs) -> float:
+def _seconds(path: str, model: Stage1Model, inputs: Stage1Inputs) -> float:
     start = time.process_time()
-    _step(model, inputs)
+    _step(path, model, inputs)
     return time.process_time() - start
 
 
 def measure_work(rounds: int) -> dict[str, dict[str, Any]]:
     """Return losses, FLOPs and CPU seconds of both paths, and under `gradients` how far theirs are apart."""
-    models, inputs = {path: _model(path) for path in PATHS}, _inputs()
+    models, inputs = {path: _model() for path in PATHS}, _inputs()
     results: dict[str, dict[str, Any]] = {path: {"seconds": []} for path in PATHS}
     for path, model in models.items():
         with FlopCounterMode(display=False) as counter:
-            results[path]["losses"] = _step(model, inputs)
+            results[path]["losses"] = _step(path, model, inputs)
         results[path]["flops"] = counter.get_total_flops()
     apart = _apart(*models.values())
     for _ in range(rounds):
         for path, model in models.items():
-            results[path]["seconds"].append(_seconds(model, inputs))
+            results[path]["seconds"].append(_seconds(path, model, inputs))
             model.zero_grad(set_to_none=True)
     return {**results, "gradients": apart}
 
@@ -111,9 +116,9 @@ def _apart(one: Stage1Model, other: Stage1Model) -> dict[str, float]:
 
 def measure_memory(path: str) -> dict[str, int]:
     """Return the peak that a step adds to this process, and what of it are gradients."""
-    model, inputs = _model(path), _inputs()
+    model, inputs = _model(), _inputs()
     before = _status_bytes("VmRSS")
-    _step(model, inputs)
+    _step(path, model, inputs)
     return {
         "peak_bytes": _status_bytes("VmHWM") - before,
         "gradient_bytes": sum(p.numel() * 4 for p in model.trainable_parameters().values()),
@@ -127,9 +132,9 @@ def seconds_in_own_process(path: str) -> float:
 
 def _in_own_process(option: str, path: str, environment: dict[str, str]) -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, __file__, option, path]
+    command = [sys.executable, "-m", "benchmarks.stage1_speed", option, path]
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, env=environment
+        command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, env=environment, cwd=ROOT
     )
     return json.loads(done.stdout)
 
@@ -171,6 +176,6 @@ if __name__ == "__main__":
     if arguments.memory:
         print(json.dumps(measure_memory(arguments.memory)))
     elif arguments.seconds:
-        print(json.dumps([_seconds(model, inputs) for model, inputs in 2 * [(_model(arguments.seconds), _inputs())]]))
+        print(json.dumps([_seconds(arguments.seconds, _model(), _inputs()) for _ in range(2)]))
     else:
         main(arguments.rounds)

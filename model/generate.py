@@ -1,4 +1,4 @@
-"""Text from images: captions and answers by the frozen language model, and the Q-Former's own image-text scores.
+"""Text from images: captions and answers by the frozen language model.
 
 Decoding is `transformers.generate` on embeddings: beams, sampling and the key-value cache are exactly what an exported
 model runs, so training samples and the exported model say the same. Where the language model is a ZeRO-3 partition,
@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
-from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage2 import Stage2Model
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 
@@ -109,34 +107,6 @@ def generate(
     return [encoder.decode(row[start:]) for row in new_ids_BT.tolist()]
 
 
-@torch.no_grad()
-def itc_score(model: Stage1Model, images: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Return the cosine of each image's best query with each text: images x texts."""
-    with evaluating(model):
-        image_BPD = images if images.dim() == 3 else _encode(model, images)
-        states = model.qformer.encode_images(image_BPD)
-        image_BQE = F.normalize(model.image_projection(states).float(), dim=-1)
-        text = model.qformer.list_tokens(input_ids_BT, attention_mask_BT)
-        text_BE = F.normalize(model.text_projection(model.qformer.text_pass(text)).float(), dim=-1)
-    return torch.einsum("iqe,te->itq", image_BQE, text_BE).amax(dim=-1)
-
-
-@torch.no_grad()
-def itm_score(
-    model: Stage1Model,
-    images: Tensor,
-    input_ids_MT: Tensor,
-    attention_mask_MT: Tensor,
-    image_index_M: Tensor | None = None,
-) -> Tensor:
-    """Return the probability that text m belongs to image `image_index_M[m]`; none: to image m."""
-    with evaluating(model):
-        image_BPD = images if images.dim() == 3 else _encode(model, images)
-        memory = model.qformer.image_memory(image_BPD)._replace(index_B=image_index_M)
-        logits_M2 = model.match(model.qformer.list_tokens(input_ids_MT, attention_mask_MT), memory)
-    return logits_M2.float().softmax(dim=-1)[:, 1]
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode for a while."""
@@ -146,13 +116,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _encode(model: Stage1Model, images_BCHW: Tensor) -> Tensor:
-    if model.vision is None:
-        raise ModelError("stage 1 was built without a vision encoder; give image features instead of images")
-    features: Tensor = model.vision(images_BCHW)
-    return features
 
 
 def _prompt_inputs(

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.formats.lavis import lavis_names, load_lavis
-from isthmus.model.objectives.communicator import Exchange, LocalExchange, ProcessGroupExchange
-from isthmus.model.objectives.losses import choose_hardest
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import Communicator, LocalCommunicator, ProcessGroupCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model, matching_mask, unimodal_mask
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.qformer.layers import Rows
+from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.savings import PLAIN, Savings
 from tests.ranks import run_ranks
+from tests.reference import stage1 as plain
 
 LOSS_TOLERANCE, INTERMEDIATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5, 1e-4
 # A parameter after six steps of AdamW with learning rate 1e-3: rounding is amplified where the gradient is nearly zero.
@@ -29,7 +32,6 @@ PARAMETER_TOLERANCE = 2e-5
 # Of the LM logits' largest value, beside the tolerance: the reference's own are 2.6e-5 off the same maths in double.
 LOGITS_ROUNDING = 1e-6
 LOSSES = {"itc": "loss_itc", "itm": "loss_itm", "itg": "loss_lm"}
-SAVINGS = {"fast": Savings(), "plain": PLAIN}
 
 
 class Deviation(NamedTuple):
@@ -58,7 +60,7 @@ class Reference:
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.folder / f"{name}.safetensors")
 
-    def model(self, savings: Savings | None = None, **loss: Any) -> Stage1Model:
+    def model(self, **loss: Any) -> Stage1Model:
         sizes = self.config
         config = QFormerConfig(
             hidden_size=sizes["hidden_size"],
@@ -75,8 +77,8 @@ class Reference:
             dropout=0.0,
         )
         loss_config = Stage1LossConfig(label_smoothing=sizes["label_smoothing"], **loss)
-        qformer = QFormer(config, sizes["vision_width"], savings=savings)
-        model = Stage1Model(None, qformer, loss_config, choose_hardest)
+        qformer = QFormer(config, sizes["vision_width"])
+        model = Stage1Model(None, qformer, loss_config, plain.choose_hardest)
         load_lavis(model, self.tensors("weights"))
         return model
 
@@ -98,7 +100,11 @@ def in_double(inputs: Stage1Inputs) -> Stage1Inputs:
 
 
 def losses_and_gradients(
-    model: Stage1Model, inputs: Stage1Inputs, size: int, exchange: Exchange | None = None, calls: list | None = None
+    model: Stage1Model,
+    inputs: Stage1Inputs,
+    size: int,
+    communicator: Communicator | None = None,
+    calls: list | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the losses and the gradients of this rank under the original's names; list the backward calls."""
     model.zero_grad()
@@ -108,15 +114,23 @@ def losses_and_gradients(
         seed=0,
         step=0,
         micro_batch_size=size,
-        exchange=exchange or LocalExchange(),
+        communicator=communicator or LocalCommunicator(),
         backward=lambda loss: calls.append(loss.backward()),
     )
-    parameters = model.trainable_parameters()
-    gradients = {
-        theirs: torch.zeros_like(parameters[ours]) if parameters[ours].grad is None else parameters[ours].grad.clone()
-        for ours, theirs in lavis_names(model).items()
-    }
-    return {LOSSES[name]: float(value) for name, value in output.parts.items()}, gradients
+    return {LOSSES[name]: float(value) for name, value in output.parts.items()}, _gradients(model)
+
+
+def plain_losses_and_gradients(model: Stage1Model, inputs: Stage1Inputs) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return what the plain implementation makes of the same weights and rows."""
+    model.zero_grad()
+    parts = plain.losses(model, inputs)
+    plain.total(model, parts).backward()
+    return {LOSSES[name]: float(value.detach()) for name, value in parts._asdict().items()}, _gradients(model)
+
+
+def _gradients(model: Stage1Model) -> dict[str, Tensor]:
+    parameters = {theirs: model.trainable_parameters()[ours] for ours, theirs in lavis_names(model).items()}
+    return {n: torch.zeros_like(x) if x.grad is None else x.grad.clone() for n, x in parameters.items()}
 
 
 def check_stage1(folder: Path) -> Iterator[Deviation | str]:
@@ -145,53 +159,83 @@ def check_stage1(folder: Path) -> Iterator[Deviation | str]:
 @torch.no_grad()
 def _intermediates(reference: Reference) -> Iterator[Deviation]:
     expected, inputs = reference.tensors("case1_intermediates"), reference.rows()
-    results = reference.results["case1_world1"]
-    for kind, savings in SAVINGS.items():
-        model = reference.model(savings)
-        found = intermediates(model, inputs, *(torch.tensor(results[f"neg_{x}_idx"]) for x in ("image", "text")))
-        for name, value in found.items():
-            if name in expected:
-                yield Deviation(f"case 1 {kind}: {name}", _largest(value, expected[name]), INTERMEDIATE_TOLERANCE)
-        text = model.qformer.list_tokens(inputs.input_ids_BT, inputs.attention_mask_BT)
-        memory = model.encode(inputs.image_BPD, inputs.input_ids_BT, inputs.attention_mask_BT).states.memory
-        states = model.qformer.causal_pass(text, memory)
-        real_BT = inputs.attention_mask_BT.bool()
-        before_BT = torch.cat([real_BT[:, 1:], torch.zeros_like(real_BT[:, :1])], dim=1)
-        logits_KV = expected["lm_logits"][before_BT]
-        deviation = _largest(model.qformer.target_logits(states), logits_KV, rounding=LOGITS_ROUNDING)
-        yield Deviation(f"case 1 {kind}: lm_logits", deviation, INTERMEDIATE_TOLERANCE)
+    results, model = reference.results["case1_world1"], reference.model()
+    negatives = [torch.tensor(results[f"neg_{x}_idx"]) for x in ("image", "text")]
+    followed_BT = inputs.attention_mask_BT[:, 1:].bool()
+    expected["lm_logits"] = expected["lm_logits"][:, :-1][followed_BT]
+    for kind, intermediates in (("fast", _fast_intermediates), ("plain", _plain_intermediates)):
+        for name, value in intermediates(model, inputs, *negatives).items():
+            rounding = LOGITS_ROUNDING if name == "lm_logits" else 0.0
+            deviation = _largest(value, expected[name], rounding=rounding)
+            yield Deviation(f"case 1 {kind}: {name}", deviation, INTERMEDIATE_TOLERANCE)
 
 
-def intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, text_B: Tensor) -> dict[str, Tensor]:
-    """Return the reference's intermediate values with the given negatives."""
-    ids_BT, mask_BT = inputs.input_ids_BT, inputs.attention_mask_BT
-    encoded = model.encode(inputs.image_BPD, ids_BT, mask_BT)
-    similarity_BQB = encoded.image_BQE @ encoded.text_BE.T / model.temperature
+def _fast_intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, text_B: Tensor) -> dict[str, Tensor]:
+    """Return the reference's intermediate values with the given negatives, as the product computes them."""
+    ids_BT, mask_BT, qformer = inputs.input_ids_BT, inputs.attention_mask_BT, model.qformer
+    assert inputs.image_BPD is not None
+    image_kv, text = qformer.image_kv(inputs.image_BPD), pack_captions(ids_BT, mask_BT)
+    encoded = model.encode(text, image_kv, qformer.tied_embedding())
+    embedded = Rows(None, model.embed_text(text), text.packing)
     own_B = torch.arange(len(ids_BT))
     texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
-    memory = encoded.memory._replace(index_B=images_M)
-    hidden = model.qformer.multimodal_pass(model.qformer.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory)
+    pairs, seen = pack_captions(ids_BT[texts_M], mask_BT[texts_M]), image_kv.select(images_M).layers
+    start = Rows(qformer.queries(len(texts_M)), model.embed_text(pairs), pairs.packing)
     return {
-        "query_hidden": encoded.states.hidden_BQD,
-        "text_cls_hidden": model.qformer.text_pass(model.qformer.list_tokens(ids_BT, mask_BT)),
-        "image_feats": encoded.image_BQE,
-        "text_feat": encoded.text_BE,
+        "query_hidden": qformer.encode_images(inputs.image_BPD),
+        "text_cls_hidden": qformer(embedded, unimodal_mask(text.real_BT), kept_K=text.first_B).text_ND,
+        **_similarities(model, encoded.image_BQE, encoded.text_BE),
+        "itm_query_hidden": qformer(
+            start, matching_mask(pairs.real_BT, qformer.config.num_queries), seen, kept_K=pairs.first_B
+        ).query_BQD,
+        "itm_logits": model.match(pairs, model.embed_text(pairs), seen),
+        "lm_logits": qformer.language_head(encoded.source_KD, qformer.word_embeddings.weight),
+    }
+
+
+def _plain_intermediates(
+    model: Stage1Model, inputs: Stage1Inputs, image_B: Tensor, text_B: Tensor
+) -> dict[str, Tensor]:
+    """Return the same values as the plain implementation computes them."""
+    ids_BT, real_BT, qformer = inputs.input_ids_BT, inputs.attention_mask_BT.bool(), model.qformer
+    image_BPC = qformer.ln_vision(inputs.image_BPD)
+    image, text_BTD = plain.query_pass(qformer, image_BPC), plain.text_pass(qformer, ids_BT, real_BT)
+    image_BQE = F.normalize(model.image_projection(image.rows_BLD), dim=-1)
+    text_BE = F.normalize(model.text_projection(text_BTD[:, 0]), dim=-1)
+    own_B = torch.arange(len(ids_BT))
+    texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
+    pairs = (ids_BT[texts_M], real_BT[texts_M], image_BPC[images_M])
+    return {
+        "query_hidden": image.rows_BLD,
+        "text_cls_hidden": text_BTD[:, 0],
+        **_similarities(model, image_BQE, text_BE),
+        "itm_query_hidden": plain.multimodal_pass(qformer, *pairs),
+        "itm_logits": plain.match(model, *pairs),
+        "lm_logits": plain.generate(qformer, ids_BT, real_BT, image.inputs)[:, :-1][real_BT[:, 1:]],
+    }
+
+
+def _similarities(model: Stage1Model, image_BQE: Tensor, text_BE: Tensor) -> dict[str, Tensor]:
+    similarity_BQB = image_BQE @ text_BE.T / model.temperature
+    return {
+        "image_feats": image_BQE,
+        "text_feat": text_BE,
         "sim_i2t": similarity_BQB.amax(dim=1),
         "sim_t2i": similarity_BQB.amax(dim=1).T,
-        "itm_query_hidden": hidden,
-        "itm_logits": model.match(model.qformer.list_tokens(ids_BT[texts_M], mask_BT[texts_M]), memory),
     }
 
 
 def _case1(reference: Reference) -> Iterator[Deviation]:
-    expected = reference.tensors("case1_grads")
+    expected, wanted = reference.tensors("case1_grads"), reference.results["case1_world1"]["losses"]
     rows = len(reference.inputs["input_ids"])
-    for kind, savings in SAVINGS.items():
-        for size in (rows, max(1, rows // 3), 1):
-            losses, gradients = losses_and_gradients(reference.model(savings), reference.rows(), size)
-            case = f"case 1 {kind}, micro-batches of {size}"
-            yield _losses(case, losses, reference.results["case1_world1"]["losses"])
-            yield gradient_deviation(case, gradients, expected)
+    found = {
+        f"case 1 fast, micro-batches of {size}": losses_and_gradients(reference.model(), reference.rows(), size)
+        for size in (rows, rows - 1, max(1, rows // 2), max(1, rows // 3), 1)
+    }
+    found["case 1 plain"] = plain_losses_and_gradients(reference.model(), reference.rows())
+    for case, (losses, gradients) in found.items():
+        yield _losses(case, losses, wanted)
+        yield gradient_deviation(case, gradients, expected)
 
 
 def _per_loss(reference: Reference) -> Iterator[Deviation]:
@@ -236,10 +280,12 @@ def _case2(reference: Reference) -> Iterator[Deviation]:
 def two_ranks(rank: int, world_size: int, folder: str) -> tuple[dict[str, float], dict[str, Any]]:
     """Return the contrast and matching losses and the gradients summed over the ranks."""
     del world_size
-    reference, exchange = Reference(Path(folder)), ProcessGroupExchange()
+    reference, communicator = Reference(Path(folder)), ProcessGroupCommunicator()
     rows = reference.config["rank_rows"][rank]
-    losses, gradients = losses_and_gradients(reference.model(itg_weight=0.0), reference.rows(rows), len(rows), exchange)
-    return losses, {name: exchange.all_reduce_sum(value).numpy() for name, value in gradients.items()}
+    losses, gradients = losses_and_gradients(
+        reference.model(itg_weight=0.0), reference.rows(rows), len(rows), communicator
+    )
+    return losses, {name: communicator.all_reduce_sum(value).numpy() for name, value in gradients.items()}
 
 
 def _case4(reference: Reference) -> Iterator[Deviation]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.frozen.language import load_language
-from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
 from isthmus.model.qformer.qformer import QFormer
 
@@ -56,7 +56,12 @@ def check_stage2(folder: Path) -> Iterator[Deviation | str]:
     for size in (len(rows), 1):
         model.zero_grad()
         loss = model.loss_and_backward(
-            batch, seed=0, step=0, micro_batch_size=size, exchange=LocalExchange(), backward=lambda x: x.backward()
+            batch,
+            seed=0,
+            step=0,
+            micro_batch_size=size,
+            communicator=LocalCommunicator(),
+            backward=lambda x: x.backward(),
         ).total
         yield Deviation(f"loss, micro-batches of {size}", abs(float(loss) - results["loss"]), LOSS_TOLERANCE)
         if not (folder / "grads.safetensors").exists():

@@ -11,7 +11,7 @@ from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import load_vision
-from isthmus.model.objectives.communicator import Exchange, LocalExchange, ProcessGroupExchange
+from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage2 import Stage2Model
 from isthmus.model.qformer.bert_init import load_bert
@@ -60,7 +60,7 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     task = Stage1Task(
-        model, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
+        model, make_communicator(), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
     )
     return Parts(task, encoder)
 
@@ -77,14 +77,9 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     task = Stage2Task(
-        model, encoder, make_exchange(rank), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
+        model, encoder, make_communicator(), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
     )
     return Parts(task, encoder)
-
-
-def make_exchange(rank: Rank) -> Exchange:
-    """Return the communication of the rows of a global batch."""
-    return ProcessGroupExchange() if rank.world_size > 1 else LocalExchange()
 
 
 @contextmanager

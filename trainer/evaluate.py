@@ -16,7 +16,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.formats.assemble import load_captioner
 from isthmus.model.formats.native import DESCRIPTION
 from isthmus.model.generate import answer, evaluating
-from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder
 from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.reader import list_checkpoints
@@ -120,7 +120,7 @@ def evaluate_export(url: str, data: str, out: Path, store: ObjectStore, *, num_s
         )
     model, encoder = load_captioner(local_folder(url, store))
     device = select_device(alone)
-    task = Stage2Task(model.to(device), encoder, LocalExchange(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
+    task = Stage2Task(model.to(device), encoder, LocalCommunicator(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
     plain = DataConfig(sources=(SourceConfig(manifest=data),), lanes=1)
     subject = _Subject(url, task, encoder, Precision(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
     return _report(subject, data, out, store, alone, num_samples)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
-from isthmus.model.objectives.stage1 import Stage1Inputs
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
 from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.result import EvalResult
@@ -33,6 +33,6 @@ class Stage1Task(Task):
 
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
         """Return recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
-        evaluation = RetrievalEvaluation(self.model, precision, self._exchange, config)
+        evaluation = RetrievalEvaluation(self.model, precision, self._communicator, config)
         with evaluating(self.model):
             return evaluation.run((batch, self.inputs(batch)) for batch in batches)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
-from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage2 import Stage2Inputs
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
@@ -22,10 +22,10 @@ class Stage2Task(Task):
     name: ClassVar[StageName] = "stage2"
 
     def __init__(
-        self, model: Any, encoder: LanguageEncoder, exchange: Exchange, *, run_seed: int, micro_batch_size: int
+        self, model: Any, encoder: LanguageEncoder, communicator: Communicator, *, run_seed: int, micro_batch_size: int
     ) -> None:
         """`encoder` turns generated tokens into text."""
-        super().__init__(model, exchange, run_seed=run_seed, micro_batch_size=micro_batch_size)
+        super().__init__(model, communicator, run_seed=run_seed, micro_batch_size=micro_batch_size)
         self._encoder = encoder
 
     def inputs(self, batch: Batch) -> Stage2Inputs:
@@ -41,7 +41,7 @@ class Stage2Task(Task):
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
         """Return CIDEr-D, BLEU-4, exact matches, and the loss with the right and with a wrong image. Collective."""
         evaluation = CaptionEvaluation(
-            self.model, precision, self._encoder, self._exchange, config, self._micro_batch_size
+            self.model, precision, self._encoder, self._communicator, config, self._micro_batch_size
         )
         with evaluating(self.model):
             return evaluation.run((batch, self.inputs(batch)) for batch in batches)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
 from isthmus.trainer.engine.engine import Engine, Precision
@@ -20,10 +20,10 @@ class Task(ABC):
 
     name: ClassVar[StageName]
 
-    def __init__(self, model: Any, exchange: Exchange, *, run_seed: int, micro_batch_size: int) -> None:
+    def __init__(self, model: Any, communicator: Communicator, *, run_seed: int, micro_batch_size: int) -> None:
         """`model`: a module with `trainable_parameters` and `loss_and_backward`."""
         self.model = model
-        self._exchange = exchange
+        self._communicator = communicator
         self._run_seed = run_seed
         self._micro_batch_size = micro_batch_size
 
@@ -43,7 +43,7 @@ class Task(ABC):
 
     def train_step(self, batch: Batch, engine: Engine) -> LossOutput:
         """Compute the losses of the global batch and add their gradients to the engine. Collective."""
-        seed_step(self._run_seed, self.name, batch.step, self._exchange.rank)
+        seed_step(self._run_seed, self.name, batch.step, self._communicator.rank)
         return self.loss_and_backward(batch, engine.precision, engine.backward)
 
     def loss_and_backward(self, batch: Batch, precision: Precision, backward: Any) -> LossOutput:
@@ -55,7 +55,7 @@ class Task(ABC):
                 seed=stage_seed(self._run_seed, self.name),
                 step=batch.step,
                 micro_batch_size=self._micro_batch_size,
-                exchange=self._exchange,
+                communicator=self._communicator,
                 backward=backward,
             )
         return output

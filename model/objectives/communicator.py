@@ -1,50 +1,62 @@
 """How rows of the global batch meet: the only communication that the model itself asks for.
 
 Gradients never travel here: features are exchanged detached, and each rank differentiates its own share of the loss.
-Letters: B rows on this rank, N rows of all ranks, W ranks.
+Letters: B rows of each rank, N rows of all ranks, W ranks, M rows that a rank asks for.
 """
 
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Its new name from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-class Exchange(Protocol):
+
+class Communicator(Protocol):
     """Communication among the ranks that share a global batch. Every method is collective and carries no gradient."""
 
     rank: int
     world_size: int
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate all ranks' `x` in rank order; only the first dimension may differ between ranks."""
+    def all_gather(self, x_B: Tensor) -> Tensor:
+        """Concatenate all ranks' `x_B`, of the same shape on all, in rank order."""
+        ...
+
+    def all_gather_uneven(self, x: Tensor) -> Tensor:
+        """As `all_gather`, but the first dimension may differ between ranks; waits for the device."""
         ...
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks."""
         ...
 
-    def all_to_all_rows(self, x_B: Tensor, wanted: Tensor) -> Tensor:
-        """Return rows of other ranks' `x_B`, and send only what was asked for.
+    def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
+        """Return rows of all ranks' `x_B`, sending only those that were asked for.
 
         Args:
-            x_B: this rank's rows; the same trailing shape and type on all ranks.
-            wanted: int64, places in the concatenation of all ranks' rows, in any order.
+            x_B: this rank's rows; the same shape and type on all ranks.
+            index_M: int64, places in the concatenation of all ranks' rows, in any order; as many on all ranks.
 
         Returns:
-            One row per entry of `wanted`, in its order.
+            One row per entry of `index_M`, in its order.
         """
         ...
 
 
-class LocalExchange:
+class LocalCommunicator:
     """One process, with or without a process group: nothing is sent."""
 
     rank = 0
     world_size = 1
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x_B: Tensor) -> Tensor:
+        """Return `x_B`, detached."""
+        return x_B.detach()
+
+    def all_gather_uneven(self, x: Tensor) -> Tensor:
         """Return `x`, detached."""
         return x.detach()
 
@@ -52,12 +64,12 @@ class LocalExchange:
         """Return `x`, detached."""
         return x.detach()
 
-    def all_to_all_rows(self, x_B: Tensor, wanted: Tensor) -> Tensor:
-        """Return the wanted rows."""
-        return x_B.detach().index_select(0, wanted)
+    def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
+        """Return the rows asked for."""
+        return x_B.detach().index_select(0, index_M)
 
 
-class ProcessGroupExchange:
+class ProcessGroupCommunicator:
     """Ranks of a torch.distributed group (gloo or NCCL).
 
     `bytes_received` counts what reached this rank from others, by method, since the start.
@@ -69,15 +81,20 @@ class ProcessGroupExchange:
         self.world_size = dist.get_world_size(group)
         self.bytes_received = {"all_gather": 0, "all_reduce_sum": 0, "all_to_all_rows": 0}
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x_B: Tensor) -> Tensor:
+        """Concatenate all ranks' `x_B`, of the same shape on all, in rank order."""
+        x_B = x_B.detach().contiguous()
+        x_N = x_B.new_empty(self.world_size * x_B.shape[0], *x_B.shape[1:])
+        _all_gather(x_N, x_B, group=self._group)
+        self.bytes_received["all_gather"] += x_B.nbytes * (self.world_size - 1)
+        return x_N
+
+    def all_gather_uneven(self, x: Tensor) -> Tensor:
         """Gather the sizes, then the rows, padded to the largest rank's."""
-        sizes = self._sizes(x.shape[0], x.device)
-        longest = max(sizes)
-        padded = x.new_zeros(longest, *x.shape[1:])
+        sizes: list[int] = self.all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: x.shape[0]] = x.detach()
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded, group=self._group)
-        self.bytes_received["all_gather"] += padded.nbytes * (self.world_size - 1)
+        gathered = torch.split(self.all_gather(padded), max(sizes)) if max(sizes) else [padded] * len(sizes)
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
@@ -87,36 +104,30 @@ class ProcessGroupExchange:
         self.bytes_received["all_reduce_sum"] += total.nbytes
         return total
 
-    def all_to_all_rows(self, x_B: Tensor, wanted: Tensor) -> Tensor:
-        """Ask each rank for its rows, once each, and get them."""
-        x_B = x_B.detach()
-        sizes = self._sizes(x_B.shape[0], x_B.device)
-        starts = torch.tensor([0, *sizes], device=x_B.device).cumsum(0)
-        unique, back = torch.unique(wanted, return_inverse=True)
-        bounds = torch.searchsorted(unique, starts)
-        own = slice(*bounds[self.rank : self.rank + 2].tolist())
-        asked_W = bounds.diff()
-        asked_W[self.rank] = 0
-        asked_WW = self._stack(asked_W)
-        asks, serves = asked_WW[self.rank].tolist(), asked_WW[:, self.rank].tolist()
-        requests = self._send(torch.cat([unique[: own.start], unique[own.stop :]]), asks, serves)
-        received = self._send(x_B.index_select(0, requests - starts[self.rank]), serves, asks)
-        self.bytes_received["all_to_all_rows"] += received.nbytes + requests.nbytes
-        kept = x_B.index_select(0, unique[own] - starts[self.rank])
-        return torch.cat([received[: own.start], kept, received[own.start :]]).index_select(0, back)
+    def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
+        """Tell all ranks what each one asks for, then send each row at most once to each rank.
 
-    def _send(self, rows: Tensor, counts: list[int], arriving: list[int]) -> Tensor:
-        """Send the first `counts[0]` rows to rank 0 and so on; return the `arriving` rows in rank order."""
-        result = rows.new_empty(sum(arriving), *rows.shape[1:])
-        dist.all_to_all_single(result, rows.contiguous(), arriving, counts, group=self._group)
-        return result
+        How many rows travel depends on the data: reading that is the one wait for the device in a step.
+        """
+        x_B, rows = x_B.detach(), len(x_B)
+        asked = [np.unique(x) for x in self.all_gather(index_M).cpu().numpy().reshape(self.world_size, -1)]
+        own = self.rank * rows
+        sent = [x[(x >= own) & (x < own + rows) & (rank != self.rank)] - own for rank, x in enumerate(asked)]
+        received = np.bincount(asked[self.rank] // rows, minlength=self.world_size)
+        received[self.rank] = 0
+        outgoing = x_B.index_select(0, torch.from_numpy(np.concatenate(sent)).to(x_B.device))
+        incoming = x_B.new_empty(int(received.sum()), *x_B.shape[1:])
+        dist.all_to_all_single(incoming, outgoing, received.tolist(), [len(x) for x in sent], group=self._group)
+        self.bytes_received["all_to_all_rows"] += incoming.nbytes
+        # `incoming` is sorted by place, as the ranks are: own rows are put where they belong among them.
+        before = int(received[: self.rank].sum())
+        place_M = torch.searchsorted(torch.from_numpy(asked[self.rank]).to(index_M.device), index_M)
+        mine = asked[self.rank][asked[self.rank] // rows == self.rank] - own
+        kept = x_B.index_select(0, torch.from_numpy(mine).to(x_B.device))
+        return torch.cat([incoming[:before], kept, incoming[before:]]).index_select(0, place_M)
 
-    def _sizes(self, size: int, device: torch.device) -> list[int]:
-        sizes: list[int] = self._stack(torch.tensor([size], device=device))[:, 0].tolist()
-        return sizes
 
-    def _stack(self, row: Tensor) -> Tensor:
-        """Gather small integers of all ranks, one row per rank."""
-        gathered = [torch.empty_like(row) for _ in range(self.world_size)]
-        dist.all_gather(gathered, row, group=self._group)
-        return torch.stack(gathered)
+def make_communicator() -> Communicator:
+    """Return a communicator over the default process group where it has several ranks."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return ProcessGroupCommunicator() if several else LocalCommunicator()

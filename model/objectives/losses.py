@@ -54,23 +54,25 @@ def text_image_similarity(image_BQE: Tensor, text_NE: Tensor) -> Tensor:
     return similarity_BQN.amax(dim=1)
 
 
-def same_identity(own_B: Tensor, all_N: Tensor) -> Tensor:
-    """Return where the identities are equal, bool B, N."""
-    return own_B[:, None] == all_N[None, :]
-
-
 def text_identity(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return a 64-bit hash of each text's tokens, whatever its padding."""
     places_T = _mix(torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device))
     return (_mix(ids_BT.long() ^ places_T) * mask_BT.long()).sum(dim=1)
 
 
-def contrastive_loss(logits_BN: Tensor, positive_BN: Tensor, smoothing: float) -> Tensor:
-    """Return the summed cross-entropy against targets spread evenly over the positives, then smoothed over all N."""
+def contrastive_loss(
+    logits_BN: Tensor, positive_BN: Tensor, valid_B: Tensor, valid_N: Tensor, smoothing: float
+) -> Tensor:
+    """Return the summed cross-entropy of valid rows against targets spread evenly over their positives.
+
+    The targets are then smoothed over all valid columns; the others are no candidates.
+    """
     positive_BN = positive_BN.to(logits_BN.dtype)
-    spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True)
-    target_BN = (1 - smoothing) * spread_BN + smoothing / max(logits_BN.shape[1], 1)
-    return -(target_BN * F.log_softmax(logits_BN, dim=1)).sum()
+    spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True).clamp_min(1)
+    uniform_N = valid_N.to(logits_BN.dtype) / valid_N.sum().clamp_min(1)
+    log_BN = F.log_softmax(logits_BN.masked_fill(~valid_N, -torch.inf), dim=1).masked_fill(~valid_N, 0.0)
+    loss_B = -(((1 - smoothing) * spread_BN + smoothing * uniform_N) * log_BN).sum(dim=1)
+    return loss_B.masked_fill(~valid_B, 0.0).sum()
 
 
 def matching_loss(logits_M2: Tensor, labels_M: Tensor, counted_M: Tensor) -> Tensor:
@@ -83,21 +85,17 @@ def generation_loss(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> T
     return F.cross_entropy(logits_NV, targets_N, label_smoothing=smoothing, reduction="sum")
 
 
-def choose_hardest(draw: NegativeDraw) -> Tensor:
-    """Choose each row's most similar candidate."""
-    return draw.scores_BN.argmax(dim=1)
-
-
 def draw_negatives(draw: NegativeDraw) -> Tensor:
     """Draw each row's negative with probability softmax(scores): the argmax of scores + Gumbel noise.
 
     The noise is a function of (seed, step, direction, row of the anchor, row of the candidate), so neither ranks nor
     micro-batches change the draw.
     """
-    place = torch.tensor([2 * draw.step + draw.direction], device=draw.rows_B.device)
+    place = torch.full_like(draw.rows_B[:1], 2 * draw.step + draw.direction)
     key = _mix(_mix(torch.full_like(place, draw.seed)) ^ place)
     noise_BN = _mix(_mix(key ^ draw.rows_B[:, None]) ^ draw.rows_N[None, :])
-    uniform_BN = ((noise_BN >> 11 & (1 << 53) - 1).double() + 0.5) / (1 << 53)
+    # 52 bits: with 53 the largest would round to 1, whose noise is infinite.
+    uniform_BN = ((noise_BN >> 12 & (1 << 52) - 1).double() + 0.5) / (1 << 52)
     gumbel_BN = -(-uniform_BN.log()).log()
     return (draw.scores_BN.double() + gumbel_BN).argmax(dim=1)
 

@@ -1,18 +1,23 @@
-"""Stage 1: the Q-Former learns to see with contrast, matching and grounded generation (BLIP-2, section 3.2).
+"""Stage 1: the Q-Former learns to see by contrast, matching and grounded generation (BLIP-2, section 3.2).
 
-The loss belongs to the global batch. Contrast and negatives need the features of all rows, so a step has two halves:
-features of every micro-batch, detached, give the global contrast with its gradient and the negatives; then each
-micro-batch runs with gradients and continues backward from the contrast's (Gao et al., 2021, "Scaling deep contrastive
-learning batch size under memory limited setup"). With one micro-batch the first half's graph is kept and nothing is
-computed twice.
+The loss belongs to the global batch. Contrast and hard negatives need the features of all its rows, so a step has two
+passes (GradCache; Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
 
-Letters: B rows of this rank, b rows of a micro-batch, Q queries, P patches, C feature width, T text tokens,
-E projection width, M pairs.
+1. Features of every micro-batch without a graph. The contrast of all of them gives its loss, the gradient with respect
+   to each feature (the cache), and the negatives.
+2. Each micro-batch again, with a graph: matching and generation, and backward from the cached gradients. With a single
+   micro-batch the graph of the first pass is kept and nothing is computed twice.
+
+Dropout masks are a function of (seed, step, rank, micro-batch, pass), so both passes draw the same and a resumed run
+repeats its steps. Another split into ranks or micro-batches draws other masks; negatives do not change.
+
+Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, Q queries, P patches, C feature width,
+T text tokens, E projection width, M = 3b pairs, K tokens that predict the next one, D width, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,56 +26,38 @@ from torch import Tensor, nn
 from isthmus.model.config import Stage1LossConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.vision import VisionEncoder
-from isthmus.model.objectives.communicator import Exchange
-from isthmus.model.objectives.losses import LossOutput, NegativeChooser, draw_negatives
-from isthmus.model.objectives.stage1_step import Stage1Step
-from isthmus.model.qformer.layers import ImageMemory
-from isthmus.model.qformer.packing import TextRows
-from isthmus.model.qformer.qformer import CausalStates, QFormer, QueryStates
-from isthmus.model.qformer.tied_embedding import Words
+from isthmus.model.objectives.communicator import Communicator
+from isthmus.model.objectives.contrastive import Contrast, GlobalBatch, contrast_step, gather_batch
+from isthmus.model.objectives.graph_cut import GraphCut
+from isthmus.model.objectives.losses import (
+    LossOutput,
+    NegativeChooser,
+    draw_negatives,
+    generation_loss,
+    matching_loss,
+    text_identity,
+)
+from isthmus.model.objectives.matching_pairs import MatchingPairs, choose_negatives, fetch_pairs
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.qformer.layers import KV, ImageKV, PairKV, Rows
+from isthmus.model.qformer.packing import PackedCaptions, PackedText, Packing
+from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.qformer.tied_embedding import TiedEmbedding
 
 Backward = Callable[[Tensor], None]
 
 
-@dataclass(frozen=True)
-class Stage1Inputs:
-    """One rank's rows of a step: images or their features, and WordPiece tokens."""
+class Encoded(NamedTuple):
+    """What ITC and ITG read of a micro-batch."""
 
-    input_ids_BT: Tensor
-    """int64, [CLS] first, right-padded."""
-    attention_mask_BT: Tensor
-    """1: a token, 0: padding."""
-    valid_B: Tensor
-    """bool; False: the row takes part in no loss, neither as anchor nor as candidate."""
-    rows_B: Tensor
-    """int64, row in the global batch."""
-    image_ids_B: Tensor | None = None
-    """int64; rows with equal ids show the same image. None: every row is its own image."""
-    images_BCHW: Tensor | None = None
-    """Float, normalised."""
-    image_BPD: Tensor | None = None
-    """Features of the vision encoder, instead of images."""
-
-    def at(self, rows: Tensor | slice) -> "Stage1Inputs":
-        """Return some of the rows."""
-        values: dict[str, Any] = vars(self)
-        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the first half of a micro-batch leaves; with a graph if it was built with gradients."""
-
-    memory: ImageMemory
-    states: QueryStates
     image_BQE: Tensor
     """Unit vectors, at least fp32."""
     text_BE: Tensor
     """Unit vectors, at least fp32."""
-    words: Words
-    """For what else the micro-batch reads of the word embeddings."""
-    written: CausalStates | None = None
-    """Of a joint pass: what the language head reads; `states` then hold no memory."""
+    source_KD: Tensor
+    """States that predict the next token."""
+    target_K: Tensor
+    """Those tokens."""
 
 
 class Stage1Model(nn.Module):
@@ -120,28 +107,52 @@ class Stage1Model(nn.Module):
         features: Tensor = self.vision(inputs.images_BCHW)
         return features
 
-    def encode(self, image_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, jointly: bool = False) -> Encoded:
-        """Run the query pass and the text pass; images beyond the texts' number only get cross-attention memory.
+    def encode(self, text: PackedCaptions, image_kv: ImageKV, words: TiedEmbedding) -> Encoded:
+        """Run the passes of contrast and generation as one sequence: queries, text, and the text as decoder input.
 
-        `jointly`: the causal pass too, all in one.
+        The decoder input begins with [DEC] and leaves out each text's last token, which is only a target.
         """
-        qformer, written = self.qformer, None
-        memory, text, words = qformer.image_memory(image_BPC), qformer.list_tokens(ids_BT, mask_BT), qformer.words()
-        if jointly:
-            states, text_BD, written = qformer.joint_pass(text, memory, words)
-        else:
-            states, text_BD = qformer.query_pass(memory, len(ids_BT)), qformer.text_pass(text, words)
-        image_BQE = _unit_vectors(self.image_projection(states.hidden_BQD))
-        return Encoded(memory, states, image_BQE, _unit_vectors(self.text_projection(text_BD)), words, written)
+        qformer, length = self.qformer, text.length
+        ids, token_N, source_K = text.ids_BT.flatten(), text.token_N, text.source_K
+        decoder_ids_K = ids[source_K].masked_fill(source_K % length == 0, qformer.decoder_start_id)
+        ids_L, place_L = torch.cat([ids[token_N], decoder_ids_K]), torch.cat([token_N, source_K])
+        embedded_LD = qformer.embed(ids_L, place_L % length, words)
+        # Each row has 2T places: the text's, then the decoder input's.
+        index_L = place_L + place_L // length * length
+        index_L = index_L + length * (torch.arange(len(index_L), device=ids.device) >= len(token_N))
+        packing = Packing(index_L, text.batch, 2 * length)
+        mask = contrast_and_generation_mask(text.real_BT, qformer.config.num_queries)
+        # Read afterwards: each text's first token, and all of the decoder input.
+        kept = torch.cat([text.first_B, torch.arange(len(token_N), len(index_L), device=ids.device)])
+        start = Rows(qformer.queries(text.batch), qformer.drop(embedded_LD), packing)
+        end = qformer(start, mask, image_kv.layers, kept)
+        first_BD, source_KD = torch.split(end.text_ND, [text.batch, len(source_K)])
+        image_BQE = _unit_vectors(self.image_projection(end.query_BQD))
+        return Encoded(image_BQE, _unit_vectors(self.text_projection(first_BD)), source_KD, ids[source_K + 1])
 
-    def match(self, text: TextRows, memory: ImageMemory, embedded_ND: Tensor | None = None) -> Tensor:
-        """Return matching logits of M pairs (no match, match): text m and image `memory.index_B[m]`.
-
-        `embedded_ND`: the Q-Former's `embed` of the text, where the caller has it.
-        """
-        hidden_MQD = self.qformer.multimodal_pass(text, memory, embedded_ND)
-        logits_M2: Tensor = self.itm_head(hidden_MQD).mean(dim=1)
+    def match(self, text: PackedText, embedded_ND: Tensor, image: Sequence[KV | PairKV]) -> Tensor:
+        """Return matching logits (no match, match) of M pairs, M, 2: text m, and the image that row m attends to."""
+        queries = self.qformer.queries(text.batch)
+        mask = matching_mask(text.real_BT, queries.shape[1])
+        start = Rows(queries, self.qformer.drop(embedded_ND), text.packing)
+        end = self.qformer(start, mask, image, kept_K=text.token_N[:0])
+        logits_M2: Tensor = self.itm_head(end.query_BQD).mean(dim=1)
         return logits_M2
+
+    def embed_text(self, text: PackedText, words: TiedEmbedding | None = None) -> Tensor:
+        """Return the packed tokens as the layers begin with them, before dropout: N, D."""
+        ids_N, positions_N = text.ids_BT.flatten()[text.token_N], text.token_N % text.length
+        return self.qformer.embed(ids_N, positions_N, words or self.qformer.tied_embedding())
+
+    def image_vectors(self, image_BPC: Tensor) -> Tensor:
+        """Return the unit vectors of images for contrast, B, Q, E: those of `encode`, without texts."""
+        return _unit_vectors(self.image_projection(self.qformer.encode_images(image_BPC)))
+
+    def text_vectors(self, text: PackedCaptions) -> Tensor:
+        """Return the unit vectors of texts for contrast, B, E: those of `encode`, without images."""
+        start = Rows(None, self.qformer.drop(self.embed_text(text)), text.packing)
+        end = self.qformer(start, unimodal_mask(text.real_BT), kept_K=text.first_B)
+        return _unit_vectors(self.text_projection(end.text_ND))
 
     def loss_and_backward(
         self,
@@ -150,10 +161,10 @@ class Stage1Model(nn.Module):
         seed: int,
         step: int,
         micro_batch_size: int,
-        exchange: Exchange,
+        communicator: Communicator,
         backward: Backward | None,
     ) -> LossOutput:
-        """Compute the losses of the global batch and call `backward` once or twice per micro-batch. Collective.
+        """Compute the losses of the global batch and call `backward` twice per micro-batch. Collective.
 
         Every rank must bring the same number of rows. Over all calls and ranks the gradients add up to that of the
         global loss. Dropout masks and negatives depend on `seed`, `step` and the place in the batch alone; torch's
@@ -164,42 +175,216 @@ class Stage1Model(nn.Module):
             seed: of the stage.
             step: optimizer step.
             micro_batch_size: rows that hold activations at a time.
-            exchange: communication with the other ranks of the global batch.
+            communicator: connects the ranks of the global batch.
             backward: None: no gradient.
 
         Raises:
             ModelError: inputs that do not fit the model.
         """
-        _check_shapes(batch)
-        starts = range(0, batch.valid_B.shape[0], micro_batch_size)
-        parts = [part.at(part.valid_B) for part in (batch.at(slice(i, i + micro_batch_size)) for i in starts)]
-        return Stage1Step(self, exchange, seed, step, backward).run(parts)
+        batch = batch.packed(micro_batch_size)
+        self._check_positions(batch)
+        return _Step(self, batch, communicator, seed, step, backward).run()
+
+    def _check_positions(self, batch: Stage1Inputs) -> None:
+        longest, positions = max(text.length for text in batch.texts or ()), self.qformer.config.max_positions
+        if longest > positions:
+            raise ModelError(
+                f"text has {longest} tokens, the Q-Former has {positions} positions; "
+                "lower max_text_tokens or raise qformer.max_positions"
+            )
+
+
+class _Graph(NamedTuple):
+    """What `Stage1Model.encode` gave for a micro-batch, and what it read."""
+
+    encoded: Encoded
+    image_kv: ImageKV
+    words: TiedEmbedding
+
+
+class _Step:
+    """One step over the global batch; used once."""
+
+    def __init__(
+        self,
+        model: Stage1Model,
+        batch: Stage1Inputs,
+        communicator: Communicator,
+        seed: int,
+        step: int,
+        backward: Backward | None,
+    ) -> None:
+        assert batch.texts is not None
+        self._model, self._batch, self._texts, self._communicator = model, batch, batch.texts, communicator
+        self._seed, self._step, self._backward = seed, step, backward
+
+    def run(self) -> LossOutput:
+        """Run both passes; return the losses of the global batch."""
+        sizes = [text.batch for text in self._texts]
+        image_BPC = self._model.features(self._batch).masked_fill(~self._batch.valid_B[:, None, None], 0.0)
+        images = torch.split(image_BPC, sizes)
+        single = len(images) == 1
+        graphs = [self._encode(i, image_bPC, grad=single) for i, image_bPC in enumerate(images)]
+        image_BQE, text_BE = (torch.cat([x.encoded[k].detach() for x in graphs]) for k in (0, 1))
+        graph = graphs[0] if single else None
+        del graphs
+        everything = self._gather(image_BQE, text_BE)
+        contrast = self._contrast(everything, image_BQE, text_BE)
+        choose = self._model.choose_negatives
+        negatives = choose_negatives(everything, contrast, choose, seed=self._seed, step=self._step)
+        pairs = fetch_pairs(everything, negatives, self._texts, image_BPC, self._communicator)
+        counts = self._global_counts(pairs.counted_B3)
+        totals = torch.zeros(4, dtype=torch.float64, device=image_BPC.device)
+        start = 0
+        for i, size in enumerate(sizes):
+            rows = slice(start, start := start + size)
+            with torch.set_grad_enabled(self._backward is not None):
+                graph = graph or self._encode(i, images[i], grad=True)
+                totals += self._second_pass(i, rows, graph, pairs, contrast, counts)
+            graph = None  # it dies with its backward
+        return self._output(totals, everything, contrast, counts)
+
+    def _encode(self, i: int, image_bPC: Tensor, *, grad: bool) -> _Graph:
+        self._seed_dropout(i, "encode")
+        with torch.set_grad_enabled(grad and self._backward is not None):
+            image_kv, words = self._model.qformer.image_kv(image_bPC), self._model.qformer.tied_embedding()
+            return _Graph(self._model.encode(self._texts[i], image_kv, words), image_kv, words)
+
+    def _gather(self, image_BQE: Tensor, text_BE: Tensor) -> GlobalBatch:
+        """Bring features and tokens of all ranks together."""
+        batch, rows_B = self._batch, self._batch.rows_B
+        image_ids_B = rows_B if batch.image_ids_B is None else batch.image_ids_B
+        tokens = (batch.input_ids_BT, batch.attention_mask_BT)
+        text_ids_B = text_identity(*tokens) if self._model.config.match_equal_texts else rows_B
+        return gather_batch(
+            self._communicator,
+            image_BQE,
+            text_BE,
+            identities_B4=torch.stack([rows_B, image_ids_B, text_ids_B, batch.valid_B.long()], dim=1),
+            tokens_B2T=torch.stack(tokens, dim=1),
+        )
+
+    def _contrast(self, everything: GlobalBatch, image_BQE: Tensor, text_BE: Tensor) -> Contrast:
+        """Compute ITC and its gradient with respect to this rank's features."""
+        model, with_gradient = self._model, self._backward is not None
+        own = (image_BQE, text_BE, model.temperature, model.config, self._communicator)
+        with torch.autocast(image_BQE.device.type, enabled=False):
+            return contrast_step(everything, *own, with_gradient=with_gradient)
+
+    def _global_counts(self, counted_B3: Tensor) -> Tensor:
+        """Return the numbers of matching pairs and of target tokens of all ranks."""
+        tokens = (self._batch.attention_mask_BT.sum(dim=1) - 1).clamp_min(0)
+        counts = torch.stack([counted_B3.sum(), (tokens * self._batch.valid_B).sum()])
+        return self._communicator.all_reduce_sum(counts).clamp_min(1)
+
+    def _second_pass(
+        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs, contrast: Contrast, counts: Tensor
+    ) -> Tensor:
+        """Add the gradient of one micro-batch; return its ITM and ITG and how often each was right."""
+        config, (encoded, image_kv, words) = self._model.config, graph
+        text, counted_M = pairs.texts(self._texts[i], rows), pairs.counted_B3[rows].T.flatten()
+        tensors = [self._model.embed_text(text, words), *image_kv.tensors()]
+        known = len(tensors)
+        if pairs.image_BPC is not None:
+            tensors += self._model.qformer.image_kv(pairs.image_BPC[rows]).tensors()
+        # Matching runs backward first: the activations of 3b pairs are freed before the other losses need memory.
+        cut = GraphCut(tensors) if self._backward else None
+        tensors = cut.leaves if cut else tensors
+        own = ImageKV.from_tensors(tensors[1:known])
+        negative = ImageKV.from_tensors(tensors[known:]) if len(tensors) > known else own.select(pairs.index_B)
+        self._seed_dropout(i, "match")
+        images = [PairKV(*pair) for pair in zip(own.layers, negative.layers, strict=True)]
+        itm_logits_M2 = self._model.match(text, tensors[0], images)
+        matches_M = (torch.arange(text.batch, device=counted_M.device) < text.batch // 3).long()
+        itm = matching_loss(itm_logits_M2, matches_M, counted_M) / counts[0]
+        if cut and self._backward:
+            cut.backward(config.itm_weight * itm, self._backward)
+
+        itg_logits_KV = self._model.qformer.language_head(encoded.source_KD, words.weight_VD)
+        itg = generation_loss(itg_logits_KV, encoded.target_K, config.label_smoothing) / counts[1]
+        if cut and self._backward:
+            itc = self._itc_surrogate(i, rows, encoded, contrast)
+            self._backward(cut.remainder() + config.itg_weight * itg + config.itc_weight * itc)
+        itm_hits = ((itm_logits_M2.argmax(dim=1) == matches_M) & counted_M).sum()
+        itg_hits = (itg_logits_KV.argmax(dim=1) == encoded.target_K).sum()
+        return torch.stack([x.detach().double() for x in (itm, itg, itm_hits, itg_hits)])
+
+    def _itc_surrogate(self, i: int, rows: slice, encoded: Encoded, contrast: Contrast) -> Tensor:
+        """Return a scalar whose gradient is that of ITC with respect to this micro-batch's features: the cached one."""
+        assert contrast.image_grad_BQE is not None
+        assert contrast.text_grad_BE is not None
+        assert contrast.temperature_grad is not None
+        scalar = (encoded.image_BQE * contrast.image_grad_BQE[rows]).sum()
+        scalar = scalar + (encoded.text_BE * contrast.text_grad_BE[rows]).sum()
+        return scalar + self._model.temperature * contrast.temperature_grad if i == 0 else scalar
+
+    def _output(self, totals: Tensor, everything: GlobalBatch, contrast: Contrast, counts: Tensor) -> LossOutput:
+        """Sum over ranks; the loss of contrast and how often its largest logit is a match come from `contrast`."""
+        config, valid_B = self._model.config, self._batch.valid_B
+        found = [
+            everything.positive_BN.gather(1, x.masked_fill(~everything.valid_N, -torch.inf).argmax(dim=1, keepdim=True))
+            for x in (contrast.image_to_text_BN, contrast.text_to_image_BN)
+        ]
+        itc_hits = [(x[:, 0] & valid_B).sum().double() for x in found]
+        totals = torch.cat([torch.stack([contrast.loss.double(), *itc_hits]), totals])
+        itc, i2t_hits, t2i_hits, itm, itg, itm_hits, itg_hits = self._communicator.all_reduce_sum(totals).float()
+        num_valid = everything.valid_N.sum().float()
+        metrics = {
+            "itm_accuracy": itm_hits / counts[0],
+            "itg_accuracy": itg_hits / counts[1],
+            "i2t_accuracy": i2t_hits / num_valid.clamp_min(1),
+            "t2i_accuracy": t2i_hits / num_valid.clamp_min(1),
+            "temperature": self._model.temperature.detach().clone(),
+            "valid": num_valid,
+            "target_tokens": counts[1].float(),
+        }
+        total = config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg
+        return LossOutput(total, {"itc": itc, "itm": itm, "itg": itg}, metrics)
+
+    def _seed_dropout(self, i: int, phase: str) -> None:
+        """Make dropout masks a function of the place in the run, so that both passes have the same."""
+        if self._model.training and self._model.qformer.config.dropout:
+            place = f"{self._seed}/{self._step}/{self._communicator.rank}/{i}/{phase}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 1)
+
+
+# The three self-attention masks of BLIP-2 (figure 2); True: may attend. Queries come before text. What queries see of
+# the text, and text of the queries, is what makes a pass contrast, matching or generation.
+
+
+def unimodal_mask(real_BT: Tensor) -> Tensor:
+    """Contrast: text sees real text only; queries see queries only. Returns B, 1, 1, T for the text rows."""
+    return real_BT[:, None, None, :]
+
+
+def matching_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Matching, bidirectional: every row sees all queries and all real text. Returns B, 1, 1, Q + T for any row."""
+    return F.pad(real_BT, (num_queries, 0), value=True)[:, None, None, :]
+
+
+def causal_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Generation: text sees all queries and the text up to itself. Returns B, 1, T, Q + T for the text rows."""
+    length = real_BT.shape[1]
+    earlier_TT = torch.ones(length, length, dtype=torch.bool, device=real_BT.device).tril()
+    return F.pad(earlier_TT & real_BT[:, None, :], (num_queries, 0), value=True)[:, None]
+
+
+def contrast_and_generation_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Contrast and generation at once: queries, text, decoder input, none of which sees more than by itself.
+
+    Returns B, 1, Q + 2T, Q + 2T.
+    """
+    batch, length = real_BT.shape
+    text, decoder = num_queries, num_queries + length
+    mask_BLL = real_BT.new_zeros(batch, decoder + length, decoder + length)
+    mask_BLL[:, :text, :text] = True
+    mask_BLL[:, text:decoder, text:decoder] = unimodal_mask(real_BT)[:, 0]
+    causal_BTL = causal_mask(real_BT, num_queries)[:, 0]
+    mask_BLL[:, decoder:, :text], mask_BLL[:, decoder:, decoder:] = torch.split(
+        causal_BTL, [num_queries, length], dim=2
+    )
+    return mask_BLL[:, None]
 
 
 def _unit_vectors(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def _check_shapes(batch: Stage1Inputs) -> None:
-    num_rows = batch.valid_B.shape[0]
-    images = batch.images_BCHW if batch.image_BPD is None else batch.image_BPD
-    sizes = {
-        "input_ids_BT": batch.input_ids_BT,
-        "attention_mask_BT": batch.attention_mask_BT,
-        "rows_B": batch.rows_B,
-        "images": images,
-        "image_ids_B": batch.image_ids_B,
-    }
-    wrong = {name: len(x) for name, x in sizes.items() if x is not None and len(x) != num_rows}
-    if wrong:
-        raise ModelError(f"stage 1: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
-    if batch.input_ids_BT.shape != batch.attention_mask_BT.shape:
-        raise ModelError(
-            f"stage 1: input_ids are {tuple(batch.input_ids_BT.shape)}, attention_mask "
-            f"{tuple(batch.attention_mask_BT.shape)}; make them equal"
-        )
-    empty = int(((batch.attention_mask_BT[:, 0] == 0) & batch.valid_B).sum())
-    if empty:
-        raise ModelError(
-            f"stage 1: {empty} valid rows have no token at all; texts are right-padded and begin with [CLS]"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import IGNORED, LanguageModel
 from isthmus.model.frozen.vision import VisionEncoder
-from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.qformer.qformer import QFormer
 
@@ -86,7 +86,7 @@ class Stage2Model(nn.Module):
         seed: int,
         step: int,
         micro_batch_size: int,
-        exchange: Exchange,
+        communicator: Communicator,
         backward: Callable[[Tensor], None] | None,
     ) -> LossOutput:
         """Compute the loss of the global batch and call `backward` once per micro-batch.
@@ -99,7 +99,7 @@ class Stage2Model(nn.Module):
             seed: Unused here; part of the stages' common signature.
             step: Unused here; part of the stages' common signature.
             micro_batch_size: Rows per forward pass.
-            exchange: Sums over ranks.
+            communicator: Sums over ranks.
             backward: None: no gradient.
 
         Raises:
@@ -110,7 +110,7 @@ class Stage2Model(nn.Module):
         labels_BT = batch.tokens["labels"].masked_fill(~batch.valid_B[:, None], IGNORED)
         targets_B = (labels_BT != IGNORED).sum(dim=1)
         untargeted = ((targets_B == 0) & batch.valid_B).sum()
-        counts = exchange.all_reduce_sum(torch.stack([targets_B.sum(), untargeted, batch.valid_B.sum()]).double())
+        counts = communicator.all_reduce_sum(torch.stack([targets_B.sum(), untargeted, batch.valid_B.sum()]).double())
         num_targets, num_untargeted, num_valid = (int(x) for x in counts.tolist())
         if num_untargeted:
             raise ModelError(
@@ -126,7 +126,7 @@ class Stage2Model(nn.Module):
             if backward is not None:
                 backward(loss)
             total += loss.detach().double()
-        mean = exchange.all_reduce_sum(total).float()
+        mean = communicator.all_reduce_sum(total).float()
         return LossOutput(
             total=mean,
             parts={"lm": mean},

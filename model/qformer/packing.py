@@ -1,7 +1,10 @@
-"""Text without padding: the real tokens of a batch as one list of rows, and back.
+"""Text without padding: the tokens of a batch packed into one list, and back.
 
-Linear layers, LayerNorm and feed-forward networks run on the N listed rows; only attention needs the B, T form.
-Letters: B rows of the batch, T tokens, N listed tokens, K listed tokens that are read, D width.
+Linear layers, LayerNorm and feed-forward networks run on N packed tokens; only attention needs the B, T grid. Which
+tokens there are depends on the data, so it is worked out on the host, from the host's copy of the masks: a step then
+runs on tensors whose shapes the host knows, and never waits for the device to learn one.
+
+Letters: B rows, T places of a row, N packed tokens, K packed tokens that predict the next one, D width.
 """
 
 from dataclasses import dataclass, replace
@@ -9,74 +12,108 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from isthmus.model.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each listed row stands in B x T."""
+    """Where each packed token stands in a grid of `batch` rows and `length` places."""
 
     index_N: Tensor
+    """int64, row * length + place; in any order."""
     batch: int
     length: int
 
     def pack(self, x_BTD: Tensor) -> Tensor:
-        """List the rows: B, T, ... to N, ..."""
+        """Gather the packed tokens: B, T, D to N, D."""
         return x_BTD.flatten(0, 1).index_select(0, self.index_N)
 
     def unpack(self, x_ND: Tensor) -> Tensor:
-        """Put the listed rows back; unlisted places are zero. N, D to B, T, D."""
-        if self.index_N.numel() == self.batch * self.length:
-            return x_ND.reshape(self.batch, self.length, x_ND.shape[-1])
+        """Scatter packed tokens into the grid, zeros elsewhere: N, D to B, T, D."""
         x_LD = x_ND.new_zeros(self.batch * self.length, x_ND.shape[-1])
-        return x_LD.index_copy(0, self.index_N, x_ND).reshape(self.batch, self.length, x_ND.shape[-1])
+        # Not index_copy, which keeps its source for backward.
+        return x_LD.index_put((self.index_N,), x_ND).reshape(self.batch, self.length, x_ND.shape[-1])
 
-    def at(self, wanted_BT: Tensor) -> tuple["Packing", Tensor]:
-        """Keep the tokens at wanted places (bool); also return which of the N listed rows stay (K)."""
-        kept_K = wanted_BT.flatten()[self.index_N].nonzero()[:, 0]
-        return Packing(self.index_N[kept_K], self.batch, self.length), kept_K
+    def select(self, kept_K: Tensor) -> "Packing":
+        """Keep some of the packed tokens."""
+        return replace(self, index_N=self.index_N.index_select(0, kept_K))
 
 
 @dataclass(frozen=True)
-class TextRows:
-    """The tokens of a batch, listed."""
+class PackedText:
+    """B right-padded texts of T places and where their tokens are."""
 
-    ids_N: Tensor
-    positions_N: Tensor
+    ids_BT: Tensor
+    """int64"""
     real_BT: Tensor
-    """bool; True: a token, False: padding. Padding follows the tokens."""
-    packing: Packing
+    """bool; True: a token, False: padding."""
+    token_N: Tensor
+    """int64, places (row * T + place) of the packed tokens: all real ones, and padding where lengths are unknown."""
 
-    def with_first_token(self, token_id: int) -> "TextRows":
-        """Return the same text with another token at position 0."""
-        return replace(self, ids_N=self.ids_N.masked_fill(self.positions_N == 0, token_id))
+    @property
+    def batch(self) -> int:
+        """Number of texts B."""
+        return self.ids_BT.shape[0]
 
-    def at(self, wanted_BT: Tensor) -> "TextRows":
-        """Return the tokens at wanted places (bool); the others count as real but are listed no more."""
-        packing, kept_K = self.packing.at(wanted_BT)
-        return replace(self, ids_N=self.ids_N[kept_K], positions_N=self.positions_N[kept_K], packing=packing)
+    @property
+    def length(self) -> int:
+        """Places of a row T."""
+        return self.ids_BT.shape[1]
 
-    def beside(self, other: "TextRows") -> "TextRows":
-        """Return rows of twice the length T: this text's places, then those of another text of the same B, T."""
-        length, batch = self.packing.length, self.packing.batch
-        places = [x.packing.index_N + x.packing.index_N // length * length for x in (self, other)]
-        place_N, order_N = torch.cat([places[0], places[1] + length]).sort()
-        return TextRows(
-            torch.cat([self.ids_N, other.ids_N])[order_N],
-            torch.cat([self.positions_N, other.positions_N])[order_N],
-            torch.cat([self.real_BT, other.real_BT], dim=1),
-            Packing(place_N, batch, 2 * length),
-        )
+    @property
+    def packing(self) -> Packing:
+        """Places of the packed tokens."""
+        return Packing(self.token_N, self.batch, self.length)
 
 
-def list_tokens(ids_BT: Tensor, mask_BT: Tensor, *, packed: bool) -> TextRows:
-    """List the real tokens (`packed`) or all places of a right-padded batch."""
-    real_BT = mask_BT.bool()
-    batch, length = real_BT.shape
-    if packed:
-        length = max(1, int(real_BT.sum(dim=1).amax())) if batch else 1
-        ids_BT, real_BT = ids_BT[:, :length], real_BT[:, :length]
-        index_N = real_BT.flatten().nonzero()[:, 0]
-    else:
-        index_N = torch.arange(batch * length, device=ids_BT.device)
-    return TextRows(
-        ids_BT.flatten().index_select(0, index_N), index_N % length, real_BT, Packing(index_N, batch, length)
+@dataclass(frozen=True)
+class PackedCaptions(PackedText):
+    """Texts whose lengths the host knows; T: tokens of the longest."""
+
+    source_K: Tensor
+    """int64, places of the tokens that another one follows: what generation predicts from."""
+    first_B: Tensor
+    """int64, which of the N packed tokens begin a text."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedCaptions":
+        """Return the same texts on a device."""
+        tensors: dict[str, Tensor] = vars(self)
+        return PackedCaptions(**{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
+
+    def pin_memory(self) -> "PackedCaptions":
+        """Return the same texts in page-locked memory, from which copies to the device do not block."""
+        tensors: dict[str, Tensor] = vars(self)
+        return PackedCaptions(**{name: x.pin_memory() for name, x in tensors.items()})
+
+
+def pack_captions(ids_BT: Tensor, mask_BT: Tensor) -> PackedCaptions:
+    """Pack right-padded texts given as host tensors. A text without any token counts as one token long."""
+    lengths_B = mask_BT.sum(dim=1).clamp_min(1)
+    length = int(lengths_B.max()) if len(lengths_B) else 1
+    place_T = torch.arange(length, device=mask_BT.device)
+    real_BT = place_T < lengths_B[:, None]
+    return PackedCaptions(
+        ids_BT=ids_BT[:, :length].contiguous(),
+        real_BT=real_BT,
+        token_N=real_BT.flatten().nonzero()[:, 0],
+        source_K=(place_T + 1 < lengths_B[:, None]).flatten().nonzero()[:, 0],
+        first_B=lengths_B.cumsum(dim=0) - lengths_B,
     )
+
+
+def pack_micro_batches(
+    ids_BT: Tensor, mask_BT: Tensor, valid_B: Tensor, micro_batch_size: int
+) -> tuple[PackedCaptions, ...]:
+    """Pack the texts of each micro-batch, given host tensors: what `Stage1Inputs.texts` holds. Holes have no text.
+
+    Raises:
+        ModelError: a valid row has no token.
+    """
+    empty = int(((mask_BT[:, 0] == 0) & valid_B).sum()) if mask_BT.shape[1] else int(valid_B.sum())
+    if empty:
+        raise ModelError(
+            f"stage 1: {empty} valid rows have no token at all; texts are right-padded and begin with [CLS]"
+        )
+    mask_BT = mask_BT * valid_B[:, None]
+    parts = zip(torch.split(ids_BT, micro_batch_size), torch.split(mask_BT, micro_batch_size), strict=True)
+    return tuple(pack_captions(ids, mask) for ids, mask in parts)

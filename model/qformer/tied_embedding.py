@@ -1,6 +1,6 @@
 """The word embeddings as one micro-batch reads them: look-ups first, the language head last.
 
-Letters: N listed tokens, V vocabulary, D width.
+Letters: N packed tokens, V vocabulary, D width.
 """
 
 from typing import Any
@@ -10,23 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Words:
-    """A matrix V, D that is looked up any number of times and then multiplied with.
+class TiedEmbedding:
+    """A matrix V, D that tokens are looked up in and that the language head multiplies with.
 
-    Args:
-        weight_VD: the parameter.
-        chained: each reader adds its gradient to that of the next one, so that of all gradients V, D only the last
-            reader's is ever made; otherwise each has its own.
+    Each reader adds its gradient to that of the next one, so that one gradient V, D is made instead of one per reader.
     """
 
-    def __init__(self, weight_VD: Tensor, *, chained: bool) -> None:
+    def __init__(self, weight_VD: Tensor) -> None:
         self.weight_VD = weight_VD
-        self._chained = chained
 
-    def rows(self, ids_N: Tensor) -> Tensor:
-        """Return the rows of the tokens, N, D."""
-        if not self._chained:
-            return F.embedding(ids_N, self.weight_VD)
+    def look_up(self, ids_N: Tensor) -> Tensor:
+        """Return the embeddings of tokens, N, D."""
         rows_ND: Tensor
         rows_ND, self.weight_VD = _LookUp.apply(self.weight_VD, ids_N)  # type: ignore[no-untyped-call]
         return rows_ND

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig, QFormerConfig
-from isthmus.model.objectives.communicator import ProcessGroupExchange
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import ProcessGroupCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_language
@@ -79,13 +80,13 @@ def measure(make: Callable[[], Any], template: str, rank: int) -> dict[str, Any]
     """Train two steps to settle, then count one: bytes received, and of all tensors at its peak."""
     with TensorMemory() as memory:
         model = make()
-        engine, exchange = make_engine(template, model), ProcessGroupExchange()
+        engine, communicator = make_engine(template, model), ProcessGroupCommunicator()
         for step in range(3):
             if step == 2:
                 received, undo = count_received()
                 memory.peak = memory.live
             model.loss_and_backward(
-                inputs_of(model, rank), seed=0, step=step, micro_batch_size=MICRO, exchange=exchange,
+                inputs_of(model, rank), seed=0, step=step, micro_batch_size=MICRO, communicator=communicator,
                 backward=engine.backward,
             )  # fmt: skip
             engine.step(1e-4)

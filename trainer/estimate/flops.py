@@ -89,10 +89,13 @@ def feature_pass_flops(q: QFormerConfig, vision: VisionShape, text: Text) -> flo
     """Forward work that micro-batches repeat in stage 1: the features of the whole batch are needed before any loss."""
     width, queries = q.hidden_size, q.num_queries
     crossed = -(-q.num_layers // q.cross_attention_every)
-    rows = queries + text.real
-    layers = 8 * width**2 * rows + 4 * width * (queries**2 + text.real**2) + 4 * width * q.intermediate_size * rows
+    written = text.real - 1
+    rows = queries + text.real + written
+    attended = queries**2 + text.real**2 + written * (queries + written)
+    layers = 8 * width**2 * rows + 4 * width * attended + 4 * width * q.intermediate_size * rows
     cross = 4 * width**2 * queries + 4 * queries * vision.num_tokens * width
-    return q.num_layers * layers + crossed * (cross + 4 * vision.width * width * vision.num_tokens)
+    layers = q.num_layers * layers - _unread_text_of_last_layer(q, text.real - 1)
+    return layers + crossed * (cross + 4 * vision.width * width * vision.num_tokens)
 
 
 def _unread_text_of_last_layer(q: QFormerConfig, rows: float) -> float:

@@ -40,10 +40,8 @@ class Kept:
     """Bytes per element that autograd keeps in the trainable part."""
 
     operand: int
-    casts: int
-    """Copies of what several projections read: autocast casts it for each of them."""
     wide: int
-    """Of the feed-forward network's wide activation: under autocast before and after GELU, else before it only."""
+    """Of the feed-forward network's wide activation, before and after GELU."""
     mask: int
 
     @classmethod
@@ -52,25 +50,21 @@ class Kept:
         half = precision in ("bf16", "fp16")
         return cls(
             operand=HALF if half else FP32,
-            casts=3 if half else 1,
-            wide=2 * HALF if half else FP32,
+            wide=2 * (HALF if half else FP32),
             mask=1 if dropout else 0,
         )
 
     def layer(self, q: QFormerConfig) -> float:
         """Bytes per row of a layer: both inputs, query, key, value, context twice, two norms, the wide activation."""
-        return (
-            (6 + self.casts) * self.operand + 2 * FP32 + 2 * self.mask
-        ) * q.hidden_size + self.wide * q.intermediate_size
+        return (7 * self.operand + 2 * FP32 + 2 * self.mask) * q.hidden_size + self.wide * q.intermediate_size
 
     def cross(self, q: QFormerConfig) -> float:
         """Bytes per query row of a layer's cross-attention, without its keys and values."""
         return (4 * self.operand + FP32 + self.mask) * q.hidden_size
 
-    def image(self, q: QFormerConfig, vision: VisionShape) -> float:
-        """Bytes per image: standardised features; under autocast a cast of them for each key and value projection."""
-        copies = 1 if self.casts == 1 else 2 * _crossed(q)
-        return vision.num_tokens * vision.width * copies * self.operand
+    def image(self, vision: VisionShape) -> float:
+        """Bytes per image: standardised features, which all key and value projections read."""
+        return vision.num_tokens * vision.width * self.operand
 
     def keys_values(self, q: QFormerConfig, vision: VisionShape) -> float:
         """Bytes of one copy of an image's keys and values in all layers."""
@@ -119,7 +113,7 @@ def stage1_activations(
 ) -> Stage1Activations:
     """Count what a sample of stage 1 leaves for backward.
 
-    `outside`: share of the negatives from outside the micro-batch, whose features and keys come on top.
+    `outside`: negative images per row that are encoded again: 0 where all are in the micro-batch, else 1.
     `checkpointed`: layers are computed again in backward, so each keeps its input and one of them everything.
     """
     layer, layers = kept.layer(q), q.num_layers
@@ -133,7 +127,7 @@ def stage1_activations(
         return rows * layers * layer - unread * pruned
 
     keys_values = (1 + outside) * kept.keys_values(q, vision)
-    images = (1 + outside) * kept.image(q, vision) + 2 * keys_values
+    images = (1 + outside) * kept.image(vision) + 2 * keys_values
     logits = (text.real - 1) * FP32 * q.vocab_size
     return Stage1Activations(
         first=images + passed(q.num_queries + 2 * text.real - 1, text.real - 1) + past + crossing,
@@ -154,7 +148,7 @@ def stage2_activations(
 ) -> float:
     """Bytes that autograd keeps per sample in stage 2; `checkpointed`: language layers are computed again."""
     bridge = q.num_queries * (q.num_layers * kept.layer(q) + _crossed(q) * kept.cross(q))
-    bridge += kept.image(q, vision) + kept.keys_values(q, vision)
+    bridge += kept.image(vision) + kept.keys_values(q, vision)
     read, written = _language_rows(q, language, text)
     attention = 2 * (language.attention_width + language.key_value_width) * language_element
     wide = (3 if language.gated else 1) * language.intermediate * language_element

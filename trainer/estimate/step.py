@@ -22,7 +22,7 @@ from isthmus.trainer.estimate.memory import (
     trainable_parameters,
 )
 from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
-from isthmus.trainer.estimate.traffic import Traffic, distinct_share, stage_traffic
+from isthmus.trainer.estimate.traffic import Traffic, stage_traffic
 
 SECONDS_PER_DAY = 86400.0
 MOMENTS_AND_MASTER = 3
@@ -168,9 +168,8 @@ class _Stage:
         return Work(work.vision, work.qformer + foreign + again)
 
     def outside(self, micro: int) -> float:
-        """Negative images per row that do not belong to the micro-batch."""
-        total = self.chosen.global_batch_size
-        return (1 - micro / total) * distinct_share(micro, total)
+        """Negative images per row that are encoded again: one, unless the micro-batch is the global batch."""
+        return float(micro < self.chosen.global_batch_size)
 
     def activations(self, micro: int, *, checkpointed: bool | None = None) -> float:
         """Bytes per sample of a micro-batch at its peak; `checkpointed` none: as the configuration says."""

@@ -24,13 +24,13 @@ def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
     queries: list[Tensor] = []
     handle = cross.query.register_forward_hook(lambda _module, _inputs, output: queries.append(output))
     try:
-        memory = qformer.image_memory(image_BPD)
-        qformer.query_pass(memory, image_BPD.shape[0])
+        qformer.encode_images(image_BPD)
     finally:
         handle.remove()
+    image_kv = qformer.image_kv(image_BPD)
     with torch.autocast(image_BPD.device.type, enabled=False):
         query_BHQd = cross.heads(queries[-1]).float()
-        keys_BHPd = memory.layers[-1].keys_BHLd.float()
+        keys_BHPd = image_kv.layers[-1].keys_BHLd.float()
         scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
         weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
     return weights_BQP

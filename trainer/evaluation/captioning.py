@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import Decoding, caption
-from isthmus.model.objectives.communicator import Exchange
+from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.objectives.stage2 import Stage2Inputs
 from isthmus.model.text.language_tokenizer import LanguageEncoder
@@ -54,11 +54,11 @@ class CaptionEvaluation:
         model: Any,
         precision: Precision,
         encoder: LanguageEncoder,
-        exchange: Exchange,
+        communicator: Communicator,
         config: EvaluationConfig,
         micro_batch_size: int,
     ) -> None:
-        self._model, self._precision, self._encoder, self._exchange = model, precision, encoder, exchange
+        self._model, self._precision, self._encoder, self._communicator = model, precision, encoder, communicator
         self._config, self._micro_batch_size = config, micro_batch_size
         self._decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
 
@@ -84,7 +84,7 @@ class CaptionEvaluation:
         scores = from_main_rank(lambda: score_by_image(texts, image_ids))
         metrics = {f"eval/{name}": value for name, value in scores.items()}
         metrics |= {f"eval/{name}": total / num_tokens for name, total in losses.items()}
-        pictures = _draw(seen, attention) if self._exchange.rank == 0 else {}
+        pictures = _draw(seen, attention) if self._communicator.rank == 0 else {}
         thumbnails = {i: thumbnail(picture) for i, picture in enumerate(seen.pictures)}
         return EvalResult(metrics, pictures, texts, Examples([Example(i) for i in thumbnails], thumbnails))
 
@@ -93,7 +93,7 @@ class CaptionEvaluation:
         seen = 0
         for batch, inputs in batches:
             yield batch, inputs
-            seen += len(batch.rows_B) * self._exchange.world_size
+            seen += len(batch.rows_B) * self._communicator.world_size
             if seen >= self._config.caption_samples:
                 return
 
@@ -101,8 +101,8 @@ class CaptionEvaluation:
         """Return sums over the global batch's target tokens, and the number of these."""
         assert inputs.images_BCHW is not None
         size = len(batch.rows_B) if self._config.batch_size else self._micro_batch_size
-        wrong_B = wrong_images(self._exchange, batch).to(inputs.images_BCHW.device)
-        swapped = replace(inputs, images_BCHW=self._exchange.all_to_all_rows(inputs.images_BCHW, wrong_B))
+        wrong_B = wrong_images(self._communicator, batch).to(inputs.images_BCHW.device)
+        swapped = replace(inputs, images_BCHW=self._communicator.all_to_all_rows(inputs.images_BCHW, wrong_B))
         right, wrong = (self._loss(given, size) for given in (inputs, swapped))
         tokens = float(right.metrics["target_tokens"])
         return {"loss": float(right.total) * tokens, "loss_wrong_image": float(wrong.total) * tokens, "tokens": tokens}
@@ -110,7 +110,12 @@ class CaptionEvaluation:
     def _loss(self, inputs: Stage2Inputs, micro_batch_size: int) -> LossOutput:
         with self._precision.autocast():
             output: LossOutput = self._model.loss_and_backward(
-                inputs, seed=0, step=0, micro_batch_size=micro_batch_size, exchange=self._exchange, backward=None
+                inputs,
+                seed=0,
+                step=0,
+                micro_batch_size=micro_batch_size,
+                communicator=self._communicator,
+                backward=None,
             )
         return output
 
@@ -121,19 +126,19 @@ class CaptionEvaluation:
         with self._precision.autocast():
             features_BPD = self._model.encode(inputs.images_BCHW[row : row + 1])
             weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
-        if self._exchange.rank != 0:
+        if self._communicator.rank != 0:
             return None
         return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])
 
 
-def wrong_images(exchange: Exchange, batch: Batch) -> Tensor:
+def wrong_images(communicator: Communicator, batch: Batch) -> Tensor:
     """Return for each row of this rank the index, among the rows of all ranks, of a row with another image. Collective.
 
     It is the next valid row of the global batch that shows another image, whatever rank has it; the row itself where
     it is a hole or no row shows another image.
     """
     own_B3 = torch.stack([batch.rows_B, batch.image_ids_B, batch.valid_B.long()], dim=1)
-    rows_N3 = exchange.all_gather(own_B3)
+    rows_N3 = communicator.all_gather(own_B3)
     order = rows_N3[:, 0].argsort().tolist()
     rows, image_ids, valid = (rows_N3[:, i].tolist() for i in range(3))
     candidates = [index for index in order if valid[index]]

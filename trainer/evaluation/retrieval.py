@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.objectives.communicator import Exchange
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
-from isthmus.model.qformer.layers import ImageMemory
+from isthmus.model.objectives.communicator import Communicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.qformer.packing import pack_captions
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.engine.engine import Precision
@@ -67,8 +68,10 @@ class RetrievalEvaluation:
     between 0.25 and 0.5 to 0.002 only, and equal scores count as lost.
     """
 
-    def __init__(self, model: Stage1Model, precision: Precision, exchange: Exchange, config: EvaluationConfig) -> None:
-        self._model, self._precision, self._exchange, self._config = model, precision, exchange, config
+    def __init__(
+        self, model: Stage1Model, precision: Precision, communicator: Communicator, config: EvaluationConfig
+    ) -> None:
+        self._model, self._precision, self._communicator, self._config = model, precision, communicator, config
 
     @torch.no_grad()
     def run(self, batches: Iterable[tuple[Batch, Stage1Inputs]]) -> EvalResult:
@@ -76,7 +79,7 @@ class RetrievalEvaluation:
         seen = _Seen()
         rows = self._encode(_valid_rows(batches, seen))
         texts = gather_lists(seen.texts)
-        gather = self._exchange.all_gather
+        gather = self._communicator.all_gather_uneven
         image_IQE, text_TE, ids_I = gather(rows.image_nQE), gather(rows.text_nE), gather(rows.image_ids_n)
         scores_IT = torch.cat([(part @ text_TE.T).amax(dim=1) for part in torch.split(image_IQE, 256)])
         captions = [text["caption"] for text in texts]
@@ -89,7 +92,7 @@ class RetrievalEvaluation:
             text["retrieved"] = captions[best]
         own = self._own(len(seen.texts))
         examples = _examples(scores_IT, seen.thumbnails, own.start)
-        pictures = self._pictures(rows, seen.pictures, texts[own]) if self._exchange.rank == 0 else {}
+        pictures = self._pictures(rows, seen.pictures, texts[own]) if self._communicator.rank == 0 else {}
         return EvalResult(metrics, pictures, texts, examples)
 
     def _encode(self, parts: Iterable[Stage1Inputs]) -> _Rows:
@@ -102,9 +105,8 @@ class RetrievalEvaluation:
         image_ids, kept = [torch.zeros(0, dtype=torch.long, device=device)], []
         for part in parts:
             with self._precision.autocast():
-                encoded = self._model.encode(self._model.features(part), part.input_ids_BT, part.attention_mask_BT)
-            images.append(encoded.image_BQE.float())
-            texts.append(encoded.text_BE.float())
+                images.append(self._model.image_vectors(self._model.features(part)).float())
+                texts.append(self._model.text_vectors(pack_captions(part.input_ids_BT, part.attention_mask_BT)).float())
             ids.append(_widened(part.input_ids_BT, length))
             masks.append(_widened(part.attention_mask_BT, length))
             assert part.image_ids_B is not None
@@ -113,8 +115,8 @@ class RetrievalEvaluation:
         return _Rows(torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept)
 
     def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
-        ids_TL = self._exchange.all_gather(rows.input_ids_nT)
-        mask_TL = self._exchange.all_gather(rows.attention_mask_nT)
+        ids_TL = self._communicator.all_gather_uneven(rows.input_ids_nT)
+        mask_TL = self._communicator.all_gather_uneven(rows.attention_mask_nT)
         pairs = candidate_pairs(scores_IT, self._config.rerank_top_k)
         matches_IT = torch.zeros_like(scores_IT)
         first = self._own(rows.image_nQE.shape[0]).start
@@ -126,7 +128,7 @@ class RetrievalEvaluation:
                 mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + count)]
                 matches_IT[mine[:, 0], mine[:, 1]] = self._match(inputs, ids_TL, mask_TL, mine, first)
                 first += count
-        matches_IT = self._exchange.all_reduce_sum(matches_IT)
+        matches_IT = self._communicator.all_reduce_sum(matches_IT)
         chosen_IT = torch.zeros_like(scores_IT, dtype=torch.bool)
         chosen_IT[pairs[:, 0], pairs[:, 1]] = True
         return rerank(scores_IT, matches_IT, chosen_IT)
@@ -134,21 +136,21 @@ class RetrievalEvaluation:
     def _match(self, inputs: Stage1Inputs, ids_TL: Tensor, mask_TL: Tensor, pairs: Tensor, first: int) -> Tensor:
         """Return how much more likely a match than no match is, as a difference of logits, for M pairs."""
         with self._precision.autocast():
-            memory = self._model.qformer.image_memory(self._model.features(inputs))
+            image_kv = self._model.qformer.image_kv(self._model.features(inputs))
         found = []
         for part in torch.split(pairs, 4 * IMAGES_AT_A_TIME):
             index_M, texts_M = part[:, 0] - first, part[:, 1]
             with self._precision.autocast():
-                text = self._model.qformer.list_tokens(ids_TL[texts_M], mask_TL[texts_M])
-                logits_M2 = self._model.match(text, ImageMemory(memory.layers, index_M))
+                text = pack_captions(ids_TL[texts_M], mask_TL[texts_M])
+                logits_M2 = self._model.match(text, self._model.embed_text(text), image_kv.select(index_M).layers)
             logits_M2 = logits_M2.float()
             found.append(logits_M2[:, 1] - logits_M2[:, 0])
         return torch.cat(found) if found else pairs.new_zeros(0, dtype=torch.float32)
 
     def _own(self, count: int) -> slice:
         """Return the place of this rank's rows among those of all ranks."""
-        counts = self._exchange.all_gather(torch.tensor([count], device=self._model.temperature.device))
-        first = int(counts[: self._exchange.rank].sum())
+        counts = self._communicator.all_gather_uneven(torch.tensor([count], device=self._model.temperature.device))
+        first = int(counts[: self._communicator.rank].sum())
         return slice(first, first + count)
 
     def _pictures(self, rows: _Rows, shown: list[Picture], texts: list[dict[str, str]]) -> Pictures:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.model.objectives.communicator import ProcessGroupExchange
+from isthmus.model.objectives.communicator import ProcessGroupCommunicator
 from tests.fixtures_stage1 import LOSSES, Reference, _case2, in_double, losses_and_gradients
 from tests.ranks import run_ranks
 
@@ -19,13 +19,13 @@ def splits(rank: int, world_size: int, folder: str) -> list:
     """Run several cases on this rank; rows are dealt in turn, as lanes are."""
     reference, found = Reference(Path(folder)), []
     for size, itc_grad, drop in ((3, "anchor", ()), (2, "anchor", ()), (1, "full", ()), (2, "anchor", (1, 3, 5))):
-        exchange = ProcessGroupExchange()
+        communicator = ProcessGroupCommunicator()
         inputs = in_double(reference.rows(list(range(rank, 6, world_size))))
         inputs.valid_B[[i for i, row in enumerate(inputs.rows_B.tolist()) if row in drop]] = False
         model = reference.model(itc_grad=itc_grad).double()
         calls: list = []
-        losses, gradients = losses_and_gradients(model, inputs, size, exchange, calls)
-        total = {name: exchange.all_reduce_sum(x).numpy() for name, x in gradients.items()}
+        losses, gradients = losses_and_gradients(model, inputs, size, communicator, calls)
+        total = {name: communicator.all_reduce_sum(x).numpy() for name, x in gradients.items()}
         found.append((losses, total, len(calls)))
     return found
 
@@ -51,29 +51,27 @@ def test_two_ranks_equal_the_original():
 
 def traffic(rank: int, world_size: int, folder: str) -> dict[str, int]:
     """Return what reached this rank in one step, and how many foreign images its negatives needed."""
-    reference, exchange = Reference(Path(folder)), ProcessGroupExchange()
+    reference, communicator = Reference(Path(folder)), ProcessGroupCommunicator()
     reference.inputs = {name: torch.cat([x, x]) for name, x in reference.inputs.items()}
     rows = list(range(3 * rank, 3 * rank + 3))
     model = reference.model()
     drawn = []
     choose = model.choose_negatives
     model.choose_negatives = lambda draw: drawn.append(choose(draw)) or drawn[-1]
-    losses_and_gradients(model, reference.rows(rows), 3, exchange)
-    images, texts = ({column for column in x.tolist() if column not in rows} for x in drawn)
-    return {**exchange.bytes_received, "images": len(images), "texts": len(texts)}
+    losses_and_gradients(model, reference.rows(rows), 3, communicator)
+    images = {column for column in drawn[0].tolist() if column not in rows}
+    return {**communicator.bytes_received, "images": len(images)}
 
 
 def test_only_chosen_negatives_cross_ranks():
     reference = Reference(FOLDER)
     sizes = reference.config
     image_bytes = sizes["vision_tokens"] * sizes["vision_width"] * 4
-    text_bytes = 2 * sizes["text_length"] * 8
-    features = 9 * ((sizes["num_query_tokens"] + 1) * sizes["projection_dim"] * 4 + 3 * 8)
+    # Per row: identities and tokens, features, and the place of the wanted image.
+    integers = 8 * (4 + 2 * sizes["text_length"] + 1)
+    features = 4 * (sizes["num_query_tokens"] + 1) * sizes["projection_dim"]
     outputs = run_ranks(traffic, 4, str(FOLDER))
     for found in outputs:
-        assert found["all_gather"] == features
-    # Besides the rows themselves, each request carries one int64 per row to the rank that serves it.
-    rows = sum(found["images"] * image_bytes + found["texts"] * text_bytes for found in outputs)
-    requests = 8 * sum(found["images"] + found["texts"] for found in outputs)
-    assert sum(found["all_to_all_rows"] for found in outputs) == rows + requests
+        assert found["all_gather"] == 9 * (integers + features)
+        assert found["all_to_all_rows"] == found["images"] * image_bytes
     assert sum(found["images"] for found in outputs) <= 12 < 4 * 9, "fewer images than a gather of all would bring"

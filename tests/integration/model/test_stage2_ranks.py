@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isthmus.model.generate import Decoding, caption
-from isthmus.model.objectives.communicator import LocalExchange, ProcessGroupExchange
+from isthmus.model.objectives.communicator import LocalCommunicator, ProcessGroupCommunicator
 from tests.ranks import run_ranks
 from tests.stage2_parts import CAPTIONS, picture, stage2_parts
 
@@ -14,17 +14,17 @@ pytestmark = pytest.mark.integration
 KINDS = ("opt", "t5")
 
 
-def losses_and_gradients(model, inputs, micro_batch_size, exchange):
+def losses_and_gradients(model, inputs, micro_batch_size, communicator):
     model.zero_grad()
     output = model.loss_and_backward(
         inputs,
         seed=0,
         step=0,
         micro_batch_size=micro_batch_size,
-        exchange=exchange,
+        communicator=communicator,
         backward=lambda loss: loss.backward(),
     )
-    gradients = {name: exchange.all_reduce_sum(p.grad) for name, p in model.trainable_parameters().items()}
+    gradients = {name: communicator.all_reduce_sum(p.grad) for name, p in model.trainable_parameters().items()}
     return float(output.total), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
@@ -34,13 +34,13 @@ def both_kinds(rank, world_size, function, root):
 
 def rank_losses(rank, world_size, root, kind):
     parts = stage2_parts(Path(root), kind)
-    exchange = ProcessGroupExchange()
+    communicator = ProcessGroupCommunicator()
     rows = list(range(len(CAPTIONS)))[rank * 2 : rank * 2 + 2]
     inputs = parts.inputs([CAPTIONS[row] for row in rows], rows=rows)
-    results = [losses_and_gradients(parts.model, inputs, size, exchange) for size in (2, 1)]
+    results = [losses_and_gradients(parts.model, inputs, size, communicator) for size in (2, 1)]
     empty = parts.inputs(["", "dog"] if rank else ["dog", "dog"])
     with pytest.raises(ValueError, match="1 of 4 valid rows have no target"):
-        losses_and_gradients(parts.model, empty, 2, exchange)
+        losses_and_gradients(parts.model, empty, 2, communicator)
     return results
 
 
@@ -48,7 +48,7 @@ def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path):
     expected = []
     for kind in KINDS:
         parts = stage2_parts(tmp_path, kind)
-        expected.append(losses_and_gradients(parts.model, parts.inputs(), 4, LocalExchange()))
+        expected.append(losses_and_gradients(parts.model, parts.inputs(), 4, LocalCommunicator()))
     for kinds in run_ranks(both_kinds, 2, rank_losses, str(tmp_path)):
         for results, (total, gradients) in zip(kinds, expected, strict=True):
             for rank_total, rank_gradients in results:

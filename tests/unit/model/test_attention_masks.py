@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.model.qformer import attention_masks
+from isthmus.model.objectives.stage1 import (
+    causal_mask,
+    contrast_and_generation_mask,
+    matching_mask,
+    unimodal_mask,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -15,19 +20,19 @@ def picture(mask: Tensor, rows: int) -> list[str]:
     return ["".join("x" if seen else "-" for seen in row) for row in mask[0, 0].expand(rows, -1).tolist()]
 
 
-def test_bidirectional():
+def test_matching():
     # columns: 2 queries, 3 tokens, padding
-    assert picture(attention_masks.bidirectional(REAL, 2), 6) == ["xxxxx-"] * 6
+    assert picture(matching_mask(REAL, 2), 6) == ["xxxxx-"] * 6
 
 
-def test_unimodal():
+def test_contrast():
     # columns: 3 tokens, padding; no queries
-    assert picture(attention_masks.unimodal(REAL), 4) == ["xxx-"] * 4
+    assert picture(unimodal_mask(REAL), 4) == ["xxx-"] * 4
 
 
-def test_multimodal_causal():
+def test_generation():
     # columns: 2 queries, 3 tokens, padding; rows: text
-    assert picture(attention_masks.multimodal_causal(REAL, 2), 4) == [
+    assert picture(causal_mask(REAL, 2), 4) == [
         "xxx---",
         "xxxx--",
         "xxxxx-",
@@ -35,9 +40,9 @@ def test_multimodal_causal():
     ]
 
 
-def test_joint():
-    # columns and rows: 2 queries; 3 tokens, padding; 3 written tokens, padding
-    assert picture(attention_masks.joint(REAL, 2), 10) == [
+def test_contrast_and_generation_at_once():
+    # columns and rows: 2 queries; 3 tokens, padding; 3 tokens of the decoder input, padding
+    assert picture(contrast_and_generation_mask(REAL, 2), 10) == [
         *["xx--------"] * 2,
         *["--xxx-----"] * 4,
         "xx----x---",

@@ -18,9 +18,10 @@ from isthmus.model.formats.assemble import load_captioner
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import bridge_configs, export_bridge, load_trained
-from isthmus.model.generate import Decoding, answer, caption, itc_score, itm_score
-from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.generate import Decoding, answer, caption
+from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
 from isthmus.model.weight_writer import file_tensors, write_tensors
@@ -178,10 +179,14 @@ def test_the_retriever_scores_as_we_do(root):
     with torch.no_grad():
         contrast = hf(pixel_values=images, input_ids=ids, attention_mask=mask).logits_per_image
         match = hf(images, ids, attention_mask=mask, use_image_text_matching_head=True).logits_per_image
-    torch.testing.assert_close(itc_score(model, images, ids, mask), contrast, atol=1e-5, rtol=0)
-    torch.testing.assert_close(itm_score(model, images, ids, mask), match.softmax(-1)[:, 1], atol=1e-5, rtol=0)
-    swapped = itm_score(model, images, ids, mask, torch.tensor([0, 1, 2, 3]).flip(0))
-    assert not torch.allclose(swapped, match.softmax(-1)[:, 1], atol=1e-3)
+        features, text = model.vision(images), pack_captions(ids, mask)
+        image_kv, embedded = model.qformer.image_kv(features), model.embed_text(text)
+        similarity = torch.einsum("iqe,te->itq", model.image_vectors(features), model.text_vectors(text)).amax(dim=-1)
+        own = model.match(text, embedded, image_kv.layers)
+        swapped = model.match(text, embedded, image_kv.select(torch.tensor([3, 2, 1, 0])).layers)
+    torch.testing.assert_close(similarity, contrast, atol=1e-5, rtol=0)
+    torch.testing.assert_close(own.softmax(-1), match.softmax(-1), atol=1e-5, rtol=0)
+    assert not torch.allclose(swapped, own, atol=1e-3)
 
 
 def test_stage_2_begins_from_stage_1_and_from_the_originals_names(root):
@@ -240,7 +245,7 @@ def test_evaluation_without_gradient_leaves_the_mode(root):
     caption(parts.model, parts.encoder, parts.inputs().images_BCHW[:1], decoding=FEW)
     assert parts.model.training
     output = parts.model.loss_and_backward(
-        parts.inputs(), seed=0, step=0, micro_batch_size=4, exchange=LocalExchange(), backward=None
+        parts.inputs(), seed=0, step=0, micro_batch_size=4, communicator=LocalCommunicator(), backward=None
     )
     assert not output.total.requires_grad
 

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.unit
 def test_contrast_without_shared_images_is_smoothed_cross_entropy():
     logits = torch.randn(5, 5)
     expected = F.cross_entropy(logits, torch.arange(5), label_smoothing=0.1, reduction="sum")
-    torch.testing.assert_close(contrastive_loss(logits, torch.eye(5).bool(), 0.1), expected)
+    everyone = torch.ones(5, dtype=torch.bool)
+    torch.testing.assert_close(contrastive_loss(logits, torch.eye(5).bool(), everyone, everyone, 0.1), expected)
 
 
 def test_contrast_spreads_the_target_over_rows_of_the_same_image():
@@ -20,7 +21,21 @@ def test_contrast_spreads_the_target_over_rows_of_the_same_image():
     logits = torch.tensor([[5.0, -1.0, 0.0]])
     log = F.log_softmax(logits, dim=1)[0]
     expected = -(0.45 * log[0] + 0.45 * log[1] + 0.1 * log.mean())
-    torch.testing.assert_close(contrastive_loss(logits, positive, 0.1), expected)
+    valid = torch.ones(3, dtype=torch.bool)
+    torch.testing.assert_close(contrastive_loss(logits, positive, valid[:1], valid, 0.1), expected)
+
+
+def test_contrast_without_holes_is_that_of_the_other_rows():
+    logits, valid = torch.randn(4, 4).double(), torch.tensor([True, False, True, True])
+    logits[:, 1] = torch.nan
+    positive = torch.eye(4).bool() & valid
+    logits.requires_grad_()
+    loss = contrastive_loss(logits, positive, valid, valid, 0.1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    few = logits.detach()[valid][:, valid]
+    expected = F.cross_entropy(few, torch.arange(3), label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(gradient != 0, valid[:, None] & valid)
 
 
 def _draw(scores, rows, columns, seed=3, step=7, direction=0):
@@ -44,6 +59,13 @@ def test_draw_depends_on_global_rows_not_on_their_split_or_order():
     shuffled = rows[order][_draw(scores[:, order], rows, rows[order])]
     assert torch.equal(whole, parts)
     assert torch.equal(whole, shuffled)
+
+
+def test_the_largest_random_number_gives_a_finite_score(monkeypatch):
+    # All bits set: with 53 of them the number would round to 1 and the noise to infinity, which beats -inf.
+    monkeypatch.setattr("isthmus.model.objectives.losses._mix", lambda x: torch.full_like(x, -1))
+    scores = torch.tensor([[-torch.inf, 0.0]])
+    assert _draw(scores, torch.arange(1), torch.arange(2)).tolist() == [1]
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"step": 8}, {"direction": 1}])

@@ -11,9 +11,11 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from isthmus.model.config import QFormerConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.lavis import lavis_state, load_lavis
-from isthmus.model.objectives.communicator import LocalExchange
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.bert_init import load_bert
+from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer, is_query_side
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
@@ -129,7 +131,7 @@ def small_inputs(width: int = IMAGE_WIDTH, length: int = 5) -> Stage1Inputs:
 def run(inputs: Stage1Inputs, model: Stage1Model | None = None) -> float:
     model = model or Stage1Model(None, QFormer(SMALL, IMAGE_WIDTH))
     output = model.loss_and_backward(
-        inputs, seed=0, step=0, micro_batch_size=2, exchange=LocalExchange(), backward=torch.Tensor.backward
+        inputs, seed=0, step=0, micro_batch_size=2, communicator=LocalCommunicator(), backward=torch.Tensor.backward
     )
     return float(output.total)
 
@@ -183,18 +185,20 @@ def test_queries_and_text_see_what_their_pass_allows():
     other_ids[0, 3] = (ids[0, 3] + 1) % 20
     other_images = images + torch.randn_like(images)
 
+    model = Stage1Model(None, qformer)
+
     def passes(ids, images):
-        text, memory = qformer.list_tokens(ids, mask), qformer.image_memory(images)
-        states = qformer.query_pass(memory, 2)
-        causal = qformer.causal_pass(text, states.memory).hidden_ND
-        return states.hidden_BQD, qformer.text_pass(text), qformer.multimodal_pass(text, memory), causal
+        text, image_kv = pack_captions(ids, mask), qformer.image_kv(images)
+        encoded = model.encode(text, image_kv, qformer.tied_embedding())
+        matched = model.match(text, model.embed_text(text), image_kv.layers)
+        return encoded.image_BQE, encoded.text_BE, matched, encoded.source_KD
 
     base = passes(ids, images)
     moved = [
         [not torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(base, passes(*change), strict=True)]
         for change in ((other_ids, images), (ids, other_images))
     ]
-    # query pass, text pass, multimodal pass; then the first token ([DEC]) of the causal pass
+    # queries and text of contrast, matching; then the first token ([DEC]) of generation
     assert moved == [[False, True, True, False], [True, False, True, True]]
 
 

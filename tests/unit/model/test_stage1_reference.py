@@ -1,13 +1,13 @@
 """Stage 1 against the numbers of the original code, and the same numbers however the work is done."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from isthmus.model.objectives.communicator import LocalExchange
-from isthmus.model.savings import PLAIN, Savings
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.losses import draw_negatives
 from tests.fixtures_stage1 import (
     LOSSES,
     Reference,
@@ -19,6 +19,7 @@ from tests.fixtures_stage1 import (
     _per_loss,
     in_double,
     losses_and_gradients,
+    plain_losses_and_gradients,
 )
 
 pytestmark = pytest.mark.unit
@@ -47,30 +48,19 @@ def difference(found, expected):
     return max(abs(losses[name] - losses_0[name]) for name in LOSSES.values()), max(relative)
 
 
-@pytest.mark.parametrize("saving", [field.name for field in fields(Savings)])
-def test_each_saving_changes_nothing(saving):
-    expected = in_double_run(reference.model(PLAIN), reference.rows(), 6)
-    found = in_double_run(reference.model(replace(PLAIN, **{saving: True})), reference.rows(), 6)
-    assert max(difference(found, expected)) < TOLERANCE
+@pytest.mark.parametrize("itc_grad", ["anchor", "full"])
+@pytest.mark.parametrize("image_ids", [False, True])
+def test_equals_the_plain_implementation(itc_grad, image_ids):
+    model, inputs = reference.model(itc_grad=itc_grad).double(), in_double(reference.rows(image_ids=image_ids))
+    expected = plain_losses_and_gradients(model, inputs)
+    assert max(difference(losses_and_gradients(model, inputs, 6), expected)) < TOLERANCE
 
 
-# Columns of each text's negative image and of each image's negative text: pairs (0, 1), (1, 0) and (4, 3) occur twice.
-MUTUAL = [torch.tensor([1, 0, 5, 4, 1, 0]), torch.tensor([1, 0, 0, 5, 3, 1])]
-
-
-@pytest.mark.parametrize(("dropout", "size", "matched"), [(0.0, 6, [15]), (0.0, 2, [4, 6, 6]), (0.1, 6, [18])])
-def test_each_others_negatives_are_matched_once_while_dropout_is_off(dropout, size, matched):
-    found = []
-    for savings in (Savings(), replace(Savings(), match_mutual_once=False)):
-        model = reference.model(savings)
-        model.qformer.config = model.qformer.config.model_copy(update={"dropout": dropout})
-        model.choose_negatives = lambda draw: MUTUAL[draw.direction]
-        rows = []
-        match = model.match
-        model.match = lambda text, *rest, rows=rows, match=match: rows.append(text.packing.batch) or match(text, *rest)
-        found.append(in_double_run(model, reference.rows(), size))
-        assert rows == (matched if savings == Savings() else [3 * size] * (6 // size))
-    assert max(difference(*found)) < TOLERANCE
+def test_drawn_negatives_are_those_of_the_plain_implementation():
+    model, inputs = reference.model().double(), in_double(reference.rows())
+    model.choose_negatives = draw_negatives
+    expected = plain_losses_and_gradients(model, inputs)
+    assert max(difference(losses_and_gradients(model, inputs, 2), expected)) < TOLERANCE
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -90,7 +80,7 @@ def test_a_scaled_backward_scales_every_gradient(size):
             seed=0,
             step=0,
             micro_batch_size=size,
-            exchange=LocalExchange(),
+            communicator=LocalCommunicator(),
             backward=lambda loss, factor=factor: (factor * loss).backward(),
         )
         gradients.append({name: p.grad / factor for name, p in model.trainable_parameters().items()})
@@ -149,13 +139,13 @@ def test_batch_of_one_row():
     assert all(torch.isfinite(x).all() for x in gradients.values())
 
 
-def test_dropout_is_a_function_of_the_place_and_the_same_in_both_halves():
+def test_dropout_is_a_function_of_the_place_and_the_same_in_both_passes():
     model = reference.model()
     model.qformer.config = model.qformer.config.model_copy(update={"dropout": 0.5})
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = 0.5
-    # Only the contrast: with micro-batches its gradient is taken on features of the first half.
+    # Only the contrast: with micro-batches its gradient is taken on features of the first pass.
     model.config = model.config.model_copy(update={"itm_weight": 0.0, "itg_weight": 0.0})
     first = in_double_run(model, reference.rows(), 2)
     torch.manual_seed(99)
@@ -166,7 +156,7 @@ def test_dropout_is_a_function_of_the_place_and_the_same_in_both_halves():
     encode = model.encode
     model.encode = lambda *inputs, **options: seen.append(encode(*inputs, **options)) or seen[-1]
     in_double_run(model, reference.rows(), 2)
-    for half, other in zip(seen[:3], seen[3:], strict=True):
-        torch.testing.assert_close(half.image_BQE, other.image_BQE.detach(), atol=1e-9, rtol=0)
-        torch.testing.assert_close(half.text_BE, other.text_BE.detach(), atol=1e-9, rtol=0)
+    for one, other in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(one.image_BQE, other.image_BQE)
+        assert torch.equal(one.text_BE, other.text_BE)
     assert not torch.equal(seen[0].image_BQE, seen[1].image_BQE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.model.errors import ModelError
-from isthmus.model.objectives.communicator import LocalExchange
+from isthmus.model.objectives.communicator import LocalCommunicator
 from tests.fixtures_stage2 import check_stage2
 from tests.stage2_parts import CAPTIONS, stage2_parts
 
@@ -33,7 +33,7 @@ def run(model, inputs, micro_batch_size=8):
         seed=0,
         step=0,
         micro_batch_size=micro_batch_size,
-        exchange=LocalExchange(),
+        communicator=LocalCommunicator(),
         backward=lambda loss: loss.backward(),
     )
     return output, {name: p.grad.clone() for name, p in model.trainable_parameters().items()}
@@ -78,7 +78,7 @@ def test_the_number_of_backward_calls_depends_on_the_rows_alone(root):
             seed=0,
             step=0,
             micro_batch_size=2,
-            exchange=LocalExchange(),
+            communicator=LocalCommunicator(),
             backward=lambda loss, calls=calls: (loss.backward(), calls.append(float(loss.detach()))),
         )
         assert len(calls) == 2

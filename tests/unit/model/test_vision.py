@@ -30,7 +30,8 @@ from isthmus.model.config import QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.efficientnet_lite import EfficientNetLite
 from isthmus.model.frozen.vision import image_statistics, load_vision
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.qformer import QFormer
 
 pytestmark = pytest.mark.unit

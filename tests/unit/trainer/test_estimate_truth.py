@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.frozen.language import load_language
-from isthmus.model.objectives.communicator import LocalExchange
-from isthmus.model.objectives.stage1 import Stage1Inputs, Stage1Model
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.savings import Savings
 from isthmus.model.tiny import TinyLanguage, write_tiny_language
 from isthmus.trainer.estimate.flops import Text, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
 from isthmus.trainer.estimate.memory import Kept, stage1_activations, stage2_activations, trainable_parameters
@@ -41,8 +41,6 @@ Q = QFormerConfig(
     dropout=0.0,
     projection_size=16,
 )
-AS_WITH_DROPOUT = Savings(share_first_queries=False, match_mutual_once=False)
-"""Recipes train with dropout, where no two rows are alike, neither queries of the first layer nor pairs."""
 LANGUAGES: tuple[TinyLanguage, ...] = ("opt", "llama", "t5")
 
 
@@ -56,7 +54,7 @@ def stage1(rows: int = ROWS) -> tuple[Stage1Model, Stage1Inputs]:
         rows_B=torch.arange(rows),
         image_BPD=torch.randn(rows, PATCHES, IMAGE_WIDTH),
     )
-    return Stage1Model(None, QFormer(Q, IMAGE_WIDTH, savings=AS_WITH_DROPOUT)), inputs
+    return Stage1Model(None, QFormer(Q, IMAGE_WIDTH)), inputs
 
 
 def stage2(kind: TinyLanguage, folder: Path) -> tuple[Stage2Model, Stage2Inputs]:
@@ -76,7 +74,7 @@ def stage2(kind: TinyLanguage, folder: Path) -> tuple[Stage2Model, Stage2Inputs]
         rows_B=torch.arange(ROWS),
         image_BPD=torch.randn(ROWS, PATCHES, IMAGE_WIDTH),
     )
-    return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False, savings=AS_WITH_DROPOUT), language), inputs
+    return Stage2Model(None, QFormer(Q, IMAGE_WIDTH, with_text=False), language), inputs
 
 
 def step(
@@ -84,7 +82,12 @@ def step(
 ) -> Callable[[], None]:
     def run() -> None:
         model.loss_and_backward(
-            inputs, seed=0, step=0, micro_batch_size=micro, exchange=LocalExchange(), backward=torch.Tensor.backward
+            inputs,
+            seed=0,
+            step=0,
+            micro_batch_size=micro,
+            communicator=LocalCommunicator(),
+            backward=torch.Tensor.backward,
         )
 
     return run
@@ -134,15 +137,15 @@ def test_stage1_work_is_within_2_percent(micro):
 def foreign_images(model: Stage1Model, inputs: Stage1Inputs, micro: int) -> int:
     """Images that the micro-batches encode beyond their own."""
     encoded = []
-    original = model.qformer.image_memory
+    original = model.qformer.image_kv
 
     def counting(image_IPC: torch.Tensor):
         encoded.append(len(image_IPC))
         return original(image_IPC)
 
-    model.qformer.image_memory = counting
+    model.qformer.image_kv = counting
     step(model, inputs, micro)()
-    model.qformer.image_memory = original
+    model.qformer.image_kv = original
     return sum(encoded) - 2 * ROWS
 
 
