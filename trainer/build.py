@@ -60,7 +60,10 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     task = Stage1Task(
-        model, make_communicator(), run_seed=config.run.seed, micro_batch_size=config.stage1.micro_batch_size
+        model,
+        make_communicator(rank.world_size),
+        run_seed=config.run.seed,
+        micro_batch_size=config.stage1.micro_batch_size,
     )
     return Parts(task, encoder)
 
@@ -77,7 +80,11 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     task = Stage2Task(
-        model, encoder, make_communicator(), run_seed=config.run.seed, micro_batch_size=config.stage2.micro_batch_size
+        model,
+        encoder,
+        make_communicator(rank.world_size),
+        run_seed=config.run.seed,
+        micro_batch_size=config.stage2.micro_batch_size,
     )
     return Parts(task, encoder)
 

@@ -127,7 +127,6 @@ class ProcessGroupCommunicator:
         return torch.cat([incoming[:before], kept, incoming[before:]]).index_select(0, place_M)
 
 
-def make_communicator() -> Communicator:
-    """Return a communicator over the default process group where it has several ranks."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return ProcessGroupCommunicator() if several else LocalCommunicator()
+def make_communicator(world_size: int) -> Communicator:
+    """Return a communicator over the default process group; of one rank, one that needs no group."""
+    return ProcessGroupCommunicator() if world_size > 1 else LocalCommunicator()
