@@ -36,24 +36,23 @@ def export_on_worker(config: JobConfig, token: int, stopped: Callable[[], bool])
         raise ClusterError(
             f"{config.run.name}: the export was lost ({error}); isthmus resume tries it again"
         ) from error
-    finally:
-        ray.cancel(task, force=True)
 
 
 def _wait(task: Any, config: JobConfig, stopped: Callable[[], bool]) -> str | None:
     limit = config.cluster.export_timeout_seconds
     deadline = time.monotonic() + limit
-    while not stopped():
+    while not stopped() and time.monotonic() < deadline:
         done, _ = ray.wait([task], timeout=POLL_SECONDS)
         if done:
             url: str = ray.get(task)
             return url
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"{config.run.name}: the export was not done within {limit:g} s (cluster.export_timeout_seconds); "
-                "isthmus resume tries it again"
-            )
-    return None
+    ray.cancel(task, force=True)  # never of a task that is done: Ray 2.60 aborts the driver then
+    if stopped():
+        return None
+    raise ClusterError(
+        f"{config.run.name}: the export was not done within {limit:g} s (cluster.export_timeout_seconds); "
+        "isthmus resume tries it again"
+    )
 
 
 def _export(config: JobConfig, token: int) -> str:
