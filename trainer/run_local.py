@@ -10,6 +10,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.context import LocalContext, Outcome
 from isthmus.trainer.engine.process_group import process_group
+from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.trainer import run_stage
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_here(config: TrainConfig, context: LocalContext | None = None, allow_change: Sequence[str] = ()) -> Outcome:
-    """Run the stages of a run one after the other; go on where an earlier start left off.
+    """Run the stages of a run one after the other and export the last; resumes where an earlier start left off.
 
     `allow_change` are keys that may differ from the run's earlier starts.
 
@@ -38,4 +39,6 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
         for stage in config.stages:
             if run_stage(config, stage, context, store, run) is Outcome.STOPPED:
                 return Outcome.STOPPED
+        if config.run.export and context.rank.is_main:
+            export_run(config, store, run)
     return Outcome.FINISHED
