@@ -8,6 +8,15 @@ from isthmus.trainer.errors import ConfigError, TrainerError
 class ClusterError(RuntimeError):
     """A cluster, job or manifest is not usable as asked; the message names the address and the next action."""
 
+    retryable = False
+    """Whether the same may succeed later although nobody changes anything."""
+
+
+class OutageError(ClusterError):
+    """The object store did not respond for as long as the configuration allows."""
+
+    retryable = True
+
 
 EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerError)
 """Errors with a message for the operator; anything else is a defect and shows its traceback."""

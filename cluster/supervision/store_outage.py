@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import OutageError
 from isthmus.data_pipeline.errors import AccessError, NotFoundError, StoreError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
@@ -24,7 +24,7 @@ def await_store(
     """Probe an object with growing pauses until the store responds, be it that the object is absent, or `stopped()`.
 
     Raises:
-        ClusterError: it did not respond within `limit_seconds`.
+        OutageError: it did not respond within `limit_seconds`.
     """
     deadline, pause = time.monotonic() + limit_seconds, FIRST_PAUSE_SECONDS
     while not stopped():
@@ -36,7 +36,7 @@ def await_store(
             if isinstance(error, StoreError) and not (error.retryable or isinstance(error, AccessError)):
                 raise
             if time.monotonic() > deadline:
-                raise ClusterError(
+                raise OutageError(
                     f"the object store did not respond for {limit_seconds:g} s (cluster.wait_seconds): {error}"
                 ) from error
             on_waiting(f"the object store does not respond: {error}")

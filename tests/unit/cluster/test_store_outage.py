@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.errors import OutageError
 from isthmus.cluster.supervision import store_outage
 from isthmus.cluster.supervision.store_outage import await_store
 from isthmus.data_pipeline.errors import AccessError, NotFoundError, StoreError, UnavailableError
@@ -67,8 +67,11 @@ def test_a_store_that_responds_is_not_waited_for(clock):
 
 
 def test_an_outage_longer_than_the_limit_is_one_line(clock):
-    with pytest.raises(ClusterError, match=r"did not respond for 600 s \(cluster\.wait_seconds\): no response"):
+    with pytest.raises(
+        OutageError, match=r"did not respond for 600 s \(cluster\.wait_seconds\): no response"
+    ) as raised:
         wait(Store(clock, UnavailableError("no response"), until=1e9), limit=600.0)
+    assert raised.value.retryable, "a RayJob tries again"
 
 
 def test_a_refusal_for_good_is_no_outage(clock):
