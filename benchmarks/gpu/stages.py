@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import hf_stage2, measure
+from benchmarks.gpu import hf_stage2, measure, plain_stage1
 from benchmarks.gpu.models import batch_of, recipe
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.staging import Snapshot
 from isthmus.trainer.context import LocalContext
@@ -187,12 +188,28 @@ def restore(settings: Settings, name: str) -> dict[str, Any]:
     return found
 
 
+def peer_stage1(settings: Settings, name: str) -> dict[str, Any]:
+    """Measure stage 1 as the paper describes it, on the same batches."""
+    rows = settings.rows(name)
+    config = recipe(settings.scratch, rows, tiny=settings.tiny)
+    parts = build_parts(config, "stage1", LocalContext().rank, ObjectStore())
+    batch = batch_of(0, rows, config.model.vision.image_size_pixels, parts.encoder)
+    return _measure_peer(settings, rows, plain_stage1.training_step(parts.task, batch))
+
+
 def peer_stage2(settings: Settings, name: str) -> dict[str, Any]:
     """Measure stage 2 as transformers computes it, on the same batches."""
     rows = settings.rows(name)
-    with _Trained.open(settings, "stage2", rows) as trained:
-        batch, folder = trained.batches[0], trained.language_path
-    step = hf_stage2.training_step(settings.scratch / "vision", Path(folder), batch, tiny=settings.tiny)
+    config = recipe(settings.scratch, rows, tiny=settings.tiny)
+    assert config.model.language is not None
+    folder = Path(config.model.language.path)
+    encoder = LanguageEncoder(folder, config.model.language)
+    batch = batch_of(0, rows, config.model.vision.image_size_pixels, encoder)
+    step = hf_stage2.training_step(Path(config.model.vision.path), folder, batch, tiny=settings.tiny)
+    return _measure_peer(settings, rows, step)
+
+
+def _measure_peer(settings: Settings, rows: int, step: measure.Step) -> dict[str, Any]:
     steps = (1, 2) if settings.tiny else (4, 10)
     found: dict[str, Any] = {"time": measure.seconds_of(step, *steps), "memory": measure.memory()}
     with FlopCount() as counter:
@@ -209,6 +226,7 @@ STAGES: dict[str, Stage] = {
     "stage2_100": Stage(train_stage, 110),
     "job": Stage(job, 120),
     "restore": Stage(restore, 60),
+    "plain1_100": Stage(peer_stage1, 60),
     "hf2_100": Stage(peer_stage2, 90),
     "restore_deterministic": Stage(restore, 60),
     "stage1_200": Stage(train_stage, 70),
@@ -229,7 +247,6 @@ class _Trained:
         self.task, self.encoder = parts.task, parts.encoder
         self.engine: Engine = build_engine(self.task.model, config.stage(stage), context.rank)
         stack.callback(self.engine.close)
-        self.language_path = config.model.language.path if config.model.language else ""
         image_size = config.model.vision.image_size_pixels
         self.batches: list[Batch] = [batch_of(step, rows, image_size, self.encoder) for step in range(4)]
         self.losses: list[tuple[float, bool]] = []

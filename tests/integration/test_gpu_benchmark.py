@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_of_stage_runs_in_tiny_size(tmp_path):
-    stages = "stage1_100,stage2_100,restore,hf2_100"
+    stages = "stage1_100,stage2_100,restore,plain1_100,hf2_100"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(tmp_path), "--stages", stages],
         cwd=ROOT,
