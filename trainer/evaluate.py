@@ -22,6 +22,7 @@ from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
 from isthmus.trainer.context import LocalContext, Rank
+from isthmus.trainer.device_batches import normalize
 from isthmus.trainer.engine.engine import Precision, build_engine
 from isthmus.trainer.engine.process_group import process_group, select_device
 from isthmus.trainer.errors import TrainerError
@@ -30,7 +31,6 @@ from isthmus.trainer.evaluation.figures import sample_grid, to_png
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.evaluator import Evaluator, held_out_loader
 from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.preprocess import normalize
 from isthmus.trainer.stage2_task import Stage2Task
 from isthmus.trainer.task import Task
 

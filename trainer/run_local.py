@@ -1,4 +1,4 @@
-"""A whole run in this process (or in each rank of torchrun), without Ray: for debugging, one GPU, CPU."""
+"""A whole run without Ray: in this process, or in each rank of `torchrun -- isthmus train RECIPE --local`."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_here(config: TrainConfig, context: LocalContext | None = None, allow_change: Sequence[str] = ()) -> Outcome:
-    """Run the stages of a run one after the other and export the last; resumes where an earlier start left off.
+    """Run the stages of a run one after the other and export the last; resume where an earlier start left off.
 
     `allow_change` are keys that may differ from the run's earlier starts.
 

@@ -7,10 +7,10 @@ from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
+from isthmus.trainer.device_batches import preprocess_images
 from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.evaluation.retrieval import RetrievalEvaluation
-from isthmus.trainer.preprocess import preprocess_images
 from isthmus.trainer.task import Task
 
 

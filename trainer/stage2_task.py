@@ -9,10 +9,10 @@ from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage2 import Stage2Inputs
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
+from isthmus.trainer.device_batches import preprocess_images
 from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.captioning import CaptionEvaluation
 from isthmus.trainer.evaluation.result import EvalResult
-from isthmus.trainer.preprocess import preprocess_images
 from isthmus.trainer.task import Task
 
 

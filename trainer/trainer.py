@@ -16,6 +16,7 @@ from isthmus.trainer.checkpoint.train_state import TrainState, versions
 from isthmus.trainer.config.loading import config_hash
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Outcome, RunContext
+from isthmus.trainer.device_batches import Prefetcher
 from isthmus.trainer.engine.engine import build_engine
 from isthmus.trainer.engine.optimizer import learning_rate
 from isthmus.trainer.engine.step_status import NonFiniteGuard, StepStatus, all_reduce_status
@@ -152,8 +153,9 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Train from the present step to the last one, or to the step at which any rank is asked to stop."""
-        with _no_automatic_gc():
-            for batch in self.monitor.batches(self.loader.batches(self.step, self.stage.steps - self.step)):
+        self.batches = Prefetcher(self.loader, self.step, self.stage.steps - self.step, self.engine.device)
+        with _no_automatic_gc(), closing(self.batches):
+            for batch in self.monitor.batches(self.batches):
                 status = self.train_step(batch)
                 last = self.step == self.stage.steps
                 result = self.evaluate() if last or self.evaluator.due(self.step) else EvalResult({})
@@ -184,13 +186,12 @@ class Trainer:
             *self.monitor.step_times(),
             peak_memory_bytes(self.engine.device),
         )
-        status = all_reduce_status(own, self.engine.device)
+        status = all_reduce_status(own)
         self.step = batch.step + 1
         self.monitor.on_step_end(self.step, status)
         if self.monitor.record_due(self.step):
-            extra = {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
-            extra |= {f"data/{name}": value for name, value in self.loader.metrics().items()}
-            self.monitor.record(self.step, losses, status, extra, self.checkpoints.last_committed)
+            extra = {f"data/{name}": value for name, value in self.batches.metrics().items()} | {"optim/lr": lr}
+            self.monitor.record(self.step, losses, result.norm, status, extra, self.checkpoints.last_committed)
         self.nonfinite_guard.check(batch, losses, status, scale_falls=result.scale_falls)
         return status
 
@@ -207,7 +208,7 @@ class Trainer:
         save = self.checkpoints.due(self.step, status.step_seconds) or final or best_wanted
         if not save and not self.checkpoints.replication_due(self.step):
             return
-        with self.monitor.saving(self.step, self.loader.take_bad_records()):
+        with self.monitor.saving(self.step, self.batches.take_bad_records()):
             state = self._state(result.metrics)
             if save:
                 self.checkpoints.save(self.step, self.engine.fragments(), state)

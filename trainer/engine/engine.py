@@ -53,10 +53,15 @@ class StepResult:
 
     applied: bool
     """False: a loss or gradient was not finite on some rank; the step was skipped on all of them."""
-    grad_norm: float
-    """Global norm before clipping; infinite where not applied."""
+    norm: Tensor
+    """Global norm of the gradient before clipping, 0-d on the device; infinite where not applied."""
     scale_falls: bool = False
     """fp16: not applied, and the loss scale could still be halved."""
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm as a number; waits for the device."""
+        return float(self.norm)
 
 
 class Engine:
@@ -121,7 +126,8 @@ class Engine:
         self._steps += 1
         if not applied:
             self._count_steps()
-        norm = float(self._zero._global_grad_norm) / (self.loss_scale or 1.0) if applied else float("inf")
+        found = self._zero._global_grad_norm if applied else math.inf
+        norm = torch.as_tensor(found, dtype=torch.float32, device=self.device) / (self.loss_scale or 1.0)
         scale = self.loss_scale
         self._adapt_loss_scale(applied)
         scale_falls = scale is not None and self.loss_scale is not None and self.loss_scale < scale

@@ -104,7 +104,7 @@ def _init_group(rank: Rank, device: torch.device, timeout: datetime.timedelta) -
     if "MASTER_ADDR" not in os.environ:
         raise TrainerError(
             f"rank {rank.rank} of {rank.world_size}: MASTER_ADDR is not set, so the ranks cannot meet; "
-            "start them with `isthmus train` or torchrun"
+            "start them with `isthmus submit`, or `torchrun --nproc-per-node N -- isthmus train RECIPE --local`"
         )
     dist.init_process_group(
         backend,

@@ -31,9 +31,12 @@ class StepStatus(NamedTuple):
     """Peak device memory since the last record, or resident memory on the CPU."""
 
 
-def all_reduce_status(own: StepStatus, device: torch.device) -> StepStatus:
-    """Return the field-wise maximum over all ranks. Collective: every rank calls it once per step."""
-    values = torch.tensor([_REASONS.index(own.stop), *map(float, own[1:])], dtype=torch.float64, device=device)
+def all_reduce_status(own: StepStatus) -> StepStatus:
+    """Return the field-wise maximum over all ranks. Collective: every rank calls it once per step.
+
+    It travels through host memory (gloo), so that no rank waits for its GPU here.
+    """
+    values = torch.tensor([_REASONS.index(own.stop), *map(float, own[1:])], dtype=torch.float64)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     stop, nonfinite, *rest = values.tolist()

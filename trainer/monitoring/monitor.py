@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.quarantine import BadRecord
@@ -154,6 +155,7 @@ class Monitor:
         self,
         step: int,
         losses: LossOutput,
+        grad_norm: Tensor,
         status: StepStatus,
         extra: Mapping[str, float],
         committed: Committed | None,
@@ -163,11 +165,12 @@ class Monitor:
         Args:
             step: Steps done so far in the stage.
             losses: Of the last one, over the global batch.
+            grad_norm: Of the last one, before clipping; 0-d.
             status: Of the last one.
             extra: Further metrics under their full names.
             committed: The newest checkpoint.
         """
-        metrics = {**loss_metrics(losses), **extra, **self._speed(status), **self._safety(committed)}
+        metrics = {**step_metrics(losses, grad_norm), **extra, **self._speed(status), **self._safety(committed)}
         self._window = _Window()
         reset_peak_memory(self._device)
         if not self._loggers:
@@ -276,10 +279,11 @@ class Monitor:
             self._store.put(join(self._url, FLIGHT_RECORDER, f"{name}.pickle"), collectives)
 
 
-def loss_metrics(losses: LossOutput) -> dict[str, float]:
-    """Return `loss/total`, `loss/<part>` and `train/<metric>` as numbers, in one transfer from the device."""
+def step_metrics(losses: LossOutput, grad_norm: Tensor) -> dict[str, float]:
+    """Return losses, training metrics and the norm of the gradient as numbers, in one transfer from the device."""
     named = {"loss/total": losses.total}
     named |= {f"loss/{name}": value for name, value in losses.parts.items()}
     named |= {f"train/{name}": value for name, value in losses.metrics.items()}
+    named["optim/grad_norm"] = grad_norm
     values = torch.stack([value.detach().double().reshape(()) for value in named.values()]).tolist()
     return dict(zip(named, values, strict=True))

@@ -42,7 +42,7 @@ def run(tmp_path, *overrides, work=(30.0, 20.0), retries=lambda _device: 0.0):
         status = StepStatus(None, step == 2, 0.5, 0.125, 3e9)
         monitor.on_step_end(step, status)
         if monitor.record_due(step):
-            monitor.record(step, LOSSES, status, {"optim/lr": 1e-3}, None)
+            monitor.record(step, LOSSES, torch.tensor(3.0), status, {"optim/lr": 1e-3}, None)
     monitor.close()
     return read_jsonl((tmp_path / "stage1/metrics.jsonl").read_text())
 
@@ -56,6 +56,7 @@ def test_a_record_holds_the_window_since_the_last_one(tmp_path):
         assert record["speed/data_wait_fraction"] == 0.25
         assert record["optim/skipped_steps"] == 1.0
         assert record["memory/gigabytes"] == 3.0
+        assert (record["loss/itc"], record["optim/grad_norm"]) == (2.0, 3.0)
         assert "speed/mfu" not in record  # a CPU has no peak in the table
 
 

@@ -8,7 +8,7 @@ from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.context import StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError, NonFiniteGuard, StepStatus, all_reduce_status
 from isthmus.trainer.monitoring.console import console_line
-from isthmus.trainer.monitoring.monitor import loss_metrics
+from isthmus.trainer.monitoring.monitor import step_metrics
 
 pytestmark = pytest.mark.unit
 LOSSES = LossOutput(
@@ -50,7 +50,7 @@ def test_the_falling_loss_scale_of_fp16_is_no_failure():
 
 def test_one_process_agrees_with_itself():
     mine = StepStatus(StopReason.PREEMPTION, nonfinite=True, step_seconds=1.5, wait_seconds=0.25, memory_bytes=3e9)
-    assert all_reduce_status(mine, torch.device("cpu")) == mine
+    assert all_reduce_status(mine) == mine
 
 
 def test_console_line_says_what_an_operator_asks():
@@ -71,4 +71,4 @@ def test_console_line_says_what_an_operator_asks():
         "0:02:30",
     ):
         assert part in line
-    assert loss_metrics(LOSSES)["train/itm_accuracy"] == 0.5
+    assert step_metrics(LOSSES, torch.tensor(3.0))["train/itm_accuracy"] == 0.5
