@@ -1,45 +1,26 @@
 """Batches of one rank, step by step: asks readers for lane parts ahead of need and puts them together."""
 
-import contextlib
 import functools
-import logging
 import time
-from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Manifest
-from isthmus.data_pipeline.dataset.shard_index import ShardIndex
-from isthmus.data_pipeline.errors import DataError, PoisonPartError, ReadersUnavailable
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
-from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend, ReaderDied
+from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend
 from isthmus.data_pipeline.reading.batch import Batch, LanePart, PartRequest, TextEncoder
+from isthmus.data_pipeline.reading.loader_metrics import LoaderMetrics
+from isthmus.data_pipeline.reading.part_queue import PartQueue
 from isthmus.data_pipeline.reading.processes import ProcessBackend
 from isthmus.data_pipeline.reading.quarantine import BadRecord, Budget
 from isthmus.data_pipeline.reading.reader import Reader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-_log = logging.getLogger(__name__)
 _CHUNK_LOOKAHEAD_STEPS = 8  # steps beyond the prefetched batches whose chunks are fetched
-_MAX_DEATHS = 3
-_REPLACE_PAUSE_SECONDS = 1.0
-_NAMED_SAMPLES = 8
-
-
-class _Pending(NamedTuple):
-    request: PartRequest
-    future: "Future[LanePart]"
-    deaths: int = 0
-    """Readers that ended while they were reading it."""
-    lost_since: float | None = None
-    """Since when no reader has begun with what was asked of its own."""
 
 
 class Loader:
@@ -77,11 +58,12 @@ class Loader:
                 f"{plan.lanes} (lanes are fixed for a run)"
             )
         self.plan = plan
-        self._config, self._store, self._encoder = config, store, encoder
+        self._encoder = encoder
         self._image_size = image_size_pixels
         self.lanes = list(range(rank, plan.lanes, world_size))
         make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
         self._backend = _open_backend(config, make_reader, self.lanes, rank, world_size)
+        self._parts = PartQueue(self._backend, config.reader_timeout_seconds, store)
         self._ahead_steps = config.prefetch_steps if self._backend.is_async else 0
         self._samples: dict[tuple[int, int], tuple[SampleRef, ...]] = {}
         self._bad_records: list[BadRecord] = []
@@ -94,21 +76,18 @@ class Loader:
 
         Raises:
             BudgetExceeded: too many bad samples.
-            DataError: the store cannot be read, or readers are not to be had (ReadersUnavailable) or die of the same
-                samples again and again (PoisonPartError).
+            DataError: the store cannot be read, or readers are unavailable or die of the same samples (PartQueue.take).
         """
-        pending: deque[list[_Pending]] = deque()
         end_step = start_step + num_steps
         next_step = start_step
         self._samples.clear()
+        self._parts.clear()
         for step in range(start_step, end_step):
             begin = time.perf_counter()
             while next_step < min(end_step, step + 1 + self._ahead_steps):
-                pending.append(
-                    [self._ask(self._request(next_step, lane, next_step == start_step)) for lane in self.lanes]
-                )
+                self._parts.request([self._request(next_step, lane, next_step == start_step) for lane in self.lanes])
                 next_step += 1
-            parts = self._collect(pending)
+            parts = self._parts.take()
             self._metrics.wait_seconds += time.perf_counter() - begin
             self._step = step + 1
             yield self._assemble(step, parts)
@@ -121,7 +100,8 @@ class Loader:
     def metrics(self) -> dict[str, float]:
         """Return totals since the start: seconds, bytes, counts by cause, GET percentiles, epoch of each source."""
         epochs = {f"epoch/{source}": epoch for source, epoch in enumerate(self.plan.epochs(self._step))}
-        return self._metrics.numbers() | epochs
+        asked_again = {"parts_asked_again": self._parts.num_asked_again}
+        return self._metrics.numbers() | asked_again | epochs
 
     def close(self) -> None:
         """Stop the readers."""
@@ -147,72 +127,6 @@ class Loader:
         if key not in self._samples:
             self._samples[key] = tuple(self.plan.lane_samples(step, lane))
         return self._samples[key]
-
-    def _ask(self, request: PartRequest, deaths: int = 0, lost_since: float | None = None) -> _Pending:
-        return _Pending(request, self._backend.submit(request), deaths, lost_since)
-
-    def _collect(self, pending: deque[list[_Pending]]) -> list[LanePart]:
-        """Wait for the first step's parts; what a dead or silent reader owes is asked again of a fresh one."""
-        parts = [self._wait_for(pending, place) for place in range(len(self.lanes))]
-        pending.popleft()
-        return parts
-
-    def _wait_for(self, pending: deque[list[_Pending]], place: int) -> LanePart:
-        limit = self._config.reader_timeout_seconds
-        while True:
-            asked = pending[0][place]
-            try:
-                return asked.future.result(limit)
-            except FutureTimeout:
-                if not self._backend.has_started(asked.request.lane):
-                    raise ReadersUnavailable(_unavailable(asked.request, limit, "it has not started")) from None
-                self._backend.replace(asked.request.lane)
-            except ReaderDied as error:
-                _log.warning("lane %d: %s; asking another reader", asked.request.lane, error)
-            self._ask_again(pending)
-
-    def _ask_again(self, pending: deque[list[_Pending]]) -> None:
-        """Ask again what dead readers owe.
-
-        Raises:
-            PoisonPartError: a part ended its reader again and again.
-            ReadersUnavailable: no reader stays for long enough.
-        """
-        dead = [
-            (step, place, error) for step in pending for place, asked in enumerate(step) if (error := _death(asked))
-        ]
-        now = time.monotonic()
-        had_begun = any(error.while_reading for _, _, error in dead)
-        if any(step[place].lost_since for step, place, _ in dead):
-            time.sleep(_REPLACE_PAUSE_SECONDS)  # the second reader died too: what ends them may take a while to pass
-        for step, place, error in dead:
-            request, _, deaths, lost_since = step[place]
-            deaths += error.while_reading
-            lost_since = None if had_begun else lost_since or now
-            if deaths == _MAX_DEATHS:
-                raise PoisonPartError(self._poison(request, error))
-            if lost_since and now - lost_since > self._config.reader_timeout_seconds:
-                raise ReadersUnavailable(_unavailable(request, now - lost_since, str(error)))
-            self._metrics.parts_asked_again += 1
-            step[place] = self._ask(request, deaths, lost_since)
-
-    def _poison(self, request: PartRequest, error: ReaderDied) -> str:
-        """Return what to say of samples that end their readers."""
-        names = [self._sample_name(request, sample) for sample in request.samples[:_NAMED_SAMPLES]]
-        more = f" and {len(request.samples) - len(names)} more" if len(request.samples) > len(names) else ""
-        return (
-            f"step {request.step}, lane {request.lane}: {_MAX_DEATHS} readers ended, or gave no answer within "
-            f"{self._config.reader_timeout_seconds:g} s (data.reader_timeout_seconds), while they read "
-            f"{', '.join(names)}{more}; the last one: {error}. Exit code -9 often means that memory ran out. Check "
-            "these samples with `isthmus data show`, and leave their shard out if they cannot be read"
-        )
-
-    def _sample_name(self, request: PartRequest, sample: SampleRef) -> str:
-        shard = request.shards[sample.source, sample.shard]
-        with contextlib.suppress(DataError):  # a shorter name serves too
-            index = ShardIndex.load(shard, self._store)
-            return f"{shard.url}#{index.key(index.first_sample(sample.chunk) + sample.sample)}"
-        return f"{shard.url} (chunk {sample.chunk}, sample {sample.sample})"
 
     def _assemble(self, step: int, parts: list[LanePart]) -> Batch:
         """Put the lane parts, which are in row order, into one batch."""
@@ -273,42 +187,6 @@ class Loader:
         self._budget.add([sample.source for sample in samples], bad)
 
 
-class LoaderMetrics:
-    """Totals of a loader and of all its readers, as plain numbers."""
-
-    def __init__(self) -> None:
-        self.wait_seconds = 0.0
-        self.parts_asked_again = 0
-        self._samples = 0
-        self._bad: Counter[str] = Counter()
-        self._by_reader: dict[str, dict[str, float]] = {}
-        self._get_seconds: deque[float] = deque(maxlen=1000)
-
-    def add(self, part: LanePart) -> None:
-        """Add what a part says about itself and its reader."""
-        self._samples += len(part.valid)
-        self._bad.update(record.cause for record in part.bad)
-        self._by_reader[part.reader] = part.counters
-        self._get_seconds.extend(part.get_seconds)
-
-    def numbers(self) -> dict[str, float]:
-        """Return all of it under flat names."""
-        totals: Counter[str] = Counter()
-        for counters in self._by_reader.values():
-            totals.update(counters)
-        numbers: dict[str, float] = {
-            "wait_seconds": self.wait_seconds,
-            "parts_asked_again": self.parts_asked_again,
-            "samples": self._samples,
-            "bad_samples": sum(self._bad.values()),
-        }
-        numbers |= {f"bad_samples/{cause}": count for cause, count in self._bad.items()} | dict(totals)
-        if self._get_seconds:
-            p50, p99 = np.percentile(self._get_seconds, [50, 99])
-            numbers |= {"get_seconds/p50": float(p50), "get_seconds/p99": float(p99)}
-        return numbers
-
-
 def open_loader(
     config: DataConfig,
     store: ObjectStore,
@@ -349,16 +227,3 @@ def _open_backend(
     if config.readers == 0:
         return InProcessBackend(make_reader)
     return ProcessBackend(make_reader, config.readers, lanes)
-
-
-def _death(asked: _Pending) -> ReaderDied | None:
-    """Return how the reader of a request died, if it did."""
-    error = asked.future.exception() if asked.future.done() else None
-    return error if isinstance(error, ReaderDied) else None
-
-
-def _unavailable(request: PartRequest, seconds: float, why: str) -> str:
-    return (
-        f"step {request.step}, lane {request.lane}: no reader for {seconds:.0f} s, {why}; check that nodes with free "
-        "CPUs (and data.reader_resources) are there, and the readers' logs"
-    )

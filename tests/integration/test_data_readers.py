@@ -13,9 +13,9 @@ import ray
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
-from isthmus.data_pipeline.errors import PoisonPartError
+from isthmus.data_pipeline.errors import PoisonPartError, ReadersUnavailable
 from isthmus.data_pipeline.reading import loader as loader_module
-from isthmus.data_pipeline.reading import processes
+from isthmus.data_pipeline.reading import part_queue, processes
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.reading.reader import Reader
 from isthmus.data_pipeline.store.object_store import AccessError, ObjectStore
@@ -181,7 +181,7 @@ class PoisonedReader(Reader):
 def test_a_sample_that_ends_its_readers_stops_the_run_and_is_named(tmp_path, monkeypatch):
     url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
     monkeypatch.setattr(loader_module, "Reader", PoisonedReader)
-    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.0)
     made = loader(url, readers=1)
     (culprit,) = (s for lane in range(4) for s in made.plan.lane_samples(2, lane) if s.position == 21)
     index = ShardIndex.load(made.plan.manifests[0].shards[culprit.shard], ObjectStore())
@@ -193,7 +193,7 @@ def test_a_sample_that_ends_its_readers_stops_the_run_and_is_named(tmp_path, mon
 def test_a_reader_that_is_killed_again_and_again_while_it_starts_is_only_replaced(tmp_path, monkeypatch):
     url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
     expected = take(loader(url), 0, 2)
-    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.0)
     made = loader(url, readers=1)
     starts = []
 
@@ -209,3 +209,18 @@ def test_a_reader_that_is_killed_again_and_again_while_it_starts_is_only_replace
     for one, other in zip(take(made, 0, 2), expected, strict=True):
         assert_equal(one, other)
     assert len(starts) == 5
+
+
+def test_a_sample_that_ends_its_actors_stops_the_run_too(local_ray, tmp_path, monkeypatch):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
+    monkeypatch.setattr(loader_module, "Reader", PoisonedReader)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.0)
+    with pytest.raises(PoisonPartError, match=r"step 2, lane .*last: actor reader-0"):
+        take(loader(url, backend="ray", readers=1), 0, 4)
+
+
+def test_an_actor_that_fits_no_node_is_not_the_users_error(local_ray, tmp_path):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
+    made = loader(url, backend="ray", readers=1, reader_resources={"nowhere": 1}, reader_timeout_seconds=2)
+    with pytest.raises(ReadersUnavailable, match=r"no reader for 2 s, it has not started.*data\.reader_resources"):
+        take(made, 0, 1)

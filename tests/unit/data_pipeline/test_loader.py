@@ -15,6 +15,7 @@ import isthmus.data_pipeline.reading.reader as reader_module
 from isthmus.data_pipeline.config import BudgetConfig, DataConfig
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import DataError, NotFoundError, PoisonPartError, ReadersUnavailable
+from isthmus.data_pipeline.reading import part_queue
 from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
@@ -289,10 +290,10 @@ def test_no_more_requests_are_in_flight_than_steps_are_prefetched(manifest, monk
 
 def test_samples_that_silence_three_readers_end_the_run_and_are_named(manifest, monkeypatch):
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=9))
-    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.0)
     made = loader(manifest, reader_timeout_seconds=0.05)
     first = made.plan.lane_samples(0, 0)
-    with pytest.raises(PoisonPartError, match=r"step 0, lane 0: 3 readers ended.*the last one: replaced") as caught:
+    with pytest.raises(PoisonPartError, match=r"step 0, lane 0: 3 readers ended.*last: replaced") as caught:
         take(made, 0, 4)
     assert str(caught.value).count(".tar#0000") == len(first)
     assert not caught.value.retryable
@@ -324,14 +325,14 @@ class Mortal(InProcessBackend):
 def test_readers_that_die_before_they_read_are_replaced_without_end(manifest, monkeypatch):
     expected = take(loader(manifest), 0, 2)
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Mortal(make, deaths=70))
-    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.0)
     for one, other in zip(take(loader(manifest), 0, 2), expected, strict=True):
         assert_equal(one, other)
 
 
 def test_no_reader_for_too_long_is_no_error_of_the_user_and_has_its_cause(manifest, monkeypatch):
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Mortal(make, deaths=10**9))
-    monkeypatch.setattr(loader_module, "_REPLACE_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(part_queue, "_REPLACE_PAUSE_SECONDS", 0.01)
     with pytest.raises(ReadersUnavailable, match=r"step 0, lane 0: no reader for.*its node has died") as caught:
         take(loader(manifest, reader_timeout_seconds=0.1), 0, 2)
     assert caught.value.retryable
