@@ -6,6 +6,7 @@ import signal
 import time
 
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from isthmus.cluster.config import JobConfig
@@ -43,14 +44,14 @@ class RunWatch:
             TimeoutError: it does not end.
         """
         deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
-        with self._console.status("  the run starts") as live:
+        with Live(Text("  the run starts"), console=self._console, transient=True) as live:
             while time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 status = read_status(self._url, self._store)
                 if status is None or status.updated_at < self._begun_at:
                     continue  # of the run that was interrupted
                 self._show(status)
-                live.update(Text(self._line(status), no_wrap=True, overflow="ellipsis"))
+                live.update(Text(f"  {self._line(status)}", no_wrap=True, overflow="ellipsis"), refresh=True)
                 if status.state.is_final:
                     return status
                 self._kill_when_due(status)

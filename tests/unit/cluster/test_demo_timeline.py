@@ -68,30 +68,48 @@ def test_a_cached_phase_says_nothing_of_the_pace():
     assert timeline.seconds_left() == 300
 
 
-def test_the_watch_prints_unbroken_lines_and_ignores_an_earlier_end(tmp_path):
+RESTART = Restart(at=1, kind="lost process", cause="killed", stage="stage1", step=33, world_size=2)
+STATES = (
+    {"state": RunState.STOPPED, "updated_at": 1.0, "message": "of yesterday"},
+    {"state": RunState.RUNNING, "step": 20, "metrics": {"loss": 7.25, "samples_per_second": 31.0}},
+    {"state": RunState.RUNNING, "step": 30, "metrics": {"loss": 7.0, "samples_per_second": 31.0}},
+    {"state": RunState.RESTARTING, "message": "lost process " * 10, "restarts": [RESTART]},
+    {"state": RunState.FINISHED, "restarts": [RESTART.model_copy(update={"recovery_seconds": 9, "lost_steps": 3})]},
+)
+
+
+def watched(tmp_path, monkeypatch, **console):
+    """Return what the watch prints while the driver writes STATES."""
     config = load_config("recipes/demo-tiny.yaml", [f"run.url={tmp_path}", "run.name=demo-9"], JobConfig)
-    store, url = ObjectStore(), join(str(tmp_path), "demo-9")
-    restart = Restart(at=1, kind="lost process", cause="killed", stage="stage1", step=33, world_size=2)
-    states = [
-        {"state": RunState.STOPPED, "updated_at": 1.0, "message": "of yesterday"},
-        {"state": RunState.RUNNING, "step": 20, "metrics": {"loss": 7.25, "samples_per_second": 31.0}},
-        {"state": RunState.RESTARTING, "message": "lost process " * 10, "restarts": [restart]},
-        {"state": RunState.FINISHED, "restarts": [restart.model_copy(update={"recovery_seconds": 9, "lost_steps": 3})]},
-    ]
-    head, timeline, output = None, Timeline({"stage1": 100.0, "stage2": 10.0}, Clock()), io.StringIO()
-    watch = RunWatch(config, store, head, Console(file=output, width=80, soft_wrap=True), timeline)
+    store, url, states = ObjectStore(), join(str(tmp_path), "demo-9"), list(STATES)
+    timeline, output = Timeline({"stage1": 100.0, "stage2": 10.0}, Clock()), io.StringIO()
+    watch = RunWatch(config, store, None, Console(file=output, width=80, **console), timeline)
 
     def next_state(_seconds):
         known = {"updated_at": watch._begun_at + 1, "stage": "stage1", "num_steps": 60, **states.pop(0)}
         store.put(join(url, FILE_NAME), RunStatus(run="demo-9", **known).model_dump_json().encode())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.demo.watch.time.sleep", next_state)
-        assert watch.wait().state is RunState.FINISHED
-    lines = [line.strip() for line in output.getvalue().splitlines()]
+    monkeypatch.setattr("isthmus.demo.watch.time.sleep", next_state)
+    assert watch.wait().state is RunState.FINISHED
+    return output.getvalue()
+
+
+def test_a_file_gets_unbroken_lines_and_nothing_of_an_earlier_end(tmp_path, monkeypatch):
+    lines = [line.strip() for line in watched(tmp_path, monkeypatch, soft_wrap=True).splitlines()]
     assert lines == [
         "stage1 step 20/60, loss 7.25, 31.0 images/s, about 60 s left, a worker is killed at step 33",
+        "stage1 step 30/60, loss 7.00, 31.0 images/s, about 42 s left, a worker is killed at step 33",
         f"stage1 restarting: {'lost process ' * 10}".strip(),
         "stage1 finished",
         "recovered 9 s after the loss, 3 steps trained again",
     ]
+
+
+def test_a_terminal_keeps_changes_of_state_and_redraws_the_rest(tmp_path, monkeypatch):
+    shown = watched(tmp_path, monkeypatch, force_terminal=True, color_system=None)
+    drawn = [line.rpartition("\x1b[2K")[2].rstrip() for line in shown.splitlines()]
+    live = "  stage1 step 30/60, loss 7.00, 31.0 images/s, about 42 s left, a worker is kil\u2026"
+    assert live in drawn, "one line, cut at the terminal's width"
+    assert sum(line.startswith("  stage1 step 20/60") for line in drawn) == 2, "kept, and live"
+    assert "recovered 9 s after the loss" in shown
+    assert "\x1b[2K" in shown, "the live line is erased before it is drawn again"
