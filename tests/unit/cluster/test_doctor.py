@@ -7,6 +7,7 @@ import pytest
 
 from isthmus.cluster.checks import doctor
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.monitoring.monitor import FLIGHT_RECORDER
 
 pytestmark = pytest.mark.unit
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
@@ -47,6 +48,7 @@ def test_archive_holds_text_and_lists_the_rest(run_url):
 
 
 def test_nccls_flight_recorder_is_packed_as_it_is(run_url, tmp_path):
+    assert doctor.FLIGHT_RECORDER == FLIGHT_RECORDER
     dump = b"\x80\x04\x95 a pickle of torch \xff"
     folder = tmp_path / "runs" / "demo" / "stage1" / doctor.FLIGHT_RECORDER
     folder.mkdir()
