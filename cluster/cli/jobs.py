@@ -123,7 +123,7 @@ def logs(
     jobs = Jobs(address)
     job = jobs.latest(run)
     found = False
-    for text in jobs.follow(job) if follow else iter(jobs.logs(job, tail).splitlines()):
+    for text in jobs.follow(job, tail) if follow else iter(jobs.logs(job, tail).splitlines()):
         line = parse_line(text)
         if rank is not None and (line is None or line.get("rank") != rank):
             continue

@@ -1,10 +1,10 @@
-"""The cluster's dashboard over HTTP: is it reachable, which nodes it has, what is free on them, the end of a log."""
+"""The cluster's dashboard over HTTP: is it reachable, which nodes it has, what is free on them."""
 
 import logging
 import os
 import re
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import ray
 import requests
@@ -15,7 +15,6 @@ from isthmus.cluster.ray_nodes.auth import MODE_VARIABLE, TOKEN_REMEDY, read_tok
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 4.0
-LOG_TIMEOUT_SECONDS = 60
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NODE_KEYS = ("ip", "hostname", "now", "bootTime", "cpus", "cpu", "mem", "gpus", "disk", "loadAvg")
@@ -76,11 +75,12 @@ def check_reachable(url: str) -> None:
         logger.warning("%s: the cluster has no token authentication; anyone who reaches it can run code there", url)
 
 
-def ask(url: str, *, stream: bool = False, timeout: float = CONNECT_TIMEOUT_SECONDS) -> requests.Response:
-    """Send one GET with our token."""
+def ask(url: str, *, stream: bool = False, timeout: float | None = CONNECT_TIMEOUT_SECONDS) -> requests.Response:
+    """Send one GET with our token; `timeout` limits each wait for bytes, in seconds."""
     token = _token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.get(url, headers=headers, timeout=timeout, stream=stream)
+    limits = (CONNECT_TIMEOUT_SECONDS, timeout)
+    return requests.get(url, headers=headers, timeout=limits, stream=stream)
 
 
 def nodes(url: str) -> list[dict[str, Any]]:
@@ -101,27 +101,6 @@ def resources(url: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]
             total.append(has)
             free.append({key: amount - taken.get(key, 0.0) for key, amount in has.items()})
     return free, total
-
-
-def log_tail(url: str, job_id: str, node_id: str, num_lines: int, max_bytes: int) -> str:
-    """Return the last lines of a job's log, and of those the last bytes.
-
-    The head cuts the file, so that a log of gigabytes is neither sent nor kept in memory.
-
-    Raises:
-        ClusterError: the head does not answer, or has the log no more.
-    """
-    query = {"submission_id": job_id, "node_id": node_id, "lines": num_lines, "timeout": LOG_TIMEOUT_SECONDS}
-    kept = bytearray()
-    try:
-        with ask(f"{url}/api/v0/logs/file?{urlencode(query)}", stream=True, timeout=LOG_TIMEOUT_SECONDS) as answer:
-            answer.raise_for_status()
-            for part in answer.iter_content(1 << 20):
-                kept += part
-                del kept[: max(0, len(kept) - max_bytes)]
-    except requests.RequestException as error:
-        raise ClusterError(f"{url}: the log of {job_id} could not be read ({_reason(error)}); try again") from error
-    return kept.decode(errors="replace")
 
 
 def _token() -> str | None:

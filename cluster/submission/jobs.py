@@ -4,7 +4,6 @@ A job carries the run's name and folder as metadata, so that any machine with th
 run by its name. No secret travels: credentials are named, and the nodes' own environment holds their values.
 """
 
-import asyncio
 import logging
 import re
 import shlex
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError, last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.jobs_api import quiet_client
-from isthmus.cluster.submission import dashboard
+from isthmus.cluster.submission import dashboard, job_log
 from isthmus.cluster.submission.code_package import CONFIG_NAME, build_package
 from isthmus.cluster.submission.job import FINAL, Job, as_job, job_environment, job_metadata
 
@@ -33,8 +32,7 @@ DRIVER = "isthmus.cluster.driver"
 SUBMIT_TRIES = 3
 """Somebody else may submit at the same moment."""
 RUN_TO_END_SECONDS = 300.0
-TAIL_LINES, TAIL_BYTES = 10_000, 8 << 20
-SILENCE_SECONDS = 30.0
+START_POLL_SECONDS = 0.5
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
 AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
@@ -177,41 +175,28 @@ class Jobs:
         """Return free and total resources of every live node."""
         return dashboard.resources(self.address)
 
-    def logs(self, job: Job, num_lines: int = TAIL_LINES) -> str:
-        """Return the last lines that the job has written, at most 8 MiB."""
+    def logs(self, job: Job, num_lines: int = job_log.TAIL_LINES) -> str:
+        """Return the last lines that the job has written, at most 8 MiB; empty: it has not started."""
         node = self.get(job.id).node_id
-        return dashboard.log_tail(self.address, job.id, node, num_lines, TAIL_BYTES) if node else ""
+        return job_log.tail(self.address, job.id, node, num_lines) if node else ""
 
-    def follow(self, job: Job) -> Iterator[str]:
-        """Yield the lines of the job's log as they come, until the job ends.
+    def follow(self, job: Job, num_lines: int = job_log.TAIL_LINES) -> Iterator[str]:
+        """Yield the last lines of the job's log and then new ones as they come, until the job ends.
 
         Raises:
             ClusterError: the connection broke.
         """
-        stream = self._client.tail_job_logs(job.id)
-        loop = asyncio.new_event_loop()
-        rest = ""
+        while not (now := self.get(job.id)).node_id and not now.is_over:
+            time.sleep(START_POLL_SECONDS)
+        if not now.node_id:
+            return
         try:
-            while (part := loop.run_until_complete(self._next(stream))) is not None:
-                *lines, rest = (rest + part).split("\n")
-                yield from lines
-        except (OSError, RuntimeError) as error:
+            yield from job_log.follow(self.address, job.id, now.node_id, num_lines, lambda: self.get(job.id).is_over)
+        except (ClusterError, OSError, RuntimeError) as error:
             raise ClusterError(
-                f"{self.address}: the log was interrupted, the head may be lost; see isthmus status {job.run}, "
-                f"or on another cluster isthmus resume {job.run_url}"
+                f"{last_line(error)}; the head may be lost: see isthmus status {job.run}, "
+                f"or resume on another cluster: isthmus resume {job.run_url}"
             ) from error
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
-        if rest:
-            yield rest
-
-    async def _next(self, stream: AsyncIterator[str]) -> str | None:
-        """Return the next part; a silent connection counts as broken once the dashboard does not answer either."""
-        part = asyncio.ensure_future(anext(stream, None))
-        while not (await asyncio.wait({part}, timeout=SILENCE_SECONDS))[0]:
-            dashboard.ask(f"{self.address}/api/version")
-        return part.result()
 
 
 def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
