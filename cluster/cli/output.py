@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -26,24 +26,26 @@ def print_rich(renderable: Any) -> None:
     """Print a table or text of Rich: in the terminal's width and colours, or wide and plain elsewhere."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False).print(renderable)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    console = Console(width=PLAIN_WIDTH, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))  # Rich fills lines with spaces
 
 
 def table(columns: Sequence[str] | None, rows: Iterable[Sequence[Any]]) -> "Table":
-    """Return a table without borders; a column whose name ends in `>` is aligned to the right, the last one wraps."""
+    """Return a table without borders; a column whose name ends in `>` is aligned to the right and never wraps."""
     from rich.table import Table
 
     rows = list(rows)
     names = columns or [""] * max(map(len, rows), default=0)
     found = Table(box=None, pad_edge=False, show_header=columns is not None)
-    for number, name in enumerate(names):
-        is_last = number == len(names) - 1
-        found.add_column(
-            name.removesuffix(">"),
-            justify="right" if name.endswith(">") else "left",
-            no_wrap=not is_last,
-            overflow="fold",
-        )
+    for name in names:
+        is_number = name.endswith(">")
+        justify: Literal["right", "left"] = "right" if is_number else "left"
+        found.add_column(name.removesuffix(">"), justify=justify, no_wrap=is_number, overflow="fold")
     for row in rows:
         found.add_row(*row)
     return found

@@ -12,7 +12,7 @@ from isthmus.cluster.status import Restart, RunState, RunStatus
 from isthmus.cluster.submission.run_view import RunView
 
 RESTARTS_SHOWN = 10
-COLUMNS = ("run", "state", "progress", "left>", "workers>", "images/s>", "goodput>", "restarts>", "saved>")
+COLUMNS = ("run", "state", "progress", "left>", "ranks>", "img/s>", "goodput>", "restarts>", "saved>")
 COLOURS = {"running": "green", "finished": "green", "failed": "red", "lost contact": "red", "waiting": "yellow"}
 STARTING = (RunState.STARTING, RunState.RESTARTING)
 
@@ -51,19 +51,20 @@ def details(view: RunView) -> Table:
     if phase := _phase(view):
         rows.append(("phase", phase))
     if view.status:
-        rows += _facts(view.status)
+        rows += _facts(view.status, is_over=view.is_over)
         rows += [("", _restart(restart)) for restart in view.status.restarts[-RESTARTS_SHOWN:]]
     return table(None, rows)
 
 
-def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
+def _facts(status: RunStatus, *, is_over: bool) -> Iterator[tuple[str, str]]:
     """Yield name and text of what the driver last reported."""
     figures = status.metrics
     if status.stage:
         left = _left(status)
         share = f" ({status.step / status.num_steps:.1%})" if status.num_steps else ""
         yield "progress", f"{_progress(status)}{share}" + (f", {left} left" if left else "")
-    yield "workers", f"{status.world_size or 'none'}" + (f", attempt {status.attempt}" if status.attempt else "")
+    if not is_over:
+        yield "workers", f"{status.world_size or 'none'}" + (f", attempt {status.attempt}" if status.attempt else "")
     is_training = status.state in (RunState.RUNNING, RunState.STOPPING)
     if is_training and "samples_per_second" in figures:
         wait = f", {figures['data_wait_fraction']:.0%} waiting for data" if "data_wait_fraction" in figures else ""
@@ -91,7 +92,7 @@ def _row(view: RunView) -> tuple[str | Text, ...]:
         _progress(status) if status.stage else "",
         _left(status),
         "" if view.is_over else str(status.world_size or ""),
-        "" if speed is None else f"{speed:.1f}",
+        "" if speed is None else f"{speed:.1f}" if speed < 1000 else f"{speed:.0f}",
         f"{figures['goodput']:.1%}" if "goodput" in figures else "",
         str(status.num_restarts),
         "none" if status.committed_step is None else str(status.committed_step),

@@ -53,7 +53,7 @@ def show(
         print_json(found)
         return
     print_rich(table(None, _facts(found)))
-    print_rich(table(("attempt>", "started", "ended", "writer", "changed keys"), _attempts(found["record"])))
+    print_rich(table(("attempt>", "started (UTC)", "ended", "writer", "changed keys"), _attempts(found["record"])))
 
 
 @report_app.command()
@@ -74,7 +74,7 @@ def _facts(found: dict[str, Any]) -> "Iterator[tuple[str, str]]":
     record = found["record"]
     yield found["name"], found["url"]
     yield "writer", found["holder"]
-    yield "created", record["created"]
+    yield "created", f"{_moment(record['created'])} UTC"
     for stage, steps in found["stages"].items():
         outcome = record.get("stages", {}).get(stage, "not finished")
         yield stage, f"{outcome}; checkpoints at {', '.join(map(str, steps))}"
@@ -85,8 +85,13 @@ def _facts(found: dict[str, Any]) -> "Iterator[tuple[str, str]]":
 def _attempts(record: dict[str, Any]) -> "Iterator[tuple[str, ...]]":
     for attempt in record["attempts"]:
         changes = ", ".join(change["key"] for change in attempt["changes"])
-        ended = attempt.get("ended", "not ended cleanly")
-        yield str(attempt["token"]), attempt["started"], ended, attempt["owner"], changes
+        ended = _moment(attempt["ended"]) if "ended" in attempt else "not ended cleanly"
+        yield str(attempt["token"]), _moment(attempt["started"]), ended, attempt["owner"], changes
+
+
+def _moment(text: str) -> str:
+    """Return an ISO time in UTC to the second."""
+    return text[:19].replace("T", " ")
 
 
 def _stages(run: dict[str, Any]) -> str:
