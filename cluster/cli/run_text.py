@@ -12,7 +12,7 @@ from isthmus.cluster.status import Restart, RunState, RunStatus
 from isthmus.cluster.submission.run_view import RunView
 
 RESTARTS_SHOWN = 10
-COLUMNS = ("run", "state", "progress", "left>", "ranks>", "img/s>", "goodput>", "restarts>", "saved>")
+COLUMNS = ("run", "state", "progress", "left>", "workers>", "img/s>", "restarts>", "saved>")
 COLOURS = {"running": "green", "finished": "green", "failed": "red", "lost contact": "red", "waiting": "yellow"}
 STARTING = (RunState.STARTING, RunState.RESTARTING)
 
@@ -84,8 +84,7 @@ def _row(view: RunView) -> tuple[str | Text, ...]:
     status = view.status
     if status is None:
         return (view.run, _state(view), *[""] * (len(COLUMNS) - 2))
-    figures = status.metrics
-    speed = figures.get("samples_per_second") if status.state is RunState.RUNNING else None
+    speed = status.metrics.get("samples_per_second") if status.state is RunState.RUNNING else None
     return (
         view.run,
         _state(view),
@@ -93,7 +92,6 @@ def _row(view: RunView) -> tuple[str | Text, ...]:
         _left(status),
         "" if view.is_over else str(status.world_size or ""),
         "" if speed is None else f"{speed:.1f}" if speed < 1000 else f"{speed:.0f}",
-        f"{figures['goodput']:.1%}" if "goodput" in figures else "",
         str(status.num_restarts),
         "none" if status.committed_step is None else str(status.committed_step),
     )

@@ -217,7 +217,8 @@ def test_tables_fit_100_columns():
         "committed_step": 123400, "restarts": [restart()] * 100,
         "metrics": {"seconds_per_step": 1.0, "goodput": 0.999, "samples_per_second": 12345.6},
     }  # fmt: skip
-    views = [RunView("blip2-vitg-opt2-7b", "s3://b", job(), status(**full)), view(None, job())]
+    states = (RunState.RUNNING, RunState.RESTARTING)
+    views = [RunView("blip2-vitg-opt2-7b", "s3://b", job(), status(state=state, **full)) for state in states]
     rows = rendered(overview(views), 100).splitlines()
     assert len(rows) == 3, "no cell is wrapped or cut"
     assert "1 d 11 h" in rows[1]
