@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
-import io
 import json
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import webdataset
+
 from isthmus.data_pipeline.errors import DataError, NotFoundError
-from isthmus.data_pipeline.ingest.fetch import Members, fetch_samples
+from isthmus.data_pipeline.ingest.fetch import fetch_samples
 from isthmus.data_pipeline.ingest.records import Record
 from isthmus.data_pipeline.ingest.sources import Part, Source
 from isthmus.data_pipeline.process_pool import Runner
@@ -107,14 +107,15 @@ class IngestShard:
         """Write the samples in the order of their records; return what was dropped."""
         dropped = []
         records = fingerprint.of(self._records(task))
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        # Fixed owner, mode and time: the bytes depend on the records alone.
+        with webdataset.TarWriter(file, user="root", group="root", mode=0o644, mtime=0.0) as writer:
             async with contextlib.aclosing(fetch_samples(records, self.store, self.allow_private)) as samples:
                 number = task.first
                 async for record, members in samples:
                     if isinstance(members, BadSample):
                         dropped.append(_drop(number, record, members))
                     else:
-                        _write_sample(archive, f"{number:09d}", members)
+                        writer.write({"__key__": f"{number:09d}", **members})
                     number += 1
         return dropped
 
@@ -212,17 +213,6 @@ def _fingerprint(first: int, records: Iterable[Record]) -> str:
     for _ in fingerprint.of(records):
         pass
     return fingerprint.hexdigest()
-
-
-def _write_sample(archive: tarfile.TarFile, key: str, members: Members) -> None:
-    """Write a sample with fixed owner, mode and time: the bytes depend on the record alone.
-
-    The bytes are those of webdataset's TarWriter, which gives every member a pax header for its fractional time.
-    """
-    for extension, data in sorted(members.items()):
-        info = tarfile.TarInfo(f"{key}.{extension}")
-        info.size, info.mode, info.mtime, info.uname, info.gname = len(data), 0o644, 0.0, "root", "root"
-        archive.addfile(info, io.BytesIO(data))
 
 
 def _drop(number: int, record: Record, bad: BadSample) -> dict[str, Any]:
