@@ -21,7 +21,7 @@ class StoreConfig(Config):
     max_attempts: int = Field(8, gt=0)
     """Tries per request before it fails."""
     stall_timeout_seconds: float = Field(20.0, gt=0)
-    """A request that delivers no byte for this long is broken off and tried again."""
+    """A request that delivers no byte for this long is aborted and retried."""
     request_timeout_seconds: float | None = Field(None, gt=0)
     """A request with all its tries ends after this time, or one try later; none: max_attempts alone limits it."""
     transfer_threads: int = Field(4, gt=0)

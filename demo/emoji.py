@@ -55,7 +55,7 @@ def build_corpus(folders: dict[str, Path], target: Path, progress: Callable[[int
     """Render all drawings into `target` unless it is complete, and return the number of pairs per split.
 
     `target/<split>.jsonl` has one object per pair: path, caption, image_id (the concept: drawings of one concept are
-    no negatives of each other). Deterministic for any number of processes; a broken-off build is begun anew.
+    no negatives of each other). Deterministic for any number of processes; an interrupted build starts again.
     """
     done = target / "counts.json"
     if done.exists():

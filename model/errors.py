@@ -1,4 +1,4 @@
-"""Errors that a user of the model package can mend."""
+"""Errors that a user of the model package can fix."""
 
 
 class ModelError(ValueError):

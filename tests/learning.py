@@ -35,7 +35,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught, and for how long. Held out are pictures, not words: different captions, each drawn anew."""
+    """What is taught, and for how long. Held out are pictures, not words: different captions, each in a new drawing."""
 
     name: str
     kinds: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""A small image encoder trained to tag pictures with what is in them: the frozen eye of the tests.
+"""A small image encoder trained to tag pictures with what is in them: the frozen encoder of the tests.
 
 It learns from tags alone (no text, no order of words), as an image classifier does. Tags are read from the mean of
-the feature map, so that an even look at all patches, which is how a bridge begins, already sees something.
+the feature map, so that even attention to all patches, which is how a bridge begins, already sees something.
 """
 
 import json

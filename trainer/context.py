@@ -21,7 +21,7 @@ class StopReason(StrEnum):
     OPERATOR = "operator"
     """`isthmus stop`."""
     RESIZE = "resize"
-    """The driver wants to go on with another number of workers."""
+    """The driver wants to continue with another number of workers."""
 
 
 class Outcome(StrEnum):
@@ -30,7 +30,7 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     """All steps are done; exit code 0."""
     STOPPED = "stopped"
-    """Saved and left early after a stop request; exit code 75: start again to go on."""
+    """Saved and left early after a stop request; exit code 75: start again to continue."""
 
     @property
     def exit_code(self) -> int:

@@ -2,7 +2,7 @@
 
 
 class TrainerError(RuntimeError):
-    """A run cannot go on; the message names what, where and the next action."""
+    """A run cannot continue; the message names what, where and the next action."""
 
     retryable = False
     """Whether the same may succeed later although nobody changes anything: then it is no error of the user."""

@@ -25,7 +25,7 @@ READER_LIMIT_SECONDS = 300.0
 """For which the training waits for readers before it reports that there are none."""
 PLACE_SECONDS = 5.0
 DRIVER_RESTART_SECONDS = 80.0
-"""Until a new driver has taken over the lease of one that was killed."""
+"""Until a new driver holds the lease of one that was killed."""
 DEFECT_SHARE = 0.1
 """Of losses after which a peer trips over a half torn-down object with a TypeError."""
 

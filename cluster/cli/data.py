@@ -1,4 +1,4 @@
-"""`isthmus data`: make shards, index them, and look at what is there."""
+"""`isthmus data`: make shards, index them, inspect them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import typer
 from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store
 from isthmus.cluster.cli.output import progress
 
-app = typer.Typer(help="Make shards, index them, and look at what is there.", no_args_is_help=True)
+app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help=True)
 
 ManifestUrl = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Local processes.")]

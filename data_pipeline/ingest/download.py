@@ -147,7 +147,7 @@ def _parsed(url: str, *, relative: bool = False) -> URL:
     """
     try:
         parsed = URL(url, encoded=url.isascii() and url.isprintable() and " " not in url)
-        _ = parsed.host, parsed.port  # looked at only now
+        _ = parsed.host, parsed.port  # parsed only now
     except ValueError as error:
         raise BadSample("bad_url", f"{url[:80]!a}: {error}") from error
     if not relative and not parsed.host:

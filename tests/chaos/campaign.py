@@ -1,4 +1,4 @@
-"""Runs schedules against undisturbed runs: a few by name, or a long soak that goes on where it was."""
+"""Runs schedules against undisturbed runs: a few by name, or a long soak that resumes where it was."""
 
 import argparse
 import json

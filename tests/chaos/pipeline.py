@@ -61,7 +61,7 @@ UNDER_RAY = [
     "safety.step_timeout_seconds=90",
     "data.reader_timeout_seconds=45",
 ]
-"""Ranks and readers import everything anew, so limits are longer."""
+"""Ranks and readers import everything again, so limits are longer."""
 
 
 @dataclass

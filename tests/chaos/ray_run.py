@@ -123,7 +123,7 @@ class _DriverStart:
         return silent_seconds > SILENT_SECONDS or time.monotonic() - self._result.began > DRIVER_SECONDS
 
     def _act(self, *, at_once: bool = False) -> None:
-        """Do what is due: let a stopped process go on, take a drained node away."""
+        """Do what is due: let a stopped process continue, remove a drained node."""
         for entry in list(self._later):
             due, act = entry
             if at_once or time.monotonic() >= due:

@@ -118,7 +118,7 @@ def _catalogue() -> list[tuple[str, str]]:
 
 CATALOGUE = _catalogue()
 NEEDS_S3 = ("s3_", "http_", "in_upload")
-# Under Ray. The first ten come from outside, at a step; a stopped driver or raylet goes on after a while.
+# Under Ray. The first ten come from outside, at a step; a stopped driver or raylet continues after a while.
 RAY_CATALOGUE = [
     *((f"{what}_{whom}", "") for whom in ("rank", "reader", "driver", "raylet") for what in ("kill", "stop")),
     ("drain", ""),

@@ -36,7 +36,7 @@ def newest_holds(folder: Path) -> int:
 
 
 def check_after(folder: Path) -> None:
-    """A run can go on over what a fault left behind, with the step that it hit."""
+    """A run can continue over what a fault left behind, with the step that it hit."""
     checkpoints = manager(str(folder))
     step = checkpoints.latest().step + 1
     checkpoints.save(step, fragments_of(step), state_of(step))
@@ -112,7 +112,7 @@ def test_save_and_find_on_s3(seaweed: LocalS3):
 
 
 def test_bucket_that_vanishes_in_mid_run_is_one_clear_error(monkeypatch):
-    """SeaweedFS makes a missing bucket anew, so this is against moto, which refuses as S3 does."""
+    """SeaweedFS recreates a missing bucket, so this is against moto, which refuses as S3 does."""
     monkeypatch.setattr("isthmus.trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 1e6)  # one try
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

@@ -198,8 +198,8 @@ def poison(template: str, rank: int) -> None:
     accumulate(engine, 5)
     assert engine.step(lr=1e-2).applied
     steps = {float(state["step"]) for state in engine._optimizer.state.values()}
-    assert steps == {6.0}  # void steps count, so the bias correction is a function of the step alone
-    # The state after a void step resumes exactly, too.
+    assert steps == {6.0}  # skipped steps count, so the bias correction is a function of the step alone
+    # The state after a skipped step resumes exactly, too.
     saved = gathered(engine)
     train(engine, 6, 8)
     full = gathered(engine)

@@ -32,7 +32,7 @@ def save(folder: str, engine: Engine, step: int) -> None:
 
 
 def resume(folder: str, template: str, peers: PeerMemory | None = None) -> tuple[Engine, int]:
-    """Make a new engine that goes on from the newest state."""
+    """Make a new engine that resumes from the newest state."""
     engine = make_engine(template)
     checkpoints = manager(folder, rank=engine.rank, peers=peers, peer_memory_every_steps=10)
     saved = checkpoints.newest()

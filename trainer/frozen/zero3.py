@@ -136,7 +136,7 @@ def return_freed_memory() -> None:
 def _match(
     skeleton: nn.Module, weight_names: dict[str, str], entries: dict[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
-    """Return the tensor of each parameter, after a look at all shapes."""
+    """Return the tensor of each parameter, after all shapes have been checked."""
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     missing = sorted(name for name in shapes if weight_names.get(name) not in entries)
     if missing:

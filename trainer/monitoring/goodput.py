@@ -1,7 +1,7 @@
 """Goodput ledger: every second of a run belongs to exactly one activity, over all of its restarts.
 
 The ledger is kept in the run's folder as `goodput.json`. A process that is killed leaves its last written state
-behind; the next one books the time since then as restart, and moves what was spent after the checkpoint from which
+behind; the next one counts the time since then as restart, and moves what was spent after the checkpoint from which
 it resumes to lost work.
 """
 
@@ -99,7 +99,7 @@ class Account(BaseModel):
     starts: int = 1
     """How often work on the run began or began again."""
     stage_done: bool = False
-    """The last process finished its stage: the next one goes on, it does not restart."""
+    """The last process finished its stage: the next one continues, it does not restart."""
     seconds: dict[Activity, float]
     marks: list[Mark] = []
 
@@ -122,7 +122,7 @@ class GoodputLedger:
     def __init__(self, ledger: Ledger, *, began: float | None = None, clock: Callable[[], float] = time.time) -> None:
         """Continue the run's account, or open it, as of `began` (now, if not given).
 
-        The time since the last write is booked as restart, or as start-up after a stage that was finished.
+        The time since the last write is counted as restart, or as start-up after a stage that was finished.
         """
         self._ledger = ledger
         self._clock = clock
@@ -143,7 +143,7 @@ class GoodputLedger:
     def resume(self, stage: str, step: int) -> None:
         """Move what earlier processes spent beyond `step` to lost work, and mark the step.
 
-        Call it once the step from which a stage goes on is known, before any of its steps is done.
+        Call it once the step from which a stage resumes is known, before any of its steps is done.
         """
         marks = [mark for mark in self._account.marks if mark.stage != stage or mark.step <= step]
         base = next((mark for mark in reversed(marks) if mark.stage == stage), None)

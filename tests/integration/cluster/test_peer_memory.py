@@ -1,4 +1,4 @@
-"""Peers' memory over two raylets: a killed process and a lost node go on from a snapshot, not from a checkpoint."""
+"""Replicas over two raylets: a run that lost a process or a node resumes from a replica, not from a checkpoint."""
 
 import json
 import os

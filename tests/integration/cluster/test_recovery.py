@@ -53,7 +53,7 @@ class Supervised:
     def _run(self):
         try:
             self.finished = self.supervisor.run_stage("stage1")
-        except Exception as error:  # noqa: BLE001 - the test looks at it
+        except Exception as error:  # noqa: BLE001 - the test checks it
             self.error = error
 
     def join(self):

@@ -81,7 +81,7 @@ def test_openai_client_gets_the_models_own_answer(export):
 
 
 class StandIn:
-    """Answers with its prompt; the first batch waits until it is let go; pictures that are `bad` fail."""
+    """Answers with its prompt; the first batch waits until it is released; pictures that are `bad` fail."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -146,7 +146,7 @@ def test_the_last_sample_of_each_chunk_in_a_lane_is_marked(plan):
     for lane in range(plan.lanes):
         refs = [ref for step in range(60) for ref in plan.lane_samples(step, lane)]
         last = {(ref.source, ref.epoch, ref.shard, ref.chunk): place for place, ref in enumerate(refs)}
-        newest = {ref.source: ref.epoch for ref in refs}  # an epoch that may go on after the steps seen
+        newest = {ref.source: ref.epoch for ref in refs}  # an epoch that may continue after the steps seen
         for place, ref in enumerate(refs):
             if ref.epoch < newest[ref.source]:
                 assert ref.is_last_of_chunk == (last[ref.source, ref.epoch, ref.shard, ref.chunk] == place)

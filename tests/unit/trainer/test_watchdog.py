@@ -52,7 +52,7 @@ def test_progress_keeps_it_alive(tmp_path):
 def test_a_rank_stuck_in_native_code_with_the_interpreter_lock_dies_too(tmp_path, monkeypatch):
     faster = "import isthmus.trainer.monitoring.watchdog as w; w.HANDOVER_SECONDS = 0.5"
     program = PROGRAM.replace("with Watchdog", f"{faster}\nwith Watchdog")
-    body = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # the regular-expression engine never lets go of the lock
+    body = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # the regular-expression engine never releases the lock
     result = subprocess.run(
         [sys.executable, "-c", program.format(body=body, timeout=0.4), str(tmp_path / "stacks.txt")],
         capture_output=True,
