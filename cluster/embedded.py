@@ -21,6 +21,7 @@ from isthmus.cluster.supervision.resource_request import ResourceRequest
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 << 20
+"""Where no batches pass through it; reader actors' batches have Ray's default, a share of the machine's memory."""
 NICENESS_VARIABLE = "RAY_worker_niceness"
 """Ray runs its workers at nice 15, where any other process of the machine takes their cores."""
 LOOPBACK = "127.0.0.2"
@@ -44,7 +45,7 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
             address="local",
             num_cpus=ResourceRequest.of(config).total_cpus(max(config.world_sizes)),
             namespace=config.run.name,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=None if config.data.backend == "ray" else OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.WARNING,
             _node_ip_address=LOOPBACK,

@@ -186,6 +186,7 @@ def test_stop_while_a_run_starts_ends_it_at_once(raylets, supervise):
             "data over budget on rank 0: a.tar",
         ),
         ("builtins RuntimeError no luck", "3 failures of the same rank at step 9 of stage1"),
+        ("builtins TypeError no number", "no number; the attempt before it ended in the same way"),
     ],
 )
 def test_what_a_restart_cannot_fix_stops_the_run(raylets, supervise, order, words):
@@ -194,6 +195,26 @@ def test_what_a_restart_cannot_fix_stops_the_run(raylets, supervise, order, word
     run.join()
     assert isinstance(run.error, ClusterError)
     assert words in str(run.error)
+
+
+def test_credentials_refused_before_the_first_step_stop_the_run_at_once(raylets, supervise):
+    (supervise.folder / "raise-0").write_text("isthmus.data_pipeline.errors AccessError s3://b: denied")
+    run = supervise()
+    run.join()
+    assert str(run.error) == "access denied on rank 0: s3://b: denied"
+    assert run.board.status.num_restarts == 0
+
+
+def test_an_outage_of_the_store_costs_restarts_and_no_budget(raylets, supervise):
+    restart = {"backoff_seconds": 0.1, "max_failures": 0, "max_failures_at_same_step": 1}
+    planted = supervise.folder / "raise-9"
+    planted.write_text("isthmus.data_pipeline.errors UnavailableError s3://b: no response")
+    run = supervise(restart=restart)
+    wait_for(lambda: run.board.status.num_restarts >= 4, LIMIT, "restarts")
+    planted.unlink()
+    run.join()
+    assert run.finished
+    assert {restart.kind for restart in run.board.status.restarts} == {"object store"}
 
 
 def test_shrinks_when_a_raylet_is_lost_and_grows_when_one_comes(raylets, supervise):
