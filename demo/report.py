@@ -48,7 +48,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
         {
             "Unseen concepts": _unseen(cache, {} if note else UNSEEN_BASELINES),
             "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
-            "Credits": h("p", "Nothing was downloaded.") if note else _credits(),
+            "Credits": h("p", "Nothing was downloaded.") if note else credit_packages(),
         },
         note,
     )
@@ -99,7 +99,8 @@ def _rows(file: Path, baselines: Mapping[str, float]) -> list[list[str]]:
         return [[str(file), "could not be read", "", str(error)]]
 
 
-def _credits() -> Html:
+def credit_packages() -> Html:
+    """Return a table of every package used, with version and licence."""
     rows = [[package.name, package.version, package.licence, package.role] for package in EVERYTHING]
     told = "Fetched from the package registries at run time, unchanged; nothing of them is redistributed."
     return h("div", h("p", told), table(["package", "version", "licence", "used for"], rows))

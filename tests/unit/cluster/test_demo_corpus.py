@@ -12,7 +12,8 @@ from PIL import Image
 from isthmus.cluster.errors import ClusterError
 from isthmus.demo import packages
 from isthmus.demo.emoji import Drawing, build_corpus
-from isthmus.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, credits_markdown, fetch, unpack
+from isthmus.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, fetch, unpack
+from isthmus.demo.report import credit_packages
 
 pytestmark = pytest.mark.unit
 
@@ -92,10 +93,10 @@ def test_all_drawings_of_a_held_out_concept_are_held_out():
 
 
 def test_every_package_is_pinned_and_credited():
-    table = credits_markdown()
+    table = credit_packages()
     for package in EVERYTHING:
         assert len(package.sha256) == 64
-        assert f"| {package.name} | {package.version} | {package.licence} |" in table
+        assert f"<td>{package.name}</td><td>{package.version}</td><td>{package.licence}</td>" in table
 
 
 def test_a_file_that_is_not_the_expected_one_is_refused_and_not_kept(tmp_path, monkeypatch):
