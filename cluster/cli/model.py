@@ -96,6 +96,28 @@ def import_(
     typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
 
 
+@app.command()
+def push(
+    export: Annotated[Path, typer.Argument(help="Local folder of an export.", exists=True, file_okay=False)],
+    name: Annotated[str, typer.Argument(help="Name on the Hugging Face Hub, owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Anybody may see it; default: only you.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+) -> None:
+    """Upload an export with its model card to the Hugging Face Hub; the token is HF_TOKEN."""
+    from isthmus.model.imports.hub import upload
+
+    files = sorted(path for path in export.rglob("*") if path.is_file())
+    for path in files if dry_run else ():
+        typer.echo(f"{path.stat().st_size:>14,}  {path.relative_to(export)}")
+    size = sum(path.stat().st_size for path in files)
+    if dry_run:
+        typer.echo(
+            f"{name}: {len(files)} files, {size / 1e9:.2f} GB, {'public' if public else 'private'}; not uploaded"
+        )
+        return
+    typer.echo(upload(export, name, private=not public))
+
+
 models_app = typer.Typer(
     help="Bring published models to where runs read them, and check what is there.", no_args_is_help=True
 )

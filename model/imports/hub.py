@@ -10,6 +10,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError: 
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -80,3 +81,27 @@ def _wanted(files: list[str] | None) -> list[str]:
     else:
         weights = _SAFETENSORS_FILES if any(file.endswith(".safetensors") for file in files) else _PYTORCH_FILES
     return ["config.json", *SIDE_FILES, *weights]
+
+
+def upload(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload a folder as one commit and return its address; the token is HF_TOKEN or that of `hf auth login`.
+
+    Raises:
+        ModelError: no token, no right to write there, or no network.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of isthmus"))
+    except HFValidationError as error:
+        raise ModelError(f"{name}: not a name of the Hub; write owner/name") from error
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"{name}: the Hub refused it ({_first_line(error)}); set HF_TOKEN to a token with write access"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise ModelError(f"{name}: the Hub cannot be reached ({_first_line(error)}); try again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,6 +11,7 @@ from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
+from isthmus.trainer.runs.model_card import CARD, model_card
 from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)
@@ -65,3 +66,5 @@ def _write(config: TrainConfig, store: ObjectStore, saved: SavedCheckpoint, fold
         export_retriever(folder, trained, model.qformer, vision, tokenizer)
     else:
         export_bridge(folder, trained, model.qformer, vision)
+    is_hf = hf_can_hold(vision[1]) and bool(language or tokenizer)
+    (folder / CARD).write_text(model_card(config, stage, saved.state, is_hf=is_hf))
