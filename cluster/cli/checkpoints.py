@@ -13,6 +13,7 @@ from isthmus.cluster.cli.options import (
     RegionOption,
     RunFolderArg,
     open_store,
+    store_config,
 )
 from isthmus.cluster.cli.output import duration, print_json, print_rich, table
 
@@ -33,8 +34,9 @@ def ls(
 ) -> None:
     """List committed checkpoints, newest first; * marks the best by the stage's key metric."""
     from isthmus.cluster.submission.checkpoint_folders import list_entries
+    from isthmus.cluster.submission.run_folder import fail_fast_store
 
-    entries = list_entries(run, open_store(endpoint_url, region))
+    entries = list_entries(run, fail_fast_store(store_config(endpoint_url, region)))
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store
+from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store, store_config
 from isthmus.cluster.cli.output import print_json, print_rich, table
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs in a folder."""
-    from isthmus.cluster.submission.run_folder import list_runs
+    from isthmus.cluster.submission.run_folder import fail_fast_store, list_runs
 
-    runs = list_runs(folder.rstrip("/"), open_store(endpoint_url, region))
+    runs = list_runs(folder.rstrip("/"), fail_fast_store(store_config(endpoint_url, region)))
     if as_json:
         print_json(runs)
     elif not runs:
@@ -44,10 +44,10 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a run: its writer, its attempts, its checkpoints, what stage 2 was initialised from."""
-    from isthmus.cluster.submission.run_folder import summary
+    from isthmus.cluster.submission.run_folder import fail_fast_store, summary
     from isthmus.trainer.runs.store import read_run
 
-    store, url = open_store(endpoint_url, region), run.rstrip("/")
+    store, url = fail_fast_store(store_config(endpoint_url, region)), run.rstrip("/")
     found = {**summary(url, store), "record": read_run(url, store)}
     if as_json:
         print_json(found)

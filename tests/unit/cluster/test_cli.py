@@ -1,9 +1,12 @@
 """The command line: light to start, one red line for expected errors, tracebacks for defects."""
 
+import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,24 @@ def test_the_options_reach_the_store():
                 assert re.search("absent|holds no|holds neither", str(result.exception)), (verb, result.exception)
         finally:
             server.stop()
+
+
+@pytest.mark.parametrize("verb", ["runs ls", "runs show", "checkpoints ls", "status"])
+def test_a_store_that_does_not_answer_is_asked_twice_not_eight_times(verb, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asked = []
+
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    asked.append(connection)
+                    connection.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        options = ["--endpoint-url", f"http://127.0.0.1:{server.getsockname()[1]}", "--region", "us-east-1"]
+        result = CliRunner().invoke(app, [*verb.split(), "s3://bucket/runs", *options])
+    assert isinstance(result.exception, EXPECTED_ERRORS), result
+    assert 1 <= len(asked) <= 4
