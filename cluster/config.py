@@ -81,7 +81,7 @@ class ClusterConfig(Config):
     """Where a run runs."""
 
     address: str | None = None
-    """Ray address or dashboard URL; none: RAY_ADDRESS, else an embedded Ray on this machine."""
+    """Dashboard of the cluster for `isthmus submit` and `preflight`, such as http://HOST:8265; none: RAY_ADDRESS."""
     workers: WorkersConfig = WorkersConfig()
     """Training group."""
     restart: RestartConfig = RestartConfig()
