@@ -33,7 +33,9 @@ class NodeRequest:
             remove_placement_group(group)
         self._bundles, self._pending = [], []
 
-    def withdraw_if_met(self) -> None:
-        """Free the resources of a request that has been met, so that the run can be placed on them."""
-        if any(placement_group_table(group)["state"] == "CREATED" for group in self._pending):
+    def withdraw_if_met(self) -> bool:
+        """Free the resources of a request that has been met, for the run to be placed on; return whether it was."""
+        is_met = any(placement_group_table(group)["state"] == "CREATED" for group in self._pending)
+        if is_met:
             self.withdraw()
+        return is_met

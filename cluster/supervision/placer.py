@@ -88,14 +88,17 @@ class GroupPlacer:
         if now - self._grow_checked_at < GROW_CHECK_SECONDS:
             return False
         self._grow_checked_at = now
-        self._nodes.withdraw_if_met()
-        larger = [size for size in self._sizes if size > group.world_size]
-        free = [node.free for node in live_nodes(excluded_nodes)]
         before = self._could_grow
-        self._could_grow = largest_world_size(larger, self._request, free, group.world_size) is not None
+        # What Ray tells of free resources is some seconds old, so a request that was just met is not found there yet.
+        self._could_grow = self._nodes.withdraw_if_met() or self._fits_in_addition(group.world_size, excluded_nodes)
         if not self._could_grow:
             self._ask_for_the_rest(group.world_size)
         return before and self._could_grow
+
+    def _fits_in_addition(self, world_size: int, excluded_nodes: frozenset[str]) -> bool:
+        larger = [size for size in self._sizes if size > world_size]
+        free = [node.free for node in live_nodes(excluded_nodes)]
+        return largest_world_size(larger, self._request, free, world_size) is not None
 
     def close(self) -> None:
         """Ask the autoscaler for nothing any more."""

@@ -260,12 +260,19 @@ def test_prometheus_sees_the_run(raylets, supervise):
     import requests
 
     run = supervise()
+    run.wait_for_step(6)
+    os.kill(run.pid(1), signal.SIGKILL)
     run.join()
     ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
 
     def exported():
         text = "".join(requests.get(f"http://{host}:{port}/metrics", timeout=5).text for host, port in ports)
-        wanted = ("ray_isthmus_world_size", "ray_isthmus_step", "ray_isthmus_step_seconds")
+        wanted = (
+            "ray_isthmus_world_size",
+            "ray_isthmus_step",
+            "ray_isthmus_step_seconds",
+            "# TYPE ray_isthmus_restarts_total counter",
+        )
         return all(name in text for name in wanted) and 'run="demo"' in text
 
     wait_for(exported, 30, "the run's gauges")

@@ -23,7 +23,7 @@ class Cluster:
     """Stands in for Ray and for the module `time`; a node arrives every `arrival_seconds`, up to `arriving` of them."""
 
     def __init__(self, nodes=(), arrival_seconds=30.0, arriving=0):
-        self.now, self.nodes, self.patience, self.asked = 0.0, list(nodes), [], []
+        self.now, self.nodes, self.patience, self.asked, self.met = 0.0, list(nodes), [], [], False
         self._arrival_seconds, self._arriving = arrival_seconds, arriving
 
     def monotonic(self):
@@ -56,7 +56,8 @@ class Cluster:
                 cluster.asked = []
 
             def withdraw_if_met(self):
-                pass
+                met, cluster.met = cluster.met, False
+                return met
 
         return Request()
 
@@ -126,6 +127,23 @@ def test_a_run_grows_although_its_own_readers_fill_the_nodes_for_them(placer):
         cluster.now += 10
         found.append(of_run.can_grow(Group(8), frozenset()))
     assert found == [False, True, True, True], "two checks in a row"
+
+
+def test_a_request_that_is_met_is_room_to_grow_while_the_figures_are_old(placer):
+    full = ({"CPU": 8.0, "GPU": 8.0}, {"CPU": 0.0, "GPU": 0.0})
+    cluster = Cluster([full])
+    of_run = placer(cluster)
+    cluster.now += 10
+    assert not of_run.can_grow(Group(8), frozenset())
+    assert cluster.asked == [24]
+    cluster.met, cluster.asked = True, []
+    cluster.nodes += [full] * 3  # the request holds them
+    cluster.now += 10
+    assert not of_run.can_grow(Group(8), frozenset())
+    assert cluster.asked == [], "asked again, it would hold them again"
+    cluster.nodes[1:] = [(GPU_NODE, GPU_NODE)] * 3
+    cluster.now += 10
+    assert of_run.can_grow(Group(8), frozenset())
 
 
 def test_the_largest_group_does_not_grow(placer):
