@@ -128,3 +128,13 @@ def test_uploads_of_killed_writers_are_removed_from_their_folder_alone(store, fo
     left = client.list_multipart_uploads(Bucket=bucket, Prefix=f"{key}/")["Uploads"]
     assert [entry["Key"] for entry in left] == [f"{key}/alive/checkpoints/part"]
     assert store.remove_unfinished(folder) == 1
+
+
+def test_unfinished_uploads_of_a_whole_bucket_are_removed(s3_server, store):
+    if s3_server.name == "external":
+        pytest.skip("needs a bucket of its own")
+    store.make_bucket("s3://whole-bucket")
+    store.make_bucket("s3://whole-bucket")
+    store._s3._client.boto_client().create_multipart_upload(Bucket="whole-bucket", Key="top")
+    assert store.remove_unfinished("s3://whole-bucket") == 1
+    assert store.is_empty("s3://whole-bucket")

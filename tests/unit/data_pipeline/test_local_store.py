@@ -160,3 +160,15 @@ def test_a_lock_that_another_process_keeps_is_named(store, tmp_path, monkeypatch
         store.compare_and_swap(f"{tmp_path}/x", b"2", etag)
     assert store.get(f"{tmp_path}/x") == b"1"
     store.compare_and_swap(f"{tmp_path}/x", b"2", etag)
+
+
+def test_a_folder_is_listed_by_prefix_and_by_level(store, tmp_path):
+    for name in ("a/1", "a/deep/2", "ab/3", "top"):
+        store.put(f"{tmp_path}/{name}", b"x")
+    root = f"file://{tmp_path}"
+    assert [info.url for info in store.list(root, "a")] == [f"{root}/{name}" for name in ("a/1", "a/deep/2", "ab/3")]
+    assert [info.url for info in store.list(f"{root}/a", "de")] == [f"{root}/a/deep/2"]
+    assert list(store.list_folders(root)) == [f"{root}/a", f"{root}/ab"]
+    assert list(store.list_folders(f"{root}/none")) == []
+    assert store.is_empty(f"{root}/none")
+    assert not store.is_empty(f"{root}/a")
