@@ -1,4 +1,4 @@
-"""What a training loop needs to know of the place it runs in, whoever started it."""
+"""What training needs to know of the process it runs in, whoever started it."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ class StopReason(StrEnum):
     SIGNAL = "signal"
     """SIGTERM or SIGINT."""
     PREEMPTION = "preemption"
-    """The node is about to be taken away."""
+    """The node is about to be reclaimed."""
     OPERATOR = "operator"
     """`isthmus stop`."""
     RESIZE = "resize"

@@ -1,10 +1,10 @@
-"""Batches on their way to the model: made and copied to the device while a step runs, then flipped and normalised."""
+"""Batches on their way to the model: made into its inputs on the device while the step before runs."""
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
 from queue import Full, Queue
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,28 +15,46 @@ from isthmus.data_pipeline.reading.quarantine import BadRecord
 
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 5.0
+Movable = TypeVar("Movable", bound=Any)
+"""A tensor, or something with `pin_memory` and `to` as a tensor has them."""
+
+
+class ReadyBatch(NamedTuple):
+    """A batch and the model's inputs made of it, on the device."""
+
+    batch: Batch
+    inputs: Any
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A batch on the device or on its way there, and what the loader said right after it."""
+class _Item:
+    """What the thread hands over: a batch, what the loader said right after it, and when its inputs are there."""
 
-    batch: Batch
+    ready: ReadyBatch
     bad_records: list[BadRecord]
     metrics: dict[str, float]
-    copied: "torch.cuda.Event | None"
+    done: "torch.cuda.Event | None"
 
 
 class Prefetcher:
-    """Batches of a loader, in its order; the thread owns the loader until `close`.
+    """Batches of a loader, in its order, with their inputs; the thread owns the loader until `close`.
 
-    On CUDA the batch's tensors are pinned and copied on a stream of their own. Bad records and metrics are those of
-    the batches handed out so far, not of the one that is ready.
+    On CUDA copies and preprocessing run on a stream of their own. Bad records and metrics are those of the batches
+    handed out so far, not of the one that is ready.
+
+    Args:
+        loader: Used by the thread alone.
+        start_step: First step.
+        num_steps: How many steps.
+        make_inputs: Makes the model's inputs of a batch, on the device; called on the thread.
+        device: Of the inputs.
     """
 
-    def __init__(self, loader: Loader, start_step: int, num_steps: int, device: torch.device) -> None:
-        self._loader, self._device = loader, device
-        self._ready: Queue[_Ready | BaseException | None] = Queue(maxsize=1)
+    def __init__(
+        self, loader: Loader, start_step: int, num_steps: int, make_inputs: Callable[[Batch], Any], device: torch.device
+    ) -> None:
+        self._loader, self._make_inputs, self._device = loader, make_inputs, device
+        self._items: Queue[_Item | BaseException | None] = Queue(maxsize=1)
         self._bad_records: list[BadRecord] = []
         self._metrics: dict[str, float] = {}
         self._closing = threading.Event()
@@ -45,20 +63,20 @@ class Prefetcher:
         )
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ReadyBatch]:
         """Yield the batches.
 
         Raises:
             DataError: as the loader does, once the batches before have been handed out.
         """
-        while (ready := self._ready.get()) is not None:
-            if isinstance(ready, BaseException):
-                raise ready
-            self._bad_records += ready.bad_records
-            self._metrics = ready.metrics
-            if ready.copied is not None:
-                _hand_over(ready.batch, ready.copied)
-            yield ready.batch
+        while (item := self._items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            self._bad_records += item.bad_records
+            self._metrics = item.metrics
+            if item.done is not None:
+                _hand_over(item.ready.inputs, item.done)
+            yield item.ready
 
     def take_bad_records(self) -> list[BadRecord]:
         """Return the records of the bad samples in the batches since the last call; the caller keeps them."""
@@ -78,18 +96,21 @@ class Prefetcher:
         try:
             stream = _side_stream(self._device)
             for batch in self._loader.batches(start_step, num_steps):
-                moved, copied = (batch, None) if stream is None else _copy(batch, self._device, stream)
-                if not self._put(_Ready(moved, self._loader.take_bad_records(), self._loader.metrics(), copied)):
+                with torch.cuda.stream(stream):  # none: nothing changes
+                    inputs = self._make_inputs(batch)
+                done = stream.record_event() if stream is not None else None
+                item = _Item(ReadyBatch(batch, inputs), self._loader.take_bad_records(), self._loader.metrics(), done)
+                if not self._put(item):
                     return
             self._put(None)
         except BaseException as error:  # noqa: BLE001 - raised where the batches are consumed
             self._put(error)
 
-    def _put(self, item: _Ready | BaseException | None) -> bool:
+    def _put(self, item: _Item | BaseException | None) -> bool:
         """Hand an item over; False: nobody wants it any more."""
         while not self._closing.is_set():
             try:
-                self._ready.put(item, timeout=POLL_SECONDS)
+                self._items.put(item, timeout=POLL_SECONDS)
             except Full:
                 continue
             return True
@@ -103,39 +124,37 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream | None":
     return torch.cuda.Stream()  # type: ignore[no-untyped-call] # not annotated in torch
 
 
-def _copy(batch: Batch, device: torch.device, stream: "torch.cuda.Stream") -> "tuple[Batch, torch.cuda.Event]":
-    """Begin to copy a batch's tensors; the event tells when all are there."""
-    with torch.cuda.stream(stream):
-        moved = batch._replace(
-            **{
-                name: _pinned_to(value, device)
-                for name, value in batch._asdict().items()
-                if isinstance(value, Tensor | dict)
-            }
-        )
-        return moved, stream.record_event()
-
-
-def _pinned_to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _pinned_to(tensor, device) for name, tensor in value.items()}
-    return value.pin_memory().to(device, non_blocking=True)
-
-
-def _hand_over(batch: Batch, copied: "torch.cuda.Event") -> None:
-    """Let the current stream wait for the copies, and keep their memory until what it runs with them is done."""
+def _hand_over(inputs: Any, done: "torch.cuda.Event") -> None:
+    """Let the current stream wait for the inputs, and keep their memory until what it runs with them is done."""
     current = torch.cuda.current_stream()
-    current.wait_event(copied)
-    for value in batch:
-        for tensor in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(current)
+    current.wait_event(done)
+    for tensor in _tensors(inputs):
+        tensor.record_stream(current)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in dataclasses, mappings and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from _tensors(tuple(vars(value).values()))
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def to_device(value: Movable, device: torch.device) -> Movable:
+    """Return a host tensor, or what can be pinned and moved like one, on the device without waiting for the copy."""
+    moved: Movable = value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+    return moved
 
 
 def preprocess_images(batch: Batch, vision: Any, device: torch.device) -> Tensor:
     """Return the batch's images as the encoder reads them: on the device, flipped where asked, float, normalised."""
-    images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
-    flip_B111 = batch.flip_B.to(device, non_blocking=True)[:, None, None, None]
+    images_BCHW = to_device(batch.images_BCHW, device)
+    flip_B111 = to_device(batch.flip_B, device)[:, None, None, None]
     return normalize(torch.where(flip_B111, images_BCHW.flip(-1), images_BCHW), vision)
 
 

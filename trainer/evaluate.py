@@ -144,7 +144,8 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
         with closing(loader):
             result = Evaluator(subject.task, subject.precision, evaluation, loader).run()
     report = Report(subject.url, data, result.metrics)
-    _write(report, result, out)
+    if rank.is_main:
+        _write(report, result, out)
     return report
 
 

@@ -37,9 +37,9 @@ def probe_memory(task: Task, engine: Engine, batch: Batch, encoder: TextEncoder)
 
     try:
         longest = batch._replace(tokens=encoder([LONG_CAPTION] * size, list(range(size))))
-        task.loss_and_backward(longest, engine.precision, drop)
+        task.loss_and_backward(task.inputs(longest), batch.step, engine.precision, drop)
         with FlopCount() as counter:
-            task.loss_and_backward(batch, engine.precision, drop)
+            task.loss_and_backward(task.inputs(batch), batch.step, engine.precision, drop)
     except torch.OutOfMemoryError as error:
         raise TrainerError(
             f"{task.name}: a step does not fit into the device's memory; lower {task.name}.micro_batch_size "

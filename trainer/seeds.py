@@ -1,4 +1,4 @@
-"""Seeds of everything random in training, as functions of where in the run a draw is made."""
+"""Seeds of everything random in training, as functions of the place in the run."""
 
 import hashlib
 

@@ -6,8 +6,9 @@ from typing import ClassVar
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.qformer.packing import pack_micro_batches
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
-from isthmus.trainer.device_batches import preprocess_images
+from isthmus.trainer.device_batches import preprocess_images, to_device
 from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.evaluation.retrieval import RetrievalEvaluation
@@ -20,15 +21,19 @@ class Stage1Task(Task):
     name: ClassVar[StageName] = "stage1"
 
     def inputs(self, batch: Batch) -> Stage1Inputs:
-        """Return images, WordPiece tokens and identities on the device."""
-        device = self.device
+        """Return images, WordPiece tokens and identities on the device; the texts are packed from the host's tokens."""
+        device, tokens = self.device, batch.tokens
+        packed = pack_micro_batches(
+            tokens["input_ids"], tokens["attention_mask"], batch.valid_B, self._micro_batch_size
+        )
         return Stage1Inputs(
             images_BCHW=preprocess_images(batch, self.model.vision, device),
-            input_ids_BT=batch.tokens["input_ids"].to(device),
-            attention_mask_BT=batch.tokens["attention_mask"].to(device),
-            valid_B=batch.valid_B.to(device),
-            rows_B=batch.rows_B.to(device),
-            image_ids_B=batch.image_ids_B.to(device),
+            input_ids_BT=to_device(tokens["input_ids"], device),
+            attention_mask_BT=to_device(tokens["attention_mask"], device),
+            valid_B=to_device(batch.valid_B, device),
+            rows_B=to_device(batch.rows_B, device),
+            image_ids_B=to_device(batch.image_ids_B, device),
+            texts=tuple(to_device(text, device) for text in packed),
         )
 
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:

@@ -9,7 +9,7 @@ from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage2 import Stage2Inputs
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
-from isthmus.trainer.device_batches import preprocess_images
+from isthmus.trainer.device_batches import preprocess_images, to_device
 from isthmus.trainer.engine.engine import Precision
 from isthmus.trainer.evaluation.captioning import CaptionEvaluation
 from isthmus.trainer.evaluation.result import EvalResult
@@ -33,9 +33,9 @@ class Stage2Task(Task):
         device = self.device
         return Stage2Inputs(
             images_BCHW=preprocess_images(batch, self.model.vision, device),
-            tokens={name: tensor.to(device) for name, tensor in batch.tokens.items()},
-            valid_B=batch.valid_B.to(device),
-            rows_B=batch.rows_B.to(device),
+            tokens={name: to_device(tensor, device) for name, tensor in batch.tokens.items()},
+            valid_B=to_device(batch.valid_B, device),
+            rows_B=to_device(batch.rows_B, device),
         )
 
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:

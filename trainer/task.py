@@ -35,25 +35,28 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Any:
-        """Return the model's inputs on the device."""
+        """Return the model's inputs on the device, a dataclass; what depends on the tokens is worked out on the host.
+
+        Called on a thread while the step before runs.
+        """
 
     @abstractmethod
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
         """Evaluate on held-out batches. Collective."""
 
-    def train_step(self, batch: Batch, engine: Engine) -> LossOutput:
+    def train_step(self, batch: Batch, inputs: Any, engine: Engine) -> LossOutput:
         """Compute the losses of the global batch and add their gradients to the engine. Collective."""
         seed_step(self._run_seed, self.name, batch.step, self._communicator.rank)
-        return self.loss_and_backward(batch, engine.precision, engine.backward)
+        return self.loss_and_backward(inputs, batch.step, engine.precision, engine.backward)
 
-    def loss_and_backward(self, batch: Batch, precision: Precision, backward: Any) -> LossOutput:
+    def loss_and_backward(self, inputs: Any, step: int, precision: Precision, backward: Any) -> LossOutput:
         """Compute the losses of the global batch and call `backward` for each part of them. Collective."""
         self.model.train()
         with precision.autocast():
             output: LossOutput = self.model.loss_and_backward(
-                self.inputs(batch),
+                inputs,
                 seed=stage_seed(self._run_seed, self.name),
-                step=batch.step,
+                step=step,
                 micro_batch_size=self._micro_batch_size,
                 communicator=self._communicator,
                 backward=backward,

@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
@@ -153,10 +154,12 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Train from the present step to the last one, or to the step at which any rank is asked to stop."""
-        self.batches = Prefetcher(self.loader, self.step, self.stage.steps - self.step, self.engine.device)
+        self.batches = Prefetcher(
+            self.loader, self.step, self.stage.steps - self.step, self.task.inputs, self.engine.device
+        )
         with _no_automatic_gc(), closing(self.batches):
-            for batch in self.monitor.batches(self.batches):
-                status = self.train_step(batch)
+            for ready in self.monitor.batches(self.batches):
+                status = self.train_step(*ready)
                 last = self.step == self.stage.steps
                 result = self.evaluate() if last or self.evaluator.due(self.step) else EvalResult({})
                 self.save(status, result, final=last or status.stop is not None)
@@ -170,14 +173,15 @@ class Trainer:
             self.monitor.on_commit(self.checkpoints.last_committed.step)
         return Outcome.FINISHED if self.step == self.stage.steps else Outcome.STOPPED
 
-    def train_step(self, batch: Batch) -> StepStatus:
+    def train_step(self, batch: Batch, inputs: Any) -> StepStatus:
         """Do one optimizer step and return what all ranks know at its end. Collective.
 
         Raises:
             NonFiniteError: too many consecutive steps had a loss or gradient that is not finite.
         """
         self.context.begin_step(batch.step)
-        losses = self.task.train_step(batch, self.engine)
+        self.monitor.on_step_begin(batch.step + 1)
+        losses = self.task.train_step(batch, inputs, self.engine)
         lr = learning_rate(self.stage.optimizer, batch.step, self.stage.steps)
         result = self.engine.step(lr)
         own = StepStatus(

@@ -13,7 +13,7 @@ def record_steps(path: Path, attempt: int, rank: int) -> None:
     train_step = task.Task.train_step
     path.parent.mkdir(exist_ok=True)
 
-    def recording(self: Any, batch: Any, engine: Any) -> Any:
+    def recording(self: Any, batch: Any, *others: Any) -> Any:
         line = {
             "attempt": attempt,
             "rank": rank,
@@ -27,6 +27,6 @@ def record_steps(path: Path, attempt: int, rank: int) -> None:
         }
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return train_step(self, batch, engine)
+        return train_step(self, batch, *others)
 
     task.Task.train_step = recording  # type: ignore[method-assign]

@@ -147,8 +147,8 @@ def train_poisoned(rank, config, steps):
     """Train while the last rank's gradient gets a NaN in some steps; return the outcome or the error's text."""
     honest = Stage1Task.train_step
 
-    def train_step(task, batch, engine):
-        losses = honest(task, batch, engine)
+    def train_step(task, batch, *others):
+        losses = honest(task, batch, *others)
         if rank == 1 and batch.step in steps:
             task.model.trainable_parameters()["image_projection.weight"].grad[0, 0] = float("nan")
         return losses

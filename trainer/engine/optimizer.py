@@ -32,8 +32,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group parameters by decay and by the factor of their learning rate, kept as `lr_factor` of the group.
 
-    Matrices (query tokens among them) decay; vectors, scalars and biases do not. The learned temperature, a scalar,
-    does not decay here; the original code decays it, being 0-d rather than 1-d.
+    Matrices (query tokens among them) decay; vectors, scalars (the learned temperature) and biases do not, as in the
+    original code (LAVIS, base_model.py: `p.ndim < 2`).
 
     Args:
         parameters: by name.

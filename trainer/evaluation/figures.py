@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard and for a gallery file: samples with captions, attention heat maps, similarity matrices.
+"""Figures for TensorBoard and for a gallery: samples with captions, attention heat maps, similarity matrices.
 
 All take plain arrays and return uint8 [height, width, 3].
 """
@@ -68,20 +68,6 @@ def similarity_matrix(scores_IT: NDArray[np.floating[Any]], captions: Sequence[s
     axis.set_xticks(range(len(captions)), [textwrap.shorten(text, 28) for text in captions], rotation=90, fontsize=7)
     axis.set_yticks(range(len(captions)), [textwrap.shorten(text, 28) for text in captions], fontsize=7)
     figure.colorbar(shown, label="cosine of the best query")
-    return _pixels(figure)
-
-
-def curves(panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]], x_label: str) -> Picture:
-    """Show lines: panel title -> name -> (x, y)."""
-    figure = Figure(figsize=(4.5 * len(panels), 3.4), dpi=DPI, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, (x, y) in lines.items():
-            axis.plot(x, y, label=name, linewidth=1.2)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(x_label, fontsize=8)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     return _pixels(figure)
 
 

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.objectives.losses import LossOutput
@@ -30,6 +30,7 @@ from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 from isthmus.trainer.monitoring.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 FLUSH_EVERY_SECONDS = 30.0
 FLIGHT_RECORDER = "flight_recorder"
 """Folder with the last collectives of ranks that hung, as torch's flight recorder writes them."""
@@ -116,7 +117,7 @@ class Monitor:
         """Tell the watchdog that this rank makes progress."""
         self._watchdog.beat()
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def batches(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass the batches on; the time until each one arrives is data wait, the time until the next, compute."""
         iterator = iter(batches)
         while True:
@@ -126,10 +127,13 @@ class Monitor:
             self._wait_seconds = time.monotonic() - self._step_began
             if batch is None:
                 return
-            if self._profiler:
-                self._profiler.begin_step(batch.step + 1)
             with self.ledger.spending(Activity.COMPUTE):
                 yield batch
+
+    def on_step_begin(self, step: int) -> None:
+        """Note that a step begins, counted from 1 in the stage."""
+        if self._profiler:
+            self._profiler.begin_step(step)
 
     def step_times(self) -> tuple[float, float]:
         """Return the seconds since the step began, and how many of them were spent waiting for its batch."""

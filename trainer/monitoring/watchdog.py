@@ -1,4 +1,4 @@
-"""Watchdog: a rank that makes no progress for too long writes the stacks of all its threads and dies.
+"""Watchdog: a rank that makes no progress for too long dumps the stacks of all its threads and is killed.
 
 Two guards, because a rank can hang with or without the interpreter lock. A Python thread writes the dump, hands it to
 `on_expiry` (the run's folder) and kills the process. faulthandler's own C thread, armed a little later, does the same
@@ -36,7 +36,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Say that progress was made."""
+        """Report progress."""
         now = time.monotonic()
         self._deadline = now + self._timeout
         if now - self._armed_at > min(1.0, self._timeout / 10):
@@ -63,7 +63,7 @@ class Watchdog:
     def _expire(self) -> None:
         stacks = all_stacks()
         sys.stderr.write(stacks)
-        logger.critical("no progress for %.0f s; stacks above; this rank dies now", self._timeout)
+        logger.critical("no progress for %.0f s; stacks above; killing this process", self._timeout)
         handover = threading.Thread(target=self._on_expiry, args=(stacks,), daemon=True)
         handover.start()
         handover.join(timeout=HANDOVER_SECONDS / 2)

@@ -42,14 +42,20 @@ class FakeLoader:
         return {"step": self._step}
 
 
-def test_batches_come_in_order_and_to_the_end():
-    with closing(Prefetcher(FakeLoader(), 3, 5, CPU)) as batches:
-        assert [batch.step for batch in batches] == [3, 4, 5, 6, 7]
+def prefetch(loader, start_step, num_steps):
+    return Prefetcher(loader, start_step, num_steps, lambda batch: {"step": torch.tensor(batch.step)}, CPU)
+
+
+def test_batches_come_in_order_and_to_the_end_with_their_inputs():
+    with closing(prefetch(FakeLoader(), 3, 5)) as batches:
+        assert [(batch.step, int(inputs["step"])) for batch, inputs in batches] == [
+            (step, step) for step in range(3, 8)
+        ]
 
 
 def test_the_next_batch_is_made_while_the_first_one_is_used():
     loader = FakeLoader()
-    with closing(Prefetcher(loader, 0, 9, CPU)) as batches:
+    with closing(prefetch(loader, 0, 9)) as batches:
         iterator = iter(batches)
         next(iterator)
         assert loader.made.acquire(timeout=10)
@@ -58,7 +64,7 @@ def test_the_next_batch_is_made_while_the_first_one_is_used():
 
 def test_bad_records_and_metrics_are_those_of_the_batches_handed_out():
     loader = FakeLoader()
-    with closing(Prefetcher(loader, 0, 9, CPU)) as batches:
+    with closing(prefetch(loader, 0, 9)) as batches:
         iterator = iter(batches)
         for _ in range(2):
             next(iterator)
@@ -71,15 +77,15 @@ def test_bad_records_and_metrics_are_those_of_the_batches_handed_out():
 
 def test_an_error_comes_after_the_batches_before_it():
     seen = []
-    with closing(Prefetcher(FakeLoader(fails_at=2), 0, 9, CPU)) as batches, pytest.raises(DataError, match="step 2"):
-        seen.extend(batch.step for batch in batches)
-    with closing(Prefetcher(FakeLoader(fails_at=2), 0, 9, CPU)) as batches:
+    with closing(prefetch(FakeLoader(fails_at=2), 0, 9)) as batches, pytest.raises(DataError, match="step 2"):
+        seen.extend(ready.batch.step for ready in batches)
+    with closing(prefetch(FakeLoader(fails_at=2), 0, 9)) as batches:
         iterator = iter(batches)
-        assert [next(iterator).step, next(iterator).step] == [0, 1]
+        assert [next(iterator).batch.step, next(iterator).batch.step] == [0, 1]
 
 
 def test_a_consumer_that_stops_early_ends_the_thread():
-    batches = Prefetcher(FakeLoader(), 0, 9, CPU)
+    batches = prefetch(FakeLoader(), 0, 9)
     next(iter(batches))
     batches.close()
     assert "prefetch-batches" not in [thread.name for thread in threading.enumerate()]
@@ -87,7 +93,7 @@ def test_a_consumer_that_stops_early_ends_the_thread():
 
 def test_a_loader_that_hangs_does_not_hold_up_the_end():
     loader = FakeLoader(hangs_at=1)
-    batches = Prefetcher(loader, 0, 9, CPU)
+    batches = prefetch(loader, 0, 9)
     next(iter(batches))
     began = time.monotonic()
     batches.close()

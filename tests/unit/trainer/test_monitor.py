@@ -36,8 +36,8 @@ def run(tmp_path, *overrides, work=(30.0, 20.0), retries=lambda _device: 0.0):
     monitor.start()
     monitor.resume(0, torch.device("cpu"))
     monitor.expect_work(*work)
-    for batch in monitor.batches(SimpleNamespace(step=step) for step in range(STEPS)):
-        step = batch.step + 1
+    for step in monitor.batches(range(1, STEPS + 1)):
+        monitor.on_step_begin(step)
         torch.ones(4) @ torch.ones(4)
         status = StepStatus(None, step == 2, 0.5, 0.125, 3e9)
         monitor.on_step_end(step, status)
