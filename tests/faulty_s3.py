@@ -67,8 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.objects[self.path] = self.body
         return self.send(200, b"", {"ETag": '"' + hashlib.md5(self.body).hexdigest() + '"'})
 
-    def refuse(self, status: int, code: str, headers: dict[str, str] | None = None):
-        body = f"<Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
+    def refuse(self, status: int, code: str, headers: dict[str, str] | None = None, message: str = "refused"):
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self.send(status, body, {"Content-Type": "application/xml"} | (headers or {}))
 
     def hang_up(self):

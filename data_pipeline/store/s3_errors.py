@@ -141,7 +141,7 @@ def _classify_response(kind: str, url: str, asked: str, error: ClientError) -> E
         refused = _classify_refusal(kind, asked, code, text, metadata.get("HTTPHeaders", {}), is_bare=is_bare)
         if refused:
             return refused
-    if status == 501:
+    if status == 501 or (status == 400 and "x-amz-" in text and "checksum" in text):  # a header that it names
         return StoreError(f"{asked}: {text}; this store lacks conditional writes or checksums: use one that has them")
     is_known = code in _TRANSIENT_CODES or status in _TRANSIENT_STATUSES or status >= 500
     if is_known or _sdk_would_retry(error.response, status):

@@ -4,11 +4,13 @@ import base64
 import contextlib
 import email.utils
 import json
+import sys
 import time
 import zlib
 
 import pytest
 
+from isthmus.cluster.cli.main import main
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store import s3, s3_client
 from isthmus.data_pipeline.store.object_store import (
@@ -161,6 +163,18 @@ def test_what_cannot_succeed_is_asked_once(store, server, status, code, error, m
     assert not caught.value.retryable
     assert len(server.requests) == 1
     assert not store.metrics.retries
+
+
+def test_a_store_that_refuses_checksum_headers_is_named(store, server):
+    def refuse(handler):
+        text = "Unsupported header 'x-amz-checksum-crc32' received for this API call."
+        handler.refuse(400, "InvalidArgument", message=text)
+        return True
+
+    server.faults = [refuse]
+    with pytest.raises(StoreError, match="lacks conditional writes or checksums"):
+        store.put(URL, b"x")
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -421,3 +435,36 @@ def test_an_endpoint_that_is_down_is_named(running):
     down = ObjectStore(StoreConfig(endpoint_url=gone.endpoint_url, region="us-east-1", max_attempts=2))
     with pytest.raises(StoreError, match=f"{gone.endpoint_url} failed 2 times"):
         down.get(URL)
+
+
+def page(handler):
+    handler.send(200, PAGE, {"Content-Type": "text/html"})
+    return True
+
+
+def redirect_to_itself(handler):
+    handler.send(301, b"", {"Location": f"{handler.server.endpoint_url}{handler.path}"})
+    return True
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (page, "web page"),
+        (redirect_to_itself, "redirects to"),
+        (refusal(400, "ExpiredToken"), "renew the credentials"),
+        (refusal(403, "RequestTimeTooSkewed", {"Date": "Sat, 01 Jan 2000 00:00:00 GMT"}), "set the clock"),
+        (refusal(403, "InvalidObjectState"), "archived"),
+        (refusal(501, "NotImplemented"), "lacks conditional writes or checksums"),
+    ],
+)
+def test_an_operator_gets_one_line_and_exit_code_2(server, monkeypatch, capsys, fault, line):
+    server.faults = [fault] * 99
+    words = ["isthmus", "data", "ls", "s3://b/shards", "--endpoint-url", server.endpoint_url, "--region", "us-east-1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert line in printed
+    assert server.endpoint_url in printed
