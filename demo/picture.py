@@ -1,12 +1,12 @@
 """One picture of what a run learned: held-out images, the captions found for them, and those generated for them."""
 
 import base64
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from isthmus.cluster.report.folder import RunFacts
 from isthmus.cluster.report.markup import Html, h
+from isthmus.cluster.report.summary import HeldOut, held_out, is_right
 
 SVG = "http://www.w3.org/2000/svg"
 COLUMNS, CELL, IMAGE, TOP, HEIGHT = 6, 160, 144, 28, 256
@@ -15,20 +15,9 @@ STYLE = """text { font: 13px system-ui, sans-serif; fill: #1d2329 } .soft { fill
 .paper { fill: #fbfbf9 } .head { font-weight: 600 }"""
 
 
-class Shown(NamedTuple):
-    """One held-out image."""
-
-    thumbnail: bytes
-    truth: str
-    found: str
-    """Caption that stage 1 ranks first for it."""
-    said: str
-    """Caption that stage 2 generates; empty: this image was not among those captioned."""
-
-
 def draw_picture(facts: RunFacts) -> str | None:
     """Return an SVG of the first held-out examples on file, right or wrong; none where the run has none."""
-    shown = list(_examples(facts))[:COLUMNS]
+    shown = list(islice(held_out(facts), COLUMNS))
     if not shown:
         return None
     width = COLUMNS * CELL + CELL - IMAGE
@@ -41,29 +30,21 @@ def draw_picture(facts: RunFacts) -> str | None:
     return h("svg", style, paper, head, *cells, xmlns=SVG, viewBox=box, role="img", aria_label=title)
 
 
-def _examples(facts: RunFacts) -> Iterator[Shown]:
-    """Yield what stage 1 keeps an image of, with what stage 2 generated for the same sample."""
-    samples = {name: stage.samples for name, stage in facts.stages.items() if stage.samples}
-    if "stage1" not in samples:
-        return
-    captioned = samples["stage2"].texts if "stage2" in samples else []
-    said = {text["key"]: text.get("generated", "") for text in captioned if "key" in text}
-    known = samples["stage1"]
-    for example in known.examples:
-        text, thumbnail = known.texts[example.index], known.thumbnail(example.index)
-        if example.texts and thumbnail:
-            found = known.texts[example.texts[0]].get("caption", "")
-            yield Shown(thumbnail, text.get("caption", ""), found, said.get(text.get("key", ""), ""))
-
-
-def _cell(example: Shown, x: int) -> Html:
+def _cell(example: HeldOut, x: int) -> Html:
     source = "data:image/jpeg;base64," + base64.b64encode(example.thumbnail).decode()
-    lines = (("finds", example.found), ("says", example.said), ("true", example.truth))
+    lines = (("finds", example.found), ("says", example.generated or ""), ("true", example.caption))
     texts = []
     for number, (label, text) in enumerate(lines):
-        is_right = label != "true" and text.strip().lower() == example.truth.strip().lower()
         words, y = f"{label}: {_cut(text) or '(nothing)'}", TOP + IMAGE + 24 + 20 * number
-        texts.append(h("text", words, x=x, y=y, class_="right" if is_right else "soft"))
+        texts.append(
+            h(
+                "text",
+                words,
+                x=x,
+                y=y,
+                class_="right" if label != "true" and is_right(text, example.caption) else "soft",
+            )
+        )
     return h("g", h("image", href=source, x=x, y=TOP, width=IMAGE, height=IMAGE), *texts)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from isthmus.cluster.report.markup import Html, h
 
 WIDTH, HEIGHT = 460, 240
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 36
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 36
 COLOURS = 7
 
 
@@ -21,15 +21,18 @@ class Mark(NamedTuple):
 Line = Sequence[tuple[float, float]]
 
 
-def line_chart(lines: Mapping[str, Line], *, title: str, x_label: str, marks: Sequence[Mark] = ()) -> Html:
-    """Draw lines, name -> points (x, y), with a legend; lines without points are left out."""
-    drawn = {name: points for name, points in lines.items() if points}
+def line_chart(
+    lines: Mapping[str, Line], *, title: str, x_label: str, y_label: str, marks: Sequence[Mark] = ()
+) -> Html:
+    """Draw lines, name -> points (x, y), with a legend; empty ones and those equal to an earlier one are left out."""
+    distinct = {tuple(points): name for name, points in reversed(list(lines.items())) if points}
+    drawn = {name: points for name, points in lines.items() if distinct.get(tuple(points)) == name}
     if not drawn:
         return h("p", f"{title}: nothing was recorded.", class_="missing")
     xs = [x for points in drawn.values() for x, _ in points] + [mark.x for mark in marks]
     ys = [y for points in drawn.values() for _, y in points]
     frame = _Frame(min(xs), max(xs), min(0.0, *ys), max(ys))
-    parts = [*frame.grid(x_label)]
+    parts = [*frame.grid(x_label), h("text", y_label, x=4, y=10)]
     for mark in marks:
         x = frame.x(mark.x)
         parts.append(h("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=TOP, y2=HEIGHT - BOTTOM, class_="mark"))

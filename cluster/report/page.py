@@ -12,6 +12,7 @@ from isthmus.cluster.report.folder import RunFacts, read_folder
 from isthmus.cluster.report.markup import Html, h, join, table
 from isthmus.cluster.report.measures import Baselines
 from isthmus.cluster.report.style import CSS
+from isthmus.cluster.report.summary import summary
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 
@@ -68,7 +69,7 @@ def render(facts: RunFacts, extra: ReportExtras) -> str:
         h("style", Html(CSS)),
     )
     warning = h("p", extra.warning, class_="warning") if extra.warning else None
-    page = h("html", head, h("body", warning, heading(facts, name), h("nav", *links), *body), lang="en")
+    page = h("html", head, h("body", warning, heading(facts, name), summary(facts), h("nav", *links), *body), lang="en")
     return f"<!doctype html>\n{page}\n"
 
 

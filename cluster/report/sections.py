@@ -1,5 +1,6 @@
 """The parts of the page, each from a run's facts to markup; each says what is missing."""
 
+import re
 import time
 from datetime import timedelta
 
@@ -26,18 +27,17 @@ def results(facts: RunFacts, known: Baselines) -> Html:
             measures += find(facts.stages[name], known)
     if not measures:
         return missing(NO_EVALUATION)
-    rows = [
-        [
-            measure.label,
-            h("b", f"{measure.value:.3f}"),
-            "" if measure.contrast is None else f"{measure.contrast:.3f}",
-            join(*(h("div", f"{baseline.name}: {baseline.value:.3f}") for baseline in measure.baselines)),
-        ]
-        for measure in measures
-    ]
+    reranked = any(measure.contrast not in (None, measure.value) for measure in measures)
+    head = ["measure", "this run", *(["before re-ranking"] if reranked else []), "to compare with"]
+    rows = []
+    for measure in measures:
+        contrast = "" if measure.contrast is None else f"{measure.contrast:.3f}"
+        baselines = (h("div", f"{baseline.name}: {baseline.value:.3f}") for baseline in measure.baselines)
+        cells = [measure.label, h("b", f"{measure.value:.3f}"), *([contrast] if reranked else []), join(*baselines)]
+        rows.append(cells)
     counts = [f"{name}: {len(s.samples.texts)} samples" for name, s in facts.stages.items() if s.samples]
     note = h("p", f"Held-out samples ({', '.join(counts) or 'number unknown'}). ", BASELINES, class_="note")
-    return join(table(["measure", "this run", "contrast alone", "to compare with"], rows, "numbers"), note)
+    return join(table(head, rows, "numbers"), note)
 
 
 BASELINES = (
@@ -55,12 +55,28 @@ def curves(facts: RunFacts) -> Html:
         names = stage.names("loss/")
         names = names[:1] if len(names) == 2 else names  # a single part is the total
         lines = {name.removeprefix("loss/"): stage.series(name) for name in names}
-        charts.append(line_chart(lines, title=f"{stage.name} losses", x_label="step", marks=marks))
-        measured = {name: points for name in stage.names("eval/") if len(points := stage.series(name)) > 1}
-        if measured:
-            lines = {name.removeprefix("eval/"): points for name, points in list(measured.items())[:COLOURS]}
-            charts.append(line_chart(lines, title=f"{stage.name} evaluation", x_label="step"))
+        charts.append(line_chart(lines, title=f"{stage.name}: losses", x_label="step", y_label="nats", marks=marks))
+        charts += evaluation_charts(stage)
     return h("div", *charts, class_="charts") if charts else missing("No stage has begun.")
+
+
+def evaluation_charts(stage: StageFacts) -> list[Html]:
+    """Return a chart for each kind of figure that was measured more than once."""
+    measured = {name: points for name in stage.names("eval/") if len(points := stage.series(name)) > 1}
+    kinds: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for name, points in measured.items():
+        short = name.removeprefix("eval/")
+        if "loss" in short:
+            kind = ("caption loss", "nats a token")
+        elif re.search(r"r\d+$", short):
+            kind = ("recall", "share found")
+        else:
+            kind = ("captions", "score")
+        kinds.setdefault(kind, {})[short] = points
+    return [
+        line_chart(dict(list(lines.items())[:COLOURS]), title=f"{stage.name}: {kind}", x_label="step", y_label=unit)
+        for (kind, unit), lines in kinds.items()
+    ]
 
 
 def retrieval_examples(facts: RunFacts) -> Html:

@@ -28,9 +28,9 @@ nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-spac
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { color: var(--soft); font-weight: 550; overflow-wrap: normal; }
-.numbers td:nth-child(2), .numbers td:nth-child(3) { white-space: nowrap; }
+.numbers td:not(:first-child):not(:last-child) { white-space: nowrap; }
 td:first-child { min-width: 8rem; }
-.numbers td:nth-child(4) { min-width: 9rem; }
+.numbers td:last-child { min-width: 9rem; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: .4rem; padding: .8rem 1rem;
   overflow-x: auto; overflow-wrap: normal; }
@@ -50,6 +50,12 @@ svg text { font-size: 11px; fill: var(--soft); } .grid { stroke: var(--rule); st
   margin: 0 auto .5rem; background: #fff; } .card ol { margin: .3rem 0 0; padding-left: 1.3rem; }
 .strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem; margin-top: .5rem; }
 .card .strip img { margin: 0; border: 2px solid transparent; } .card .strip img.right { border-color: var(--good); }
+.sentence { font-size: 1.1rem; margin: .8rem 0 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem; margin-bottom: .9rem; }
+.tile { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.5rem; } .tile span, .tile small { display: block; }
+.tile small { color: var(--soft); }
+@media print { nav, pre { display: none; } .card, .chart, .tile { break-inside: avoid; } body { padding: 0; } }
 .right { color: var(--good); } .truth { color: var(--soft); }
 .drawing img { max-width: 100%; height: auto; border-radius: .4rem; background: #fff; }
 .bar { display: flex; height: 1.9rem; border-radius: .35rem; overflow: hidden; margin: .6rem 0; }

@@ -64,7 +64,7 @@ def page(run, tmp_path_factory):
 def test_every_section_is_there_and_nothing_leads_outside(page):
     assert page.titles[: len(SECTIONS)] == SECTIONS
     assert all(reference.startswith(("data:image/", "#")) for reference in page.references)
-    assert page.tags.count("img") == 4 + 8 + 5 + 3  # image to text, text to image, gallery, drawings
+    assert page.tags.count("img") == 4 + 4 + 8 + 5 + 3  # summary, image to text, text to image, gallery, drawings
     assert page.tags.count("svg") == 3  # losses of both stages, evaluation of stage 2
     assert "picture not kept" not in page.text
 
@@ -153,9 +153,26 @@ def test_a_folder_of_no_run_is_one_message(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_chart_draws_equal_lines_once():
+    lines = {"i2t_r1": [(1, 0.2)], "itc_i2t_r1": [(1, 0.2)], "t2i_r1": [(1, 0.3)]}
+    chart = line_chart(lines, title="t", x_label="step", y_label="share found")
+    assert chart.count("<polyline") == 2
+    assert "share found" in chart
+    assert "itc_i2t_r1" not in chart
+
+
+def test_the_first_screen_says_what_happened(page):
+    assert "Trained 40 steps of stage 1 and 20 steps of stage 2 on 2 workers" in page.text
+    assert "1 restart cost 12 s and 4 repeated steps" in page.text
+    assert re.search(r"0.083\s+image to text, recall@1\s+chance 0.200", page.text)
+    assert re.search(r"finds:\s+a large red cross", page.text)
+
+
 def test_a_chart_of_one_point_or_none_is_drawn_or_said():
-    assert "<polyline" in line_chart({"a": [(1, 2.0)]}, title="t", x_label="step", marks=[Mark(1, "here")])
-    assert "nothing was recorded" in line_chart({"a": []}, title="t", x_label="step")
+    assert "<polyline" in line_chart(
+        {"a": [(1, 2.0)]}, title="t", x_label="step", y_label="nats", marks=[Mark(1, "here")]
+    )
+    assert "nothing was recorded" in line_chart({"a": []}, title="t", x_label="step", y_label="nats")
 
 
 def test_the_demo_adds_baselines_unseen_concepts_credits_and_curves(tmp_path, monkeypatch):
