@@ -181,7 +181,7 @@ def scale_plan(text: str) -> Iterator[Figure]:
 def scale_driver(text: str) -> Iterator[Figure]:
     """The driver's own work."""
     for row in objects(text)[0]["driver"]:
-        yield Figure(f"driver, {row['workers']} stand-in workers", "CPU ms per poll", row["CPU ms per poll"])
+        yield Figure(f"driver, {row['workers']} stand-in workers", "CPU ms per second", row["CPU ms per second"])
 
 
 def scale_spot(text: str) -> Iterator[Figure]:
@@ -190,6 +190,13 @@ def scale_spot(text: str) -> Iterator[Figure]:
         if isinstance(row, dict):
             lost = 1 - row["goodput at Young-Daly"]
             yield Figure(f"month on spot, {name}", "share lost", lost, "saving hourly", 1 - row["goodput at 1 hour"])
+
+
+def scale_month(text: str) -> Iterator[Figure]:
+    """Share of a month lost by the real driver under a simulated clock."""
+    row = objects(text)[0]
+    expected = 1 - row["goodput of the event simulation"]
+    yield Figure("month on spot, the real driver", "share lost", 1 - row["goodput"], "event simulation", expected)
 
 
 def truth(text: str) -> Iterator[Figure]:
@@ -204,6 +211,7 @@ def benchmarks(assets: Path) -> list[Benchmark]:
     return [
         Benchmark("scale.spot", scale_spot, [], ["--quick"]),
         Benchmark("scale.driver", scale_driver, [], ["--quick"]),
+        Benchmark("scale.month", scale_month, [], ["--days", "2"]),
         Benchmark("scale.plan", scale_plan, [], ["--quick"]),
         Benchmark("estimate_truth", truth, [], ["--quick"]),
         Benchmark("data_order", order),
