@@ -1,5 +1,6 @@
 """Makes lane parts: reads chunks, cuts samples out of them, checks, decodes, augments. A bad sample is masked."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -141,7 +142,7 @@ class Reader:
         chunk = _chunk_id(shard, index)
         try:
             for _ in range(2):
-                data = memoryview(self._lasting(shard.url, "shard", lambda: self._memory.get(chunk)))
+                data = memoryview(self._read_or_mask(shard.url, "shard", lambda: self._memory.get(chunk)))
                 members, damaged = _cut_members(data, chunk.start, index.members(ref.sample))
                 if damaged is None:
                     return members
@@ -156,17 +157,17 @@ class Reader:
 
     def _index(self, shard: Shard, chunk: int) -> ShardIndex:
         """Return the index of a chunk."""
-        return self._lasting(shard.index_url, "index", lambda: self._load_index(shard, chunk))
+        return self._read_or_mask(shard.index_url, "index", lambda: self._load_index(shard, chunk))
 
     def _read_index(self, shard: Shard, chunk: int) -> ShardIndex:
         """Read and check a shard's whole index; return what concerns one chunk."""
         return ShardIndex.load(shard, self._store).of_chunk(chunk)
 
-    def _lasting(self, url: str, what: str, get: Callable[[], T]) -> T:
-        """Return `get()`; that an object is missing or another one is remembered for some minutes.
+    def _read_or_mask(self, url: str, what: str, get: Callable[[], T]) -> T:
+        """Return `get()`; for some minutes an object that is missing or was replaced is not asked for again.
 
         Raises:
-            BadSample: it is missing or another one.
+            BadSample: it is missing or was replaced.
         """
         until, cause, detail = self._unusable.get(url, (0.0, "", ""))
         if time.monotonic() < until:
@@ -197,9 +198,10 @@ class Reader:
             chunks = []
             for source, shard_number, chunk in request.expected_chunks:
                 shard = request.shards[source, shard_number]
-                chunks.append(_chunk_id(shard, self._index(shard, chunk)))
+                with contextlib.suppress(BadSample):  # the other chunks can still be fetched
+                    chunks.append(_chunk_id(shard, self._index(shard, chunk)))
             self._memory.expect(chunks)
-        except (BadSample, DataError, OSError) as error:
+        except (DataError, OSError) as error:
             _log.debug("fetching ahead: %s", error)
 
     def _count(self, name: str) -> None:
