@@ -76,7 +76,7 @@ def test_every_picture_loads_and_nothing_sticks_out(page, tmp_path, width):
     found = re.search(r"PROBE (\{.*\}) END", "\n".join(console(said)).replace('\\"', '"'))
     assert found, said
     facts = json.loads(found[1])
-    assert facts["images"] == facts["drawn"] == 20
+    assert facts["images"] == facts["drawn"] == 24
     assert facts["charts"] == 6  # lines of the charts
     assert facts["overflow"] <= 0
     assert facts["title"] == "demo: isthmus run"
