@@ -8,15 +8,15 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import CAPTIONS_READ, write_corpus
 from isthmus.demo.tiny.scenes import KINDS, make_scene
 from isthmus.model.tiny import TinyLanguage
 from isthmus.model.tiny_parts import write_tiny_vocabulary
 from isthmus.trainer.config.loading import load_config
-from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.segments import read_records
 from tests.trained_language import write_trained_language
 from tests.trained_vision import write_trained_vision
 
@@ -91,8 +91,7 @@ def configure(lesson: Lesson, parts: Path, runs: Path, language: TinyLanguage, *
 
 def curve(run: Path, stage: str, name: str) -> list[tuple[int, float]]:
     """Return (step, value) of a figure as the run recorded it."""
-    path = run / stage / "metrics.jsonl"
-    records: list[dict[str, Any]] = read_jsonl(path.read_text()) if path.exists() else []
+    records = read_records(str(run / stage), "metrics", ObjectStore())
     return [(record["step"], record[name]) for record in records if name in record]
 
 

@@ -8,7 +8,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, thumbnail
-from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger, StoreLedger
+from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger
 from isthmus.trainer.monitoring.loggers import JsonlLogger
 from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
@@ -87,7 +87,7 @@ def _restart(board: StatusBoard) -> None:
 
 def _goodput(url: str, store: ObjectStore) -> None:
     clock = Clock()
-    ledger = GoodputLedger(StoreLedger(join(url, GOODPUT_NAME), store), clock=clock)
+    ledger = GoodputLedger(None, lambda data: store.put(join(url, GOODPUT_NAME), data), clock=clock)
     for activity, seconds in ((Activity.COMPUTE, 80.0), (Activity.DATA_WAIT, 5.0), (Activity.EVALUATION, 15.0)):
         with ledger.spending(activity):
             clock.now += seconds

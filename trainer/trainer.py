@@ -212,7 +212,7 @@ class Trainer:
         save = self.checkpoints.due(self.step, status.step_seconds) or final or best_wanted
         if not save and not self.checkpoints.replication_due(self.step):
             return
-        with self.monitor.saving(self.step, self.batches.take_bad_records()):
+        with self.monitor.saving(self.step, self.batches.take_bad_records(), checkpoint=save):
             state = self._state(result.metrics)
             if save:
                 self.checkpoints.save(self.step, self.engine.fragments(), state)
@@ -226,8 +226,7 @@ class Trainer:
             TrainerError: a frozen weight has changed.
         """
         self.frozen_guard.check()
-        if outcome is Outcome.FINISHED:
-            self.monitor.ledger.finish_stage()
+        self.monitor.ledger.end_stage(finished=outcome is Outcome.FINISHED)
         if self.rank.is_main:
             logger.info("%s %s; %s", self.name, outcome, self.monitor.ledger.table())
 
@@ -251,7 +250,7 @@ class Trainer:
             self.rank,
             self._before_commit,
             token=self.run_store.token,
-            seconds_between_failures=self.run_store.seconds_between_failures(),
+            seconds_between_failures=self.monitor.seconds_between_failures(),
             peers=peers,
         )
 

@@ -18,13 +18,14 @@ from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Account
-from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.loggers import JsonlLogger
+from isthmus.trainer.monitoring.quarantine_log import NAME as QUARANTINE
 from isthmus.trainer.monitoring.samples import FOLDER, INDEX
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.runs.store import CONFIG, read_run
 
 logger = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2")
-METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
 T = TypeVar("T")
 
 
@@ -176,14 +177,17 @@ class _Reader:
         return not self._store.is_empty(join(self._url, stage))
 
     def stage(self, name: str) -> StageFacts:
-        bad = self.parsed(f"{name}/{QUARANTINE}", lambda data: len(data.splitlines()))
         return StageFacts(
             name,
-            self.parsed(f"{name}/{METRICS}", lambda data: read_jsonl(data.decode())) or [],
+            self._records(name, JsonlLogger.NAME),
             self._samples(name),
-            bad or 0,
+            len(self._records(name, QUARANTINE)),
             self.guarded(f"{name}/checkpoints", lambda: self._newest(join(self._url, name, "checkpoints"))),
         )
+
+    def _records(self, stage: str, name: str) -> list[dict[str, Any]]:
+        url = join(self._url, stage)
+        return self.guarded(f"{stage}/{name}", lambda: read_records(url, name, self._store)) or []
 
     def _newest(self, folder: str) -> CheckpointSummary | None:
         found = list_checkpoints(folder, self._store)

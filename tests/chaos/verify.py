@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isthmus.data_pipeline.store.object_store import join
 from isthmus.trainer.checkpoint.reader import list_checkpoints, list_step_dirs
-from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.runs.lease import read_lease
 from tests.chaos.faults import number_of_files
 from tests.chaos.pipeline import BUCKET, STEPS, Run
@@ -40,7 +40,7 @@ def ending(run: Run) -> Ending:
         saved = list_checkpoints(join(run.url, stage, "checkpoints"), store)[0]
         digests[stage] = f"step {saved.step}: {saved.digest()}"
         assert saved.step == steps, f"{stage} ends at step {saved.step}, not at {steps}"
-        records = read_jsonl(store.get(join(run.url, stage, "metrics.jsonl")).decode())
+        records = read_records(join(run.url, stage), "metrics", store)
         losses[stage] = [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
     exported = hashlib.sha256()
     for info in store.list(join(run.url, "export")):
@@ -72,7 +72,7 @@ def _compare_losses(
     stage: str, actual: list[tuple[int, float]], expected: list[tuple[int, float]], *, exact: bool
 ) -> list[str]:
     if [step for step, _ in actual] != [step for step, _ in expected]:
-        return [f"{stage}: metrics.jsonl has steps {[step for step, _ in actual]}"]
+        return [f"{stage}: the metrics have steps {[step for step, _ in actual]}"]
     tolerance = 0.0 if exact else LOSS_TOLERANCE
     pairs = zip(actual, expected, strict=True)
     return [

@@ -18,7 +18,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import Outcome
-from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.lease import read_lease
 from isthmus.trainer.runs.store import read_run
@@ -65,7 +65,7 @@ def resumed(folder: Path) -> Path:
 
 
 def losses(folder: Path, run: str, stage: str) -> dict[int, float]:
-    records = read_jsonl((folder / run / "tiny" / stage / "metrics.jsonl").read_text())
+    records = read_records(str(folder / run / "tiny" / stage), "metrics", ObjectStore())
     found = [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
     assert [step for step, _ in found] == list(range(1, STEPS[stage] + 1))
     return dict(found)

@@ -22,7 +22,7 @@ from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError
 from isthmus.trainer.evaluate import evaluate_run
-from isthmus.trainer.monitoring.loggers import read_jsonl
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.store import RunStore
@@ -203,7 +203,7 @@ def weights(runs, stage, newest=0):
 
 def known_losses(runs, stage):
     """Return step -> loss as recorded; a step that was recorded twice would be seen."""
-    records = read_jsonl((runs / "tiny" / stage / "metrics.jsonl").read_text())
+    records = read_records(str(runs / "tiny" / stage), "metrics", ObjectStore())
     return [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
 
 
@@ -261,7 +261,7 @@ def test_the_best_checkpoint_is_kept_and_begins_stage_2_whatever_the_interval(ha
 
 
 def measured(runs, stage):
-    records = read_jsonl((runs / "tiny" / stage / "metrics.jsonl").read_text())
+    records = read_records(str(runs / "tiny" / stage), "metrics", ObjectStore())
     return {key: value for record in records for key, value in record.items() if key.startswith("eval/")}
 
 
@@ -279,7 +279,7 @@ def test_a_nan_on_one_rank_updates_none(pair):
     (_, before), (_, after), (_, later) = (weights(folder / "skipped", "stage1", newest) for newest in (3, 2, 1))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(after[name], later[name]) for name in before)
-    records = read_jsonl((folder / "skipped/tiny/stage1/metrics.jsonl").read_text())
+    records = read_records(str(folder / "skipped/tiny/stage1"), "metrics", ObjectStore())
     assert [r["optim/skipped_steps"] for r in records if "optim/skipped_steps" in r] == [0.0, 1.0, 1.0, 1.0]
 
 

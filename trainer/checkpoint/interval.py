@@ -12,6 +12,7 @@ LEAST_SECONDS = 30.0
 MOST_SECONDS = 3600.0
 FIRST_GUESS_SECONDS = 2.0
 DEFAULT_SECONDS_BETWEEN_FAILURES = 86400.0
+"""Before anything was observed."""
 
 
 def young_daly_seconds(cost_seconds: float, seconds_between_failures: float) -> float:

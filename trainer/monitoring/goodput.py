@@ -1,25 +1,23 @@
-"""Goodput ledger: every second of a run belongs to exactly one activity, over all of its restarts.
+"""Goodput: every second of a run is attributed to exactly one activity, over all of its restarts.
 
-The ledger is kept in the run's folder as `goodput.json`. A process that is killed leaves its last written state
-behind; the next one counts the time since then as restart, and moves what was spent after the checkpoint from which
-it resumes to lost work.
+The account is the file `goodput.json` in the run's folder. A process that is killed leaves its last written state; the
+next one attributes the gap to `restart`, and moves what was spent after the checkpoint from which it resumes to
+`lost work`.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from isthmus.data_pipeline.errors import DataError
-from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore
+from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES
 
 logger = logging.getLogger(__name__)
 GOODPUT_NAME = "goodput.json"
+MARKS_KEPT = 64
 
 
 class Activity(StrEnum):
@@ -30,55 +28,18 @@ class Activity(StrEnum):
     DATA_WAIT = "data wait"
     """Waiting for the next batch."""
     CHECKPOINT = "checkpoint stall"
-    """Training stood still for a save."""
+    """Training was blocked by a save."""
     EVALUATION = "evaluation"
     """Held-out evaluation and pictures."""
     START_UP = "start-up"
-    """Loading, first dry batch, restoring."""
+    """Loading, warm-up step, restoring."""
     RESTART = "restart"
     """Between the last sign of life of one process and the start of the next."""
     LOST = "lost work"
-    """Spent on steps that had to be done again."""
-
-
-class MemoryLedger:
-    """Keeps the account in this process only: for ranks that do not report, and for evaluations."""
-
-    def __init__(self) -> None:
-        self._data: bytes | None = None
-
-    def read(self) -> bytes | None:
-        """Return what was written last."""
-        return self._data
-
-    def write(self, data: bytes) -> None:
-        """Replace what was written."""
-        self._data = data
-
-
-class StoreLedger:
-    """Keeps the account in the run's folder. A write that fails is logged: the next one holds everything again."""
-
-    def __init__(self, url: str, store: ObjectStore) -> None:
-        self._url, self._store = url, store
-
-    def read(self) -> bytes | None:
-        """Return what was written last; None: nothing yet."""
-        try:
-            return self._store.get(self._url)
-        except NotFoundError:
-            return None
-
-    def write(self, data: bytes) -> None:
-        """Replace what was written."""
-        try:
-            self._store.put(self._url, data)
-        except DataError as error:
-            logger.warning("%s: goodput was not written, the next write tries again: %s", self._url, error)
+    """Spent on steps that had to be repeated."""
 
 
 REPEATED = (Activity.COMPUTE, Activity.DATA_WAIT, Activity.CHECKPOINT, Activity.EVALUATION)
-MARKS_KEPT = 64
 
 
 class Mark(BaseModel):
@@ -90,54 +51,51 @@ class Mark(BaseModel):
 
 
 class Account(BaseModel):
-    """The ledger as it is written."""
+    """What `goodput.json` holds."""
 
     started_at: float
     """Unix time of the run's very first start."""
     seen_at: float
     """Unix time of the last write."""
     starts: int = 1
-    """How often work on the run began or began again."""
+    """How often work on the run began."""
+    failures: int = 0
+    """How often it ended neither with its stage nor after a stop request."""
     stage_done: bool = False
-    """The last process finished its stage: the next one continues, it does not restart."""
+    """The last process finished its stage: the next one does not restart it."""
+    stopped: bool = False
+    """The last process saved and ended after a stop request."""
     seconds: dict[Activity, float]
     marks: list[Mark] = []
 
 
-class Ledger(Protocol):
-    """Where the account is kept between processes."""
-
-    def read(self) -> bytes | None:
-        """Return what was written last; None: nothing yet."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """Replace what was written."""
-        ...
-
-
 class GoodputLedger:
-    """Books the time of the running process; `spend` says on what it is spent from now on."""
+    """Keeps the account of the running process; `spend` switches the current activity.
 
-    def __init__(self, ledger: Ledger, *, began: float | None = None, clock: Callable[[], float] = time.time) -> None:
-        """Continue the run's account, or open it, as of `began` (now, if not given).
+    Args:
+        account: What the last process of the run wrote; none: this is the first.
+        write: Keeps the account where the next process finds it; must neither block nor raise.
+        began: Unix time at which this process began to work on the run; none: now.
+        clock: Unix time in seconds.
+    """
 
-        The time since the last write is counted as restart, or as start-up after a stage that was finished.
+    def __init__(
+        self,
+        account: Account | None,
+        write: Callable[[bytes], None],
+        *,
+        began: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Continue the run's account, or open it.
+
+        The gap since the last write is a restart, or start-up where the last process had finished its stage.
         """
-        self._ledger = ledger
-        self._clock = clock
+        self._write, self._clock = write, clock
         self._activity = Activity.START_UP
         self._since = clock() if began is None else began
-        data = ledger.read()
-        if data is None:
-            self._account = Account(started_at=self._since, seen_at=self._since, seconds=dict.fromkeys(Activity, 0.0))
-        else:
-            self._account = Account.model_validate_json(data)
-            restarted = not self._account.stage_done
-            self._account.starts += restarted
-            between = max(0.0, self._since - self._account.seen_at)
-            self._book(Activity.RESTART if restarted else Activity.START_UP, between)
-            self._account.stage_done = False
+        fresh = Account(started_at=self._since, seen_at=self._since, seconds=dict.fromkeys(Activity, 0.0))
+        self._account = fresh if account is None else self._continued(account)
         self.write()
 
     def resume(self, stage: str, step: int) -> None:
@@ -151,42 +109,42 @@ class GoodputLedger:
             self._settle()
             for activity in REPEATED:
                 again = self._account.seconds[activity] - base.seconds[activity]
-                self._book(activity, -again)
-                self._book(Activity.LOST, again)
+                self._account.seconds[activity] -= again
+                self._account.seconds[Activity.LOST] += again
         self._account.marks = marks
         self.mark(stage, step)
 
     def mark(self, stage: str, step: int) -> None:
-        """Note that the state at `step` has been given to a checkpoint (or is the start of a stage)."""
+        """Note that a checkpoint was taken of the state at `step`, or that a stage begins there."""
         self._settle()
         self._account.marks.append(Mark(stage=stage, step=step, seconds=dict(self._account.seconds)))
         del self._account.marks[:-MARKS_KEPT]
 
     def spend(self, activity: Activity) -> Activity:
-        """Book the time so far and say what follows; return what went before."""
+        """Switch the current activity; return the one before."""
         self._settle()
         before, self._activity = self._activity, activity
         return before
 
     @contextmanager
     def spending(self, activity: Activity) -> Iterator[None]:
-        """Spend the time inside the block on an activity, then go back to what went before."""
+        """Attribute the time inside the block to an activity, then return to the one before."""
         before = self.spend(activity)
         try:
             yield
         finally:
             self.spend(before)
 
-    def finish_stage(self) -> None:
-        """Note that the stage is finished, so that the next one is no restart."""
-        self._account.stage_done = True
+    def end_stage(self, *, finished: bool) -> None:
+        """Note that the stage ended in order: finished, or saved after a stop request."""
+        self._account.stage_done, self._account.stopped = finished, not finished
         self.write()
 
     def write(self) -> None:
-        """Book the time so far and keep the account in its ledger."""
+        """Write the account as of now."""
         self._settle()
         self._account.seen_at = self._since
-        self._ledger.write(self._account.model_dump_json(indent=1).encode())
+        self._write(self._account.model_dump_json().encode())
 
     @property
     def seconds(self) -> dict[Activity, float]:
@@ -208,15 +166,39 @@ class GoodputLedger:
         head = f"goodput {seconds[Activity.COMPUTE] / total:.1%} of {total:.1f} s in {self._account.starts} start(s)"
         return "\n".join([head, *lines])
 
+    def _continued(self, account: Account) -> Account:
+        gap = max(0.0, self._since - account.seen_at)
+        account.seconds[Activity.START_UP if account.stage_done else Activity.RESTART] += gap
+        account.starts += not account.stage_done
+        account.failures += _ended_by_failure(account)
+        account.stage_done = account.stopped = False
+        return account
+
     def _settle(self) -> None:
         now = self._clock()
-        self._book(self._activity, max(0.0, now - self._since))
+        self._account.seconds[self._activity] += max(0.0, now - self._since)
         self._since = max(now, self._since)
 
-    def _book(self, activity: Activity, seconds: float) -> None:
-        self._account.seconds[activity] += seconds
+
+def parse_account(written: bytes, url: str) -> Account | None:
+    """Return what `goodput.json` holds; none, with a warning, if it is damaged: it is not worth a run."""
+    try:
+        return Account.model_validate_json(written)
+    except ValidationError as error:
+        logger.warning("%s: is damaged, the account begins anew: %s", url, error)
+        return None
 
 
-def read_account(data: bytes) -> dict[str, float]:
-    """Return seconds by activity of a written ledger, for `isthmus status`."""
-    return {str(key): value for key, value in json.loads(data)["seconds"].items()}
+def seconds_between_failures(account: Account | None) -> float:
+    """Return the mean time between failures that a run observed; one day without a failure counts as observed before.
+
+    Only time in which the run was worked on counts, not the gaps between its processes.
+    """
+    if account is None:
+        return DEFAULT_SECONDS_BETWEEN_FAILURES
+    active = sum(account.seconds.values()) - account.seconds[Activity.RESTART]
+    return (DEFAULT_SECONDS_BETWEEN_FAILURES + active) / (1 + account.failures + _ended_by_failure(account))
+
+
+def _ended_by_failure(account: Account) -> bool:
+    return not account.stage_done and not account.stopped

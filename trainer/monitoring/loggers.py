@@ -1,14 +1,12 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases. A resumed run continues each without doubled steps.
+"""Where metrics go: JSON lines, TensorBoard, Weights & Biases. A resumed run continues each without doubled steps.
 
 Every record belongs to a step. Records beyond the step from which a run resumes are dropped or hidden when the loggers
 are opened, because these steps are done again.
 """
 
 import importlib
-import json
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation.result import Pictures
+from isthmus.trainer.monitoring.segments import SEGMENT_SECONDS, SegmentedLog
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 MAX_EVENT_FILE_BYTES = 8 << 20
@@ -33,7 +32,15 @@ class MetricLogger(Protocol):
         ...
 
     def flush(self) -> None:
-        """Write everything added so far to disk."""
+        """Write everything added so far to disk; hand over what is complete."""
+        ...
+
+    def send(self) -> None:
+        """Hand over everything added so far: the state of this step can be resumed from."""
+        ...
+
+    def end_segment(self) -> None:
+        """Hand over everything added so far, which is complete: a checkpoint is saved."""
         ...
 
     def close(self) -> None:
@@ -42,86 +49,97 @@ class MetricLogger(Protocol):
 
 
 class JsonlLogger:
-    """`metrics.jsonl`: one JSON object per record: step, samples, time (Unix seconds), metrics."""
+    """`metrics/`: one JSON object per record: step, samples, time (Unix seconds), metrics; see `segments`."""
 
-    NAME = "metrics.jsonl"
+    NAME = "metrics"
 
     def __init__(self, synced: SyncedFolder, resumed_step: int, samples_per_step: int) -> None:
         self._samples_per_step = samples_per_step
-        path = synced.pull(self.NAME)
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            _replace(path, "".join(f"{line}\n" for line in kept).encode())
-            synced.replaced(self.NAME)
-        self._file = path.open("a")
+        self._log = SegmentedLog(synced, self.NAME, resumed_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a value that is not finite becomes null, as JSON knows no NaN."""
         values = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
-        record = {"step": step, "samples": step * self._samples_per_step, "time": time.time(), **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._log.append(step, {"samples": step * self._samples_per_step, "time": time.time(), **values})
 
     def log_pictures(self, step: int, pictures: Pictures) -> None:
         """Pictures have no place in JSON."""
 
     def flush(self) -> None:
-        """Hand the lines to the operating system."""
-        self._file.flush()
+        """Write the lines to disk."""
+        self._log.flush()
+
+    def send(self) -> None:
+        """Send the segment as it is."""
+        self._log.send()
+
+    def end_segment(self) -> None:
+        """Send the segment; the next record begins another one."""
+        self._log.end_segment()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_jsonl(text: str) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl without a last line that a kill has truncated."""
-    return [json.loads(line) for line in text.splitlines() if _step_of(line) < _TRUNCATED]
-
-
-_TRUNCATED = 1 << 62
-
-
-def _step_of(line: str) -> int:
-    """Return the step of a line; larger than every step for a line that a kill has truncated."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return _TRUNCATED
+        """Send the segment."""
+        self._log.end_segment()
 
 
 class TensorBoardLogger:
-    """Event files in `tensorboard/`: a new one per start and per 8 MB, so that copies to an object store stay small.
+    """Event files in `tensorboard/`: a new one per checkpoint, and whenever one is large or old.
 
     A resumed run tells TensorBoard (`purge_step`) to hide what earlier files hold of the steps that are done again.
     """
 
     FOLDER = "tensorboard"
 
-    def __init__(self, synced: SyncedFolder, resumed_step: int) -> None:
-        self._folder = synced.path / self.FOLDER
-        self._writer = SummaryWriter(str(self._folder), purge_step=resumed_step + 1)
+    def __init__(self, synced: SyncedFolder, resumed_step: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._synced, self._clock = synced, clock
+        self._purge_step: int | None = resumed_step + 1
+        self._writer: SummaryWriter | None = None
+        self._name, self._opened_at = "", 0.0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add scalars."""
+        writer = self._open()
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
     def log_pictures(self, step: int, pictures: Pictures) -> None:
         """Add images."""
         for name, picture in pictures.items():
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+            self._open().add_image(name, picture, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write the records to the file, and begin another one if it is large."""
+        """Write the records to the file; end it if it is large or old."""
+        if self._writer is None:
+            return
         self._writer.flush()
-        newest = max(self._folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        if newest.stat().st_size > MAX_EVENT_FILE_BYTES:
+        too_old = self._clock() - self._opened_at > SEGMENT_SECONDS
+        if too_old or (self._synced.path / self._name).stat().st_size > MAX_EVENT_FILE_BYTES:
+            self.end_segment()
+
+    def send(self) -> None:
+        """Send the event file as it is."""
+        if self._writer is not None:
+            self._writer.flush()
+            self._synced.add(self._name)
+
+    def end_segment(self) -> None:
+        """Send the event file; the next record begins another one."""
+        if self._writer is not None:
             self._writer.close()
-            self._writer = SummaryWriter(str(self._folder))
+            self._synced.add(self._name)
+            self._writer = None
 
     def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
+        """Send the event file."""
+        self.end_segment()
+
+    def _open(self) -> SummaryWriter:
+        if self._writer is None:
+            folder, suffix = self._synced.path / self.FOLDER, f".{time.time_ns()}"
+            self._writer = SummaryWriter(str(folder), purge_step=self._purge_step, filename_suffix=suffix)
+            self._name = str(next(folder.glob(f"*{suffix}")).relative_to(self._synced.path))
+            self._purge_step, self._opened_at = None, self._clock()
+        return self._writer
 
 
 class WandbLogger:
@@ -162,12 +180,12 @@ class WandbLogger:
     def flush(self) -> None:
         """W&B sends by itself."""
 
+    def send(self) -> None:
+        """W&B sends by itself."""
+
+    def end_segment(self) -> None:
+        """W&B sends by itself."""
+
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    partial.replace(path)

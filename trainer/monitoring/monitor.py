@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.data_pipeline.reading.quarantine import BadRecord
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.trainer.checkpoint.manager import Committed
 from isthmus.trainer.config.schema import StageName, TrainConfig
@@ -20,7 +21,14 @@ from isthmus.trainer.engine.process_group import last_collectives
 from isthmus.trainer.engine.step_status import StepStatus
 from isthmus.trainer.evaluation.result import EvalResult
 from isthmus.trainer.monitoring.console import GIGA, console_line, driver_metrics, evaluation_line
-from isthmus.trainer.monitoring.goodput import GOODPUT_NAME, Activity, GoodputLedger, MemoryLedger, StoreLedger
+from isthmus.trainer.monitoring.goodput import (
+    GOODPUT_NAME,
+    Account,
+    Activity,
+    GoodputLedger,
+    parse_account,
+    seconds_between_failures,
+)
 from isthmus.trainer.monitoring.hardware import allocator_retries, peak_flops, reset_peak_memory
 from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, TensorBoardLogger, WandbLogger
 from isthmus.trainer.monitoring.profiler import StepProfiler
@@ -56,17 +64,18 @@ class Monitor:
     ) -> None:
         self._config, self._name, self._stage = config, name, config.stage(name)
         self._context, self._store = context, store
-        self._run_url, self._url = run_url, join(run_url, name)
+        self._url = join(run_url, name)
         self._began = time.time()
         self._stack = ExitStack()
         self._synced = SyncedFolder(self._url, store) if context.rank.is_main else None
         if self._synced:
             self._stack.callback(self._synced.close)
         self._watchdog = self._stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
-        self.ledger = GoodputLedger(MemoryLedger(), began=self._began)
+        self.ledger = GoodputLedger(None, lambda _data: None, began=self._began)
         self._loggers: list[MetricLogger] = []
         self._quarantine = QuarantineLog(None, 0)
         self._profiler: StepProfiler | None = None
+        self._goodput_url = join(run_url, GOODPUT_NAME)
         self._device = torch.device("cpu")
         self._executed_flops = 0.0
         self._needed_flops: float | None = None
@@ -78,10 +87,15 @@ class Monitor:
 
     def start(self) -> None:
         """Open the run's goodput account as of the making of this object: a finished stage adds nothing to it."""
-        if self._context.rank.is_main:
-            kept = StoreLedger(join(self._run_url, GOODPUT_NAME), self._store)
-            self.ledger = GoodputLedger(kept, began=self._began)
+        if synced := self._synced:
+            self.ledger = GoodputLedger(
+                self._account, lambda data: synced.put(self._goodput_url, data), began=self._began
+            )
         self.heartbeat()
+
+    def seconds_between_failures(self) -> float:
+        """Return the mean time between failures that the run observed so far; meaningful on rank 0."""
+        return seconds_between_failures(self._account)
 
     def resume(self, step: int, device: torch.device) -> None:
         """Open the records of a stage that trains from `step`; what they hold beyond it is done again."""
@@ -96,7 +110,7 @@ class Monitor:
                 TensorBoardLogger(self._synced, resumed),
             ]
             if steps := self._config.logging.profile_steps:
-                self._profiler = StepProfiler(self._synced.path, steps)
+                self._profiler = StepProfiler(self._synced, steps)
                 self._stack.callback(self._profiler.close)
             if project := self._config.logging.wandb_project:
                 resolved = self._config.model_dump(mode="json")
@@ -197,11 +211,20 @@ class Monitor:
             logger.info("%s", evaluation_line(self._name, step, self._stage.steps, result.metrics))
 
     @contextmanager
-    def saving(self, step: int, bad_records: Sequence[BadRecord]) -> Iterator[None]:
-        """Account for blocking checkpoint time; flush records first so that they never lag a committed checkpoint."""
+    def saving(self, step: int, bad_records: Sequence[BadRecord], *, checkpoint: bool) -> Iterator[None]:
+        """Account for blocking time; send records first so that they never lag a state that can be resumed from.
+
+        `checkpoint`: a checkpoint is saved, at which segments of records end; else a snapshot is replicated.
+        """
         with self.ledger.spending(Activity.CHECKPOINT):
             began = time.monotonic()
             self._quarantine.add(bad_records)
+            logs: list[MetricLogger | QuarantineLog] = [*self._loggers, self._quarantine]
+            for log in logs:
+                if checkpoint:
+                    log.end_segment()
+                else:
+                    log.send()
             self.flush()
             yield
             self._blocking_seconds = time.monotonic() - began
@@ -221,7 +244,7 @@ class Monitor:
         self._context.report({**self._reported, "step": float(step), "committed_step": float(step)})
 
     def wait_for_records(self) -> None:
-        """Wait until all that has been flushed is in the run's folder.
+        """Wait until all that has been sent is in the run's folder.
 
         Raises:
             DataError: the store refuses it.
@@ -230,7 +253,7 @@ class Monitor:
             self._synced.wait()
 
     def flush(self) -> None:
-        """Write records and goodput where they can be read."""
+        """Write records to disk, and begin to send those that are complete, and the goodput."""
         self._flushed_at = time.monotonic()
         for sink in self._loggers:
             sink.flush()
@@ -244,6 +267,15 @@ class Monitor:
             for sink in self._loggers:
                 sink.close()
             self.ledger.write()
+
+    @cached_property
+    def _account(self) -> Account | None:
+        if self._synced is None:
+            return None
+        try:
+            return parse_account(self._store.get(self._goodput_url), self._goodput_url)
+        except NotFoundError:
+            return None
 
     def _speed(self, status: StepStatus) -> dict[str, float]:
         window = self._window

@@ -1,9 +1,9 @@
 """A trace of chosen steps by torch.profiler, for chrome://tracing or Perfetto."""
 
-from pathlib import Path
-
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 FOLDER = "profile"
 
@@ -11,8 +11,8 @@ FOLDER = "profile"
 class StepProfiler:
     """Traces steps `first` to `last` of a stage, counted from 1, into `profile/steps-<first>-<last>.json.gz`."""
 
-    def __init__(self, folder: Path, steps: tuple[int, int]) -> None:
-        self._folder = folder / FOLDER
+    def __init__(self, synced: SyncedFolder, steps: tuple[int, int]) -> None:
+        self._synced = synced
         self._first, self._last = steps
         self._profile: profile | None = None
 
@@ -29,8 +29,10 @@ class StepProfiler:
         if self._profile is None or step < self._last:
             return
         self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._folder / f"steps-{self._first:09d}-{step:09d}.json.gz"))
+        name = f"{FOLDER}/steps-{self._first:09d}-{step:09d}.json.gz"
+        (self._synced.path / FOLDER).mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._synced.path / name))
+        self._synced.add(name)
         self._profile = None
 
     def close(self) -> None:

@@ -29,9 +29,5 @@ def write_samples(synced: SyncedFolder, step: int, result: EvalResult) -> None:
         "pictures": [f"{title}.png" for title in result.pictures],
     }
     files[INDEX] = json.dumps(index, ensure_ascii=False).encode()
-    (synced.path / name).mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
-        partial = synced.path / name / f".{file}.part"
-        partial.write_bytes(data)
-        partial.replace(synced.path / name / file)
-        synced.replaced(f"{name}/{file}")
+        synced.write(f"{name}/{file}", data)

@@ -1,17 +1,19 @@
-"""A folder of append-only files, written locally and, where the folder is an object-store prefix, copied there.
+"""A folder of files that appear whole; where it is an object-store prefix, they are sent there in the background.
 
 A local run folder is written in place, so that `tail -f` and TensorBoard follow it. A remote one is written to a
-temporary directory; `push` copies the files that have grown, as they are at the call, from a background thread.
+temporary folder, and each file is sent once, when its writer says that it is complete: the bytes that a run uploads
+grow with its length, not with its square.
 """
 
 import logging
 import shutil
 import tempfile
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from isthmus.data_pipeline.errors import DataError
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
 logger = logging.getLogger(__name__)
 PUSH_TIMEOUT_SECONDS = 120.0
@@ -26,30 +28,45 @@ class SyncedFolder:
         self._remote = "://" in url and not url.startswith("file://")
         self.path = Path(tempfile.mkdtemp(prefix="isthmus-")) if self._remote else Path(url.removeprefix("file://"))
         self.path.mkdir(parents=True, exist_ok=True)
-        self._pushed: dict[Path, int] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="synced") if self._remote else None
+        self._queue: dict[str, Path | bytes] = {}
+        """What is to be sent, by URL."""
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="synced-folder")
         self._pending: Future[None] | None = None
 
-    def names(self, folder: str = "") -> list[str]:
-        """Return the names, relative to the folder, of what is there."""
-        if not self._remote:
-            found = (file for file in (self.path / folder).rglob("*") if file.is_file())
-            return sorted(str(file.relative_to(self.path)) for file in found)
-        prefix = join(self.url, folder) if folder else self.url
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names, relative to the whole, of the files in one of its folders."""
+        prefix = join(self.url, folder)
         return sorted(info.url.removeprefix(self.url).lstrip("/") for info in self._store.list(prefix))
 
-    def pull(self, name: str) -> Path:
-        """Return the local path of a file, after copying it here if it exists only in the store."""
+    def pull(self, name: str) -> Path | None:
+        """Return the local path of a file, copied here if it is only in the store; none: there is no such file."""
         local = self.path / name
-        local.parent.mkdir(parents=True, exist_ok=True)
-        if self._remote and not local.exists() and name in self.names(str(Path(name).parent).removeprefix(".")):
-            self._store.download(join(self.url, name), local)
-            self._pushed[local] = local.stat().st_size
-        return local
+        if self._remote and not local.exists():
+            local.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._store.download(join(self.url, name), local)
+            except NotFoundError:
+                return None
+        return local if local.exists() else None
 
-    def replaced(self, name: str) -> None:
-        """Note that a file was rewritten rather than appended to, so that the next push copies it."""
-        self._pushed.pop(self.path / name, None)
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, which appears whole, and send it with the next push."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.part")
+        partial.write_bytes(data)
+        partial.replace(path)
+        self.add(name)
+
+    def add(self, name: str) -> None:
+        """Send a file of the local folder with the next push; it is complete and does not change any more."""
+        if self._remote:
+            self._enqueue(join(self.url, name), self.path / name)
+
+    def put(self, url: str, data: bytes) -> None:
+        """Write a small object, not necessarily of this folder, with the next push; only the newest version is sent."""
+        self._enqueue(url, data)
 
     def delete(self, name: str) -> None:
         """Remove a file here and there; absent is fine."""
@@ -58,43 +75,43 @@ class SyncedFolder:
             self._store.delete(join(self.url, name))
 
     def push(self) -> None:
-        """Start to copy what has been flushed to local files since the last push. Never raises, never waits."""
-        if self._thread is None:
-            return
-        sizes = {file: file.stat().st_size for file in self.path.rglob("*") if file.is_file()}
-        changed = {file: size for file, size in sizes.items() if self._pushed.get(file) != size}
-        self._pending = self._thread.submit(self._copy, changed)
+        """Begin to send what was added since the last push, and what failed before. Never raises, never waits."""
+        if self._queue and (self._pending is None or self._pending.done()):
+            self._pending = self._thread.submit(self._send)
 
     def wait(self) -> None:
-        """Wait for all pushes.
+        """Send what is left and wait for it.
 
         Raises:
             TimeoutError: not done after two minutes.
-            DataError: the store refused a file of the newest push; the next push tries it again.
+            DataError: the store refused a file; the next push or wait tries it again.
         """
+        if self._queue:
+            self._pending = self._thread.submit(self._send)
         if self._pending is not None:
             self._pending.result(timeout=PUSH_TIMEOUT_SECONDS)
 
     def close(self) -> None:
-        """Push and wait; a failure is logged, because the files are not worth a run."""
-        self.push()
+        """Send what is left and wait for it; a failure is logged, because records are not worth a run."""
         try:
             self.wait()
-        except (DataError, TimeoutError):
-            logger.exception("%s: the last metrics could not be copied there", self.url)
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        except (DataError, OSError):
+            logger.exception("%s: the last records could not be copied there", self.url)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._remote:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def _copy(self, changed: dict[Path, int]) -> None:
-        for file, size in changed.items():
-            if self._pushed.get(file) == size:
-                continue
-            with file.open("rb") as opened:
-                data = opened.read(size)
+    def _enqueue(self, url: str, item: Path | bytes) -> None:
+        with self._lock:
+            self._queue[url] = item
+
+    def _send(self) -> None:
+        for url, item in list(self._queue.items()):
             try:
-                self._store.put(join(self.url, str(file.relative_to(self.path))), data)
+                self._store.put(url, item if isinstance(item, bytes) else item.read_bytes())
             except DataError:
-                logger.warning("%s: %s could not be copied; the next push tries again", self.url, file.name)
+                logger.warning("%s could not be written; the next push tries again", url)
                 raise
-            self._pushed[file] = size
+            with self._lock:
+                if self._queue.get(url) is item:
+                    del self._queue[url]

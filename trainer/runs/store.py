@@ -14,7 +14,6 @@ from typing import Any
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
-from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES
 from isthmus.trainer.config.changes import check_changes
 from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml, to_yaml
 from isthmus.trainer.config.schema import TrainConfig
@@ -98,15 +97,6 @@ class RunStore:
             self._lease.assert_owner()
         else:
             assert_token(join(self.url, LEASE), self._store, self.token)
-
-    def seconds_between_failures(self) -> float:
-        """Return the observed mean time between failures; a day counts as observed before the first start."""
-        attempts = self.facts().get("attempts", [])
-        failures = sum(1 for attempt in attempts[:-1] if "ended" not in attempt)
-        if not attempts:
-            return DEFAULT_SECONDS_BETWEEN_FAILURES
-        age = datetime.now(UTC) - datetime.fromisoformat(attempts[0]["started"])
-        return (DEFAULT_SECONDS_BETWEEN_FAILURES + max(0.0, age.total_seconds())) / (1 + failures)
 
     def close(self) -> None:
         """Note the end of this attempt and release the lease, if it is ours."""

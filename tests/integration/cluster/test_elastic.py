@@ -3,7 +3,6 @@
 Readers are Ray actors, and a worker with its reader fills a node exactly, so growth has no CPU to spare.
 """
 
-import json
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ from isthmus.cluster.status import StatusBoard
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, StopReason
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.store import RunStore
 from tests.integration.cluster.raylets import ROOT, Raylets, wait_for
@@ -71,8 +71,7 @@ class StopAt(LocalContext):
 
 
 def losses(folder, name):
-    lines = (folder / name / "stage1" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(str(folder / name / "stage1"), "metrics", ObjectStore())
     return [(record["step"], record["loss/total"]) for record in records if "loss/total" in record]
 
 

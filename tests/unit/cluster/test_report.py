@@ -117,7 +117,7 @@ NO_NUMBERS = '{"step": "5", "loss/total": NaN}\n{"step": 6, "loss/total": "x"}'
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
-        ("stage1/metrics.jsonl", NO_NUMBERS, "nothing was recorded"),
+        ("stage1/metrics/000000005.00.jsonl", NO_NUMBERS, "nothing was recorded"),
         ("config.yaml", "model: [1]\nstage1: yes", "No memory figures|largest rank"),
         ("run.json", '{"version": 1, "attempts": null, "name": 3}', "unknown"),
         (SAMPLES, BEYOND, "lies beyond the 0 texts"),

@@ -1,8 +1,15 @@
 """Every second of a run belongs to one activity, over restarts too."""
 
+import json
+
 import pytest
 
-from isthmus.trainer.monitoring.goodput import Activity, GoodputLedger, MemoryLedger, read_account
+from isthmus.trainer.monitoring.goodput import (
+    Activity,
+    GoodputLedger,
+    parse_account,
+    seconds_between_failures,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -20,9 +27,26 @@ def clock():
     return Clock()
 
 
+class Memory:
+    """Keeps what was written last, and opens ledgers that continue it."""
+
+    def __init__(self, clock):
+        self.clock, self.data = clock, None
+
+    def write(self, data):
+        self.data = data
+
+    @property
+    def account(self):
+        return None if self.data is None else parse_account(self.data, "goodput.json")
+
+    def open(self, began=None):
+        return GoodputLedger(self.account, self.write, began=began, clock=self.clock)
+
+
 @pytest.fixture
-def memory():
-    return MemoryLedger()
+def memory(clock):
+    return Memory(clock)
 
 
 def work(ledger, clock, *, compute, wait=0.0, save=0.0):
@@ -34,8 +58,8 @@ def work(ledger, clock, *, compute, wait=0.0, save=0.0):
         clock.now += save
 
 
-def test_every_second_is_booked_once(clock, memory):
-    ledger = GoodputLedger(memory, clock=clock)
+def test_every_second_is_attributed_once(clock, memory):
+    ledger = memory.open()
     clock.now += 7
     ledger.resume("stage1", 0)
     work(ledger, clock, compute=10, wait=2, save=1)
@@ -56,8 +80,8 @@ def test_every_second_is_booked_once(clock, memory):
     assert ledger.total_seconds == 32
 
 
-def test_kill_books_down_time_and_lost_work(clock, memory):
-    ledger = GoodputLedger(memory, clock=clock)
+def test_a_kill_costs_down_time_and_lost_work(clock, memory):
+    ledger = memory.open()
     ledger.resume("stage1", 0)
     work(ledger, clock, compute=10)
     ledger.mark("stage1", 5)
@@ -65,7 +89,7 @@ def test_kill_books_down_time_and_lost_work(clock, memory):
     ledger.write()
     clock.now += 3  # done, but never written
     clock.now += 20  # dead
-    again = GoodputLedger(memory, clock=clock)
+    again = memory.open()
     clock.now += 4
     again.resume("stage1", 5)
     seconds = again.seconds
@@ -77,55 +101,86 @@ def test_kill_books_down_time_and_lost_work(clock, memory):
 
 
 def test_resume_from_an_older_checkpoint_loses_more(clock, memory):
-    ledger = GoodputLedger(memory, clock=clock)
+    ledger = memory.open()
     ledger.resume("stage1", 0)
     work(ledger, clock, compute=10)
     ledger.mark("stage1", 5)
     work(ledger, clock, compute=10)
     ledger.mark("stage1", 10)
     ledger.write()
-    again = GoodputLedger(memory, clock=clock)
+    again = memory.open()
     again.resume("stage1", 5)
     assert again.seconds[Activity.LOST] == 10
     work(again, clock, compute=10)
     again.mark("stage1", 10)
     again.write()
-    third = GoodputLedger(memory, clock=clock)
+    third = memory.open()
     third.resume("stage1", 10)
     assert third.seconds[Activity.LOST] == 10, "what was lost once is not lost again"
     assert third.seconds[Activity.COMPUTE] == 20
 
 
 def test_stages_share_the_account(clock, memory):
-    ledger = GoodputLedger(memory, clock=clock)
+    ledger = memory.open()
     ledger.resume("stage1", 0)
     work(ledger, clock, compute=10)
     ledger.mark("stage1", 5)
     ledger.resume("stage2", 0)
     work(ledger, clock, compute=3)
     ledger.write()
-    again = GoodputLedger(memory, clock=clock)
+    again = memory.open()
     again.resume("stage2", 0)
     assert again.seconds[Activity.COMPUTE] == 10
     assert again.seconds[Activity.LOST] == 3
-    assert read_account(memory.read())["start-up"] == 0
+    assert memory.account.seconds[Activity.START_UP] == 0
     assert "2 start(s)" in again.table()
 
 
 def test_the_next_stage_is_no_restart(clock, memory):
-    ledger = GoodputLedger(memory, clock=clock)
+    ledger = memory.open()
     ledger.resume("stage1", 0)
     work(ledger, clock, compute=10)
-    ledger.finish_stage()
+    ledger.end_stage(finished=True)
     clock.now += 5
     began = clock.now
     clock.now += 3
-    ledger = GoodputLedger(memory, began=began, clock=clock)
+    ledger = memory.open(began)
     ledger.resume("stage2", 0)
     assert ledger.seconds[Activity.START_UP] == 8
     assert ledger.seconds[Activity.RESTART] == 0
     assert "in 1 start(s)" in ledger.table()
     clock.now += 2
-    ledger = GoodputLedger(memory, clock=clock)  # after a death in the new stage
+    ledger = memory.open()  # after a death in the new stage
     assert ledger.seconds[Activity.RESTART] > 0
     assert "in 2 start(s)" in ledger.table()
+
+
+DAY = 86400.0
+
+
+def test_time_between_failures_is_that_of_work_and_a_stop_is_no_failure(clock, memory):
+    """Days in which nobody ran it would otherwise count as days without a failure."""
+    assert seconds_between_failures(memory.account) == DAY
+    ledger = memory.open()
+    ledger.resume("stage1", 0)
+    work(ledger, clock, compute=1000)
+    ledger.end_stage(finished=False)
+    clock.now += 100 * DAY
+    assert seconds_between_failures(memory.account) == DAY + 1000
+    ledger = memory.open()
+    ledger.resume("stage1", 0)
+    work(ledger, clock, compute=500)
+    ledger.write()
+    clock.now += 30 * DAY
+    assert seconds_between_failures(memory.account) == (DAY + 1500) / 2  # a kill, to be counted at the next start
+    memory.open().end_stage(finished=True)
+    assert seconds_between_failures(memory.account) == (DAY + 1500) / 2
+    assert memory.account.failures == 1
+
+
+def test_accounts_of_e100c06_are_read_and_damaged_ones_end_no_run(caplog):
+    old = '{"started_at": 1, "seen_at": 2, "starts": 3, "stage_done": true, "seconds": %s, "marks": []}'
+    seconds = dict.fromkeys(Activity, 1.0)
+    assert parse_account((old % json.dumps(seconds)).encode(), "url").starts == 3
+    assert parse_account(b"{[", "url") is None
+    assert "begins anew" in caplog.text

@@ -1,7 +1,6 @@
 """Records land in the run folder, local or remote, and a resumed run continues without gaps or doubled steps."""
 
 import itertools
-import json
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +15,8 @@ from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.monitoring import loggers as metrics
-from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger, WandbLogger, read_jsonl
+from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger, WandbLogger
+from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 pytestmark = pytest.mark.unit
@@ -52,7 +52,10 @@ def write_steps(synced, first, last, *, killed=False, checkpoint_at=None, resume
         if flush_every_step or step == checkpoint_at or (killed and step == last):
             for sink in sinks:
                 sink.flush()
-            synced.push()
+                if step == checkpoint_at:
+                    sink.end_segment()
+                else:
+                    sink.send()
             synced.wait()
     if not killed:
         for sink in sinks:
@@ -69,7 +72,7 @@ def read_back(url, store, folder):
         local.write_bytes(store.get(info.url))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return read_jsonl((folder / "metrics.jsonl").read_text()), events
+    return read_records(str(folder), "metrics", ObjectStore()), events
 
 
 def test_a_run_that_is_never_killed(place, tmp_path):
@@ -103,14 +106,16 @@ def test_many_small_event_files_resume_too(place, tmp_path, monkeypatch):
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 21))
 
 
-def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 4}\n{"step": 2, "sam')
+def test_records_of_releases_before_segments_are_continued(tmp_path):
+    """Their one file is cut once, without the line that a kill has truncated, and read before the segments."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 4}\n{"step": 3, "samples": 12}\n{"step": 4, "sam')
     sink = JsonlLogger(SyncedFolder(str(tmp_path), ObjectStore()), 2, 4)
     sink.log(3, {"loss/total": float("nan")})
     sink.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 3]
-    assert lines[1]["loss/total"] is None
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "samples": 4}\n'
+    records = read_records(str(tmp_path), "metrics", ObjectStore())
+    assert [record["step"] for record in records] == [1, 3]
+    assert records[1]["loss/total"] is None
 
 
 def test_pictures_land_in_tensorboard(place, tmp_path):

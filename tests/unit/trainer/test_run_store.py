@@ -161,10 +161,8 @@ def test_facts_are_merged_and_attempts_counted(tmp_path):
     run.record(stages={"stage1": "finished"})
     RunStore.attach(config(tmp_path), STORE, run.token).record(stages={"stage2": "begun"})
     assert run.facts()["stages"] == {"stage1": "finished", "stage2": "begun"}
-    assert run.seconds_between_failures() == pytest.approx(86400, abs=100)
     abandon(run)
     again = open_run(tmp_path)
-    assert again.seconds_between_failures() == pytest.approx(43200, abs=100)
     again.close()
     assert "ended" in again.facts()["attempts"][-1]
     assert "ended" not in again.facts()["attempts"][0]
