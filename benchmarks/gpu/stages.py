@@ -242,13 +242,15 @@ class _Trained:
         began = time.monotonic()
         config = recipe(settings.scratch, rows, tiny=settings.tiny, overrides=overrides)
         context, self.rows = LocalContext(), rows
-        stack.enter_context(process_group(context.rank, config.safety.collective_timeout_seconds))
+        limit, deterministic = config.safety.collective_timeout_seconds, config.safety.deterministic
+        stack.enter_context(process_group(context.rank, limit, deterministic=deterministic))
         parts = build_parts(config, stage, context.rank, ObjectStore())
         self.task, self.encoder = parts.task, parts.encoder
         self.engine: Engine = build_engine(self.task.model, config.stage(stage), context.rank)
         stack.callback(self.engine.close)
         image_size = config.model.vision.image_size_pixels
         self.batches: list[Batch] = [batch_of(step, rows, image_size, self.encoder) for step in range(4)]
+        self.inputs = [self.task.inputs(batch) for batch in self.batches]  # as the prefetch thread makes them
         self.losses: list[tuple[float, bool]] = []
         self.build_seconds = time.monotonic() - began
 
@@ -260,7 +262,8 @@ class _Trained:
 
     def step(self, index: int) -> None:
         """Train one step."""
-        output = self.task.train_step(self.batches[index % len(self.batches)]._replace(step=index), self.engine)
+        place = index % len(self.batches)
+        output = self.task.train_step(self.batches[place]._replace(step=index), self.inputs[place], self.engine)
         result = self.engine.step(LR)
         self.losses.append((float(output.total), result.applied))
 
@@ -274,7 +277,7 @@ class _Trained:
         parameters = list(self.task.model.trainable_parameters().values())
         with FlopCount() as counter:
             self.task.loss_and_backward(
-                self.batches[1], self.engine.precision, lambda loss: backward_beside(loss, parameters)
+                self.inputs[1], 1, self.engine.precision, lambda loss: backward_beside(loss, parameters)
             )
         return float(counter.flops)
 
