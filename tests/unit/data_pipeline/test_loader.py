@@ -193,6 +193,16 @@ def test_a_damaged_cache_file_is_fetched_again(tmp_path):
     assert "chunks_fetched" not in again.metrics()
 
 
+def test_a_cache_that_cannot_be_written_costs_fetches_and_is_counted(tmp_path):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(16)])
+    expected = take(loader(url), 0, 2)
+    (tmp_path / "cache").write_bytes(b"a file, where a folder should be")
+    made = loader(url, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 20)
+    for one, other in zip(take(made, 0, 2), expected, strict=True):
+        assert_equal(one, other)
+    assert made.metrics()["disk_cache_skipped"] == made.metrics()["chunks_fetched"] > 0
+
+
 @pytest.mark.parametrize(
     ("damage", "cause"), [("delete", "shard_missing"), ("cut", "shard_changed"), ("replace", "shard_changed")]
 )
