@@ -16,9 +16,8 @@ app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help
 
 ManifestUrl = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Local processes.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Work as tasks of this Ray cluster ('auto': this node's).")
-]
+ADDRESS_HELP = "Work as tasks of this Ray cluster ('auto': this node's). Local paths must be the same on all nodes."
+Address = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 CPUS = os.cpu_count() or 1
 
 
@@ -172,6 +171,7 @@ def ingest(
     ] = False,
     samples_per_shard: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 10_000,
     processes: Processes = CPUS,
+    address: Address = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     as_json: JsonOption = False,
@@ -182,7 +182,6 @@ def ingest(
     from isthmus.data_pipeline.ingest.shards import DROPPED
     from isthmus.data_pipeline.ingest.shards import ingest as write
     from isthmus.data_pipeline.ingest.sources import open_source
-    from isthmus.data_pipeline.process_pool import run_in_processes
     from isthmus.data_pipeline.store.object_store import join
 
     opened = open_source(source, kind, images, Columns(image_column, caption_column, id_column))
@@ -191,7 +190,7 @@ def ingest(
             opened,
             absolute(dest.rstrip("/")),
             open_store(endpoint_url, region),
-            run_in_processes(processes),
+            _runner(processes, address),
             samples_per_shard=samples_per_shard,
             allow_private=allow_private_addresses,
             on_shard=lambda _: advance(),

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
@@ -85,15 +87,14 @@ class IndexShard:
     def _known(self, record_url: str, fingerprint: str) -> ShardRecord | None:
         try:
             fields = json.loads(self.store.get(record_url))
+            fields["drops"] = [Drop(*drop) for drop in fields["drops"]]
+            record = ShardRecord(**fields | {"reused": True})
         except NotFoundError:
             return None
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, KeyError):
             _log.warning("%s is unreadable; its shard is indexed again", record_url)
             return None
-        if fields.get("fingerprint") != fingerprint:
-            return None
-        fields["drops"] = [Drop(*drop) for drop in fields["drops"]]
-        return ShardRecord(**fields | {"reused": True})
+        return record if record.fingerprint == fingerprint else None
 
 
 def build_manifest(
@@ -112,27 +113,60 @@ def build_manifest(
     # A manifest is read from any working directory.
     urls, folder_url = [absolute(url) for url in urls], absolute(folder_url)
     records: dict[str, ShardRecord] = {}
-    for record in run(IndexShard(store, folder_url, options), urls):
-        records[record.shard["url"]] = record
-        on_shard(record)
+    counts: Counter[Fault] = Counter()
+    with _DroppedSamples() as dropped:
+        for record in run(IndexShard(store, folder_url, options), urls):
+            url = record.shard["url"]
+            dropped.add(url, record.drops)
+            counts.update(drop.fault for drop in record.drops)
+            records[url] = replace(record, drops=[])
+            on_shard(record)
+        _raise_failures([failure for url in urls for failure in records[url].failures])
+        dropped.save(urls, join(folder_url, DROPPED), store)
     ordered = [records[url] for url in urls]
-    failures = [failure for record in ordered for failure in record.failures]
-    if failures:
-        rest = f"\n... and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
-        raise DataError(
-            "\n".join(failures[:_SHOWN]) + f"{rest}\nfix these shards, leave them out, or index with --on FAULT=drop"
-        )
     manifest = Manifest(
         [Shard(**record.shard) for record in ordered], [record.chunk_samples for record in ordered], options.chunk_bytes
     )
-    dropped = [{"shard": record.shard["url"]} | drop._asdict() for record in ordered for drop in record.drops]
-    store.put(join(folder_url, DROPPED), "".join(json.dumps(line) + "\n" for line in dropped).encode())
-    counts = Counter(drop.fault for record in ordered for drop in record.drops)
     if not manifest.num_samples:
         why = ", ".join(f"{count} {fault}" for fault, count in counts.most_common()) or "the archives are empty"
         raise DataError(f"no sample of {len(urls)} shards is usable ({why}); see {join(folder_url, DROPPED)}")
     manifest.save(folder_url, store)
     return manifest, counts
+
+
+class _DroppedSamples:
+    """The dropped samples of all shards: on disk, for there may be millions; a context manager."""
+
+    def __enter__(self) -> "_DroppedSamples":
+        self._spool = tempfile.TemporaryFile()
+        self._ranges: dict[str, tuple[int, int]] = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    def add(self, url: str, drops: Sequence[Drop]) -> None:
+        """Keep the drops of a shard."""
+        start = self._spool.tell()
+        self._spool.writelines(f"{json.dumps({'shard': url} | drop._asdict())}\n".encode() for drop in drops)
+        self._ranges[url] = start, self._spool.tell() - start
+
+    def save(self, urls: Sequence[str], url: str, store: ObjectStore) -> None:
+        """Write all of them as one object, in the order of the shards."""
+        with tempfile.NamedTemporaryFile() as file:
+            for start, length in (self._ranges[shard] for shard in urls):
+                self._spool.seek(start)
+                file.write(self._spool.read(length))
+            file.flush()
+            store.put_file(url, Path(file.name))
+
+
+def _raise_failures(failures: Sequence[str]) -> None:
+    if failures:
+        rest = f"\n... and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
+        raise DataError(
+            "\n".join(failures[:_SHOWN]) + f"{rest}\nfix these shards, leave them out, or index with --on FAULT=drop"
+        )
 
 
 def _fingerprint(info: ObjectInfo, options: IndexOptions) -> str:

@@ -31,7 +31,7 @@ class Shard:
     num_samples: int
     index_url: str
     index_hash: str
-    """Identity of the index: of the keys, places and checksums of all samples."""
+    """Identity of the index: of the keys, offsets and checksums of all samples."""
 
 
 class Manifest:
@@ -130,9 +130,7 @@ def _parse(data: bytes, folder_url: str) -> Manifest:
 
     manifest = Manifest(shards, chunk_samples(), header["chunk_bytes"])
     if (len(shards), manifest.hash) != (header["num_shards"], header["hash"]):
-        raise DataError(
-            "its content does not have the hash that its first line tells; it was cut or edited, index again"
-        )
+        raise DataError("its content does not have the hash in its first line; it was cut or edited, index again")
     if not manifest.num_samples:
         raise DataError("the data set has no samples; look at dropped.jsonl beside it")
     return manifest

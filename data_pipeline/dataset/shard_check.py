@@ -179,7 +179,7 @@ def _check_group(group: MemberGroup) -> None:
 
 
 def _check_keys(groups: list[MemberGroup]) -> None:
-    """Find keys that come back: interleaved if each time with other extensions, else duplicates."""
+    """Find repeated keys: interleaved if each time with other extensions, else duplicates."""
     by_key: defaultdict[str, list[MemberGroup]] = defaultdict(list)
     for group in groups:
         by_key[group.key].append(group)

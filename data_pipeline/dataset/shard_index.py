@@ -1,4 +1,4 @@
-"""The binary index of one shard: where every member of every sample lies, its checksum, and the chunks.
+"""The binary index of one shard: offset, length and checksum of every member of every sample, and the chunks.
 
 Layout (little-endian): the magic, the length of a JSON header (u4), the header with the array sizes and the table of
 extensions, the arrays of `_ARRAYS` in order, the keys in UTF-8 without separators, and the CRC-32 of all that (u4).

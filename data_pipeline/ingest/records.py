@@ -10,7 +10,7 @@ from isthmus.data_pipeline.sample.captions import first_captions, image_id_of, r
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 
 _EMBEDDED_COLUMNS = ("bytes", "image", *IMAGE_EXTENSIONS)
-_PLACE_COLUMNS = ("path", "url", "image", "file_name", "image_path", "image_url")
+_LOCATION_COLUMNS = ("path", "url", "image", "file_name", "image_path", "image_url")
 _CAPTION_COLUMNS = ("captions", "caption", "txt", "text")
 
 
@@ -66,28 +66,30 @@ def record_of_file(path: Path, where: str) -> Record:
 
 
 def _image(fields: Mapping[str, object], column: str | None, base: Path) -> bytes | str:
-    """Return the image's bytes where the record has them, else its place."""
+    """Return the image's bytes where the record has them, else its path or URL."""
     named = [fields.get(name) for name in ((column.lower(),) if column else _EMBEDDED_COLUMNS)]
     structs = [value for value in fields.values() if isinstance(value, Mapping)] if column is None else []
     for value in (*named, *structs):  # as `datasets` stores images, whatever the column is called
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if isinstance(data, bytes) and data:
             return data
-    for name in (column.lower(),) if column else _PLACE_COLUMNS:
+    for name in (column.lower(),) if column else _LOCATION_COLUMNS:
         value = fields.get(name)
-        place = value.get("path") if isinstance(value, Mapping) else value
-        if isinstance(place, str) and place:
-            return _place(place, base)
-    raise BadSample("no_image", f"none of {', '.join((column,) if column else _PLACE_COLUMNS)} holds an image")
+        location = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(location, str) and location:
+            return _location(location, base)
+    raise BadSample("no_image", f"none of {', '.join((column,) if column else _LOCATION_COLUMNS)} holds an image")
 
 
-def _place(place: str, base: Path) -> str:
-    scheme = place.partition("://")[0].lower() if "://" in place else ""
+def _location(location: str, base: Path) -> str:
+    scheme = location.partition("://")[0].lower() if "://" in location else ""
     if scheme in ("http", "https", "s3"):
-        return place
+        return location
     if scheme not in ("", "file"):
-        raise BadSample("bad_url", f"{place[:80]!a} is of an unknown kind; use a path, s3, http or https")
-    path = place if scheme else str(base / place)
+        raise BadSample("bad_url", f"{location[:80]!a} is of an unknown kind; use a path, s3, http or https")
+    path = location if scheme else str(base / location)
     if not Path(os.path.normpath(path.removeprefix("file://"))).is_relative_to(os.path.normpath(base)):
-        raise BadSample("outside_folder", f"{place[:80]!a} is not below {base}; name the images' folder with --images")
+        raise BadSample(
+            "outside_folder", f"{location[:80]!a} is not below {base}; name the images' folder with --images"
+        )
     return path

@@ -45,7 +45,7 @@ class IngestedShard:
     fingerprint: str
     num_samples: int
     dropped: list[dict[str, Any]]
-    """Records that became no sample: number, place in the source, cause, and what can be ingested again."""
+    """Records that became no sample: number, file and line or row, cause, and what can be ingested again."""
     reused: bool = False
 
 
@@ -121,7 +121,7 @@ class IngestShard:
 
 
 class _Fingerprint:
-    """Hash of the records of a shard: of captions, image ids and the places of images, or their bytes if embedded."""
+    """Hash of a shard's records: captions, image ids, and paths or URLs of images, or their bytes if embedded."""
 
     def __init__(self, first: int) -> None:
         self._digest = hashlib.sha256(f"{_VERSION} {first}".encode())

@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from isthmus.data_pipeline.dataset.index_build import IndexOptions, IndexShard, build_manifest
+from isthmus.data_pipeline.dataset.index_build import IndexOptions, IndexShard, ShardRecord, build_manifest
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
-from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS, check_shard
+from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS, Drop, check_shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.dataset.shard_urls import expand
 from isthmus.data_pipeline.dataset.tar_walk import ArchiveFault, ObjectStream, walk
@@ -333,6 +333,37 @@ def test_an_interrupted_build_goes_on_and_a_changed_shard_is_done_again(tmp_path
     write_tar(paths[1], named_members([7, 8]))
     assert rebuild() != before
     assert reused == [True, False]
+
+
+def test_an_outcome_that_this_version_cannot_read_is_made_again(tmp_path):
+    (path,) = write_shards(tmp_path, [3])
+    before, _ = build(tmp_path / "m", [path])
+    (record,) = (tmp_path / "m" / "indexes").glob("*.json")
+    fields = json.loads(record.read_text())
+    for damaged in (fields | {"of a later version": 1}, fields | {"drops": [[1]]}, {}, []):
+        record.write_text(json.dumps(damaged))
+        assert build(tmp_path / "m", [path])[0].hash == before.hash
+
+
+def test_dropped_samples_of_many_shards_are_not_held_in_memory(tmp_path):
+    import tracemalloc
+
+    urls = [f"s3://b/{i:03d}.tar" for i in range(60)]
+
+    def run(_function, urls):
+        for i in reversed(range(len(urls))):
+            drops = [Drop(f"key {i} {j}", j, "missing_caption", "no text" * 20) for j in range(1000)]
+            shard = {"size_bytes": 1, "etag": "", "num_samples": 1, "index_url": f"{tmp_path}/m/{i}", "index_hash": "0"}
+            yield ShardRecord("", {"url": urls[i], **shard}, [1], drops)
+
+    tracemalloc.start()
+    _, counts = build_manifest(urls, str(tmp_path / "m"), STORE, IndexOptions(), run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counts == {"missing_caption": 60_000}
+    assert peak < 4 << 20  # all of them take more than 20 MB
+    keys = [json.loads(line)["key"] for line in (tmp_path / "m" / "dropped.jsonl").read_text().splitlines()]
+    assert keys == [f"key {i} {j}" for i in range(60) for j in range(1000)]
 
 
 def test_processes_build_the_same_manifest(tmp_path):
