@@ -94,9 +94,11 @@ def generate(
         visual_BQD = model.visual(images if images.dim() == 3 else model.encode(images))
         ids = [encoder.prompt_ids(prompt) for prompt in prompts]
         _check_context(language, visual_BQD.shape[1], max(map(len, ids), default=0), decoding.max_new_tokens)
-        embeds_BLD, mask_BL = _prompt_inputs(language, encoder, visual_BQD, ids)
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        devices = [images.device] if images.is_cuda else []
+        # The language model runs in its own type, as in training.
+        with torch.random.fork_rng(devices=devices), torch.autocast(images.device.type, enabled=False):
             torch.manual_seed(decoding.seed)
+            embeds_BLD, mask_BL = _prompt_inputs(language, encoder, visual_BQD, ids)
             new_ids_BT = language.model.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL,

@@ -18,6 +18,7 @@ from isthmus.model.frozen.language import load_language
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
 from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.text.language_batch import pack_language_tokens
 
 LOSS_TOLERANCE, INTERMEDIATE_TOLERANCE = 1e-5, 2e-5
 # Absolute part by kind; the relative part is 1e-4 (the fixtures' READMEs).
@@ -121,13 +122,10 @@ def _compare_intermediates(
     for name, tensor in found.items():
         yield Deviation(name, float((tensor - expected[name]).abs().max()), INTERMEDIATE_TOLERANCE)
     labels = tokens["labels"]
-    logits_NV, _ = model.language.target_logits(
-        # From the reference's projection: each intermediate is compared from the one before it.
-        expected["projected"],
-        tokens["input_ids"],
-        tokens["attention_mask"],
-        labels,
-    )
+    everyone, seq2seq = torch.ones(len(labels), dtype=torch.bool), model.language.is_encoder_decoder
+    (text,) = pack_language_tokens(tokens, everyone, len(labels), is_encoder_decoder=seq2seq)
+    # From the reference's projection: each intermediate is compared from the one before it.
+    logits_NV = model.language.target_logits(expected["projected"], text)
     rows, columns = (labels != -100).nonzero(as_tuple=True)
     shift = 0 if model.language.is_encoder_decoder else found["projected"].shape[1] - 1
     deviation = (logits_NV - expected["logits"][rows, columns + shift]).abs().max()

@@ -7,6 +7,7 @@ from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
 from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage2 import Stage2Inputs
+from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
 from isthmus.trainer.device_batches import preprocess_images, to_device
@@ -29,13 +30,20 @@ class Stage2Task(Task):
         self._encoder = encoder
 
     def inputs(self, batch: Batch) -> Stage2Inputs:
-        """Return images and the language model's tokens on the device."""
+        """Return images and the language model's tokens on the device; the texts are packed from the host's tokens."""
         device = self.device
+        packed = pack_language_tokens(
+            batch.tokens,
+            batch.valid_B,
+            self._micro_batch_size,
+            is_encoder_decoder=self.model.language.is_encoder_decoder,
+        )
         return Stage2Inputs(
             images_BCHW=preprocess_images(batch, self.model.vision, device),
             tokens={name: to_device(tensor, device) for name, tensor in batch.tokens.items()},
             valid_B=to_device(batch.valid_B, device),
             rows_B=to_device(batch.rows_B, device),
+            texts=tuple(to_device(text, device) for text in packed),
         )
 
     def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:

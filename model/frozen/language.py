@@ -9,23 +9,25 @@ vocabulary of 50272 the head and the loss over all B * L positions would cost as
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.tensor_files import tensor_files
+from isthmus.model.text.language_batch import IGNORED, LanguageTokens
 
-IGNORED = -100
 ENCODER_DECODER_TYPES = ("t5", "mt5", "umt5")
 # Models that change the logits after lm_head; for these the model's own head path is used.
 LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -76,21 +78,18 @@ class LanguageModel(nn.Module):
         embedded: Tensor = self.model.get_input_embeddings()(ids_BT)
         return embedded
 
-    def target_logits(
-        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return logits (N, V) and labels (N) of all target tokens, row by row.
-
-        Where no label is set, one position with label -100 stands in, so that every rank runs the same modules.
-        """
+    def target_logits(self, visual_BQD: Tensor, tokens: LanguageTokens) -> Tensor:
+        """Return the logits of all K targets, K, V, row by row."""
         raise NotImplementedError
 
-    def forward(self, visual_BQD: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return the cross-entropy summed over the target tokens (no label smoothing), as fp32."""
-        logits_NV, labels_N = self.target_logits(
-            visual_BQD, tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
-        )
-        return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
+    def forward(self, visual_BQD: Tensor, tokens: LanguageTokens) -> Tensor:
+        """Return the cross-entropy summed over the targets (no label smoothing), as fp32.
+
+        The model runs in its own type, as the vision encoder does: autocast would cast between its layers.
+        """
+        with torch.autocast(visual_BQD.device.type, enabled=False), _no_packed_sequences():
+            logits_KV = self.target_logits(visual_BQD, tokens)
+            return F.cross_entropy(logits_KV.float(), tokens.label_K, ignore_index=IGNORED, reduction="sum")
 
     def inputs(self, visual_BQD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries followed by text as embeddings (B, L, D) and the mask (B, L)."""
@@ -109,21 +108,19 @@ class DecoderLanguageModel(LanguageModel):
 
     is_encoder_decoder = False
 
-    def target_logits(
-        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def target_logits(self, visual_BQD: Tensor, tokens: LanguageTokens) -> Tensor:
         """Labels stand under the tokens that they repeat: column t is predicted from what precedes it."""
-        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
-        rows, columns = target_positions(labels_BT)
+        embeds_BLD, _ = self.inputs(visual_BQD, tokens.input_ids_BT, tokens.attention_mask_BT)
         # The token at column t is predicted from the position before it; the first one from the last query.
-        positions = columns + visual_BQD.shape[1] - 1
-        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL, "use_cache": False}
+        rows_K, positions_K = tokens.row_K, tokens.column_K + visual_BQD.shape[1] - 1
+        # No mask: padding follows the text, so causal attention alone keeps it from every target.
+        inputs = {"inputs_embeds": embeds_BLD, "use_cache": False}
         if any(getattr(self.model.config, rule, None) is not None for rule in LOGIT_RULES):
-            logits_NV = self.model(**inputs).logits[rows, positions]
+            logits_KV: Tensor = self.model(**inputs).logits[rows_K, positions_K]
         else:
             hidden_BLD = self.model.base_model(**inputs).last_hidden_state
-            logits_NV = self.model.get_output_embeddings()(hidden_BLD[rows, positions])
-        return logits_NV, labels_BT[rows, columns]
+            logits_KV = self.model.get_output_embeddings()(hidden_BLD[rows_K, positions_K])
+        return logits_KV
 
 
 class EncoderDecoderLanguageModel(LanguageModel):
@@ -131,32 +128,36 @@ class EncoderDecoderLanguageModel(LanguageModel):
 
     is_encoder_decoder = True
 
-    def target_logits(
-        self, visual_BQD: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def target_logits(self, visual_BQD: Tensor, tokens: LanguageTokens) -> Tensor:
         """Labels are the decoder's output; its input is the labels shifted right behind the start token."""
-        embeds_BLD, mask_BL = self.inputs(visual_BQD, input_ids_BT, attention_mask_BT)
-        encoded_BLD = self.model.encoder(inputs_embeds=embeds_BLD, attention_mask=mask_BL).last_hidden_state
+        embeds_BLD, mask_BL = self.inputs(visual_BQD, tokens.input_ids_BT, tokens.attention_mask_BT)
+        mask = self._attention_mask(mask_BL)
+        encoded_BLD = self.model.encoder(inputs_embeds=embeds_BLD, attention_mask=mask).last_hidden_state
         # Padding only follows a row's targets, so the causal mask alone keeps it from them.
         hidden_BTD = self.model.decoder(
-            inputs_embeds=self.embed(self.model._shift_right(labels_BT)),
+            inputs_embeds=self.embed(self.model._shift_right(tokens.labels_BT)),
             encoder_hidden_states=encoded_BLD,
-            encoder_attention_mask=mask_BL,
+            encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-        rows, columns = target_positions(labels_BT)
-        hidden_ND = hidden_BTD[rows, columns]
+        hidden_KD = hidden_BTD[tokens.row_K, tokens.column_K]
         if self.model.config.scale_decoder_outputs:
-            hidden_ND = hidden_ND * self.model.model_dim**-0.5
-        return self.model.lm_head(hidden_ND), labels_BT[rows, columns]
+            hidden_KD = hidden_KD * self.model.model_dim**-0.5
+        logits_KV: Tensor = self.model.lm_head(hidden_KD)
+        return logits_KV
+
+    def _attention_mask(self, mask_BL: Tensor) -> Tensor:
+        """Return the mask as transformers would make it: given B, L it first asks the device whether all are ones."""
+        if self.model.config._attn_implementation != "sdpa":
+            return mask_BL
+        return mask_BL[:, None, None, :].bool()
 
 
-def target_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the labels that are set; (0, 0) where there is none."""
-    rows, columns = (labels_BT != IGNORED).nonzero(as_tuple=True)
-    if rows.numel() == 0:
-        rows = columns = labels_BT.new_zeros(1)
-    return rows, columns
+@contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """Keep transformers from looking for several sequences in a row: that waits for the device, and there are none."""
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+        yield
 
 
 def build_language(config: LanguageConfig, folder: Path, tensor_names: Collection[str] | None = None) -> LanguageModel:

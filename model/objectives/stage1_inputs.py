@@ -35,13 +35,13 @@ class Stage1Inputs:
         return replace(self, **tensors, texts=None)
 
     def packed(self, micro_batch_size: int) -> "Stage1Inputs":
-        """Return the same rows with `texts`, made from a host copy of the tokens where they are not there yet.
+        """Return the same rows with `texts`, made from a host copy of the tokens unless they are there.
 
         Raises:
             ModelError: tensors do not belong together, or a valid row has no token.
         """
         self._check_shapes()
-        if self.texts is not None:
+        if self.texts and self.texts[0].batch == min(micro_batch_size, len(self.valid_B)):
             return self
         texts = pack_micro_batches(
             self.input_ids_BT.cpu(), self.attention_mask_BT.cpu(), self.valid_B.cpu(), micro_batch_size

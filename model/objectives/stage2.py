@@ -6,18 +6,19 @@ The loss is the cross-entropy summed over all target tokens of the GLOBAL batch,
 micro-batches nor ranks change it. The original averages per rank, which weights short captions by their neighbours.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.model.errors import ModelError
-from isthmus.model.frozen.language import IGNORED, LanguageModel
+from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import VisionEncoder
 from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.text.language_batch import IGNORED, LanguageTokens, pack_language_tokens
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,37 @@ class Stage2Inputs:
     """Float, normalised."""
     image_BPD: Tensor | None = None
     """Features of the vision encoder, instead of images."""
+    texts: tuple[LanguageTokens, ...] | None = None
+    """`pack_language_tokens` of the host's tokens. None: packed in the step, which then waits for the device."""
+
+    def packed(self, micro_batch_size: int, *, is_encoder_decoder: bool) -> "Stage2Inputs":
+        """Return the same rows with `texts`, made from a host copy of the tokens unless they are there.
+
+        Raises:
+            ModelError: tensors do not belong together, or a valid row has no target.
+        """
+        self._check_shapes()
+        if self.texts and self.texts[0].batch == min(micro_batch_size, len(self.valid_B)):
+            return self
+        tokens = {name: tensor.cpu() for name, tensor in self.tokens.items()}
+        texts = pack_language_tokens(
+            tokens, self.valid_B.cpu(), micro_batch_size, is_encoder_decoder=is_encoder_decoder
+        )
+        return replace(self, texts=tuple(text.to(self.valid_B.device) for text in texts))
+
+    def _check_shapes(self) -> None:
+        num_rows = self.valid_B.shape[0]
+        image = self.image_BPD if self.image_BPD is not None else self.images_BCHW
+        sizes = {name: tensor.shape[0] for name, tensor in self.tokens.items()}
+        sizes |= {"rows": self.rows_B.shape[0], "images": num_rows if image is None else image.shape[0]}
+        wrong = {name: size for name, size in sizes.items() if size != num_rows}
+        if wrong:
+            raise ModelError(f"stage 2: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
+        ids, mask = self.tokens["input_ids"], self.tokens["attention_mask"]
+        if ids.shape != mask.shape:
+            raise ModelError(
+                f"stage 2: input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; make them equal"
+            )
 
 
 class Stage2Model(nn.Module):
@@ -71,14 +103,6 @@ class Stage2Model(nn.Module):
         projected: Tensor = self.projection(self.qformer.encode_images(image_BPD))
         return projected
 
-    def features(self, inputs: Stage2Inputs) -> Tensor:
-        """Return the image features of the rows, encoding images where features are not given."""
-        if inputs.image_BPD is not None:
-            return inputs.image_BPD
-        if inputs.images_BCHW is None:
-            raise ModelError("stage 2 got neither images_BCHW nor image_BPD; give one of them")
-        return self.encode(inputs.images_BCHW)
-
     def loss_and_backward(
         self,
         batch: Stage2Inputs,
@@ -103,80 +127,23 @@ class Stage2Model(nn.Module):
             backward: None: no gradient.
 
         Raises:
-            ModelError: shapes that do not fit, or a valid row without a target; raised on all ranks.
+            ModelError: shapes that do not fit, or a valid row without a target; on the rank that has it.
         """
         del seed, step
-        _check_shapes(batch)
-        labels_BT = batch.tokens["labels"].masked_fill(~batch.valid_B[:, None], IGNORED)
-        targets_B = (labels_BT != IGNORED).sum(dim=1)
-        untargeted = ((targets_B == 0) & batch.valid_B).sum()
-        counts = communicator.all_reduce_sum(torch.stack([targets_B.sum(), untargeted, batch.valid_B.sum()]).double())
-        num_targets, num_untargeted, num_valid = (int(x) for x in counts.tolist())
-        if num_untargeted:
-            raise ModelError(
-                f"{num_untargeted} of {num_valid} valid rows have no target token: an empty caption, or a prompt that "
-                "fills the text; mark such samples as holes (valid=False) or clean the captions"
-            )
-        tokens = {**batch.tokens, "labels": labels_BT}
-        total = labels_BT.new_zeros((), dtype=torch.float64)
-        aligned = not self.language.is_encoder_decoder
-        for part in _micro_batches(batch, tokens, micro_batch_size, aligned=aligned):
+        batch = batch.packed(micro_batch_size, is_encoder_decoder=self.language.is_encoder_decoder)
+        assert batch.texts is not None
+        image = batch.images_BCHW if batch.image_BPD is None else batch.image_BPD
+        if image is None:
+            raise ModelError("stage 2 got neither images_BCHW nor image_BPD; give one of them")
+        num_targets = (torch.cat([text.label_K for text in batch.texts]) != IGNORED).sum()
+        counts = communicator.all_reduce_sum(torch.stack([num_targets, batch.valid_B.sum()])).float()
+        total = counts.new_zeros((), dtype=torch.float64)
+        for text, part in zip(batch.texts, torch.split(image, micro_batch_size), strict=True):
             with torch.set_grad_enabled(backward is not None):
-                loss = self.language(self.visual(self.features(part)), part.tokens) / max(num_targets, 1)
+                image_BPD = self.encode(part) if batch.image_BPD is None else part
+                loss = self.language(self.visual(image_BPD), text) / counts[0].clamp_min(1)
             if backward is not None:
                 backward(loss)
             total += loss.detach().double()
         mean = communicator.all_reduce_sum(total).float()
-        return LossOutput(
-            total=mean,
-            parts={"lm": mean},
-            metrics={"target_tokens": mean.new_tensor(num_targets), "valid": mean.new_tensor(num_valid)},
-        )
-
-
-def _micro_batches(
-    batch: Stage2Inputs, tokens: Mapping[str, Tensor], size: int, *, aligned: bool
-) -> Iterator[Stage2Inputs]:
-    """Cut the rows into micro-batches and each one's text to its longest row; one device-to-host copy for all.
-
-    `aligned`: labels stand under the tokens (decoder only), so the last token of the longest row is only a target.
-    """
-    starts = range(0, batch.valid_B.shape[0], size)
-    # Real tokens are at the front (right padding); holes count as empty.
-    real = torch.stack([tokens["attention_mask"].sum(dim=1) * batch.valid_B, _last_label(tokens["labels"])])
-    longest = torch.stack([real[:, i : i + size].amax(dim=1) for i in starts]).tolist()
-    for i, (text, target) in zip(starts, longest, strict=True):
-        rows = slice(i, i + size)
-        width, target_width = max(text - aligned, 1), max(text if aligned else target, 1)
-        yield Stage2Inputs(
-            tokens={
-                "input_ids": tokens["input_ids"][rows, :width],
-                "attention_mask": tokens["attention_mask"][rows, :width],
-                "labels": tokens["labels"][rows, :target_width],
-            },
-            valid_B=batch.valid_B[rows],
-            rows_B=batch.rows_B[rows],
-            images_BCHW=None if batch.images_BCHW is None else batch.images_BCHW[rows],
-            image_BPD=None if batch.image_BPD is None else batch.image_BPD[rows],
-        )
-
-
-def _last_label(labels_BT: Tensor) -> Tensor:
-    """Return for each row one more than the column of its last target; 0 where there is none."""
-    columns_T = torch.arange(1, labels_BT.shape[1] + 1, device=labels_BT.device)
-    return ((labels_BT != IGNORED) * columns_T).amax(dim=1)
-
-
-def _check_shapes(batch: Stage2Inputs) -> None:
-    num_rows = batch.valid_B.shape[0]
-    image = batch.image_BPD if batch.image_BPD is not None else batch.images_BCHW
-    sizes = {name: tensor.shape[0] for name, tensor in batch.tokens.items()}
-    sizes |= {"rows": batch.rows_B.shape[0], "images": num_rows if image is None else image.shape[0]}
-    wrong = {name: size for name, size in sizes.items() if size != num_rows}
-    if wrong:
-        raise ModelError(f"stage 2: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
-    ids, mask = batch.tokens["input_ids"], batch.tokens["attention_mask"]
-    if ids.shape != mask.shape:
-        raise ModelError(
-            f"stage 2: input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; make them equal"
-        )
+        return LossOutput(mean, {"lm": mean}, {"target_tokens": counts[0], "valid": counts[1]})

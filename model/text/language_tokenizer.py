@@ -21,8 +21,8 @@ from torch import Tensor
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.tensor_files import read_json
+from isthmus.model.text.language_batch import IGNORED
 
-IGNORED = -100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 MASK_64 = (1 << 64) - 1
 

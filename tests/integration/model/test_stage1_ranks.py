@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.host_syncs import measure
 from isthmus.model.objectives.communicator import ProcessGroupCommunicator
 from tests.fixtures_stage1 import LOSSES, Reference, _case2, in_double, losses_and_gradients
 from tests.ranks import run_ranks
@@ -75,3 +76,11 @@ def test_only_chosen_negatives_cross_ranks():
         assert found["all_gather"] == 9 * (integers + features)
         assert found["all_to_all_rows"] == found["images"] * image_bytes
     assert sum(found["images"] for found in outputs) <= 12 < 4 * 9, "fewer images than a gather of all would bring"
+
+
+def test_a_step_on_two_ranks_waits_once_at_most():
+    """The wait: how many images travel between ranks depends on the draw of negatives."""
+    found = measure(2)
+    assert len(found) == 8
+    for case, counts in found.items():
+        assert counts == ({"cpu": 1} if case.startswith("stage1") else {}), case

@@ -37,11 +37,7 @@ def rank_losses(rank, world_size, root, kind):
     communicator = ProcessGroupCommunicator()
     rows = list(range(len(CAPTIONS)))[rank * 2 : rank * 2 + 2]
     inputs = parts.inputs([CAPTIONS[row] for row in rows], rows=rows)
-    results = [losses_and_gradients(parts.model, inputs, size, communicator) for size in (2, 1)]
-    empty = parts.inputs(["", "dog"] if rank else ["dog", "dog"])
-    with pytest.raises(ValueError, match="1 of 4 valid rows have no target"):
-        losses_and_gradients(parts.model, empty, 2, communicator)
-    return results
+    return [losses_and_gradients(parts.model, inputs, size, communicator) for size in (2, 1)]
 
 
 def test_two_ranks_and_micro_batches_give_the_loss_of_one_process(tmp_path):

@@ -23,6 +23,7 @@ from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
 from isthmus.model.weight_writer import file_tensors, write_tensors
 from tests.stage2_parts import QFORMER, stage2_parts
@@ -58,17 +59,16 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(exported):
     tokens = inputs.tokens
     with torch.no_grad():
         visual = parts.model.visual(parts.model.encode(inputs.images_BCHW))
-        ours, labels = parts.model.language.target_logits(
-            visual, tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
-        )
-        ids, mask = with_placeholders(parts, model, tokens["input_ids"], tokens["attention_mask"])
         seq2seq = parts.model.language.is_encoder_decoder
+        (text,) = pack_language_tokens(tokens, inputs.valid_B, len(inputs.valid_B), is_encoder_decoder=seq2seq)
+        ours = parts.model.language.target_logits(visual, text)
+        ids, mask = with_placeholders(parts, model, tokens["input_ids"], tokens["attention_mask"])
         extra = {"labels": tokens["labels"]} if seq2seq else {}
         logits = model(pixel_values=inputs.images_BCHW, input_ids=ids, attention_mask=mask, **extra).logits
     rows, columns = (tokens["labels"] != -100).nonzero(as_tuple=True)
     theirs = logits[rows, columns + (0 if seq2seq else QFORMER.num_queries - 1), : ours.shape[1]]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-6)
-    assert torch.equal(labels, tokens["labels"][rows, columns])
+    assert torch.equal(text.label_K, tokens["labels"][rows, columns])
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -19,8 +19,8 @@ from transformers import (
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
-from isthmus.model.frozen import language as language_module
 from isthmus.model.frozen.language import build_language, load_language
+from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.model.tiny import write_tiny_language
 
 pytestmark = pytest.mark.unit
@@ -47,6 +47,13 @@ def rows(width):
     }
 
 
+def packed(language, tokens):
+    (text,) = pack_language_tokens(
+        tokens, torch.ones(3, dtype=torch.bool), 3, is_encoder_decoder=language.is_encoder_decoder
+    )
+    return text
+
+
 def reference_loss(folder, visual, tokens, *, seq2seq):
     factory = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model = factory.from_pretrained(folder).eval()
@@ -59,7 +66,7 @@ def reference_loss(folder, visual, tokens, *, seq2seq):
 def assert_equal_to_transformers(folder):
     language = load_language(config(folder), folder)
     visual, tokens = rows(language.width)
-    mean = language(visual, tokens) / (tokens["labels"] != -100).sum()
+    mean = language(visual, packed(language, tokens)) / (tokens["labels"] != -100).sum()
     expected = reference_loss(folder, visual, tokens, seq2seq=language.is_encoder_decoder)
     torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-6)
 
@@ -158,7 +165,7 @@ def test_a_projection_of_another_width_is_refused(folders):
     language = load_language(config(folders["opt"]), folders["opt"])
     visual, tokens = rows(40)
     with pytest.raises(ModelError, match=r"width 40, the language model's embeddings 48"):
-        language(visual, tokens)
+        language(visual, packed(language, tokens))
 
 
 def test_logits_are_formed_at_target_positions_only(folders):
@@ -167,11 +174,5 @@ def test_logits_are_formed_at_target_positions_only(folders):
         visual, tokens = rows(language.width)
         seen = []
         language.model.get_output_embeddings().register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.shape))
-        language(visual, tokens)
+        language(visual, packed(language, tokens))
         assert seen == [(15, 400)]
-
-
-def test_ignored_label_is_the_same_everywhere():
-    from isthmus.model.text import language_tokenizer as language_tokens
-
-    assert language_module.IGNORED == language_tokens.IGNORED == -100
