@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan
 from tests.unit.data_pipeline.planned import PlannedSet, step_samples
 
@@ -166,6 +167,11 @@ def test_the_order_is_a_contract():
         (0, 1, 11, 1, 0, 0),
     ]
     assert plan.identity == "fa174be7a47a0e3937bc318e85a129bb"
+
+
+def test_hashes_are_stable_and_take_any_text():
+    assert stable_hash("caption", 7, "é") == 16132844152072763273
+    assert stable_hash("image", "\ud800") != stable_hash("image", "\ud801")  # as JSON may hold them
 
 
 def test_the_identity_covers_all_that_moves_samples():

@@ -5,6 +5,7 @@ import contextlib
 import email.utils
 import json
 import sys
+import threading
 import time
 import zlib
 
@@ -468,3 +469,18 @@ def test_an_operator_gets_one_line_and_exit_code_2(server, monkeypatch, capsys, 
     (printed,) = capsys.readouterr().err.splitlines()
     assert line in printed
     assert server.endpoint_url in printed
+
+
+def test_a_download_has_as_many_requests_under_way_as_configured(store, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 100_000)  # eleven parts
+    together = threading.Barrier(5, timeout=10)
+
+    def meet(_):
+        together.wait()  # answers only when five requests wait at once
+        return False
+
+    server.faults = [lambda _: False, *[meet] * 10]
+    ObjectStore(store.config.model_copy(update={"transfer_threads": 5, "stall_timeout_seconds": 20.0})).download(
+        URL, tmp_path / "copy"
+    )
+    assert (tmp_path / "copy").read_bytes() == DATA
