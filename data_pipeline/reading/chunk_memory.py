@@ -26,8 +26,12 @@ class ChunkMemory:
         self._lock = threading.Lock()
         self.num_bytes = 0
 
-    def get(self, chunk: ChunkId) -> bytes | memoryview:
-        """Return a chunk's bytes, waiting for them; errors of the fetch are raised here and not remembered."""
+    def get(self, chunk: ChunkId, timeout_seconds: float | None = None) -> bytes | memoryview:
+        """Return a chunk's bytes, waiting for them; errors of the fetch are raised here and not remembered.
+
+        Raises:
+            TimeoutError: they did not come in time; they are still being fetched.
+        """
         with self._lock:
             self._released.discard(chunk)
             self._expected.pop(chunk, None)
@@ -39,9 +43,10 @@ class ChunkMemory:
             self._chunks.move_to_end(chunk)
             future = self._chunks[chunk]
         try:
-            return future.result()
+            return future.result(timeout_seconds)
         except Exception:
-            self.drop(chunk)
+            if future.done():
+                self.drop(chunk)
             raise
 
     def expect(self, chunks: list[ChunkId]) -> None:

@@ -1,7 +1,6 @@
 """Makes lane parts: reads chunks, cuts samples out of them, checks, decodes, augments. A bad sample is masked."""
 
 import contextlib
-import copy
 import functools
 import logging
 import os
@@ -10,8 +9,9 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ import numpy as np
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, ShardIndex
-from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError
+from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError, UnavailableError
 from isthmus.data_pipeline.hashing import uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest, image_id_hash
@@ -53,7 +53,11 @@ class Reader:
 
     def __init__(self, config: DataConfig, store: ObjectStore, image_size_pixels: int, seed: int, train: bool) -> None:
         self._config, self._size, self._seed, self._train = config, image_size_pixels, seed, train
-        self._store = copy.copy(store)  # its counters are this reader's own
+        # A slow store must end as its own error, well before the loader takes this reader for one that hangs.
+        self._max_wait = config.reader_timeout_seconds / 2
+        limit = min(self._max_wait, store.config.request_timeout_seconds or float("inf"))
+        self._store = store.with_limits(request_timeout_seconds=limit)  # with counters of its own
+        self._waited_seconds = 0.0
         self._disk = DiskCache(Path(config.cache_dir), config.cache_bytes) if config.cache_dir else None
         self._memory = ChunkMemory(self._fetch, config.prefetch_bytes)
         self._load_index = functools.lru_cache(_CACHED_INDEXES)(self._read_index)
@@ -67,8 +71,9 @@ class Reader:
         """Return the images and texts of one lane in one step.
 
         Raises:
-            DataError: the store cannot be read at all (credentials, an outage past all retries).
+            DataError: the store cannot be read at all (credentials, an outage past all retries, far too slow).
         """
+        self._waited_seconds = 0.0
         if request.expected_chunks:
             self._ahead.submit(self._expect, request)
         shape = (len(request.samples), self._size, self._size, 3)
@@ -90,7 +95,8 @@ class Reader:
         key, offset = "", -1
         valid, flip, caption, image_id = False, False, "", None
         try:
-            index = self._index(shard, ref.chunk)
+            with self._waiting(shard.index_url):
+                index = self._index(shard, ref.chunk)
             key, offset = index.key(ref.sample), index.offset(ref.sample)
             if self._train or ref.epoch == 0:
                 members = self._members(shard, index, ref)
@@ -142,7 +148,9 @@ class Reader:
         chunk = _chunk_id(shard, index)
         try:
             for _ in range(2):
-                data = memoryview(self._read_or_mask(shard.url, "shard", lambda: self._memory.get(chunk)))
+                with self._waiting(shard.url):
+                    get = functools.partial(self._memory.get, chunk, self._max_wait)
+                    data = memoryview(self._read_or_mask(shard.url, "shard", get))
                 members, damaged = _cut_members(data, chunk.start, index.members(ref.sample))
                 if damaged is None:
                     return members
@@ -154,6 +162,21 @@ class Reader:
         finally:
             if ref.is_last_of_chunk:
                 self._memory.release(chunk)
+
+    @contextlib.contextmanager
+    def _waiting(self, url: str) -> Iterator[None]:
+        """Count how long a part waits for the store, and begin no other wait after half of what it may take."""
+        if self._waited_seconds > self._max_wait / 2:
+            took = f"the store took {self._waited_seconds:.3g} s for earlier samples of this part"
+            raise UnavailableError(f"{url}: {took}; check its load and the network")
+        began = time.monotonic()
+        try:
+            yield
+        except FutureTimeout:
+            late = f"not read within {self._max_wait:g} s"
+            raise UnavailableError(f"{url}: {late}; check the store's load and the network") from None
+        finally:
+            self._waited_seconds += time.monotonic() - began
 
     def _index(self, shard: Shard, chunk: int) -> ShardIndex:
         """Return the index of a chunk."""

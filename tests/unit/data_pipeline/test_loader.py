@@ -14,11 +14,12 @@ import isthmus.data_pipeline.reading.loader as loader_module
 import isthmus.data_pipeline.reading.reader as reader_module
 from isthmus.data_pipeline.config import BudgetConfig, DataConfig
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
-from isthmus.data_pipeline.errors import DataError, NotFoundError, PoisonPartError, ReadersUnavailable
+from isthmus.data_pipeline.errors import DataError, NotFoundError, PoisonPartError, ReadersUnavailable, UnavailableError
 from isthmus.data_pipeline.reading import part_queue
 from isthmus.data_pipeline.reading.backend import InProcessBackend, ReaderDied
 from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
+from isthmus.data_pipeline.store.local_store import LocalBackend
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from tests.unit.data_pipeline.tar_set import (
     Encoder,
@@ -364,6 +365,18 @@ def test_a_chunk_is_released_after_its_last_sample_wherever_reading_began(manife
         assert done & memory._chunks.keys() <= memory._released
     made.close()
     assert len(done) > 10
+
+
+def test_a_store_that_is_far_too_slow_is_no_reader_that_hangs(tmp_path, monkeypatch):
+    url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
+    read = LocalBackend.read_into
+    made = loader(url, reader_timeout_seconds=2.0)
+    monkeypatch.setattr(LocalBackend, "read_into", lambda *words: (time.sleep(0.6), read(*words)))
+    with pytest.raises(UnavailableError, match=r"the store took .* s for earlier samples"):
+        take(made, 0, 4)
+    made = loader(url, reader_timeout_seconds=0.4)
+    with pytest.raises(UnavailableError, match=r"not read within 0\.2 s"):
+        take(made, 0, 4)
 
 
 def test_a_shard_that_comes_back_is_read_again(tmp_path, monkeypatch):
