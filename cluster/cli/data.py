@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,7 +194,7 @@ def ingest(
             allow_private=allow_private_addresses,
             on_shard=lambda _: advance(),
         )
-    _print_facts(asdict(summary), as_json=as_json)
+    _print_facts(vars(summary) | {"dropped": dict(summary.dropped)}, as_json=as_json)
     if summary.dropped and not as_json:
         typer.echo(f"what was dropped, and why: {join(summary.folder, DROPPED)}; it can be ingested like any .jsonl")
 

@@ -9,7 +9,7 @@ from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import first_captions, image_id_of, read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 
-_EMBEDDED_COLUMNS = ("bytes", "image", *IMAGE_EXTENSIONS)
+_EMBEDDED_COLUMNS = ("bytes", "image", "image.bytes", *IMAGE_EXTENSIONS)
 _LOCATION_COLUMNS = ("path", "url", "image", "file_name", "image_path", "image_url")
 _CAPTION_COLUMNS = ("captions", "caption", "txt", "text")
 

@@ -78,6 +78,9 @@ def open_source(path: Path, kind: str | None, images: Path | None, columns: Colu
     Raises:
         DataError: it is missing or of no known kind.
     """
+    beside = path.with_suffix("")
+    if kind is None and path.suffix == ".parquet" and path.exists() and any(map(_is_image, beside.glob("*"))):
+        path = beside  # a table of img2dataset's `files`: the images that it lists are there
     known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(path)
     if known is None:
         raise DataError(f"--kind {kind} is unknown; choose one of {', '.join(KINDS)}")

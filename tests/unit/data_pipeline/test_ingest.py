@@ -247,6 +247,15 @@ def img2dataset_files(folder):
     return folder
 
 
+def a_table_of_img2dataset_files(folder):
+    return img2dataset_files(folder) / "00000.parquet"
+
+
+def flattened_datasets_table(folder):
+    pq.write_table(pa.table({"url": [DEAD], "image.bytes": [picture(1)], "text": ["found"]}), folder / "0.parquet")
+    return folder / "0.parquet"
+
+
 def datasets_table(folder):
     rows = {"url": [DEAD], "picture": [{"bytes": picture(1), "path": "a.jpg"}], "text": ["found"]}
     pq.write_table(pa.table(rows), folder / "0.parquet")
@@ -273,7 +282,17 @@ def annotation_list(folder):
 
 
 @pytest.mark.parametrize(
-    "layout", [img2dataset_table, img2dataset_files, datasets_table, image_folder, laion_table, annotation_list]
+    "layout",
+    [
+        img2dataset_table,
+        img2dataset_files,
+        a_table_of_img2dataset_files,
+        datasets_table,
+        flattened_datasets_table,
+        image_folder,
+        laion_table,
+        annotation_list,
+    ],
 )
 def test_the_layouts_of_the_field_are_read_and_bytes_win_over_a_url(tmp_path, layout):
     (tmp_path / "source").mkdir()
