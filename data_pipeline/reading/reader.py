@@ -54,7 +54,7 @@ class Reader:
     def __init__(self, config: DataConfig, store: ObjectStore, image_size_pixels: int, seed: int, train: bool) -> None:
         self._config, self._size, self._seed, self._train = config, image_size_pixels, seed, train
         # A slow store must end as its own error, well before the loader takes this reader for one that hangs.
-        self._max_wait = config.reader_timeout_seconds / 2
+        self._max_wait, self._max_begin = config.reader_timeout_seconds / 2, config.reader_timeout_seconds / 3
         limit = min(self._max_wait, store.config.request_timeout_seconds or float("inf"))
         self._store = store.with_limits(request_timeout_seconds=limit)  # with counters of its own
         self._waited_seconds = 0.0
@@ -165,8 +165,8 @@ class Reader:
 
     @contextlib.contextmanager
     def _waiting(self, url: str) -> Iterator[None]:
-        """Count how long a part waits for the store, and begin no other wait after half of what it may take."""
-        if self._waited_seconds > self._max_wait / 2:
+        """Count how long a part waits for the store, and begin no other wait when that would last too long."""
+        if self._waited_seconds > self._max_begin:
             took = f"the store took {self._waited_seconds:.3g} s for earlier samples of this part"
             raise UnavailableError(f"{url}: {took}; check its load and the network")
         began = time.monotonic()

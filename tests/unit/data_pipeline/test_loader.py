@@ -370,8 +370,8 @@ def test_a_chunk_is_released_after_its_last_sample_wherever_reading_began(manife
 def test_a_store_that_is_far_too_slow_is_no_reader_that_hangs(tmp_path, monkeypatch):
     url = write_set(str(tmp_path / "set"), [good_sample(i) for i in range(40)])
     read = LocalBackend.read_into
-    made = loader(url, reader_timeout_seconds=2.0)
-    monkeypatch.setattr(LocalBackend, "read_into", lambda *words: (time.sleep(0.6), read(*words)))
+    made = loader(url, reader_timeout_seconds=3.0)
+    monkeypatch.setattr(LocalBackend, "read_into", lambda *words: (time.sleep(1.2), read(*words)))
     with pytest.raises(UnavailableError, match=r"the store took .* s for earlier samples"):
         take(made, 0, 4)
     made = loader(url, reader_timeout_seconds=0.4)
