@@ -102,10 +102,10 @@ def main(recipe: str | None = None) -> int:
 def _demo(setup: Setup, began: float) -> int:
     from isthmus.demo.report import curve_verdict, write_report  # noqa: PLC0415 - imports torch, not needed to fail early
 
-    seconds = EXPECTED_SECONDS.get(setup.recipe, EXPECTED_SECONDS[LONG_RECIPE])
-    timeline = Timeline(dict(zip(PHASES, seconds, strict=True)))
+    timeline = _timeline(setup.recipe)
     inputs = _prepare(setup.recipe, timeline)
-    setup = replace(setup, recipe=inputs.recipe)
+    if inputs.recipe != setup.recipe:
+        setup, timeline = replace(setup, recipe=inputs.recipe), _timeline(inputs.recipe)
     with local_s3(CACHE / "s3", BUCKET) as server:
         _enter("data", timeline)
         _upload_models(inputs.models, server)
@@ -133,8 +133,13 @@ def _demo(setup: Setup, began: float) -> int:
     return 0
 
 
+def _timeline(recipe: str) -> Timeline:
+    seconds = EXPECTED_SECONDS.get(recipe, EXPECTED_SECONDS[LONG_RECIPE])
+    return Timeline(dict(zip(PHASES, seconds, strict=True)))
+
+
 def _prepare(recipe: str, timeline: Timeline) -> Inputs:
-    """Fetch, render and convert what is not cached yet; where a package cannot be had, generate a substitute."""
+    """Fetch, render and convert what is not cached yet; where a package cannot be fetched, generate a substitute."""
     if recipe == TINY_RECIPE:
         return _generated(TINY_NOTE, timeline)
     _announce("packages", timeline)
@@ -172,7 +177,7 @@ def _warn(note: str) -> None:
 
 
 def _upload_models(models: dict[str, Path], server: LocalS3) -> None:
-    """Put the frozen parts where the workers read their slices from; files that are there already stay."""
+    """Put the frozen parts where the workers read their slices from; files that are there already are kept."""
     store = ObjectStore(server.store_config)
     for name, folder in models.items():
         url = f"s3://{BUCKET}/models/{name}"
