@@ -13,8 +13,7 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore,
 from isthmus.model.formats.assemble import load_captioner
 from isthmus.model.generate import Decoding, generate
 from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.runs.export import EXPORT
-from isthmus.trainer.runs.store import RUN
+from isthmus.trainer.runs.store import RUN, export_folder, read_run
 
 MAX_IMAGE_PIXELS = int(DataConfig.model_fields["max_image_pixels"].default)
 
@@ -39,7 +38,7 @@ class Captioner:
             store.head(join(place, RUN))
         except NotFoundError:
             return cls(local_folder(place.rstrip("/"), store))
-        return cls(local_folder(join(place, EXPORT), store))
+        return cls(local_folder(join(place, export_folder(read_run(place, store))), store))
 
     def pixels(self, images: Sequence[bytes]) -> Tensor:
         """Return encoded pictures as the encoder wants them: upright, squeezed to its square, normalised; B, C, H, W.

@@ -14,6 +14,7 @@ from isthmus.cluster.report.measures import Baselines
 from isthmus.cluster.report.style import CSS
 from isthmus.cluster.report.summary import summary
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.runs.store import export_folder
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,16 @@ def identity(facts: RunFacts) -> Html:
 
 def commands(facts: RunFacts) -> str:
     """Return what to type next."""
-    url = shlex.quote(facts.url)
+    url, exported = shlex.quote(facts.url), shlex.quote(export_folder(facts.record))
     manifest = facts.setting("evaluation.manifest") or "MANIFEST"
     endpoint = facts.setting("store.endpoint_url")
     lines = [f"export AWS_ENDPOINT_URL={shlex.quote(str(endpoint))}   # and credentials"] if endpoint else []
     if "://" in facts.url and not facts.url.startswith("file://"):
-        lines.append(f"aws s3 cp --recursive {url}/export export")
+        lines.append(f"aws s3 cp --recursive {url}/{exported} export")
         export, curves = "export", "tensorboard"
         lines += [f"aws s3 cp --recursive {url}/{s}/tensorboard {curves}/{s}" for s in facts.stages]
     else:
-        export, curves = f"{url}/export", url
+        export, curves = f"{url}/{exported}", url
     lines += [
         f"isthmus caption {export} PICTURE.jpg",
         f'isthmus ask {export} PICTURE.jpg "what is this?"',

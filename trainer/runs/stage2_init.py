@@ -1,41 +1,29 @@
-"""From one stage to the next: which trained tensors the new stage begins with.
+"""Which trained tensors stage 2 begins with.
 
-The choice is made once and written into `run.json` before anything is trained; a run killed in between takes the very
-same checkpoint again.
+The choice is made once and recorded in `run.json` before anything is trained; a run killed in between takes the same
+checkpoint again.
 """
 
-import hashlib
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
-from torch import Tensor, nn
+from torch import nn
 
-from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step
 from isthmus.trainer.config.schema import Stage2Config, TrainConfig
 from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.runs.init_sources import Source, open_source
 from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)
 FRESH = "random"
 OWN_STAGE = "stage1"
-BRIDGE_WEIGHTS = "bridge.safetensors"
 NEW_IN_STAGE2 = ("projection.",)
-"""Prefixes of tensors that stage 2 draws itself where its source has none."""
-
-
-class _Source(Protocol):
-    """Full tensors by name."""
-
-    url: str
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def read_tensor(self, name: str) -> Tensor: ...
-    def identity(self) -> str: ...
+"""Prefixes of tensors that stage 2 initialises itself where its source has none."""
 
 
 def init_from_stage1(
@@ -52,7 +40,7 @@ def init_from_stage1(
         parameters: Trainable parameters by name; changed in place.
 
     Returns:
-        The record; none when stage 2 begins from drawn values.
+        The record; none when stage 2 begins with random values.
 
     Raises:
         CheckpointError: the source is missing, damaged, of another model or not the one that was recorded.
@@ -61,7 +49,7 @@ def init_from_stage1(
     if config.stage2.init_from == FRESH:
         return None
     record = from_main_rank(lambda: _decide(config, run, store, parameters))
-    source = _open(record["url"], store)
+    source = open_source(record["url"], store, parameters)
     _check_recorded(source, record)
     with torch.no_grad():
         for name in record["taken"]:
@@ -78,10 +66,13 @@ def _decide(
     recorded: dict[str, Any] | None = run.facts().get("handoffs", {}).get("stage2")
     if recorded is not None and recorded["init_from"] == config.stage2.init_from:
         return recorded
-    own = config.stage2.init_from == OWN_STAGE
-    source = _chosen(config, config.stage2, run, store) if own else _open(config.stage2.init_from, store)
-    if isinstance(source, SavedCheckpoint) and not own:
-        _verify(source)
+    source: Source
+    if config.stage2.init_from == OWN_STAGE:
+        source = _chosen(config, config.stage2, run, store)
+    else:
+        source = open_source(config.stage2.init_from, store, parameters)
+        if isinstance(source, SavedCheckpoint):
+            _verify(source)
     taken, dropped = match(source, parameters)
     record = {
         "init_from": config.stage2.init_from,
@@ -94,7 +85,7 @@ def _decide(
     return record
 
 
-def match(source: _Source, parameters: dict[str, nn.Parameter]) -> tuple[list[str], list[str]]:
+def match(source: Source, parameters: dict[str, nn.Parameter]) -> tuple[list[str], list[str]]:
     """Return the names taken from the source and those that are dropped.
 
     Raises:
@@ -144,35 +135,9 @@ def _verify(saved: SavedCheckpoint) -> None:
         )
 
 
-def _check_recorded(source: _Source, record: dict[str, Any]) -> None:
+def _check_recorded(source: Source, record: dict[str, Any]) -> None:
     if source.identity() != record["identity"]:
         raise CheckpointError(
-            f"{source.url}: is not what was handed over to stage 2 (see handoffs in run.json); restore it, or begin a "
+            f"{source.url}: is not what stage 2 began with (see handoffs in run.json); restore it, or begin a "
             "new run from it with stage2.init_from"
         )
-
-
-class _Export:
-    """The trained tensors of an export of ours."""
-
-    def __init__(self, url: str, data: bytes) -> None:
-        self.url = url
-        self._sha256 = hashlib.sha256(data).hexdigest()
-        self._tensors: dict[str, Tensor] = load_safetensors(data)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read_tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def identity(self) -> str:
-        return self._sha256
-
-
-def _open(url: str, store: ObjectStore) -> _Source:
-    """Open a checkpoint's or an export's folder."""
-    try:
-        return _Export(url, store.get(join(url, BRIDGE_WEIGHTS)))
-    except NotFoundError:
-        return SavedCheckpoint.open(url, store)

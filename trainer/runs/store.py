@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "isthmus-run"
 VERSION = 1
 RUN, CONFIG, LEASE = "run.json", "config.yaml", "lease.json"
+EXPORT = "export"
+"""Folder of exports, and the fact in `run.json` that says which of them is whole."""
 _SWAP_ATTEMPTS = 20
 
 
@@ -121,6 +123,13 @@ class RunStore:
 def run_url(config: TrainConfig) -> str:
     """Return the folder of a run."""
     return join(config.run.url, config.run.name)
+
+
+def export_folder(record: dict[str, Any]) -> str:
+    """Return the folder of a run's export, relative to the run's, from what `run.json` holds."""
+    fact = record.get(EXPORT)
+    name = str(fact.get("url", "")).rstrip("/").rpartition("/")[2] if isinstance(fact, dict) else ""
+    return join(EXPORT, name) if name not in ("", EXPORT) else EXPORT  # earlier releases had no folder of its own
 
 
 def read_run(url: str, store: ObjectStore) -> dict[str, Any]:

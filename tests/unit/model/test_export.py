@@ -273,7 +273,7 @@ def test_a_transformers_folder_becomes_an_own_export_that_answers(exported, root
     assert run.invoke(app, ["ask", str(own), str(picture), "what colour"]).exit_code == 0
     finished = root / f"run-{folder.name}"
     finished.mkdir()
-    (finished / "run.json").write_text("{}")
+    (finished / "run.json").write_text('{"version": 1}')
     (finished / "export").symlink_to(own)
     of_run = run.invoke(app, ["caption", str(finished), str(picture), "--beams", "1", "--max-new-tokens", "4"])
     assert of_run.output == shown.output

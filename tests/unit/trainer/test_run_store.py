@@ -13,9 +13,11 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableErr
 from isthmus.trainer.config.loading import check_config
 from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, TrainerError
+from isthmus.trainer.runs import export
+from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.lease import Lease, LeaseState, read_lease
 from isthmus.trainer.runs.stage2_init import init_from_stage1
-from isthmus.trainer.runs.store import RunStore, read_run
+from isthmus.trainer.runs.store import RunStore, export_folder, read_run
 from tests.saved_states import fragments_of, full, manager, state_of
 
 pytestmark = pytest.mark.unit
@@ -293,3 +295,47 @@ def test_the_end_of_a_run_survives_an_outage_of_the_store(tmp_path, monkeypatch,
     run.close()
     assert "the end of this attempt was not recorded" in caplog.text
     assert "the lease was not released" in caplog.text
+
+
+def test_export_appears_whole_and_never_mixes_with_an_earlier_one(tmp_path, monkeypatch):
+    """Transformers prefers a stale model.safetensors to a newer index, so files of two exports must never meet."""
+
+    def write(_config, _store, saved, folder):
+        folder.mkdir()
+        (folder / f"of-step-{saved.step}").write_text("x")
+        (folder / "config.json").write_text(str(saved.step))
+
+    monkeypatch.setattr(export, "_write", write)
+    run, setup = open_run(tmp_path), config(tmp_path)
+    (tmp_path / "night/export").mkdir()
+    (tmp_path / "night/export/model.safetensors").write_text("of an earlier release")
+    checkpoints = manager(run.checkpoints_url("stage2"), token=run.token, keep_last=9)
+    for step in (2, 4):
+        checkpoints.save(step, fragments_of(step), state_of(step))
+        checkpoints.wait()
+        folder = Path(export_run(setup, STORE, run))
+        assert folder == tmp_path / f"night/export/stage2-step-00000000{step}"
+        assert {path.name for path in folder.iterdir()} == {f"of-step-{step}", "config.json"}
+        assert [path.name for path in (tmp_path / "night/export").iterdir() if any(path.iterdir())] == [folder.name]
+        assert export_folder(run.facts()) == f"export/{folder.name}"
+    checkpoints.save(6, fragments_of(6), state_of(6))
+    checkpoints.wait()
+    checkpoints.close()
+
+    def refuse(url, _path):
+        raise UnavailableError(f"{url}: 503 on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STORE, "put_file", refuse)
+        with pytest.raises(UnavailableError):
+            export_run(setup, STORE, run)
+    assert export_folder(run.facts()) == f"export/{folder.name}", "the earlier one stays until the new one is whole"
+    (tmp_path / "night/export/stage2-step-000000006").mkdir()
+    (tmp_path / "night/export/stage2-step-000000006/stale").write_text("of an interrupted upload")
+    assert {path.name for path in Path(export_run(setup, STORE, run)).iterdir()} == {"of-step-6", "config.json"}
+    run.close()
+
+
+@pytest.mark.parametrize("fact", [{}, {"url": "s3://b/night/export"}, None, 3])
+def test_exports_of_earlier_releases_are_found(fact):
+    assert export_folder({"export": fact}) == "export"
