@@ -203,7 +203,7 @@ def test_logs_are_structured_and_hold_no_secret(operator, seaweed):
 
 def test_doctor_collects_a_run_without_secrets(operator, tmp_path):
     out = tmp_path / "disturbed.tar.gz"
-    arguments = ["disturbed", "--out", str(out), "--address", operator.raylets.dashboard_url]
+    arguments = ["doctor", "disturbed", "--out", str(out), "--address", operator.raylets.dashboard_url]
     result = CliRunner().invoke(checks.app, arguments)
     assert result.exit_code == 0, result
     with tarfile.open(out) as archive:
