@@ -45,7 +45,7 @@ def make_missing(
     """Return the folders named by `makers` below `target`; each is made once, completely or not at all."""
     missing = [name for name in makers if not (target / name).exists()]
     if missing:
-        from isthmus.model.frozen.silence import silent_transformers  # noqa: PLC0415 - imports transformers
+        from isthmus.model.frozen.vision import silent_transformers  # noqa: PLC0415 - imports transformers
 
         with silent_transformers():
             for name in missing:

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import BPE
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
+    BertConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 TinyLanguage = Literal["opt", "llama", "t5"]
@@ -30,7 +31,7 @@ CORPUS = (
     "question: how many shapes are in the picture? answer:",
 )
 VOCAB_SIZE = 400
-WORD_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Special tokens in the order of their ids, as in the real models.
 SPECIAL_TOKENS: dict[TinyLanguage, tuple[str, ...]] = {
     "opt": ("<s>", "<pad>", "</s>", "<unk>"),
@@ -39,57 +40,38 @@ SPECIAL_TOKENS: dict[TinyLanguage, tuple[str, ...]] = {
 }
 
 
-def write_tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
-    """Write all parts of a tiny run and return their folders: vision, qformer (a tokenizer), opt, t5.
-
-    The Q-Former's own weights are random; `tiny_vocab_size()` is its vocabulary.
-    """
-    return {
-        "vision": write_tiny_vision(folder / "vision", seed=seed),
-        "qformer": write_tiny_wordpiece(folder / "qformer"),
-        "opt": write_tiny_language(folder / "opt", "opt", seed=seed),
-        "t5": write_tiny_language(folder / "t5", "t5", seed=seed),
-    }
-
-
-def write_tiny_vision(folder: Path, *, image_size_pixels: int = 32, width: int = 32, seed: int = 0) -> Path:
-    """Write a random CLIP vision tower (3 layers, 8-pixel patches) with its normalisation, and return `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = CLIPVisionConfig(
+def write_tiny_vision(
+    folder: Path, *, width: int = 64, num_layers: int = 3, side_pixels: int = 64, patch_pixels: int = 8, seed: int = 0
+) -> Path:
+    """Write a random ViT with config, weights and preprocessor configuration, and return `folder`."""
+    config = ViTConfig(
         hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        image_size=image_size_pixels,
-        patch_size=8,
+        intermediate_size=2 * width,
+        image_size=side_pixels,
+        patch_size=patch_pixels,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPVisionModel(config)
+        model = ViTModel(config, add_pooling_layer=False)
     model.eval().save_pretrained(folder)
-    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
     return folder
 
 
-def write_tiny_wordpiece(folder: Path, corpus: Iterable[str] = CORPUS) -> Path:
-    """Write a tokenizer of whole words with BERT's special tokens for the Q-Former, and return `folder`."""
+def write_tiny_vocabulary(folder: Path, texts: Iterable[str]) -> int:
+    """Write a BERT folder with a WordPiece vocabulary of whole words and letters, without weights; return its size."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = sorted({word for text in corpus for word in text.split()})
-    ids = {token: i for i, token in enumerate((*WORD_SPECIALS, *words))}
-    tokenizer = Tokenizer(WordLevel(ids, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in WORD_SPECIALS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def tiny_vocab_size(corpus: Iterable[str] = CORPUS) -> int:
-    """Return the vocabulary of `write_tiny_wordpiece` with [DEC]."""
-    return len(WORD_SPECIALS) + len({word for text in corpus for word in text.split()}) + 1
+    words = sorted({word for text in texts for word in text.split()})
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)]
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = list(dict.fromkeys([*BERT_SPECIALS, *words, *pieces]))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
+    BertConfig(vocab_size=len(vocabulary)).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def write_tiny_language(

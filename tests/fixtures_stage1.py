@@ -5,6 +5,7 @@ reference's value (the fixture's README); the deviation shown is what is left af
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
-from isthmus.model.formats.lavis import lavis_names, load_lavis
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.formats.native import load_trained
 from isthmus.model.objectives.communicator import Communicator, LocalCommunicator, ProcessGroupCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model, matching_mask, unimodal_mask
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
@@ -79,7 +81,10 @@ class Reference:
         loss_config = Stage1LossConfig(label_smoothing=sizes["label_smoothing"], **loss)
         qformer = QFormer(config, sizes["vision_width"])
         model = Stage1Model(None, qformer, loss_config, plain.choose_hardest)
-        load_lavis(model, self.tensors("weights"))
+        with tempfile.TemporaryDirectory() as place:
+            checkpoint = Path(place) / "lavis.pth"
+            torch.save({"model": self.tensors("weights")}, checkpoint)
+            load_trained(model, checkpoint)
         return model
 
     def rows(self, rows: list[int] | None = None, *, image_ids: bool = False) -> Stage1Inputs:
@@ -129,8 +134,13 @@ def plain_losses_and_gradients(model: Stage1Model, inputs: Stage1Inputs) -> tupl
 
 
 def _gradients(model: Stage1Model) -> dict[str, Tensor]:
-    parameters = {theirs: model.trainable_parameters()[ours] for ours, theirs in lavis_names(model).items()}
+    parameters = lavis_parameters(model)
     return {n: torch.zeros_like(x) if x.grad is None else x.grad.clone() for n, x in parameters.items()}
+
+
+def lavis_parameters(model: Stage1Model) -> dict[str, torch.nn.Parameter]:
+    """Return the trainable parameters under the original's names."""
+    return {str(reference_name(name, "lavis")): x for name, x in model.trainable_parameters().items()}
 
 
 def check_stage1(folder: Path) -> Iterator[Deviation | str]:
@@ -291,7 +301,7 @@ def two_ranks(rank: int, world_size: int, folder: str) -> tuple[dict[str, float]
 def _case4(reference: Reference) -> Iterator[Deviation]:
     trajectory = json.loads((reference.folder / "case4_adamw_trajectory.json").read_text())
     model = reference.model()
-    parameters = {theirs: model.trainable_parameters()[ours] for ours, theirs in lavis_names(model).items()}
+    parameters = lavis_parameters(model)
     groups = [
         {"params": [parameters[name] for name in group["names"]], "weight_decay": group["weight_decay"]}
         for group in trajectory["param_groups"]

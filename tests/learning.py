@@ -13,8 +13,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import CAPTIONS_READ, write_corpus
 from isthmus.demo.tiny.scenes import KINDS, make_scene
-from isthmus.model.tiny import TinyLanguage
-from isthmus.model.tiny_parts import write_tiny_vocabulary
+from isthmus.model.tiny import TinyLanguage, write_tiny_vocabulary
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.monitoring.segments import read_records
 from tests.trained_language import write_trained_language

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from isthmus.demo.tiny.scenes import KINDS, make_scene
-from isthmus.model.frozen.silence import silent_transformers
+from isthmus.model.frozen.vision import silent_transformers
 from isthmus.model.tiny import TinyLanguage, write_tiny_language, write_tiny_tokenizer
 
 BATCH = 64

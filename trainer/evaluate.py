@@ -13,7 +13,7 @@ from isthmus.data_pipeline.config import DataConfig, SourceConfig
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.sample.images import decode_image, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.model.formats.assemble import load_captioner
+from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.native import DESCRIPTION
 from isthmus.model.generate import answer, evaluating
 from isthmus.model.objectives.communicator import LocalCommunicator
@@ -113,10 +113,10 @@ def evaluate_export(url: str, data: str, out: Path, store: ObjectStore, *, num_s
         ModelError: it is one of stage 1.
     """
     alone = Rank(0, 1)
-    if not any(info.url.endswith(f"/{DESCRIPTION}") for info in store.list(url)):
+    if not any(info.url.endswith((f"/{DESCRIPTION}", "/config.json")) for info in store.list(url)):
         raise TrainerError(
-            f"{url}: holds neither config.yaml nor {DESCRIPTION}; give the folder of a run (isthmus runs ls) or of an "
-            "own export"
+            f"{url}: holds neither config.yaml nor {DESCRIPTION} nor config.json; give the folder of a run "
+            "(isthmus runs ls) or of an export"
         )
     model, encoder = load_captioner(local_folder(url, store))
     device = select_device(alone)

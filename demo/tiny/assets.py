@@ -7,9 +7,8 @@ from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manife
 from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.scenes import KINDS, make_scene, write_shards
-from isthmus.model.frozen.silence import silent_transformers
-from isthmus.model.tiny import write_tiny_language
-from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
+from isthmus.model.frozen.vision import silent_transformers
+from isthmus.model.tiny import write_tiny_language, write_tiny_vision, write_tiny_vocabulary
 
 CAPTIONS_READ = 4000
 CHUNK_BYTES = 64 << 10

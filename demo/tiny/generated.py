@@ -10,8 +10,7 @@ from pathlib import Path
 
 from isthmus.demo.models import make_missing
 from isthmus.demo.tiny.scenes import draw_scene, make_scene, unique_numbers
-from isthmus.model.tiny import write_tiny_language
-from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
+from isthmus.model.tiny import write_tiny_language, write_tiny_vision, write_tiny_vocabulary
 
 SPLITS: dict[str, tuple[int, tuple[str, ...]]] = {
     "train": (2000, ("one", "count", "relation")),

@@ -1,12 +1,12 @@
 """Turn a GGUF file (quantised weights and tokenizer in one file) into a Hugging Face folder with bf16 safetensors."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from isthmus.model.errors import ModelError
+from isthmus.model.safetensors_io import replace_folder
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -27,9 +27,6 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(source.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replace_folder(folder) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

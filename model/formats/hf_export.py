@@ -1,12 +1,11 @@
 """Export to Hugging Face transformers: folders that `from_pretrained` loads offline, weights, processor and tokenizer.
 
 What transformers' BLIP-2 can hold: an EVA-CLIP encoder (`Blip2VisionModel`), any causal or T5 language model. Other
-encoders go to our own format (model/own_format.py). Tensor names inside the files differ from those of the frozen
+encoders go to our own format (formats/native.py). Tensor names inside the files differ from those of the frozen
 models' own folders, so frozen weights are copied here; only our own format can link them.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.frozen.language import LanguageModel, build_language
 from isthmus.model.frozen.vision import image_statistics
-from isthmus.model.tensor_files import read_json
+from isthmus.model.safetensors_io import Source, file_tensors, read_json, replace_folder, write_tensors
 from isthmus.model.text.language_tokenizer import LanguageEncoder
-from isthmus.model.weight_writer import Source, file_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 HF_IMAGE_NORM_EPS = 1e-6
@@ -91,7 +89,7 @@ def export_captioner(
         *_vision_sources(vision[1]),
         *_language_sources(skeleton, language_folder, text_config.vocab_size),
     ]
-    with _replacing(folder) as partial:
+    with replace_folder(folder) as partial:
         write_tensors(partial, sources)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -120,30 +118,10 @@ def export_retriever(
         architectures=["Blip2ForImageTextRetrieval"],
     )
     names = [name for name in trained if reference_name(name, "hf") and not name.startswith("projection.")]
-    with _replacing(folder) as partial:
+    with replace_folder(folder) as partial:
         write_tensors(partial, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
-
-
-class _replacing:  # noqa: N801 - reads as a verb in the with statement
-    """Give a folder to fill that takes the target's place when all went well."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._partial = folder.with_name(f"{folder.name}.partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        return self._partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            return
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._partial.rename(self._folder)
 
 
 def _is_query_side(name: str) -> bool:

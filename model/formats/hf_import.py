@@ -13,8 +13,8 @@ from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.native import export_bridge, read_trained
 from isthmus.model.qformer.qformer import QFormer
+from isthmus.model.safetensors_io import file_tensors, write_tensors
 from isthmus.model.text.language_tokenizer import TOKENIZER_FILES
-from isthmus.model.weight_writer import file_tensors, write_tensors
 
 LANGUAGE_PREFIX = "language_model."
 VISION_PREFIX = "vision_model."

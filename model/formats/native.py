@@ -1,8 +1,8 @@
-"""Our own export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied or linked.
+"""Our own export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied.
 
     bridge.json              format version, dimensions, configurations of the frozen parts
     bridge.safetensors       trained tensors under our names
-    vision/  language/       the frozen folders: copies, or symbolic links
+    vision/  language/       copies of the frozen folders
     tokenizer/               the Q-Former's vocabulary, where there is one
 
 `docs/export-format.md` describes it for readers without this package.
@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,14 +20,11 @@ from torch import Tensor, nn
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
-from isthmus.model.frozen.language import copy_checked
-from isthmus.model.tensor_files import read_json
-from isthmus.model.weight_writer import file_tensors
+from isthmus.model.safetensors_io import copy_checked, file_tensors, read_json, replace_folder
 
 FORMAT = "isthmus-bridge-1"
 DESCRIPTION = "bridge.json"
 WEIGHTS = "bridge.safetensors"
-Frozen = Literal["copy", "link"]
 
 
 def export_bridge(
@@ -38,8 +34,6 @@ def export_bridge(
     vision: tuple[VisionConfig, Path],
     language: tuple[LanguageConfig, Path] | None = None,
     tokenizer: Path | None = None,
-    *,
-    frozen: Frozen = "copy",
 ) -> None:
     """Write the folder atomically.
 
@@ -50,28 +44,21 @@ def export_bridge(
         vision: Configuration and local folder of the encoder.
         language: Configuration and local folder of the language model; none after stage 1.
         tokenizer: Folder of the Q-Former's vocabulary.
-        frozen: copy, or link: symbolic links to the given folders, for use on the same machine.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().float().contiguous() for name, tensor in trained.items()}, partial / WEIGHTS)
     description = {
         "format": FORMAT,
         "qformer": qformer.model_dump(mode="json"),
         "vision": {**vision[0].model_dump(mode="json"), "path": "vision"},
         "language": None if language is None else {**language[0].model_dump(mode="json"), "path": "language"},
     }
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    for name, source in (("vision", vision[1]), ("language", language and language[1]), ("tokenizer", tokenizer)):
-        if source is None:
-            continue
-        if frozen == "link" and name != "tokenizer":
-            (partial / name).symlink_to(Path(source).resolve(), target_is_directory=True)
-        else:
-            shutil.copytree(source, partial / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in trained.items()}
+    folders = {"vision": vision[1], "language": language and language[1], "tokenizer": tokenizer}
+    with replace_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS)
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2))
+        for name, source in folders.items():
+            if source is not None:
+                shutil.copytree(source, partial / name)
 
 
 def bridge_configs(folder: Path) -> tuple[QFormerConfig, VisionConfig, LanguageConfig | None]:
@@ -93,32 +80,26 @@ def bridge_configs(folder: Path) -> tuple[QFormerConfig, VisionConfig, LanguageC
     )
 
 
-def load_trained(model: nn.Module, source: Path, *, may_lack: tuple[str, ...] = ()) -> list[str]:
+def load_trained(model: nn.Module, source: Path) -> None:
     """Fill a stage's trainable parameters from an export of ours or transformers', or from the original's checkpoint.
 
     Args:
         model: Stage1Model or Stage2Model.
         source: Own export folder, transformers BLIP-2 folder, or a LAVIS checkpoint file (.pth).
-        may_lack: Starts of names that may be absent, such as `projection.` when stage 2 begins from stage 1.
-
-    Returns:
-        Names that were absent and keep their values.
 
     Raises:
         ModelError: unknown format, tensors are missing, or shapes differ.
     """
     parameters: dict[str, nn.Parameter] = model.trainable_parameters()  # type: ignore[operator]
     found = read_trained(source, list(parameters))
-    absent = [name for name in parameters if name not in found]
-    needed = [name for name in absent if not name.startswith(may_lack)] if may_lack else absent
-    if needed:
+    missing = [name for name in parameters if name not in found]
+    if missing:
         raise ModelError(
-            f"{source}: {len(needed)} of {len(parameters)} trained tensors are missing, the first is {needed[0]}; "
+            f"{source}: {len(missing)} of {len(parameters)} trained tensors are missing, the first is {missing[0]}; "
             "it comes from another stage or another model"
         )
     for name, tensor in found.items():
         copy_checked(parameters[name], tensor, name, str(source))
-    return absent
 
 
 def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
-from isthmus.model.tensor_files import tensor_files
+from isthmus.model.safetensors_io import copy_checked, tensor_files
 from isthmus.model.text.language_batch import IGNORED, LanguageTokens
 
 ENCODER_DECODER_TYPES = ("t5", "mt5", "umt5")
@@ -191,21 +191,6 @@ def load_language(config: LanguageConfig, folder: Path) -> LanguageModel:
                 if files[tensor_name] == path:
                     copy_checked(parameters[name], file.get_tensor(tensor_name), tensor_name, str(folder))
     return language
-
-
-def copy_checked(parameter: Tensor, tensor: Tensor, name: str, place: str) -> None:
-    """Copy `tensor` into `parameter`.
-
-    Raises:
-        ModelError: the shapes differ.
-    """
-    if parameter.shape != tensor.shape:
-        raise ModelError(
-            f"{place}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(parameter.shape)}; "
-            "config and weights belong to different models"
-        )
-    with torch.no_grad():
-        parameter.copy_(tensor)
 
 
 def _hf_config(folder: Path, *, dropout: bool) -> Any:

@@ -5,7 +5,8 @@ reads: of CLIP the penultimate layer, of EVA-CLIP (Blip2VisionModel) the last la
 model its last hidden state; feature maps of CNNs are flattened to patches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
 
 from isthmus.model.config import VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.efficientnet_lite import LITE0_STAGES, EfficientNetLite
-from isthmus.model.frozen.silence import silent_transformers
-from isthmus.model.tensor_files import read_json, tensor_files
+from isthmus.model.safetensors_io import read_json, tensor_files
 
 Features = Callable[[nn.Module, Tensor], Tensor]
 # Folders that hold more than the image encoder, and encoders that AutoModel does not know.
@@ -255,3 +256,17 @@ def _feature_shape(network: nn.Module, features: Features, config: VisionConfig)
     tensors = {name: tensor.to("meta") for name, tensor in (*bound.named_parameters(), *bound.named_buffers())}
     image = torch.zeros(1, 3, size, size, dtype=torch.float32, device="meta")
     return cast("tuple[int, int]", tuple(functional_call(bound, tensors, (image,)).shape[1:]))
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress and reports, errors excepted: what matters in them is checked here."""
+    verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from torch import nn
 
 from isthmus.model.errors import ModelError
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.tensor_files import read_json, tensor_files
+from isthmus.model.safetensors_io import read_json, tensor_files
 
 _LAYER = {
     "attention.query": "attention.self.query",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
-from isthmus.model.tensor_files import read_json
+from isthmus.model.safetensors_io import read_json
 from isthmus.model.text.language_batch import IGNORED
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")

@@ -121,7 +121,7 @@ def test_a_pickled_file_among_weights_runs_no_code(tmp_path):
 def test_transformers_loads_no_pickled_vision_weights(tmp_path):
     from isthmus.model.config import VisionConfig
     from isthmus.model.frozen.vision import load_vision
-    from isthmus.model.tiny_parts import write_tiny_vision
+    from isthmus.model.tiny import write_tiny_vision
 
     write_tiny_vision(tmp_path / "vision")
     (weights,) = (tmp_path / "vision").glob("*.safetensors")

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from isthmus.model.config import QFormerConfig
 from isthmus.model.errors import ModelError
-from isthmus.model.formats.lavis import lavis_state, load_lavis
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.formats.native import load_trained
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
@@ -18,7 +19,7 @@ from isthmus.model.qformer.bert_init import load_bert
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer, is_query_side
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
-from isthmus.model.tiny_parts import write_tiny_vision, write_tiny_vocabulary
+from isthmus.model.tiny import write_tiny_vision, write_tiny_vocabulary
 
 pytestmark = pytest.mark.unit
 
@@ -159,18 +160,24 @@ def test_heads_must_divide_the_width():
         QFormer(SMALL.model_copy(update={"num_heads": 3}), IMAGE_WIDTH)
 
 
-def test_checkpoints_of_the_original_go_in_and_out():
+def test_checkpoints_of_the_original_are_read(tmp_path):
     source, target = (Stage1Model(None, QFormer(SMALL, IMAGE_WIDTH)) for _ in range(2))
-    state = lavis_state(source)
-    load_lavis(target, state)
+    state = {str(reference_name(name, "lavis")): x.detach() for name, x in source.trainable_parameters().items()}
+    path = tmp_path / "checkpoint.pth"
+    # The original's files hold a tied copy of the word embeddings, and a schedule beside the weights.
+    tied = {"Qformer.cls.predictions.decoder.weight": state["Qformer.bert.embeddings.word_embeddings.weight"]}
+    torch.save({"model": state | tied, "epoch": 9}, path)
+    load_trained(target, path)
     inputs = small_inputs()
     assert run(inputs, target) == run(inputs, source)
     name = "Qformer.bert.encoder.layer.0.crossattention.self.key.weight"
-    with pytest.raises(ModelError, match=r"key\.weight is \(16, 9\) in the LAVIS checkpoint, here \(16, 10\)"):
-        load_lavis(target, state | {name: torch.zeros(16, 9)})
+    torch.save({"model": state | {name: torch.zeros(16, 9)}}, path)
+    with pytest.raises(ModelError, match=r"key\.weight has shape \(16, 9\), the model needs \(16, 10\)"):
+        load_trained(target, path)
     del state[name]
-    with pytest.raises(ModelError, match=r"1 of \d+ weights are not in .*crossattention\.self\.key\.weight"):
-        load_lavis(target, state)
+    torch.save({"model": state}, path)
+    with pytest.raises(ModelError, match=r"1 of \d+ trained tensors are missing.*cross_attention\.key\.weight"):
+        load_trained(target, path)
 
 
 # What queries and text may see, shown on the passes themselves: change one input, see which outputs move.
