@@ -46,7 +46,7 @@ def record_of_fields(fields: Mapping[str, object], columns: Columns, base: Path,
     record = Record("", (), image_id_of(lowered.get((columns.image_id or "image_id").lower())), where)
     try:
         record = replace(record, image=_image(lowered, columns.image, base))
-        return replace(record, captions=tuple(first_captions(lowered.get(name) for name in names)))
+        return replace(record, captions=tuple(first_captions(_text(lowered.get(name)) for name in names)))
     except BadSample as problem:
         return replace(record, problem=problem)
 
@@ -75,10 +75,24 @@ def _image(fields: Mapping[str, object], column: str | None, base: Path) -> byte
             return data
     for name in (column.lower(),) if column else _LOCATION_COLUMNS:
         value = fields.get(name)
-        location = value.get("path") if isinstance(value, Mapping) else value
+        location = _text(value.get("path") if isinstance(value, Mapping) else value)
         if isinstance(location, str) and location:
             return _location(location, base)
     raise BadSample("no_image", f"none of {', '.join((column,) if column else _LOCATION_COLUMNS)} holds an image")
+
+
+def _text(value: object) -> object:
+    """Return a value, decoded if it is text that a table holds as bytes.
+
+    Raises:
+        BadSample: it is not UTF-8.
+    """
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_encoding", f"a text of the row is not UTF-8: {error}") from error
 
 
 def _location(location: str, base: Path) -> str:

@@ -112,8 +112,11 @@ def _guess_layout(folder: Path) -> SourceKind:
         return "parquet"  # unlike the `files` of img2dataset, where each table has a folder of images beside it
     if any(folder.rglob(_METADATA)):
         return "jsonl"
-    has_lines, images = any(folder.glob("*.jsonl")), filter(_is_image, folder.rglob("*"))
-    return "jsonl" if has_lines and not any(images) else "folder"
+    if any(map(_is_image, folder.rglob("*"))):
+        return "folder"
+    if any(folder.glob("*.jsonl")):
+        return "jsonl"
+    return "parquet" if _tables(folder) else "folder"
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class _ParquetRows:
 
 def _parquet_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
     total = 0
-    for path in sorted(source.path.glob("*.parquet")) if source.path.is_dir() else [source.path]:
+    for path in _tables(source.path) if source.path.is_dir() else [source.path]:
         with _opened(path) as file:
             rows = file.metadata.num_rows
         first = 0
@@ -214,6 +217,11 @@ def _parquet_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
             count = min(rows - first, samples_per_shard - total % samples_per_shard)
             yield _ParquetRows(path, first, count)
             first, total = first + count, total + count
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Return the Parquet files of a folder, or else those of its subfolders, as in a repository of `datasets`."""
+    return sorted(folder.glob("*.parquet")) or sorted(folder.rglob("*.parquet"))
 
 
 def _parquet_rows(path: Path, first: int) -> Iterator[dict[str, Any] | BadSample]:
@@ -302,7 +310,7 @@ def _document(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes())
     except BadSample as bad:
-        raise DataError(f"{path} is not JSON ({bad.detail}); fix it") from bad
+        raise DataError(f"{path} is not JSON ({bad.detail}); fix it, or use --kind jsonl for an object a line") from bad
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

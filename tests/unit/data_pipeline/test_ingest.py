@@ -262,6 +262,19 @@ def datasets_table(folder):
     return folder
 
 
+def nested_tables_of_bytes(folder):
+    (folder / "data").mkdir()
+    rows = {"jpg": [picture(1)], "url": [DEAD.encode()], "caption": [b"found"]}
+    pq.write_table(pa.table(rows), folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def table_of_bytes_that_are_text(folder):
+    (folder / "a.jpg").write_bytes(picture(1))
+    pq.write_table(pa.table({"url": [f"file://{folder}/a.jpg".encode()], "caption": [b"found"]}), folder / "0.parquet")
+    return folder / "0.parquet"
+
+
 def image_folder(folder):
     (folder / "train").mkdir()
     (folder / "train" / "a.jpg").write_bytes(picture(1))
@@ -289,6 +302,8 @@ def annotation_list(folder):
         a_table_of_img2dataset_files,
         datasets_table,
         flattened_datasets_table,
+        nested_tables_of_bytes,
+        table_of_bytes_that_are_text,
         image_folder,
         laion_table,
         annotation_list,
