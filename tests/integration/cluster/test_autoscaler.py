@@ -107,11 +107,11 @@ def steps_of(folder, name):
 
 def test_two_runs_have_their_nodes_side_by_side_and_leave_none_behind(cluster, tmp_path):
     assert cluster.num_nodes == 0
-    first = start(cluster, tmp_path, "first", 400)
+    first = start(cluster, tmp_path, "first", 800)
     second = start(cluster, tmp_path, "second", ENDLESS)
     try:
         wait_for(lambda: steps_of(tmp_path, "first") and steps_of(tmp_path, "second"), LIMIT, "both runs train")
-        assert cluster.num_nodes == 4
+        wait_for(lambda: cluster.num_nodes == 4, LIMIT, "four nodes, and none that is idle")
         assert first.wait(LIMIT) == 0
         wait_for(lambda: cluster.num_nodes == 2, LIMIT, "the nodes of the run that has ended go")
         before = steps_of(tmp_path, "second")
