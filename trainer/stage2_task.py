@@ -31,11 +31,14 @@ class Stage2Task(Task):
 
     def inputs(self, batch: Batch) -> Stage2Inputs:
         """Return images and the language model's tokens on the device; the texts are packed from the host's tokens."""
+        return self._inputs(batch, self._micro_batch_size)
+
+    def _inputs(self, batch: Batch, micro_batch_size: int) -> Stage2Inputs:
         device = self.device
         packed = pack_language_tokens(
             batch.tokens,
             batch.valid_B,
-            self._micro_batch_size,
+            micro_batch_size,
             is_encoder_decoder=self.model.language.is_encoder_decoder,
         )
         return Stage2Inputs(
@@ -51,5 +54,9 @@ class Stage2Task(Task):
         evaluation = CaptionEvaluation(
             self.model, precision, self._encoder, self._communicator, config, self._micro_batch_size
         )
+        pairs = (
+            (batch, self._inputs(batch, len(batch.rows_B) if config.batch_size else self._micro_batch_size))
+            for batch in batches
+        )
         with evaluating(self.model):
-            return evaluation.run((batch, self.inputs(batch)) for batch in batches)
+            return evaluation.run(pairs)
