@@ -112,7 +112,7 @@ def show(
 
     store = open_store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
-    samples = list(preview_samples(loaded, store, max(images, captions), seed))
+    samples = preview_samples(loaded, store, max(images, captions), seed)
     facts = summarize(loaded, samples)
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)

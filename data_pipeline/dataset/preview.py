@@ -1,13 +1,15 @@
 """What `isthmus data show` shows: random samples of a data set and statistics of it."""
 
+import functools
 import random
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
@@ -15,6 +17,7 @@ from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
+_THREADS = 16
 _HISTOGRAM_WORDS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -26,8 +29,8 @@ class PreviewSample(NamedTuple):
     captions: list[str]
 
 
-def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: int) -> Iterator[PreviewSample]:
-    """Yield up to `count` different samples, uniform over the data set; a few requests each.
+def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: int) -> list[PreviewSample]:
+    """Return up to `count` different samples, uniform over the data set, in its order; two requests each.
 
     Raises:
         StoreError: a shard cannot be read.
@@ -35,23 +38,30 @@ def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: in
     chance = random.Random(seed)  # noqa: S311 - not for security
     chosen = sorted(chance.sample(range(manifest.num_samples), min(count, manifest.num_samples)))
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
-    index: ShardIndex | None = None
-    loaded = -1
+    by_shard: defaultdict[int, list[int]] = defaultdict(list)
     for number in chosen:
         shard_number = int(np.searchsorted(ends, number, side="right"))
-        shard = manifest.shards[shard_number]
-        if index is None or shard_number != loaded:
-            index, loaded = ShardIndex.load(shard, store), shard_number
-        sample = number - (int(ends[shard_number]) - shard.num_samples)
-        members = {
-            member.extension: bytes(store.get_range(shard.url, member.offset, member.length, etag=shard.etag))
-            for member in index.members(sample)
-        }
-        image = members.get(picture_extension(members) or "", b"")
+        by_shard[shard_number].append(number - (int(ends[shard_number]) - manifest.shards[shard_number].num_samples))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = functools.partial(_read_samples, store=store)
+        found = pool.map(read, [manifest.shards[shard_number] for shard_number in by_shard], by_shard.values())
+        return [sample for samples in found for sample in samples]
+
+
+def _read_samples(shard: Shard, numbers: Sequence[int], store: ObjectStore) -> list[PreviewSample]:
+    index = ShardIndex.load(shard, store)
+    found = []
+    for number in numbers:
+        entries = index.members(number)
+        start, end = entries[0].offset, entries[-1].offset + entries[-1].length
+        data = bytes(store.get_range(shard.url, start, end - start, etag=shard.etag))
+        members = {one.extension: data[one.offset - start : one.offset - start + one.length] for one in entries}
         try:
-            yield PreviewSample(index.key(sample), image, read_captions(members)[0])
+            captions, _ = read_captions(members)
         except BadSample as bad:
-            raise StoreError(f"{shard.url}: {index.key(sample)}: {bad}; run `isthmus data verify --deep`") from bad
+            raise StoreError(f"{shard.url}: {index.key(number)}: {bad}; run `isthmus data verify --deep`") from bad
+        found.append(PreviewSample(index.key(number), members.get(picture_extension(members) or "", b""), captions))
+    return found
 
 
 def summarize(manifest: Manifest, samples: Sequence[PreviewSample]) -> dict[str, Any]:

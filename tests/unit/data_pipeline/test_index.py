@@ -11,12 +11,14 @@ import pytest
 
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, IndexShard, ShardRecord, build_manifest
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.dataset.preview import preview_samples
 from isthmus.data_pipeline.dataset.shard_check import DEFAULT_POLICY, FAULTS, Drop, check_shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.dataset.shard_urls import expand
 from isthmus.data_pipeline.dataset.tar_walk import ArchiveFault, ObjectStream, walk
 from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.process_pool import run_in_processes
+from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from tests.corpus import named_members, picture, sample, write_shards, write_tar
 
@@ -33,7 +35,7 @@ def build(folder, urls, **options):
     return build_manifest([str(url) for url in urls], str(folder), STORE, IndexOptions(**options), run_in_processes(1))
 
 
-def test_every_member_is_found_where_it_lies(tmp_path):
+def test_every_member_is_found_at_its_offset(tmp_path):
     (path,) = write_shards(tmp_path, [7])
     manifest, dropped = build(tmp_path / "m", [path], chunk_bytes=6000)
     index = ShardIndex.load(manifest.shards[0], STORE)
@@ -216,7 +218,7 @@ def test_half_an_emoji_is_found_by_the_index(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["member boundary", "in a member", "in a header"])
-def test_a_truncated_tar_is_noticed_wherever_it_is_cut(tmp_path, where):
+def test_a_truncated_tar_fails_the_build_unless_the_policy_drops_it(tmp_path, where):
     (path,) = write_shards(tmp_path, [6])
     with tarfile.open(path) as tar:
         offsets = [member.offset for member in tar]
@@ -300,7 +302,7 @@ def test_a_policy_can_fail_any_fault(tmp_path):
         build(tmp_path / "m", [path], policy=dict.fromkeys(FAULTS, "fail"))
 
 
-def test_no_samples_at_all_is_an_error_that_tells_why(tmp_path):
+def test_no_samples_at_all_is_an_error_with_the_reason(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("b.txt", b"x")])
     with pytest.raises(DataError, match="no sample of 1 shards is usable \\(1 missing_image\\)"):
         build(tmp_path / "m", [path])
@@ -308,7 +310,7 @@ def test_no_samples_at_all_is_an_error_that_tells_why(tmp_path):
         build(tmp_path / "m2", [write_tar(tmp_path / "empty.tar", [])])
 
 
-def test_an_interrupted_build_goes_on_and_a_changed_shard_is_done_again(tmp_path):
+def test_an_interrupted_build_resumes_and_a_changed_shard_is_indexed_again(tmp_path):
     paths = write_shards(tmp_path, [3, 3])
     first = IndexShard(STORE, str(tmp_path / "m"), IndexOptions())(str(paths[0]))
     assert not first.reused
@@ -490,3 +492,15 @@ def test_upper_case_names_are_shards_and_a_reversed_range_in_brackets_is_refused
     assert expand([str(tmp_path)], STORE) == [str(path)]
     with pytest.raises(DataError, match="bad character range"):
         expand([f"{tmp_path}/[z-a].tar"], STORE)
+
+
+def test_a_preview_is_what_is_stored_and_a_function_of_the_seed(tmp_path):
+    manifest, _ = build(tmp_path / "m", write_shards(tmp_path, [4, 1, 6]), chunk_bytes=6000)
+    whole = preview_samples(manifest, STORE, 99, seed=0)
+    assert [one.key for one in whole] == [f"{number:06d}" for number in range(11)]
+    for number, one in enumerate(whole):
+        assert one.image in sample(number).values()
+        assert one.captions == read_captions(sample(number))[0]
+    some = preview_samples(manifest, STORE, 5, seed=1)
+    assert len({one.key for one in some}) == 5
+    assert some == preview_samples(manifest, STORE, 5, seed=1) != preview_samples(manifest, STORE, 5, seed=2)

@@ -73,7 +73,7 @@ def test_the_same_source_gives_the_same_bytes_however_many_processes_write(folde
     assert len(digests(tmp_path / "a")) == 2
 
 
-def test_an_interrupted_ingest_goes_on_and_changed_records_are_written_again(folder, tmp_path):
+def test_an_interrupted_ingest_resumes_and_changed_records_are_written_again(folder, tmp_path):
     write(folder, tmp_path / "out")
     before = digests(tmp_path / "out")
     (tmp_path / "out" / "shard-000001.tar").unlink()
