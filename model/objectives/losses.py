@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 2 ** 64 / golden ratio, as a signed number
+from isthmus.model.splitmix import mix
 
 
 class LossOutput(NamedTuple):
@@ -56,8 +56,8 @@ def text_image_similarity(image_BQE: Tensor, text_NE: Tensor) -> Tensor:
 
 def text_identity(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return a 64-bit hash of each text's tokens, whatever its padding."""
-    places_T = _mix(torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device))
-    return (_mix(ids_BT.long() ^ places_T) * mask_BT.long()).sum(dim=1)
+    places_T = mix(torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device))
+    return (mix(ids_BT.long() ^ places_T) * mask_BT.long()).sum(dim=1)
 
 
 def contrastive_loss(
@@ -92,22 +92,9 @@ def draw_negatives(draw: NegativeDraw) -> Tensor:
     micro-batches change the draw.
     """
     place = torch.full_like(draw.rows_B[:1], 2 * draw.step + draw.direction)
-    key = _mix(_mix(torch.full_like(place, draw.seed)) ^ place)
-    noise_BN = _mix(_mix(key ^ draw.rows_B[:, None]) ^ draw.rows_N[None, :])
+    key = mix(mix(torch.full_like(place, draw.seed)) ^ place)
+    noise_BN = mix(mix(key ^ draw.rows_B[:, None]) ^ draw.rows_N[None, :])
     # 52 bits: with 53 the largest would round to 1, whose noise is infinite.
     uniform_BN = ((noise_BN >> 12 & (1 << 52) - 1).double() + 0.5) / (1 << 52)
     gumbel_BN = -(-uniform_BN.log()).log()
     return (draw.scores_BN.double() + gumbel_BN).argmax(dim=1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 values one by one (the finaliser of SplitMix64; Steele et al., 2014)."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * -4658895280553007687
-    x = (x ^ _shift(x, 27)) * -7723592293110705685
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros as unsigned numbers do."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

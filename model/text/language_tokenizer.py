@@ -21,6 +21,7 @@ from torch import Tensor
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.safetensors_io import read_json
+from isthmus.model.splitmix import mix
 from isthmus.model.text.language_batch import IGNORED
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -32,7 +33,10 @@ def split_point(seed: int, num_tokens: int) -> int:
 
     A pure function of the sample's seed. BLIP-2 section 3.3; the range is the authors' (LAVIS issue 139).
     """
-    return 1 + _mixed(seed) % (num_tokens // 2) if num_tokens > 1 else 0
+    if num_tokens < 2:
+        return 0
+    state = torch.tensor(seed - (1 << 64) if seed >> 63 else seed)  # the same bits as a signed number
+    return 1 + (int(mix(state)) & MASK_64) % (num_tokens // 2)
 
 
 class LanguageEncoder:
@@ -166,11 +170,3 @@ def _padded(rows: list[list[int]], fill: int) -> Tensor:
     """Return rows right-padded to the longest as int64 B, T."""
     width = max((len(row) for row in rows), default=0)
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(-1, width)
-
-
-def _mixed(seed: int) -> int:
-    """Return 64 well-mixed bits of `seed` (splitmix64, Steele et al. 2014)."""
-    z = (seed + 0x9E3779B97F4A7C15) & MASK_64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return z ^ (z >> 31)

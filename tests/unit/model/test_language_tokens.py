@@ -35,7 +35,7 @@ def test_the_split_is_uniform_from_one_to_the_middle(num_tokens):
 def test_the_split_is_a_function_of_the_seed_and_leaves_a_target():
     assert [split_point(7, n) for n in (0, 1)] == [0, 0]
     assert [split_point(seed, 20) for seed in range(50)] == [split_point(seed, 20) for seed in range(50)]
-    assert split_point(2**64 - 1, 10) in range(1, 6)
+    assert [split_point(seed, 40) for seed in (0, 1, 2**63 - 1, 2**63, 2**64 - 1)] == [16, 6, 20, 16, 17]  # a contract
 
 
 def test_opt_starts_with_its_end_token_as_a_target_and_stops_with_a_newline(folders):
