@@ -55,10 +55,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
     page = render(facts, extra).encode()
     store.put(join(url, REPORT), page)
     path = cache / REPORT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{REPORT}.part")
-    partial.write_bytes(page)
-    partial.replace(path)
+    ObjectStore().put(str(path), page)
     write_picture(facts, cache / PICTURE)
     _fetch_curves(url, store, cache / "tensorboard" / config.run.name)
     return path

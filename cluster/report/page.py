@@ -36,10 +36,7 @@ def write_report(url: str, store: ObjectStore, out: Path, extra: ReportExtras | 
         DataError: the object store refuses access.
     """
     page = render(read_folder(url, store), extra or ReportExtras())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.part")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    ObjectStore().put(str(out), page.encode())
     return out
 
 

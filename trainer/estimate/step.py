@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from isthmus.trainer.checkpoint.interval import young_daly_seconds
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.engine.deepspeed_config import frozen_config, trainable_config
 from isthmus.trainer.errors import ConfigError
@@ -238,9 +239,9 @@ class _Stage:
 
     @property
     def checkpoint_interval_seconds(self) -> float:
-        """Young's interval, which loses least."""
+        """What the automatic interval of checkpoints comes to."""
         assumed = self.assumptions
-        return math.sqrt(2 * assumed.mean_hours_between_failures * 3600 * assumed.save_stall_seconds)
+        return young_daly_seconds(assumed.save_stall_seconds, assumed.mean_hours_between_failures * 3600)
 
     @property
     def hpz(self) -> int:

@@ -52,11 +52,7 @@ class SyncedFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, which appears whole, and send it with the next push."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_bytes(data)
-        partial.replace(path)
+        ObjectStore().put(str(self.path / name), data)
         self.add(name)
 
     def add(self, name: str) -> None:
