@@ -1,4 +1,4 @@
-"""Configuration of a training run: what is trained, on which data, how it is saved and watched."""
+"""Configuration of a training run: what is trained, on which data, how it is saved and monitored."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -173,7 +173,7 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     logging: LoggingConfig = LoggingConfig()
-    """Watching."""
+    """Records and traces."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
     safety: SafetyConfig = SafetyConfig()
