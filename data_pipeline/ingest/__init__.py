@@ -1,1 +1,1 @@
-"""From folders, JSONL, Parquet and COCO to shards."""
+"""From folders, JSONL, Parquet and annotation files to shards."""

@@ -53,7 +53,6 @@ class Downloader:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS),
             headers={"User-Agent": USER_AGENT},
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=True,
         )
         return self
 
@@ -94,7 +93,7 @@ class Downloader:
         named_host = url.host
         for _ in range(_REDIRECTS + 1):
             self._check(url, named_host)
-            async with self._session.get(url, allow_redirects=False) as answer:
+            async with self._session.get(url, allow_redirects=False, proxy=_proxy(url)) as answer:
                 if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
                     url = url.join(_parsed(answer.headers["Location"], relative=True))
                     continue
@@ -137,6 +136,13 @@ class _PublicResolver(ThreadedResolver):
                 if address is None or not _is_public(address):
                     raise AddressRefused(_refusal(f"{host} ({result['host']})"))
         return found
+
+
+def _proxy(url: URL) -> str | None:
+    """Return the proxy that the environment names for a URL; of `trust_env`, which also reads passwords, only this."""
+    if not url.host or urllib.request.proxy_bypass(url.host):
+        return None
+    return urllib.request.getproxies().get(url.scheme)
 
 
 def _parsed(url: str, *, relative: bool = False) -> URL:

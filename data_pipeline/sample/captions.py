@@ -67,7 +67,7 @@ def first_captions(values: Iterable[object]) -> list[str]:
         refused = refused or next(iter(texts), "")
     if refused:
         raise BadSample("caption_encoding", f"{refused[:40]!a} holds half of a surrogate pair")
-    raise BadSample("no_caption", "no text in .txt, nor in captions, caption or text of .json")
+    raise BadSample("no_caption", "no field or file holds a caption as text")
 
 
 def image_id_of(value: object) -> str | None:

@@ -63,7 +63,7 @@ def resize_square(image: UInt8Array, box: Box, size: int) -> UInt8Array:
     """Cut a box (top, left, height, width) out of (H, W, 3) and resize it to (size, size, 3), antialiased bicubic."""
     top, left, height, width = box
     # The batch dimension comes before the permutation: only so are one image's strides channels-last to torch, and the
-    # crop is read where it lies and written as it leaves, without a copy.
+    # crop is read in place and written in the layout of the result, without a copy.
     crop_BHWC = torch.from_numpy(image)[None, top : top + height, left : left + width]
     resized_BCHW = torch.nn.functional.interpolate(
         crop_BHWC.permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True, align_corners=False

@@ -55,6 +55,13 @@ class Web(BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
+@pytest.fixture(autouse=True)
+def no_proxy_of_this_machine(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.fixture
 def web():
     with ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
@@ -125,3 +132,12 @@ def test_a_host_is_asked_for_few_images_at_once(tmp_path, web):
     write(as_lines(tmp_path / "set.jsonl", rows), tmp_path / "out", per_shard=99)
     assert Counting.most == 4
     assert [sample["txt"].decode() for sample in stored(tmp_path / "out")] == [str(i) for i in range(20)]
+
+
+def test_a_proxy_of_the_environment_is_asked_and_may_have_a_private_address(tmp_path, web, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{web.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    direct = f"http://127.0.0.1:{web.server_port}/direct.jpg"
+    rows = [{"url": url, "caption": "x"} for url in ("http://pictures.example/a.jpg", direct)]
+    assert drops(write(as_lines(tmp_path / "set.jsonl", rows), tmp_path / "out")) == []
+    assert sorted(path for path, _ in web.asked) == ["/direct.jpg", "http://pictures.example/a.jpg"]
