@@ -256,8 +256,8 @@ class Trainer:
 
     def _before_commit(self) -> None:
         """Commit a checkpoint only while the run is still ours and all records up to its step are in place."""
-        self.run_store.assert_owner()
         self.monitor.wait_for_records()
+        self.run_store.assert_owner()  # last: the wait may be long
 
     def _open_loader(self) -> Loader:
         return open_loader(

@@ -13,7 +13,7 @@ from tests.chaos.report import section
 from tests.chaos.schedule import CATALOGUE, RAY_CATALOGUE, draw
 
 SEEDS = ("15", "23", "30", "18", "20", "26", "e1", "e3")
-"""In a folder: kills of ranks and writers, in restore, of a lease. On S3: 503, a manifest, a rank that stands still in
+"""In a folder: kills of ranks and writers, in restore, of a lease. On S3: 503, a manifest, a rank that is stopped in
 the hand-over, the server killed. Then with other world sizes, in a folder (reader, export) and on S3."""
 LIMIT_SECONDS = 560
 

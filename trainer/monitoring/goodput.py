@@ -185,7 +185,7 @@ def parse_account(written: bytes, url: str) -> Account | None:
     try:
         return Account.model_validate_json(written)
     except ValidationError as error:
-        logger.warning("%s: is damaged, the account begins anew: %s", url, error)
+        logger.warning("%s: is damaged, the account starts over: %s", url, error)
         return None
 
 

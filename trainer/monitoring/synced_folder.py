@@ -68,6 +68,8 @@ class SyncedFolder:
         """Remove a file here and there; absent is fine."""
         (self.path / name).unlink(missing_ok=True)
         if self._remote:
+            with self._lock:
+                self._queue.pop(join(self.url, name), None)
             self._store.delete(join(self.url, name))
 
     def push(self) -> None:

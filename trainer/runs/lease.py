@@ -1,6 +1,6 @@
 """One writer per run: a lease in the object store, by compare-and-swap.
 
-A lease is stale when its heartbeat counter stands still; the clocks of two machines are never compared. Its fencing
+A lease is stale when its heartbeat counter does not advance; the clocks of two machines are never compared. Its fencing
 token grows with each owner, which tells what an earlier owner still writes from what the present one does.
 """
 

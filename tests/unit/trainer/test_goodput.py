@@ -183,4 +183,4 @@ def test_accounts_of_e100c06_are_read_and_damaged_ones_end_no_run(caplog):
     seconds = dict.fromkeys(Activity, 1.0)
     assert parse_account((old % json.dumps(seconds)).encode(), "url").starts == 3
     assert parse_account(b"{[", "url") is None
-    assert "begins anew" in caplog.text
+    assert "starts over" in caplog.text
