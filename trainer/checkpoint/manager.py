@@ -164,7 +164,7 @@ class CheckpointManager:
         if candidates or damaged:
             raise CheckpointError(
                 f"{self._url}: none of {len(candidates) + len(damaged)} committed checkpoints is intact; "
-                "restore the files named in the log from a copy, or delete the folder to restart the stage from its first step"
+                "restore the files named in the log from a copy, or delete the folder to train the stage again"
             )
         return None
 
