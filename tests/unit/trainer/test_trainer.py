@@ -1,0 +1,49 @@
+"""What the trainer refuses to resume from, and the garbage collector while it trains."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+
+from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.trainer import _no_automatic_gc, check_same_inputs
+
+pytestmark = pytest.mark.unit
+FROZEN = {"vision": "a" * 64, "language": "b" * 64}
+
+
+def saved(frozen=FROZEN, data="order"):
+    return SimpleNamespace(url="runs/x/step-1", state=SimpleNamespace(frozen_identity=frozen, data_identity=data))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "data", "named"),
+    [
+        (FROZEN | {"vision": "c" * 64}, "order", "other vision;"),
+        (FROZEN, "another", "other data order;"),
+        (FROZEN | {"language": "c" * 64}, "another", "other language, data order;"),
+    ],
+)
+def test_other_frozen_weights_or_data_are_named(frozen, data, named):
+    check_same_inputs(saved(), FROZEN, "order")
+    with pytest.raises(CheckpointError, match=f"runs/x/step-1: was trained with {named} restore these"):
+        check_same_inputs(saved(), frozen, data)
+
+
+def fail_in_mid_step():
+    assert not gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    raise RuntimeError("in mid-step")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_not_collected_automatically_while_training(enabled):
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="in mid-step"), _no_automatic_gc():
+            fail_in_mid_step()
+        assert gc.isenabled() is enabled
+        assert gc.get_freeze_count() == 0
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
