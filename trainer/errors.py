@@ -22,5 +22,17 @@ class SaveFailedError(CheckpointError):
     retryable = True
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """Whether a checkpoint is intact cannot be told, because the object store does not deliver it."""
+
+    retryable = True
+
+
+class MainRankError(CheckpointError):
+    """Rank 0 could not decide for all ranks: an echo, which its own error explains."""
+
+    retryable = True
+
+
 class LeaseError(TrainerError):
     """Another writer holds the run; the message names it and since when."""

@@ -21,7 +21,7 @@ from isthmus.trainer.config.schema import CheckpointConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
 from isthmus.trainer.engine.state_shards import Fragment
-from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.errors import CheckpointError, UnreadableCheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class CheckpointManager:
                 return saved
             saved.close()
             if any(is_unclear for is_unclear, _ in problems):
-                raise CheckpointError(f"{url}: cannot be read to verify it: {'; '.join(text for _, text in problems)}")
+                text = "; ".join(text for _, text in problems)
+                raise UnreadableCheckpointError(f"{url}: cannot be read to verify it: {text}")
             if self._rank.is_main:
                 logger.error("%s is DAMAGED, skipped: %s", url, "; ".join(text for _, text in problems))
         if candidates or damaged:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from isthmus.trainer.errors import CheckpointError
+from isthmus.trainer.errors import MainRankError
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def from_main_rank(decide: Callable[[], T]) -> T:
     """Return what `decide` returns on rank 0, on all ranks. Collective.
 
     Raises:
-        CheckpointError: what it raised there, on the other ranks.
+        MainRankError: on the other ranks, what rank 0 raised.
     """
     dist = _distributed()
     if dist is None:
@@ -41,7 +41,7 @@ def from_main_rank(decide: Callable[[], T]) -> T:
         raise failure
     value, message = answer[0]
     if message is not None:
-        raise CheckpointError(f"rank 0: {message}")
+        raise MainRankError(f"rank 0: {message}")
     return value  # type: ignore[return-value]
 
 

@@ -6,12 +6,26 @@ import sys
 import pytest
 import torch
 
-from isthmus.cluster.failures import Failure, FailureKind, classify, root_cause
-from isthmus.data_pipeline.errors import AccessError, DataError, PoisonPartError, ReadersUnavailable, StalledError
+from isthmus.cluster.failures import Failure, FailureKind, classify, on_rank, root_cause
+from isthmus.data_pipeline.errors import (
+    AccessError,
+    DataError,
+    PoisonPartError,
+    ReadersUnavailable,
+    StalledError,
+    UnavailableError,
+)
 from isthmus.data_pipeline.reading.backend import picklable_error
 from isthmus.data_pipeline.reading.quarantine import BudgetExceeded
 from isthmus.model.errors import ModelError
-from isthmus.trainer.errors import CheckpointError, ConfigError, LeaseError, SaveFailedError, TrainerError
+from isthmus.trainer.errors import (
+    CheckpointError,
+    ConfigError,
+    LeaseError,
+    MainRankError,
+    SaveFailedError,
+    TrainerError,
+)
 
 pytestmark = pytest.mark.unit
 LOST = Failure(FailureKind.LOST, "train-1 died", rank=1, node="n1")
@@ -67,6 +81,17 @@ def test_a_dead_rank_explains_the_broken_connections_of_its_peers():
 def test_a_user_error_explains_a_dead_rank():
     user = Failure(FailureKind.USER, "no such file", rank=3)
     assert root_cause([LOST, user]) is user
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UnavailableError("503"), AccessError("403"), ConfigError("wrong"), LeaseError("held"), OSError("broken pipe")],
+)
+def test_what_rank_0_could_not_decide_is_explained_by_rank_0(error):
+    """An outage of the store at a restore ended the run: the other ranks' echo was taken for a user error."""
+    own = on_rank(classify(error), 0, None)
+    echo = on_rank(classify(MainRankError(f"rank 0: {error}")), 1, None)
+    assert root_cause([echo, own]).kind is (own.kind if own.kind is not FailureKind.ERROR else FailureKind.STORAGE)
 
 
 @pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.PREEMPTION, FailureKind.STORAGE])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.data_pipeline.config import StoreConfig
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableError, join
 from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, hash_file, step_name
 from isthmus.trainer.checkpoint.interval import Interval, young_daly_seconds
 from isthmus.trainer.checkpoint.reader import _BLOCKS_AHEAD, BlockReader, SavedCheckpoint, list_checkpoints
@@ -367,3 +367,18 @@ def test_state_of_another_release_is_read(tmp_path, caplog):
     for damaged in ({k: v for k, v in raw.items() if k != "step"}, {**raw, "step": "5"}):
         with pytest.raises(CheckpointError, match=r"url.*damaged"):
             TrainState.from_json(damaged, "url")
+
+
+def test_an_outage_at_a_restore_is_no_damage_and_no_error_of_the_user(tmp_path, monkeypatch):
+    """A damaged checkpoint is skipped; one that cannot be read now must be neither skipped nor the end of the run."""
+    save(str(tmp_path), 1, 2)
+    checkpoints = manager(str(tmp_path))
+
+    def refuse(url, *_args, **_kwargs):
+        raise UnavailableError(f"{url}: 503 on purpose")
+
+    monkeypatch.setattr(checkpoints._store, "get_range", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read to verify it") as caught:
+        checkpoints.latest()
+    assert caught.value.retryable
+    checkpoints.close()
