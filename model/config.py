@@ -5,9 +5,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
 """Compute type of a stage; tf32: fp32 whose products on CUDA are rounded to TensorFloat-32."""
-STORAGE_TYPES: dict[Precision, Dtype] = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+STORAGE_TYPES: dict[PrecisionName, Dtype] = {
+    "fp32": "float32",
+    "tf32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 class Config(BaseModel):
@@ -125,7 +130,7 @@ class ModelConfig(Config):
     language: LanguageConfig | None = None
     """Frozen language model; needed by stage 2."""
 
-    def at(self, precision: Precision) -> "ModelConfig":
+    def at(self, precision: PrecisionName) -> "ModelConfig":
         """Return the configuration of a stage of that precision: `auto` types are resolved."""
         frozen = {"vision": self.vision, "language": self.language}
         resolved = {

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
-from isthmus.model.config import STORAGE_TYPES, ModelConfig, Precision, Stage1LossConfig
+from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -64,7 +64,7 @@ class StageConfig(Config):
     """Samples per forward pass on one rank; changes memory and speed, not the expected loss."""
     deepspeed: str | dict[str, Any]
     """Name of a template in ds_configs/ (without .json), path of a JSON file, or the content of such a file."""
-    precision: Precision = "fp32"
+    precision: PrecisionName = "fp32"
     """Compute type: fp32, tf32 (fp32 with TensorFloat-32 products on CUDA), bf16 or fp16 (both by autocast)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""

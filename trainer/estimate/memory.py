@@ -8,7 +8,7 @@ operands, since no weight needs a gradient. test_estimate_truth.py holds the cou
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from isthmus.model.config import Precision, QFormerConfig
+from isthmus.model.config import PrecisionName, QFormerConfig
 from isthmus.trainer.estimate.flops import Text
 from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
 
@@ -45,7 +45,7 @@ class Kept:
     mask: int
 
     @classmethod
-    def of(cls, precision: Precision, dropout: float) -> "Kept":
+    def of(cls, precision: PrecisionName, dropout: float) -> "Kept":
         """Return the sizes for a stage's compute type."""
         half = precision in ("bf16", "fp16")
         return cls(
