@@ -13,8 +13,8 @@ from isthmus.cluster.submission.dashboard import ask
 
 TAIL_LINES, TAIL_BYTES = 10_000, 8 << 20
 TIMEOUT_SECONDS = 60
-SILENCE_SECONDS = 2.0
-"""Without a new line for this long, the job is asked whether it is over."""
+SILENCE_SECONDS = 2.5
+"""Without a new line for this long, the job is asked whether it is over; the head looks at the file every second."""
 
 
 def tail(url: str, job_id: str, node_id: str, num_lines: int) -> str:
@@ -46,11 +46,13 @@ def follow(url: str, job_id: str, node_id: str, num_lines: int, is_over: Callabl
     decode, rest = codecs.getincrementaldecoder("utf-8")(errors="replace").decode, ""
     part: bytes | Exception | None
     part = _next(parts, TIMEOUT_SECONDS) or TimeoutError(f"no answer within {TIMEOUT_SECONDS} s")
-    while part or not is_over():
+    over = False
+    while part or not over:
         if isinstance(part, Exception):
             raise ClusterError(f"{url}: the log of {job_id} was interrupted: {last_line(part)}") from part
         *lines, rest = (rest + decode(part or b"")).split("\n")
         yield from lines
+        over = over or (not part and is_over())  # what was written before the end comes within one more wait
         part = _next(parts, SILENCE_SECONDS)
     if rest:
         yield rest
