@@ -10,7 +10,13 @@ from torch import Tensor
 
 from isthmus.model.config import Stage1LossConfig
 from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.losses import contrastive_loss, image_text_similarity, text_image_similarity
+from isthmus.model.objectives.losses import (
+    contrastive_loss,
+    image_text_similarity,
+    text_identity,
+    text_image_similarity,
+)
+from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 
 
 @dataclass(frozen=True)
@@ -41,36 +47,41 @@ class Contrast:
     """Logits, detached."""
     text_to_image_BN: Tensor
     """Logits, detached."""
-    image_grad_BQE: Tensor | None = None
-    text_grad_BE: Tensor | None = None
-    temperature_grad: Tensor | None = None
+    grads: tuple[Tensor, ...] = ()
+    """With respect to image_BQE, text_BE and the temperature; empty where no gradient was asked for."""
+
+    def hits(self, batch: GlobalBatch) -> list[Tensor]:
+        """Count rows whose largest logit is a match, image to text and text to image."""
+        valid_B, found = batch.valid_N[batch.own_B], []
+        for logits_BN in (self.image_to_text_BN, self.text_to_image_BN):
+            best_B1 = logits_BN.masked_fill(~batch.valid_N, -torch.inf).argmax(dim=1, keepdim=True)
+            found.append((batch.positive_BN.gather(1, best_B1)[:, 0] & valid_B).sum().double())
+        return found
 
 
 def gather_batch(
-    communicator: Communicator,
-    image_BQE: Tensor,
-    text_BE: Tensor,
-    *,
-    identities_B4: Tensor,
-    tokens_B2T: Tensor,
+    communicator: Communicator, inputs: Stage1Inputs, config: Stage1LossConfig, image_BQE: Tensor, text_BE: Tensor
 ) -> GlobalBatch:
-    """Bring features and texts of all ranks together.
+    """Bring tokens and features of all ranks together.
 
     Args:
         communicator: every rank brings as many rows.
+        inputs: this rank's rows.
+        config: says whether equal texts match.
         image_BQE: detached unit vectors.
         text_BE: detached unit vectors.
-        identities_B4: int64; global row, image, text, and 1 where the row is valid.
-        tokens_B2T: int64; token ids and mask.
     """
-    width = tokens_B2T.shape[-1]
-    integers = communicator.all_gather(torch.cat([identities_B4, tokens_B2T.flatten(1)], dim=1))
+    rows_B, width = inputs.rows_B, inputs.input_ids_BT.shape[1]
+    tokens = (inputs.input_ids_BT, inputs.attention_mask_BT)
+    image_ids_B = rows_B if inputs.image_ids_B is None else inputs.image_ids_B
+    text_ids_B = text_identity(*tokens) if config.match_equal_texts else rows_B
+    identities_B4 = torch.stack([rows_B, image_ids_B, text_ids_B, inputs.valid_B.long()], dim=1)
+    integers = communicator.all_gather(torch.cat([identities_B4, *tokens], dim=1))
     features = communicator.all_gather(torch.cat([image_BQE.flatten(1), text_BE], dim=1))
     gather_index_N = integers[:, 0].argsort()
     identities_N4, ids_NT, mask_NT = torch.split(integers[gather_index_N], [4, width, width], dim=1)
     rows_N, image_ids_N, text_ids_N, valid_N = identities_N4.unbind(1)
     image_ND, text_NE = torch.split(features[gather_index_N], [image_BQE[0].numel(), text_BE.shape[1]], dim=1)
-    _, image_ids_B, text_ids_B, _ = identities_B4.unbind(1)
     same_BN = (image_ids_B[:, None] == image_ids_N) | (text_ids_B[:, None] == text_ids_N)
     return GlobalBatch(
         image_NQE=image_ND.reshape(-1, *image_BQE.shape[1:]),
@@ -80,7 +91,7 @@ def gather_batch(
         positive_BN=same_BN & valid_N.bool(),
         ids_NT=ids_NT,
         mask_NT=mask_NT,
-        own_B=torch.searchsorted(rows_N.contiguous(), identities_B4[:, 0].contiguous()),
+        own_B=torch.searchsorted(rows_N.contiguous(), rows_B.contiguous()),
         gather_index_N=gather_index_N,
     )
 
@@ -102,7 +113,7 @@ def contrast_step(
     leaves = [x.detach().clone().requires_grad_(with_gradient) for x in (image_BQE, text_BE, temperature)]
     full = with_gradient and config.itc_grad == "full"
     keys = [x.detach().clone().requires_grad_(full) for x in (batch.image_NQE, batch.text_NE)]
-    with torch.set_grad_enabled(with_gradient):
+    with torch.set_grad_enabled(with_gradient), torch.autocast(image_BQE.device.type, enabled=False):
         i2t_BN = text_image_similarity(leaves[0], keys[1]) / leaves[2]
         t2i_BN = image_text_similarity(keys[0], leaves[1]) / leaves[2]
         valid_B, smoothing = batch.valid_N[batch.own_B], config.label_smoothing
@@ -113,4 +124,4 @@ def contrast_step(
     grads = list(torch.autograd.grad(loss, leaves + (keys if full else [])))
     for i, key_grad in enumerate(grads[3:]):
         grads[i] = grads[i] + communicator.all_reduce_sum(key_grad)[batch.own_B]
-    return Contrast(loss.detach(), i2t_BN.detach(), t2i_BN.detach(), *grads[:3])
+    return Contrast(loss.detach(), i2t_BN.detach(), t2i_BN.detach(), tuple(grads[:3]))

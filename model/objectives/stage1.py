@@ -8,8 +8,8 @@ passes (GradCache; Gao et al., 2021, "Scaling deep contrastive learning batch si
 2. Each micro-batch again, with a graph: matching and generation, and backward from the cached gradients. With a single
    micro-batch the graph of the first pass is kept and nothing is computed twice.
 
-Dropout masks are a function of (seed, step, rank, micro-batch, pass), so both passes draw the same and a resumed run
-repeats its steps. Another split into ranks or micro-batches draws other masks; negatives do not change.
+Dropout masks are a function of (seed, step, rank, micro-batch, pass): both passes draw the same, and a resumed run
+repeats its steps; another split into ranks or micro-batches draws other masks, but the same negatives.
 
 Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, Q queries, P patches, C feature width,
 T text tokens, E projection width, M = 3b pairs, K tokens that predict the next one, D width, V vocabulary.
@@ -35,7 +35,6 @@ from isthmus.model.objectives.losses import (
     draw_negatives,
     generation_loss,
     matching_loss,
-    text_identity,
 )
 from isthmus.model.objectives.matching_pairs import MatchingPairs, choose_negatives, fetch_pairs
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
@@ -110,7 +109,8 @@ class Stage1Model(nn.Module):
     def encode(self, text: PackedCaptions, image_kv: ImageKV, words: TiedEmbedding) -> Encoded:
         """Run the passes of contrast and generation as one sequence: queries, text, and the text as decoder input.
 
-        The decoder input begins with [DEC] and leaves out each text's last token, which is only a target.
+        The decoder input begins with [DEC] and leaves out each text's last token, which is only a target. What is read
+        afterwards is each text's first token, and all of the decoder input.
         """
         qformer, length = self.qformer, text.length
         ids, token_N, source_K = text.ids_BT.flatten(), text.token_N, text.source_K
@@ -122,7 +122,6 @@ class Stage1Model(nn.Module):
         index_L = index_L + length * (torch.arange(len(index_L), device=ids.device) >= len(token_N))
         packing = Packing(index_L, text.batch, 2 * length)
         mask = contrast_and_generation_mask(text.real_BT, qformer.config.num_queries)
-        # Read afterwards: each text's first token, and all of the decoder input.
         kept = torch.cat([text.first_B, torch.arange(len(token_N), len(index_L), device=ids.device)])
         start = Rows(qformer.queries(text.batch), qformer.drop(embedded_LD), packing)
         end = qformer(start, mask, image_kv.layers, kept)
@@ -173,7 +172,7 @@ class Stage1Model(nn.Module):
         Args:
             batch: this rank's rows.
             seed: of the stage.
-            step: optimizer step.
+            step: of the optimizer.
             micro_batch_size: rows that hold activations at a time.
             communicator: connects the ranks of the global batch.
             backward: None: no gradient.
@@ -181,17 +180,8 @@ class Stage1Model(nn.Module):
         Raises:
             ModelError: inputs that do not fit the model.
         """
-        batch = batch.packed(micro_batch_size)
-        self._check_positions(batch)
+        batch = batch.packed(micro_batch_size, self.qformer.config.max_positions)
         return _Step(self, batch, communicator, seed, step, backward).run()
-
-    def _check_positions(self, batch: Stage1Inputs) -> None:
-        longest, positions = max(text.length for text in batch.texts or ()), self.qformer.config.max_positions
-        if longest > positions:
-            raise ModelError(
-                f"text has {longest} tokens, the Q-Former has {positions} positions; "
-                "lower max_text_tokens or raise qformer.max_positions"
-            )
 
 
 class _Graph(NamedTuple):
@@ -214,22 +204,21 @@ class _Step:
         step: int,
         backward: Backward | None,
     ) -> None:
-        assert batch.texts is not None
-        self._model, self._batch, self._texts, self._communicator = model, batch, batch.texts, communicator
+        self._model, self._batch, self._texts, self._communicator = model, batch, batch.texts or (), communicator
         self._seed, self._step, self._backward = seed, step, backward
 
     def run(self) -> LossOutput:
         """Run both passes; return the losses of the global batch."""
         sizes = [text.batch for text in self._texts]
         image_BPC = self._model.features(self._batch).masked_fill(~self._batch.valid_B[:, None, None], 0.0)
-        images = torch.split(image_BPC, sizes)
-        single = len(images) == 1
+        images, single = torch.split(image_BPC, sizes), len(sizes) == 1
         graphs = [self._encode(i, image_bPC, grad=single) for i, image_bPC in enumerate(images)]
         image_BQE, text_BE = (torch.cat([x.encoded[k].detach() for x in graphs]) for k in (0, 1))
         graph = graphs[0] if single else None
         del graphs
-        everything = self._gather(image_BQE, text_BE)
-        contrast = self._contrast(everything, image_BQE, text_BE)
+        config, own = self._model.config, (image_BQE, text_BE, self._model.temperature)
+        everything = gather_batch(self._communicator, self._batch, config, image_BQE, text_BE)
+        contrast = contrast_step(everything, *own, config, self._communicator, with_gradient=bool(self._backward))
         choose = self._model.choose_negatives
         negatives = choose_negatives(everything, contrast, choose, seed=self._seed, step=self._step)
         pairs = fetch_pairs(everything, negatives, self._texts, image_BPC, self._communicator)
@@ -249,27 +238,6 @@ class _Step:
         with torch.set_grad_enabled(grad and self._backward is not None):
             image_kv, words = self._model.qformer.image_kv(image_bPC), self._model.qformer.tied_embedding()
             return _Graph(self._model.encode(self._texts[i], image_kv, words), image_kv, words)
-
-    def _gather(self, image_BQE: Tensor, text_BE: Tensor) -> GlobalBatch:
-        """Bring features and tokens of all ranks together."""
-        batch, rows_B = self._batch, self._batch.rows_B
-        image_ids_B = rows_B if batch.image_ids_B is None else batch.image_ids_B
-        tokens = (batch.input_ids_BT, batch.attention_mask_BT)
-        text_ids_B = text_identity(*tokens) if self._model.config.match_equal_texts else rows_B
-        return gather_batch(
-            self._communicator,
-            image_BQE,
-            text_BE,
-            identities_B4=torch.stack([rows_B, image_ids_B, text_ids_B, batch.valid_B.long()], dim=1),
-            tokens_B2T=torch.stack(tokens, dim=1),
-        )
-
-    def _contrast(self, everything: GlobalBatch, image_BQE: Tensor, text_BE: Tensor) -> Contrast:
-        """Compute ITC and its gradient with respect to this rank's features."""
-        model, with_gradient = self._model, self._backward is not None
-        own = (image_BQE, text_BE, model.temperature, model.config, self._communicator)
-        with torch.autocast(image_BQE.device.type, enabled=False):
-            return contrast_step(everything, *own, with_gradient=with_gradient)
 
     def _global_counts(self, counted_B3: Tensor) -> Tensor:
         """Return the numbers of matching pairs and of target tokens of all ranks."""
@@ -311,22 +279,14 @@ class _Step:
 
     def _itc_surrogate(self, i: int, rows: slice, encoded: Encoded, contrast: Contrast) -> Tensor:
         """Return a scalar whose gradient is that of ITC with respect to this micro-batch's features: the cached one."""
-        assert contrast.image_grad_BQE is not None
-        assert contrast.text_grad_BE is not None
-        assert contrast.temperature_grad is not None
-        scalar = (encoded.image_BQE * contrast.image_grad_BQE[rows]).sum()
-        scalar = scalar + (encoded.text_BE * contrast.text_grad_BE[rows]).sum()
-        return scalar + self._model.temperature * contrast.temperature_grad if i == 0 else scalar
+        image_grad_BQE, text_grad_BE, temperature_grad = contrast.grads
+        scalar = (encoded.image_BQE * image_grad_BQE[rows]).sum() + (encoded.text_BE * text_grad_BE[rows]).sum()
+        return scalar + self._model.temperature * temperature_grad if i == 0 else scalar
 
     def _output(self, totals: Tensor, everything: GlobalBatch, contrast: Contrast, counts: Tensor) -> LossOutput:
-        """Sum over ranks; the loss of contrast and how often its largest logit is a match come from `contrast`."""
-        config, valid_B = self._model.config, self._batch.valid_B
-        found = [
-            everything.positive_BN.gather(1, x.masked_fill(~everything.valid_N, -torch.inf).argmax(dim=1, keepdim=True))
-            for x in (contrast.image_to_text_BN, contrast.text_to_image_BN)
-        ]
-        itc_hits = [(x[:, 0] & valid_B).sum().double() for x in found]
-        totals = torch.cat([torch.stack([contrast.loss.double(), *itc_hits]), totals])
+        """Sum over ranks."""
+        config = self._model.config
+        totals = torch.cat([torch.stack([contrast.loss.double(), *contrast.hits(everything)]), totals])
         itc, i2t_hits, t2i_hits, itm, itg, itm_hits, itg_hits = self._communicator.all_reduce_sum(totals).float()
         num_valid = everything.valid_N.sum().float()
         metrics = {
@@ -348,8 +308,7 @@ class _Step:
             torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 1)
 
 
-# The three self-attention masks of BLIP-2 (figure 2); True: may attend. Queries come before text. What queries see of
-# the text, and text of the queries, is what makes a pass contrast, matching or generation.
+# The three self-attention masks of BLIP-2 (figure 2); True: may attend. Queries come before text.
 
 
 def unimodal_mask(real_BT: Tensor) -> Tensor:

@@ -34,19 +34,25 @@ class Stage1Inputs:
         tensors = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors, texts=None)
 
-    def packed(self, micro_batch_size: int) -> "Stage1Inputs":
+    def packed(self, micro_batch_size: int, max_positions: int = 512) -> "Stage1Inputs":
         """Return the same rows with `texts`, made from a host copy of the tokens unless they are there.
 
         Raises:
-            ModelError: tensors do not belong together, or a valid row has no token.
+            ModelError: tensors do not belong together, a valid row has no token, or one has too many.
         """
         self._check_shapes()
-        if self.texts and self.texts[0].batch == min(micro_batch_size, len(self.valid_B)):
-            return self
-        texts = pack_micro_batches(
-            self.input_ids_BT.cpu(), self.attention_mask_BT.cpu(), self.valid_B.cpu(), micro_batch_size
-        )
-        return replace(self, texts=tuple(text.to(self.valid_B.device) for text in texts))
+        texts = self.texts
+        if not texts or texts[0].batch != min(micro_batch_size, len(self.valid_B)):
+            tokens = (self.input_ids_BT.cpu(), self.attention_mask_BT.cpu(), self.valid_B.cpu())
+            packed = pack_micro_batches(*tokens, micro_batch_size)
+            texts = tuple(text.to(self.valid_B.device) for text in packed)
+        longest = max(text.length for text in texts)
+        if longest > max_positions:
+            raise ModelError(
+                f"text has {longest} tokens, the Q-Former has {max_positions} positions; "
+                "lower max_text_tokens or raise qformer.max_positions"
+            )
+        return replace(self, texts=texts)
 
     def _check_shapes(self) -> None:
         num_rows = self.valid_B.shape[0]
