@@ -209,7 +209,8 @@ class Reader:
             if cached is not None:
                 self._count("disk_cache_hits")
                 return cached
-        data = self._store.get_range(chunk.url, chunk.start, chunk.length, etag=chunk.etag)
+        into = memoryview(bytearray(chunk.length))  # else the store copies once more
+        data = self._store.get_range(chunk.url, chunk.start, chunk.length, etag=chunk.etag, into=into)
         self._count("chunks_fetched")
         if self._disk:
             self._count("disk_cache_writes" if self._disk.put(chunk, data) else "disk_cache_skipped")
