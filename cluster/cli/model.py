@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from isthmus.cluster.cli.options import EndpointOption, RegionOption, open_store
+from isthmus.cluster.cli.options import EndpointOption, RegionOption, RunFolderArg, open_store
 
 if TYPE_CHECKING:
     from isthmus.model.imports.published import Published
 
 app = typer.Typer()
 
+ExportFormat = Literal["auto", "hf", "own", "lavis"]
+Part = Literal["auto", "vision", "language"]
 EXPORT_HELP = "Folder of an own export or made by `isthmus import`, or a run's folder (local or s3://)."
 ExportArg = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
 ImageArg = Annotated[Path, typer.Argument(help="Picture file.", exists=True, dir_okay=False)]
@@ -96,6 +98,25 @@ def import_(
     typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
 
 
+@app.command("export")
+def export_(
+    run: RunFolderArg,
+    destination: Annotated[str, typer.Argument(help="New folder: a local path or s3:// URL.")],
+    to: Annotated[ExportFormat, typer.Option(help="Format; auto: hf where transformers has the encoder.")] = "auto",
+    stage: Annotated[Literal["stage1", "stage2"] | None, typer.Option(help="Stage [default: the last one].")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint [default: the newest].")] = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Export a checkpoint of a run, finished or training, as a model folder that is used elsewhere."""
+    from isthmus.cluster.submission.run_folder import stored_config
+    from isthmus.trainer.runs.export import export_checkpoint
+
+    store = open_store(endpoint_url, region)
+    config = stored_config(run, store)
+    typer.echo(f"{destination}: {export_checkpoint(config, store, run, destination, stage=stage, step=step, form=to)}")
+
+
 @app.command()
 def push(
     export: Annotated[Path, typer.Argument(help="Local folder of an export.", exists=True, file_okay=False)],
@@ -122,7 +143,6 @@ models_app = typer.Typer(
     help="Bring published models to where runs read them, and check what is there.", no_args_is_help=True
 )
 
-Part = Literal["auto", "vision", "language"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 FolderArgument = Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder or s3:// URL.")]
 

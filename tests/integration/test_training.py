@@ -5,6 +5,7 @@ Starting ranks costs more than these runs, so all runs of a world size share one
 
 import json
 import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus, write_tiny_assets
 from isthmus.demo.tiny.scenes import draw_scene, make_scene
+from isthmus.model.formats.native import read_trained
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
@@ -317,3 +319,37 @@ def test_questions_about_pictures_are_answered(alone):
     said = [json.loads(line) for line in (folder / "answers/samples.jsonl").open()]
     assert [text["key"] for text in said] == ["0.png", "1.png", "2.png"]
     assert (folder / "answers/gallery.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "form"), [("stage2", "own"), ("stage2", "lavis"), ("stage1", "lavis"), (None, "auto")]
+)
+def test_any_checkpoint_of_a_run_is_exported_in_any_format_with_equal_tensors(alone, tmp_path, stage, form):
+    folder, _ = alone
+    run, made = str(folder / "whole/tiny"), tmp_path / "made"
+    chosen = ["--stage", stage] if stage else []
+    shown = command("export", run, str(made), "--to", form, *chosen)
+    saved = list_checkpoints(f"{run}/{stage or 'stage2'}/checkpoints", ObjectStore())[0]
+    assert saved.url in shown
+    source = made / "checkpoint.pth" if form == "lavis" else made
+    held = read_trained(source, list(saved.shapes()))
+    assert held.keys() == saved.shapes().keys()
+    assert all(torch.equal(held[name], saved.read_tensor(name)) for name in held)
+    assert (made / "README.md").read_text().startswith("---\n")
+
+
+def test_an_export_that_cannot_be_made_leaves_nothing(alone, tmp_path):
+    folder, _ = alone
+    run = str(folder / "whole/tiny")
+    for options, message in (
+        (["--to", "hf"], "cannot|can hold|Blip2VisionModel|encoder"),
+        (["--step", "77"], "no committed checkpoint of step 77"),
+    ):
+        result = CliRunner().invoke(app, ["export", run, str(tmp_path / "made"), *options])
+        assert result.exit_code != 0
+        assert re.search(message, str(result.exception))
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    result = CliRunner().invoke(app, ["export", run, str(tmp_path / "full")])
+    assert "is not empty" in str(result.exception)

@@ -1,6 +1,6 @@
 """The model card of an export: a README.md with what the Hugging Face Hub shows and what a reader has to know."""
 
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -26,22 +26,23 @@ isthmus caption FOLDER PICTURE
 isthmus ask FOLDER PICTURE "question"
 isthmus serve FOLDER
 ```""",
+    "lavis": "`checkpoint.pth` holds the trained part under LAVIS' names: `model.load_checkpoint` of LAVIS reads it.",
     "stage1": "An export of stage 1 holds the Q-Former for retrieval; stage 2 continues from it (`stage2.init_from`).",
 }
 
 
-def model_card(config: TrainConfig, stage: StageName, state: TrainState, *, is_hf: bool) -> str:
+def model_card(config: TrainConfig, stage: StageName, state: TrainState, *, form: Literal["hf", "own", "lavis"]) -> str:
     """Return the card of an export.
 
     Args:
         config: Configuration of the run.
         stage: Stage that is exported.
         state: State of the exported checkpoint; its metrics are the figures of its evaluation, if there was one.
-        is_hf: Whether the export is in transformers' format.
+        form: Format of the export.
     """
-    use = "stage1" if stage == "stage1" else "hf" if is_hf else "own"
+    use = "stage1" if stage == "stage1" and form != "lavis" else form
     sections = [
-        _front_matter(stage, is_hf=is_hf),
+        _front_matter(stage, is_hf=form == "hf"),
         f"# {config.run.name}",
         _summary(config, stage, state),
         "## Use",

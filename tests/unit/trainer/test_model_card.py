@@ -34,7 +34,7 @@ def state(**fields) -> TrainState:
 
 
 def test_the_card_says_what_was_trained_on_what_and_how_good_it_is():
-    card = model_card(config(), "stage2", state(metrics={"eval/cider_d": 0.5}, versions={"torch": "2"}), is_hf=True)
+    card = model_card(config(), "stage2", state(metrics={"eval/cider_d": 0.5}, versions={"torch": "2"}), form="hf")
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert "step 50 of 50, global batch 32" in text
@@ -46,9 +46,9 @@ def test_the_card_says_what_was_trained_on_what_and_how_good_it_is():
 
 
 def test_an_own_export_is_used_by_isthmus_and_one_of_stage_1_by_stage_2():
-    assert "isthmus serve" in model_card(config(), "stage2", state(), is_hf=False)
-    assert "Not evaluated" in model_card(config(), "stage2", state(), is_hf=False)
-    stage1 = model_card(config(), "stage1", state(), is_hf=False)
+    assert "isthmus serve" in model_card(config(), "stage2", state(), form="own")
+    assert "Not evaluated" in model_card(config(), "stage2", state(), form="own")
+    stage1 = model_card(config(), "stage1", state(), form="own")
     assert "stage2.init_from" in stage1
     assert "s3://bucket/opt |" not in stage1
 
