@@ -10,14 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
-from isthmus.model.tensor_files import read_json
-
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.config import LanguageConfig
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
 from isthmus.model.formats.lavis_export import export_lavis
 from isthmus.model.formats.native import export_bridge
 from isthmus.model.frozen.language import ENCODER_DECODER_TYPES
+from isthmus.model.safetensors_io import read_json
 from isthmus.trainer.checkpoint.format import step_name
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.config.schema import StageName, TrainConfig
