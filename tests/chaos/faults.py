@@ -176,7 +176,7 @@ def install(points: Points) -> None:
     import torch.distributed as dist
 
     from isthmus.data_pipeline.reading import disk_cache, reader
-    from isthmus.trainer import build, task
+    from isthmus.trainer import task
     from isthmus.trainer import trainer as stage
     from isthmus.trainer.checkpoint import manager as checkpoint
     from isthmus.trainer.checkpoint import staging as snapshot
@@ -187,13 +187,13 @@ def install(points: Points) -> None:
     _before(checkpoint.CheckpointManager, "latest", points, "resume")
     _after(engine.Engine, "restore", points, "restored")
     _before(reader.Reader, "_fetch", points, "fetch")
-    _before(task._StageTask, "train_step", points, "step")
+    _before(task.Task, "train_step", points, "step")
     _after(engine.Engine, "backward", points, "backward")
     _before(engine.Engine, "step", points, "update")
     _after(snapshot.Snapshot, "fill", points, "snapshot")
-    _before(build, "init_from_stage1", points, "handoff")
-    _after(build, "init_from_stage1", points, "handed_over")
-    _before(metrics.JsonlSink, "write", points, "metrics")
+    _before(stage, "init_from_stage1", points, "handoff")
+    _after(stage, "init_from_stage1", points, "handed_over")
+    _before(metrics.JsonlLogger, "log", points, "metrics")
     _before(disk_cache.DiskCache, "_make_room", points, "cache")
     _in_collectives(dist, points)
     _half_way(snapshot.Snapshot, points)

@@ -64,3 +64,13 @@ def test_the_report_counts_the_newest_run_of_a_schedule_and_keeps_every_failure(
     assert "| survived | 1 | 1 | 1 |" in text
     assert "`--seed 1` at aaa (kill step): other export; survived at bbb" in text
     assert "NOT survived" in section([result("1", "aaa", "other export")])
+
+
+@pytest.mark.unit
+def test_every_point_is_still_a_function_of_the_product(tmp_path):
+    """Faults wrap functions by name: after a renaming no rank of a schedule would start."""
+    code = "import sys; from pathlib import Path; from tests.chaos.faults import Points, install\n"
+    code += "from tests.chaos.record import record_steps\n"
+    code += "install(Points(Path(sys.argv[1]), 0, 0, ())); record_steps(Path(sys.argv[1]) / 'steps' / '0', 0, 0)"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=120)
