@@ -143,6 +143,22 @@ def walked(data):
             return found, error.fault
 
 
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"S", b"5"])
+def test_whatever_a_header_says_is_a_member_or_a_fault(kind):
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = kind, 30
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    rest = b"30 path=b.jpg".ljust(512, b"\n") + tarfile.TarInfo("c.jpg").tobuf() + bytes(1024)
+    for place in range(512):
+        for value in b"\x00\x80\xff9-":
+            changed = bytearray(header)
+            changed[place], changed[148:156] = value, b" " * 8
+            changed[148:156] = b"%06o\0 " % sum(changed)
+            found, fault = walked(bytes(changed) + rest)
+            assert fault in (None, "truncated", "corrupt_archive")
+            assert len(found) <= 2
+
+
 @pytest.mark.parametrize("form", ["gnu", "pax", "pax --sparse-version=0.1", "pax --sparse-version=0.0"])
 def test_a_sparse_member_drops_its_sample_and_what_follows_is_read(tmp_path, form):
     for name, data in members("0.jpg", "0.txt", "1.jpg", "1.txt"):
