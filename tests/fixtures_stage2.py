@@ -1,6 +1,7 @@
 """The stage-2 part of `make fixtures`: a folder with weights, inputs and results of the original code against ours.
 
-Dimensions come from results.json and the tensors' shapes; a folder with `prefix_ids` is an encoder-decoder.
+Ours runs in float64, so that deviations do not depend on the instructions that a CPU has. Dimensions come from
+results.json and the tensors' shapes; a folder with `prefix_ids` is an encoder-decoder.
 """
 
 import json
@@ -50,7 +51,7 @@ def check_stage2(folder: Path) -> Iterator[Deviation | str]:
     seq2seq = model.language.is_encoder_decoder
     tokens = reference_tokens(inputs, model.qformer.config.num_queries, seq2seq=seq2seq)
     intermediates = load_file(folder / "intermediates.safetensors")
-    features = intermediates["vision_pre_ln"]
+    features = intermediates["vision_pre_ln"].double()
     rows = torch.arange(features.shape[0])
     batch = Stage2Inputs(tokens, torch.ones_like(rows, dtype=torch.bool), rows, image_BPD=features)
     yield from _compare_intermediates(model, batch, intermediates)
@@ -89,7 +90,7 @@ def load_reference(results: dict, weights: dict[str, torch.Tensor], place: Path)
         image_norm_eps=1e-6,
     )
     qformer = QFormer(config, weights["vision_model.post_layernorm.weight"].shape[0], with_text=False)
-    model = Stage2Model(None, qformer, load_language(LanguageConfig(path=str(place)), place)).eval()
+    model = Stage2Model(None, qformer, load_language(LanguageConfig(path=str(place)), place)).double().eval()
     trained = {str(reference_name(name, "hf")): p for name, p in model.trainable_parameters().items()}
     frozen = {name for name in weights if name.startswith((prefix, "vision_model.")) and name not in trained}
     if set(trained) != set(weights) - frozen:
@@ -112,7 +113,7 @@ def reference_tokens(inputs: dict[str, torch.Tensor], num_queries: int, *, seq2s
 def _compare_intermediates(
     model: Stage2Model, batch: Stage2Inputs, expected: dict[str, torch.Tensor]
 ) -> Iterator[Deviation]:
-    features, tokens = expected["vision_pre_ln"], batch.tokens
+    features, tokens = expected["vision_pre_ln"].double(), batch.tokens
     queries = model.qformer.encode_images(features)
     found = {
         "image_embeds": model.qformer.ln_vision(features),
@@ -125,7 +126,7 @@ def _compare_intermediates(
     everyone, seq2seq = torch.ones(len(labels), dtype=torch.bool), model.language.is_encoder_decoder
     (text,) = pack_language_tokens(tokens, everyone, len(labels), is_encoder_decoder=seq2seq)
     # From the reference's projection: each intermediate is compared from the one before it.
-    logits_NV = model.language.target_logits(expected["projected"], text)
+    logits_NV = model.language.target_logits(expected["projected"].double(), text)
     rows, columns = (labels != -100).nonzero(as_tuple=True)
     shift = 0 if model.language.is_encoder_decoder else found["projected"].shape[1] - 1
     deviation = (logits_NV - expected["logits"][rows, columns + shift]).abs().max()

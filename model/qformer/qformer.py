@@ -19,8 +19,8 @@ from isthmus.model.qformer.tied_embedding import TiedEmbedding
 
 INIT_STD, INIT_WIDTH = 0.02, 768
 """BERT's deviation of weights, and the width that it is for."""
-VOCABULARY_MULTIPLE = 64
-"""Rows of the language head's product: matrix units read 16-byte aligned rows, and 30523 is odd."""
+VOCABULARY_MULTIPLE = {"cuda": 64}
+"""Of the language head's product, by device: matrix units want aligned rows, and 30523 is odd."""
 
 
 class ImageNorm(nn.LayerNorm):
@@ -56,10 +56,12 @@ class LanguageHead(nn.Module):
     def forward(self, hidden_ND: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, N, V."""
         vocabulary = len(embedding_VD)
-        padding = -vocabulary % VOCABULARY_MULTIPLE
+        padding = -vocabulary % VOCABULARY_MULTIPLE.get(hidden_ND.device.type, 1)
         hidden_ND = self.layer_norm(F.gelu(self.dense(hidden_ND)))
-        logits_ND = F.linear(hidden_ND, F.pad(embedding_VD, (0, 0, 0, padding)), F.pad(self.bias, (0, padding)))
-        return logits_ND[:, :vocabulary]
+        bias: Tensor = self.bias
+        if padding:
+            embedding_VD, bias = F.pad(embedding_VD, (0, 0, 0, padding)), F.pad(bias, (0, padding))
+        return F.linear(hidden_ND, embedding_VD, bias)[:, :vocabulary]
 
 
 class QFormer(nn.Module):

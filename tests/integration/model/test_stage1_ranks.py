@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.host_syncs import measure
 from isthmus.model.objectives.communicator import ProcessGroupCommunicator
-from tests.fixtures_stage1 import LOSSES, Reference, _case2, in_double, losses_and_gradients
+from tests.fixtures_stage1 import LOSSES, Reference, _case2, losses_and_gradients
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -21,9 +21,9 @@ def splits(rank: int, world_size: int, folder: str) -> list:
     reference, found = Reference(Path(folder)), []
     for size, itc_grad, drop in ((3, "anchor", ()), (2, "anchor", ()), (1, "full", ()), (2, "anchor", (1, 3, 5))):
         communicator = ProcessGroupCommunicator()
-        inputs = in_double(reference.rows(list(range(rank, 6, world_size))))
+        inputs = reference.rows(list(range(rank, 6, world_size)))
         inputs.valid_B[[i for i, row in enumerate(inputs.rows_B.tolist()) if row in drop]] = False
-        model = reference.model(itc_grad=itc_grad).double()
+        model = reference.model(itc_grad=itc_grad)
         calls: list = []
         losses, gradients = losses_and_gradients(model, inputs, size, communicator, calls)
         total = {name: communicator.all_reduce_sum(x).numpy() for name, x in gradients.items()}
@@ -37,8 +37,8 @@ def test_two_ranks_equal_one():
     for case, (itc_grad, rows) in enumerate(
         (("anchor", range(6)), ("anchor", range(6)), ("full", range(6)), ("anchor", (0, 2, 4)))
     ):
-        model = reference.model(itc_grad=itc_grad).double()
-        losses, gradients = losses_and_gradients(model, in_double(reference.rows(list(rows))), 6)
+        model = reference.model(itc_grad=itc_grad)
+        losses, gradients = losses_and_gradients(model, reference.rows(list(rows)), 6)
         for rank in (0, 1):
             found, total, _ = outputs[rank][case]
             assert max(abs(found[name] - losses[name]) for name in LOSSES.values()) < 1e-6
@@ -67,10 +67,10 @@ def traffic(rank: int, world_size: int, folder: str) -> dict[str, int]:
 def test_only_chosen_negatives_cross_ranks():
     reference = Reference(FOLDER)
     sizes = reference.config
-    image_bytes = sizes["vision_tokens"] * sizes["vision_width"] * 4
+    image_bytes = sizes["vision_tokens"] * sizes["vision_width"] * 8
     # Per row: identities and tokens, features, and the place of the wanted image.
     integers = 8 * (4 + 2 * sizes["text_length"] + 1)
-    features = 4 * (sizes["num_query_tokens"] + 1) * sizes["projection_dim"]
+    features = 8 * (sizes["num_query_tokens"] + 1) * sizes["projection_dim"]
     outputs = run_ranks(traffic, 4, str(FOLDER))
     for found in outputs:
         assert found["all_gather"] == 9 * (integers + features)

@@ -1,5 +1,7 @@
 """Exports: transformers loads them whole, computes the same logits and says the same; all formats come back."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import (
@@ -51,22 +53,36 @@ def with_placeholders(parts, model, ids, mask):
     return torch.cat([queries, ids], dim=1), torch.cat([torch.ones_like(queries), mask], dim=1)
 
 
+@contextmanager
+def in_double(*models):
+    """Run models in float64, where a bound holds on every CPU; float32 weights come back as they were."""
+    for model in models:
+        model.double()
+        if hasattr(model, "vision"):
+            model.vision.config = model.vision.config.model_copy(update={"dtype": "float64"})
+    yield
+    for model in models:
+        model.float()
+        if hasattr(model, "vision"):
+            model.vision.config = model.vision.config.model_copy(update={"dtype": "float32"})
+
+
 def test_transformers_loads_the_export_and_computes_the_same_logits(exported):
     parts, _, model, report = exported
     assert not any(report.values())
     inputs = parts.inputs()
-    tokens = inputs.tokens
-    with torch.no_grad():
-        visual = parts.model.visual(parts.model.encode(inputs.images_BCHW))
+    tokens, images = inputs.tokens, inputs.images_BCHW.double()
+    with torch.no_grad(), in_double(parts.model, model):
+        visual = parts.model.visual(parts.model.encode(images))
         seq2seq = parts.model.language.is_encoder_decoder
         (text,) = pack_language_tokens(tokens, inputs.valid_B, len(inputs.valid_B), is_encoder_decoder=seq2seq)
         ours = parts.model.language.target_logits(visual, text)
         ids, mask = with_placeholders(parts, model, tokens["input_ids"], tokens["attention_mask"])
         extra = {"labels": tokens["labels"]} if seq2seq else {}
-        logits = model(pixel_values=inputs.images_BCHW, input_ids=ids, attention_mask=mask, **extra).logits
+        logits = model(pixel_values=images, input_ids=ids, attention_mask=mask, **extra).logits
     rows, columns = (tokens["labels"] != -100).nonzero(as_tuple=True)
     theirs = logits[rows, columns + (0 if seq2seq else QFORMER.num_queries - 1), : ours.shape[1]]
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(theirs, ours, atol=1e-10, rtol=0)
     assert torch.equal(text.label_K, tokens["labels"][rows, columns])
 
 
@@ -171,10 +187,10 @@ def test_the_retriever_scores_as_we_do(root):
     hf, report = Blip2ForImageTextRetrieval.from_pretrained(root / "retriever", output_loading_info=True)
     assert not any(report.values())
     hf.eval()
-    images = parts.inputs().images_BCHW
+    images = parts.inputs().images_BCHW.double()
     ids = torch.randint(5, 50, (4, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < torch.tensor([6, 4, 3, 5])[:, None]).long()
-    with torch.no_grad():
+    with torch.no_grad(), in_double(model, hf):
         contrast = hf(pixel_values=images, input_ids=ids, attention_mask=mask).logits_per_image
         match = hf(images, ids, attention_mask=mask, use_image_text_matching_head=True).logits_per_image
         features, text = model.vision(images), pack_captions(ids, mask)
@@ -182,8 +198,8 @@ def test_the_retriever_scores_as_we_do(root):
         similarity = torch.einsum("iqe,te->itq", model.image_vectors(features), model.text_vectors(text)).amax(dim=-1)
         own = model.match(text, embedded, image_kv.layers)
         swapped = model.match(text, embedded, image_kv.select(torch.tensor([3, 2, 1, 0])).layers)
-    torch.testing.assert_close(similarity, contrast, atol=1e-5, rtol=0)
-    torch.testing.assert_close(own.softmax(-1), match.softmax(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(similarity, contrast, atol=1e-10, rtol=0)
+    torch.testing.assert_close(own.softmax(-1), match.softmax(-1), atol=1e-10, rtol=0)
     assert not torch.allclose(swapped, own, atol=1e-3)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.losses import draw_negatives
+from isthmus.model.qformer.qformer import VOCABULARY_MULTIPLE
 from tests.fixtures_stage1 import (
     LOSSES,
     Reference,
@@ -17,7 +18,6 @@ from tests.fixtures_stage1 import (
     _full_contrast,
     _intermediates,
     _per_loss,
-    in_double,
     losses_and_gradients,
     plain_losses_and_gradients,
 )
@@ -37,11 +37,6 @@ def test_equals_the_original(check):
     assert [x for x in found if x.deviation > x.allowed] == []
 
 
-# Equality of ways of working is tested in double precision, so that rounding cannot hide a difference.
-def in_double_run(model, inputs, size):
-    return losses_and_gradients(model.double(), in_double(inputs), size)
-
-
 def difference(found, expected):
     (losses, gradients), (losses_0, gradients_0) = found, expected
     relative = [float((gradients[name] - x).abs().max()) for name, x in gradients_0.items()]
@@ -51,32 +46,39 @@ def difference(found, expected):
 @pytest.mark.parametrize("itc_grad", ["anchor", "full"])
 @pytest.mark.parametrize("image_ids", [False, True])
 def test_equals_the_plain_implementation(itc_grad, image_ids):
-    model, inputs = reference.model(itc_grad=itc_grad).double(), in_double(reference.rows(image_ids=image_ids))
+    model, inputs = reference.model(itc_grad=itc_grad), reference.rows(image_ids=image_ids)
     expected = plain_losses_and_gradients(model, inputs)
     assert max(difference(losses_and_gradients(model, inputs, 6), expected)) < TOLERANCE
 
 
 def test_drawn_negatives_are_those_of_the_plain_implementation():
-    model, inputs = reference.model().double(), in_double(reference.rows())
+    model, inputs = reference.model(), reference.rows()
     model.choose_negatives = draw_negatives
     expected = plain_losses_and_gradients(model, inputs)
     assert max(difference(losses_and_gradients(model, inputs, 2), expected)) < TOLERANCE
 
 
+def test_a_padded_vocabulary_changes_nothing(monkeypatch):
+    expected = losses_and_gradients(reference.model(), reference.rows(), 6)
+    monkeypatch.setitem(VOCABULARY_MULTIPLE, "cpu", 64)
+    assert reference.model().qformer.config.vocab_size % 64
+    assert max(difference(losses_and_gradients(reference.model(), reference.rows(), 6), expected)) < TOLERANCE
+
+
 def test_activation_checkpointing_changes_nothing():
     model = reference.model()
-    expected = in_double_run(model, reference.rows(), 6)
+    expected = losses_and_gradients(model, reference.rows(), 6)
     model.qformer.config = model.qformer.config.model_copy(update={"activation_checkpointing": True})
-    assert max(difference(in_double_run(model, reference.rows(), 6), expected)) < TOLERANCE
+    assert max(difference(losses_and_gradients(model, reference.rows(), 6), expected)) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [2, 6])
 def test_a_scaled_backward_scales_every_gradient(size):
     gradients = []
     for factor in (1.0, 65536.0 * 3):
-        model = reference.model().double()
+        model = reference.model()
         model.loss_and_backward(
-            in_double(reference.rows()),
+            reference.rows(),
             seed=0,
             step=0,
             micro_batch_size=size,
@@ -90,8 +92,8 @@ def test_a_scaled_backward_scales_every_gradient(size):
 @pytest.mark.parametrize("itc_grad", ["anchor", "full"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_change_nothing(size, itc_grad):
-    expected = in_double_run(reference.model(itc_grad=itc_grad), reference.rows(), 6)
-    found = in_double_run(reference.model(itc_grad=itc_grad), reference.rows(), size)
+    expected = losses_and_gradients(reference.model(itc_grad=itc_grad), reference.rows(), 6)
+    found = losses_and_gradients(reference.model(itc_grad=itc_grad), reference.rows(), size)
     assert max(difference(found, expected)) < TOLERANCE
 
 
@@ -104,7 +106,7 @@ def test_equal_texts_match_where_that_is_asked_for():
         model = reference.model(match_equal_texts=match)
         choose = model.choose_negatives
         model.choose_negatives = lambda draw, choose=choose: chosen.append(draw.scores_BN) or choose(draw)
-        in_double_run(model, replace(inputs, image_ids_B=image_ids), 6)
+        losses_and_gradients(model, replace(inputs, image_ids_B=image_ids), 6)
     for found, as_one_image, apart in zip(chosen[:2], chosen[2:4], chosen[4:], strict=True):
         assert found[1, 3] == found[3, 1] == -torch.inf < apart[1, 3]
         assert torch.equal(found, as_one_image)
@@ -112,13 +114,13 @@ def test_equal_texts_match_where_that_is_asked_for():
 
 def test_holes_take_no_part():
     inputs = reference.rows()
-    expected = in_double_run(reference.model(), inputs.at(torch.tensor([0, 2, 3, 5])), 6)
+    expected = losses_and_gradients(reference.model(), inputs.at(torch.tensor([0, 2, 3, 5])), 6)
     holes = torch.tensor([True, False, True, True, False, True])
     mask = inputs.attention_mask_BT.masked_fill(~holes[:, None], 0)
     features = inputs.image_BPD.masked_fill(~holes[:, None, None], float("nan"))
     masked = replace(inputs, valid_B=holes, attention_mask_BT=mask, image_BPD=features)
     for size in (6, 2, 1):
-        assert max(difference(in_double_run(reference.model(), masked, size), expected)) < TOLERANCE
+        assert max(difference(losses_and_gradients(reference.model(), masked, size), expected)) < TOLERANCE
 
 
 def test_one_valid_row_and_none():
@@ -127,13 +129,13 @@ def test_one_valid_row_and_none():
         mask = torch.zeros(6, dtype=torch.bool)
         mask[valid] = True
         for size in (6, 2):
-            losses, gradients = in_double_run(reference.model(), replace(inputs, valid_B=mask), size)
+            losses, gradients = losses_and_gradients(reference.model(), replace(inputs, valid_B=mask), size)
             assert all(torch.isfinite(x).all() for x in gradients.values())
             assert (losses["loss_lm"] > 0) == bool(valid)
 
 
 def test_batch_of_one_row():
-    losses, gradients = in_double_run(reference.model(), reference.rows([2]), 1)
+    losses, gradients = losses_and_gradients(reference.model(), reference.rows([2]), 1)
     assert losses["loss_itc"] == 0.0
     assert losses["loss_itm"] > 0
     assert all(torch.isfinite(x).all() for x in gradients.values())
@@ -147,15 +149,15 @@ def test_dropout_is_a_function_of_the_place_and_the_same_in_both_passes():
             module.dropout = 0.5
     # Only the contrast: with micro-batches its gradient is taken on features of the first pass.
     model.config = model.config.model_copy(update={"itm_weight": 0.0, "itg_weight": 0.0})
-    first = in_double_run(model, reference.rows(), 2)
+    first = losses_and_gradients(model, reference.rows(), 2)
     torch.manual_seed(99)
-    again = in_double_run(model, reference.rows(), 2)
+    again = losses_and_gradients(model, reference.rows(), 2)
     assert first[0] == again[0]
     assert all(torch.equal(first[1][name], x) for name, x in again[1].items())
     seen = []
     encode = model.encode
     model.encode = lambda *inputs, **options: seen.append(encode(*inputs, **options)) or seen[-1]
-    in_double_run(model, reference.rows(), 2)
+    losses_and_gradients(model, reference.rows(), 2)
     for one, other in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(one.image_BQE, other.image_BQE)
         assert torch.equal(one.text_BE, other.text_BE)
