@@ -4,13 +4,14 @@ BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
 
-.PHONY: bench bench-data chaos check clean demo demo-tiny fixtures format graph help integration test test-slow unit venv
+.PHONY: bench bench-data chaos check clean demo demo-tiny fixtures format graph help integration test test-isa test-slow unit venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the main job on real input; RECIPE=recipes/demo-long.yaml for longer"
 	@echo "make demo-tiny  the same path in two minutes on generated scenes, without a download"
 	@echo "make test    run all tests"
+	@echo "make test-isa  run the model's tests under three instruction sets"
 	@echo "make fixtures DIR=...  compare with the numbers of the original code"
 	@echo "make check   lint, format, types, import contracts, spelling, style limits"
 	@echo "make graph   list which folder imports which, floor by floor"
@@ -37,6 +38,15 @@ integration: venv
 
 test: venv
 	$(UNIT_THREADS) $(BIN)/python -m pytest -m "not slow"
+
+# The model's numbers under other instruction sets than the machine's best, and with two threads.
+ISA_SETS := ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2,OMP_NUM_THREADS=1 \
+  ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE41,OMP_NUM_THREADS=2
+ISA_TESTS := $(addprefix tests/unit/model/test_,losses.py stage1_reference.py stage2.py language.py export.py)
+
+test-isa: venv
+	for set in $(ISA_SETS); do echo "$$set"; \
+	  env $$(echo "$$set" | tr , ' ') $(BIN)/python -m pytest -q $(ISA_TESTS) || exit 1; done
 
 test-slow: venv
 	$(UNIT_THREADS) $(BIN)/python -m pytest -m slow --timeout 1500

@@ -109,12 +109,17 @@ def copy_checked(parameter: Tensor, tensor: Tensor, name: str, place: str) -> No
     """Copy `tensor` into `parameter`.
 
     Raises:
-        ModelError: the shapes differ.
+        ModelError: the shapes differ, or the tensor is of an integer or 8-bit type.
     """
     if parameter.shape != tensor.shape:
         raise ModelError(
             f"{place}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(parameter.shape)}; "
             "config and weights belong to different models"
+        )
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ModelError(
+            f"{place}: {name} is {tensor.dtype}, a quantised type; weights are read in float32, bfloat16 or float16: "
+            "take the folder of the model before quantisation"
         )
     with torch.no_grad():
         parameter.copy_(tensor)

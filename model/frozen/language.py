@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, masking_utils
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,6 +30,8 @@ from isthmus.model.safetensors_io import copy_checked, tensor_files
 from isthmus.model.text.language_batch import IGNORED, LanguageTokens
 
 ENCODER_DECODER_TYPES = ("t5", "mt5", "umt5")
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.(attn|attention|self_attention)\.(masked_)?bias$")
+"""Constants, masks among them, that older versions of transformers wrote into the files."""
 # Models that change the logits after lm_head; for these the model's own head path is used.
 LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -201,6 +204,11 @@ def _hf_config(folder: Path, *, dropout: bool) -> Any:
         raise ModelError(
             f"{folder}: encoder-decoder of type {config.model_type}; supported are {', '.join(ENCODER_DECODER_TYPES)}"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{folder}: the weights are quantised (quantization_config in config.json); the frozen model is read in "
+            "float32, bfloat16 or float16: take the folder of the model before quantisation"
+        )
     if not dropout:
         for key, value in vars(config).items():
             if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, int | float):
@@ -235,9 +243,14 @@ def _tie_and_map(model: PreTrainedModel, names: set[str], folder: Path) -> dict[
                 _set_parameter(model, name, model.get_parameter(held[0]))
     own = [name for name, _ in model.named_parameters()]
     missing = sorted(name for name in own if not spelled[name])
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), *OLD_BUFFERS]
     tied = {tensor for tensor in spelled.values() if tensor}
     extra = sorted(name for name in names - tied if not any(_matches(pattern, name) for pattern in ignored))
+    if (missing or extra) and get_checkpoint_conversion_mapping(model.config.model_type):
+        raise ModelError(
+            f"{folder}: transformers renames or merges tensors of {model.config.model_type} models while it reads "
+            "them, which sharded reading cannot do; choose another family (docs/operators.md)"
+        )
     if missing or extra:
         raise ModelError(
             f"{folder}: the files and {type(model).__name__} do not match: missing {_few(missing)}, "

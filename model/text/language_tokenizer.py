@@ -48,6 +48,9 @@ class LanguageEncoder:
         facts = read_json(self.folder / "config.json")
         self.is_encoder_decoder = bool(facts.get("is_encoder_decoder", False))
         self._is_opt = facts.get("model_type") == "opt"
+        text = facts.get("text_config")
+        size = facts.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+        self._vocab_size = size if isinstance(size, int) else None
         self._tokenizer: Any = None
         if config.objective == "prefix_lm" and not self.is_encoder_decoder:
             raise ModelError(
@@ -80,9 +83,10 @@ class LanguageEncoder:
 
     @property
     def pad_id(self) -> int:
-        """Token that fills rows; never attended to and never a target."""
+        """Token that fills rows, never attended to and never a target: any that has an embedding will do."""
         pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+        beyond = pad is not None and self._vocab_size is not None and pad >= self._vocab_size
+        return int(self.tokenizer.eos_token_id if pad is None or beyond else pad)
 
     def __call__(self, captions: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels of `captions`, first dimension B.

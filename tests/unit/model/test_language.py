@@ -15,12 +15,15 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import build_language, load_language
 from isthmus.model.text.language_batch import pack_language_tokens
+from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.model.tiny import write_tiny_language
 
 pytestmark = pytest.mark.unit
@@ -176,3 +179,58 @@ def test_logits_are_formed_at_target_positions_only(folders):
         language.model.get_output_embeddings().register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.shape))
         language(visual, packed(language, tokens))
         assert seen == [(15, 400)]
+
+
+def test_masks_in_old_files_are_ignored(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    old = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.zeros(())}
+    save_file(load_file(path) | old, path, metadata={"format": "pt"})
+    assert load_language(config(tmp_path), tmp_path).width == 16
+
+
+def test_a_family_whose_tensors_transformers_merges_is_named(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="renames or merges tensors of mixtral"):
+        load_language(config(tmp_path), tmp_path)
+
+
+def test_quantised_weights_are_refused(folders, tmp_path):
+    shutil.copytree(folders["opt"], tmp_path / "named")
+    facts = json.loads((tmp_path / "named" / "config.json").read_text())
+    quantised = {**facts, "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "named" / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ModelError, match="quantization_config in config"):
+        load_language(config(tmp_path / "named"), tmp_path / "named")
+    shutil.copytree(folders["opt"], tmp_path / "silent")
+    path = tmp_path / "silent" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("fc1.weight"))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=rf"fc1.weight is {dtype}, a quantised type"):
+            load_language(config(tmp_path / "silent"), tmp_path / "silent")
+
+
+def test_an_index_that_names_missing_shards_is_refused(folders, tmp_path):
+    shutil.copytree(folders["opt"], tmp_path / "opt")
+    (tmp_path / "opt" / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "opt" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names \['model-00001-of-00002.safetensors'\], which are not there"):
+        load_language(config(tmp_path / "opt"), tmp_path / "opt")
+
+
+def test_a_padding_token_without_an_embedding_is_replaced(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    encoder = LanguageEncoder(tmp_path / "llama", config(tmp_path / "llama"))
+    encoder.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    vocabulary = json.loads((tmp_path / "llama" / "config.json").read_text())["vocab_size"]
+    while encoder.tokenizer.pad_token_id < vocabulary:
+        encoder.tokenizer.add_tokens([f"filler{len(encoder.tokenizer)}"])
+        encoder.tokenizer.add_special_tokens({"pad_token": f"[PAD{len(encoder.tokenizer)}]"})
+    rows = encoder(["a red circle", "a"], [0, 1])
+    assert encoder.pad_id == encoder.tokenizer.eos_token_id
+    assert int(rows["input_ids"].max()) < vocabulary
