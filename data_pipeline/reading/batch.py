@@ -77,6 +77,8 @@ class LanePart:
 
     def mask(self, place: int, record: BadRecord) -> None:
         """Take a sample out of the batch, and record why."""
+        if not self.images_BHWC.flags.writeable:  # as Ray hands out what lies in its object store
+            self.images_BHWC = self.images_BHWC.copy()
         self.images_BHWC[place] = 0
         self.valid[place], self.flips[place], self.captions[place] = False, False, ""
         self.image_ids[place] = image_id_hash(self.keys[place])
