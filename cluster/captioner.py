@@ -49,9 +49,7 @@ class Captioner:
         vision = self.model.vision
         assert vision is not None  # an export holds its encoder
         squares = [self._square(decode_image(image, MAX_IMAGE_PIXELS)) for image in images]
-        pixels = torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2) / 255.0
-        mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (vision.image_mean, vision.image_std))
-        return (pixels - mean) / std
+        return vision.normalize(torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2))
 
     def write(self, images: Sequence[bytes], prompts: Sequence[str | None], decoding: Decoding) -> list[str]:
         """Return one text per picture, continuing its prompt; none: the prompt of training."""

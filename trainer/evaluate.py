@@ -22,7 +22,6 @@ from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
 from isthmus.trainer.context import LocalContext, Rank
-from isthmus.trainer.device_batches import normalize
 from isthmus.trainer.engine.engine import Precision, build_engine
 from isthmus.trainer.engine.process_group import process_group, select_device
 from isthmus.trainer.errors import TrainerError
@@ -179,7 +178,7 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> EvalResult:
             images = [_square(store.get(join(folder, line["image"])), subject) for line in part]
             shown += images[: 16 - len(shown)]
             pixels_BCHW = torch.from_numpy(np.stack(images)).to(subject.precision.device).permute(0, 3, 1, 2)
-            images_BCHW = normalize(pixels_BCHW, model.vision)
+            images_BCHW = model.vision.normalize(pixels_BCHW)
             answers += answer(model, encoder, images_BCHW, [line["question"] for line in part])
     accepted = [line["answers"] if "answers" in line else [line["answer"]] for line in lines]
     texts = [

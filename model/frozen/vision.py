@@ -45,6 +45,9 @@ class VisionEncoder(nn.Module):
         image_mean, image_std: per channel, for pixels in [0, 1].
     """
 
+    _mean_C11: Tensor
+    _std_C11: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -57,6 +60,11 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.network = network
         self.image_mean, self.image_std = image_mean, image_std
+        # On the device, so that no step copies them there.
+        self.register_buffer(
+            "_mean_C11", torch.tensor(image_mean, dtype=torch.float32)[:, None, None], persistent=False
+        )
+        self.register_buffer("_std_C11", torch.tensor(image_std, dtype=torch.float32)[:, None, None], persistent=False)
         self.num_patches, self.width = _feature_shape(network, features, config)
         self._features = features
         network.to(getattr(torch, config.torch_dtype)).requires_grad_(requires_grad=False)
@@ -66,6 +74,12 @@ class VisionEncoder(nn.Module):
         """Stay in eval mode whatever the parent does."""
         del mode
         return super().train(mode=False)
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Return uint8 images, in any memory format, as contiguous floats with the encoder's mean and deviation."""
+        images_BCHW = images_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        normalized_BCHW: Tensor = (images_BCHW / 255.0 - self._mean_C11) / self._std_C11
+        return normalized_BCHW
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
