@@ -300,7 +300,7 @@ def test_the_end_of_a_run_survives_an_outage_of_the_store(tmp_path, monkeypatch,
 def test_export_appears_whole_and_never_mixes_with_an_earlier_one(tmp_path, monkeypatch):
     """Transformers prefers a stale model.safetensors to a newer index, so files of two exports must never meet."""
 
-    def write(_config, _store, saved, folder):
+    def write(_config, _store, saved, folder, *_others):
         folder.mkdir()
         (folder / f"of-step-{saved.step}").write_text("x")
         (folder / "config.json").write_text(str(saved.step))
