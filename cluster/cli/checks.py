@@ -57,7 +57,7 @@ def doctor(
     address: AddressOption = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: RUN-doctor.tar.gz].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: RUN-doctor.tar.gz).")] = None,
 ) -> None:
     """Collect configuration, versions, events, logs and stack dumps of a run into one archive without secrets."""
     from isthmus.cluster.checks.doctor import collect, write_private

@@ -157,7 +157,7 @@ def ingest(
     ],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to resume.")],
     kind: Annotated[
-        str | None, typer.Option("--kind", help="folder, jsonl, parquet, coco or annotations [default: guessed].")
+        str | None, typer.Option("--kind", help="folder, jsonl, parquet, coco or annotations (default: guessed).")
     ] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Folder of relative image paths; no path may lead out of it.")

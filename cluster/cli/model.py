@@ -103,8 +103,8 @@ def export_(
     run: RunFolderArg,
     destination: Annotated[str, typer.Argument(help="New folder: a local path or s3:// URL.")],
     to: Annotated[ExportFormat, typer.Option(help="Format; auto: hf where transformers has the encoder.")] = "auto",
-    stage: Annotated[Literal["stage1", "stage2"] | None, typer.Option(help="Stage [default: the last one].")] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint [default: the newest].")] = None,
+    stage: Annotated[Literal["stage1", "stage2"] | None, typer.Option(help="Stage (default: the last one).")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint (default: the newest).")] = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from isthmus.data_pipeline.config import StoreConfig
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
-ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 [default: RAY_ADDRESS, else this machine's]."
-ENDPOINT_HELP = "Endpoint of an S3-compatible store [default: AWS_ENDPOINT_URL, else AWS]."
+ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 (default: RAY_ADDRESS, else this machine's)."
+ENDPOINT_HELP = "Endpoint of an S3-compatible store (default: AWS_ENDPOINT_URL, else AWS)."
 RUN_FOLDER_HELP = "URL of a run's folder, or of a stage's checkpoints folder."
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -23,7 +23,7 @@ AllowChangeOption = Annotated[
 ]
 AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 EndpointOption = Annotated[str | None, typer.Option("--endpoint-url", help=ENDPOINT_HELP)]
-RegionOption = Annotated[str | None, typer.Option("--region", help="Region of the store [default: AWS_REGION].")]
+RegionOption = Annotated[str | None, typer.Option("--region", help="Region of the store (default: AWS_REGION).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Show the state until the run ends.")]
 

@@ -65,7 +65,7 @@ def manifests(
     config: RecipeArg,
     overrides: OverridesArg = None,
     kind: Annotated[
-        Kind | None, typer.Option("--kind", help="Only this one [default: all that the run needs].")
+        Kind | None, typer.Option("--kind", help="Only this one (default: all that the run needs).")
     ] = None,
 ) -> None:
     """Print the KubeRay and Kueue manifests of a run, ready for `kubectl apply -f -`."""

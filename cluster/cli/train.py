@@ -58,9 +58,9 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
     stage: Annotated[
         Literal["stage1", "stage2"] | None,
-        typer.Option("--stage", help="stage1 or stage2 [default: the last with any]"),
+        typer.Option("--stage", help="stage1 or stage2 (default: the last with any)"),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated [default: recipe's]")] = None,
+    num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated (default: recipe's)")] = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     as_json: JsonOption = False,
