@@ -43,9 +43,17 @@ def test_the_walks_lead_to_lines_that_exist():
             assert text in (ROOT / path).read_text(), f"{path}: {text}"
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    folders = "model|trainer|data_pipeline|cluster|demo|tests|benchmarks|ds_configs|recipes"
+    for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/.-]+\.(?:py|json|yaml|txt)", (ROOT / page).read_text()):
+        assert "NAME" in path or (ROOT / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
