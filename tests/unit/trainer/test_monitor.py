@@ -17,8 +17,8 @@ from isthmus.trainer.estimate.flops import Text
 from isthmus.trainer.estimate.hardware import gpu_of_device
 from isthmus.trainer.estimate.model_flops import text_of
 from isthmus.trainer.monitoring import monitor as module
-from isthmus.trainer.monitoring.loggers import read_jsonl
 from isthmus.trainer.monitoring.monitor import Monitor
+from isthmus.trainer.monitoring.segments import read_records
 
 pytestmark = pytest.mark.unit
 LOSSES = LossOutput(torch.tensor(2.0), {"itc": torch.tensor(2.0)}, {})
@@ -44,7 +44,7 @@ def run(tmp_path, *overrides, work=(30.0, 20.0), retries=lambda _device: 0.0):
         if monitor.record_due(step):
             monitor.record(step, LOSSES, torch.tensor(3.0), status, {"optim/lr": 1e-3}, None)
     monitor.close()
-    return read_jsonl((tmp_path / "stage1/metrics.jsonl").read_text())
+    return read_records(str(tmp_path / "stage1"), "metrics", ObjectStore())
 
 
 def test_a_record_holds_the_window_since_the_last_one(tmp_path):
