@@ -15,6 +15,9 @@ STORAGE_TYPES: dict[PrecisionName, Dtype] = {
 }
 
 
+CompiledParts = Literal["none", "vision", "all"]
+
+
 class Config(BaseModel):
     """Base of this package's configurations: immutable, and an unknown key is an error."""
 
@@ -129,6 +132,8 @@ class ModelConfig(Config):
     """Trainable bridge."""
     language: LanguageConfig | None = None
     """Frozen language model; needed by stage 2."""
+    compile: CompiledParts = "none"
+    """torch.compile of the image encoder (vision), or of the Q-Former's layers too (all); minutes at the first step."""
 
     def at(self, precision: PrecisionName) -> "ModelConfig":
         """Return the configuration of a stage of that precision: `auto` types are resolved."""

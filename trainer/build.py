@@ -9,6 +9,7 @@ import torch
 
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.compilation import compile_parts
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import make_communicator
@@ -59,6 +60,7 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         if bridge.init_from:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
+    compile_parts(model, model_config.compile)
     task = Stage1Task(
         model,
         make_communicator(rank.world_size),
@@ -79,6 +81,7 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     with _seeded_by(config.run.seed):
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
+    compile_parts(model, model_config.compile)
     task = Stage2Task(
         model,
         encoder,

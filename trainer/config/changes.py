@@ -21,6 +21,7 @@ FREE = (
     "data.readers",
     "evaluation",
     "logging",
+    "model.compile",
     "run.export",
     "run.url",
     "safety",
