@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.imports.tensors import open_tensors
 from isthmus.model.safetensors_io import copy_checked, file_tensors, read_json, replace_folder
 
 FORMAT = "isthmus-bridge-1"
@@ -119,11 +119,10 @@ def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def _read_lavis(source: Path, names: list[str]) -> dict[str, Tensor]:
-    content = torch.load(source, map_location="cpu", weights_only=True)
-    held: dict[str, Tensor] = content.get("model", content)
+    held = open_tensors(source)
     llm = "t5" if "t5_proj.weight" in held else "opt"
     theirs = {name: reference_name(name, "lavis", llm) for name in names}
-    return {name: held[key] for name, key in theirs.items() if key in held}
+    return {name: held[key].read() for name, key in theirs.items() if key in held}
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -4,7 +4,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -122,6 +121,6 @@ def _read_lavis(url: str, store: ObjectStore, names: list[str]) -> dict[str, Ten
             path = Path(folder) / f"checkpoint{LAVIS_SUFFIX}"
             store.download(url, path)
             return read_trained(path, names)
-    except (ModelError, OSError, RuntimeError, AttributeError, UnpicklingError, NotFoundError) as error:
+    except (ModelError, OSError, NotFoundError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{url}: cannot be read as a checkpoint of LAVIS: {cause:.200}") from error
