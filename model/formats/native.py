@@ -122,7 +122,7 @@ def _read_lavis(source: Path, names: list[str]) -> dict[str, Tensor]:
     held = open_tensors(source)
     llm = "t5" if "t5_proj.weight" in held else "opt"
     theirs = {name: reference_name(name, "lavis", llm) for name in names}
-    return {name: held[key].read() for name, key in theirs.items() if key in held}
+    return {name: held[key].read() for name, key in theirs.items() if key is not None and key in held}
 
 
 def _mapping(value: object) -> Mapping[str, object]:
