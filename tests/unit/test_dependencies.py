@@ -7,8 +7,11 @@ import tomllib
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from isthmus.trainer.config.schema import TrackerName
 
 pytestmark = pytest.mark.unit
 
@@ -64,3 +67,9 @@ def test_everything_declared_is_used():
 def test_every_declared_package_is_pinned():
     pinned = declared(line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
     assert (REQUIRED | DEMO | DEV) - pinned == set()
+
+
+def test_every_tracker_has_an_extra_that_the_tests_install():
+    for name in get_args(TrackerName):
+        (package,) = declared(PROJECT["optional-dependencies"][name])
+        assert package in DEV

@@ -8,6 +8,7 @@ from isthmus.data_pipeline.config import DataConfig, StoreConfig
 from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
+TrackerName = Literal["wandb", "mlflow"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -107,15 +108,27 @@ class CheckpointConfig(Config):
 
 
 class LoggingConfig(Config):
-    """Console, TensorBoard and JSONL."""
+    """Console, TensorBoard, JSONL and experiment trackers."""
 
     every_steps: int = Field(10, gt=0)
     """Steps between console lines and records."""
     profile_steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
     """First and last step of each stage, counted from 1, of which rank 0 writes a torch.profiler trace into the stage's
     folder profile/; none: off."""
-    wandb_project: str | None = None
-    """Weights & Biases project (extra `wandb`); none: off."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Experiment trackers, such as [wandb, mlflow]; each needs the extra of its name."""
+    project: str = Field("isthmus", min_length=1)
+    """Project in Weights & Biases, experiment in MLflow."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_wandb_project(cls, raw: Any) -> Any:
+        """`wandb_project: NAME`, the key of the first release, means trackers: [wandb], project: NAME."""
+        if not isinstance(raw, dict) or "wandb_project" not in raw:
+            return raw
+        raw = dict(raw)
+        project = raw.pop("wandb_project")
+        return raw if project is None else {"trackers": ["wandb"], "project": project, **raw}
 
 
 class EvaluationConfig(Config):

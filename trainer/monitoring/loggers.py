@@ -1,18 +1,16 @@
-"""Where metrics go: JSON lines, TensorBoard, Weights & Biases. A resumed run continues each without doubled steps.
+"""Where metrics go: JSON lines and TensorBoard (trackers: `trackers`). A resumed run continues each, no step twice.
 
 Every record belongs to a step. Records beyond the step from which a run resumes are dropped or hidden when the loggers
 are opened, because these steps are done again.
 """
 
-import importlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation.result import Pictures
 from isthmus.trainer.monitoring.segments import SEGMENT_SECONDS, SegmentedLog
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
@@ -140,52 +138,3 @@ class TensorBoardLogger:
             self._name = str(next(folder.glob(f"*{suffix}")).relative_to(self._synced.path))
             self._purge_step, self._opened_at = None, self._clock()
         return self._writer
-
-
-class WandbLogger:
-    """Weights & Biases (extra `wandb`): one W&B run per stage, continued by its id."""
-
-    def __init__(self, project: str, run_name: str, stage: str, config: Mapping[str, Any]) -> None:
-        """Begin or continue; `config` is shown with the run.
-
-        Raises:
-            TrainerError: wandb is not installed, or has no credentials.
-        """
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ModuleNotFoundError as error:
-            raise TrainerError(
-                "logging.wandb_project is set, but the package wandb is not installed; pip install 'isthmus[wandb]', "
-                "or set logging.wandb_project to null"
-            ) from error
-        identity = f"{run_name}-{stage}"
-        try:
-            self._run = self._wandb.init(
-                project=project, id=identity, name=identity, resume="allow", config=dict(config)
-            )
-        except self._wandb.Error as error:
-            raise TrainerError(
-                f"logging.wandb_project: W&B did not start: {error}; set WANDB_API_KEY, or WANDB_MODE=offline, or "
-                "logging.wandb_project to null"
-            ) from error
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics; W&B keeps the first record of a step that is done again."""
-        self._run.log(dict(metrics), step=step)
-
-    def log_pictures(self, step: int, pictures: Pictures) -> None:
-        """Log pictures."""
-        self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
-
-    def flush(self) -> None:
-        """W&B sends by itself."""
-
-    def send(self) -> None:
-        """W&B sends by itself."""
-
-    def end_segment(self) -> None:
-        """W&B sends by itself."""
-
-    def close(self) -> None:
-        """Finish the W&B run."""
-        self._run.finish()

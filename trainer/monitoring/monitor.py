@@ -30,11 +30,12 @@ from isthmus.trainer.monitoring.goodput import (
     seconds_between_failures,
 )
 from isthmus.trainer.monitoring.hardware import allocator_retries, peak_flops, reset_peak_memory
-from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, TensorBoardLogger, WandbLogger
+from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, TensorBoardLogger
 from isthmus.trainer.monitoring.profiler import StepProfiler
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.samples import write_samples
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
+from isthmus.trainer.monitoring.trackers import open_trackers
 from isthmus.trainer.monitoring.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -112,9 +113,8 @@ class Monitor:
             if steps := self._config.logging.profile_steps:
                 self._profiler = StepProfiler(self._synced, steps)
                 self._stack.callback(self._profiler.close)
-            if project := self._config.logging.wandb_project:
-                resolved = self._config.model_dump(mode="json")
-                self._loggers.append(WandbLogger(project, self._config.run.name, self._name, resolved))
+            resolved = self._config.model_dump(mode="json")
+            self._loggers += open_trackers(self._config.logging, self._config.run.name, self._name, resolved)
         self.heartbeat()
 
     def expect_work(self, executed: float, needed: float | None) -> None:

@@ -1,7 +1,6 @@
 """Records land in the run folder, local or remote, and a resumed run continues without gaps or doubled steps."""
 
 import itertools
-import sys
 from types import SimpleNamespace
 
 import boto3
@@ -13,9 +12,8 @@ from tensorboard.summary.writer import event_file_writer
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.monitoring import loggers as metrics
-from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger, WandbLogger
+from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger
 from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
@@ -129,9 +127,3 @@ def test_pictures_land_in_tensorboard(place, tmp_path):
     _, events = read_back(url, store, tmp_path / "copy")
     (image,) = events.Images("samples")
     assert (image.height, image.width, image.step) == (8, 6, 1)
-
-
-def test_weights_and_biases_without_its_package_is_one_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrainerError, match=r"logging.wandb_project.*isthmus\[wandb\]"):
-        WandbLogger("project", "run", "stage1", {})

@@ -139,7 +139,7 @@ def test_a_run_of_an_older_release_lacks_new_keys_and_goes_on(tmp_path):
     open_run(tmp_path).close()
     stored = tmp_path / "night" / "config.yaml"
     lines = stored.read_text().splitlines(keepends=True)
-    older = [line for line in lines if "label_smoothing" not in line and "wandb_project" not in line]
+    older = [line for line in lines if "label_smoothing" not in line and "trackers" not in line]
     assert len(older) == len(lines) - 2
     stored.write_text("".join(older))
     open_run(tmp_path).close()

@@ -1,0 +1,167 @@
+"""Experiment trackers: Weights & Biases and MLflow, each an optional extra. One run of the tracker per stage.
+
+A resumed stage continues the tracker's run. Steps that are done again are there once: the first record is kept.
+"""
+
+import importlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from isthmus.trainer.config.schema import LoggingConfig, StageName, TrackerName
+from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.evaluation.result import Pictures
+from isthmus.trainer.monitoring.loggers import MetricLogger
+
+logger = logging.getLogger(__name__)
+RUN_TAG = "isthmus.run"
+_RUNNING, _FINISHED = "RUNNING", "FINISHED"
+
+
+def open_trackers(
+    config: LoggingConfig, run_name: str, stage: StageName, resolved: dict[str, Any]
+) -> list[MetricLogger]:
+    """Open the configured trackers, continuing what an earlier attempt has logged.
+
+    Args:
+        config: Which trackers, and the project.
+        run_name: Name of the run.
+        stage: Stage that is trained.
+        resolved: The whole configuration, shown with the tracker's run.
+
+    Raises:
+        TrainerError: a tracker is not installed, or does not start.
+    """
+    return [_TRACKERS[name](config.project, f"{run_name}-{stage}", resolved) for name in config.trackers]
+
+
+class WandbLogger:
+    """Weights & Biases (extra `wandb`): a run is continued by its id."""
+
+    def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
+        self._wandb = _imported("wandb")
+        try:
+            self._run = self._wandb.init(
+                project=project, id=identity, name=identity, resume="allow", config=dict(config)
+            )
+        except self._wandb.Error as error:
+            raise TrainerError(
+                f"logging.trackers: W&B did not start: {error}; set WANDB_API_KEY, or WANDB_MODE=offline, or remove "
+                "wandb from logging.trackers"
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics; W&B keeps the first record of a step that is done again."""
+        self._run.log(dict(metrics), step=step)
+
+    def log_pictures(self, step: int, pictures: Pictures) -> None:
+        """Log pictures."""
+        self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+
+    def flush(self) -> None:
+        """W&B sends by itself."""
+
+    def send(self) -> None:
+        """W&B sends by itself, and keeps on disk what it has not sent."""
+
+    def end_segment(self) -> None:
+        """As `send`."""
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._run.finish()
+
+
+class MlflowLogger:
+    """MLflow (extra `mlflow`): the experiment is the project; a run is found again by its tag `isthmus.run`."""
+
+    def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
+        self._mlflow = _imported("mlflow")
+        self._sending: list[Any] = []
+        try:
+            self._client = self._mlflow.MlflowClient()
+            self._run_id = self._find_run(project, identity)
+            self._client.log_dict(self._run_id, dict(config), "config.yaml")
+            # Sets, not the last step: batches are sent by several threads, so a kill can leave holes.
+            self._logged = {name: self._steps(name) for name in self._client.get_run(self._run_id).data.metrics}
+        except (self._mlflow.MlflowException, ImportError, OSError) as error:
+            raise TrainerError(
+                f"logging.trackers: MLflow did not start: {_first_line(error)}; set MLFLOW_TRACKING_URI to a server, "
+                "or remove mlflow from logging.trackers"
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send in the background those metrics that MLflow does not hold for this step."""
+        now = int(time.time() * 1000)
+        new = [
+            self._mlflow.entities.Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if step not in self._logged.get(name, ())
+        ]
+        if new:
+            self._sending.append(self._client.log_batch(self._run_id, metrics=new, synchronous=False))
+
+    def log_pictures(self, step: int, pictures: Pictures) -> None:
+        """Send pictures in the background; those of a step that is done again are there twice."""
+        for name, picture in pictures.items():
+            self._client.log_image(self._run_id, picture, key=name, step=step, synchronous=False)
+
+    def flush(self) -> None:
+        """Records are on their way already."""
+
+    def send(self) -> None:
+        """Wait for the metrics on their way, so that none is lost before a state that can be resumed from.
+
+        Training goes on without a server that is away, after the client's retries (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
+        """
+        sending, self._sending = self._sending, []
+        self._attempt(lambda: [operation.wait() for operation in sending])
+
+    def end_segment(self) -> None:
+        """As `send`."""
+        self.send()
+
+    def close(self) -> None:
+        """Send everything, and finish the MLflow run."""
+        self.send()
+        self._attempt(lambda: self._client.set_terminated(self._run_id, _FINISHED))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (self._mlflow.MlflowException, OSError) as error:
+            logger.warning("MLflow: records may be missing there: %s", _first_line(error))
+
+    def _find_run(self, project: str, identity: str) -> str:
+        experiment = self._mlflow.set_experiment(project).experiment_id
+        found = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
+        if not found:
+            run = self._client.create_run(experiment, tags={RUN_TAG: identity}, run_name=identity)
+            return str(run.info.run_id)
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status=_RUNNING)
+        return run_id
+
+    def _steps(self, name: str) -> set[int]:
+        return {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
+
+
+_TRACKERS: dict[TrackerName, Callable[[str, str, Mapping[str, Any]], MetricLogger]] = {
+    "wandb": WandbLogger,
+    "mlflow": MlflowLogger,
+}
+
+
+def _imported(name: TrackerName) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise TrainerError(
+            f"logging.trackers: {name} is not installed; pip install 'isthmus[{name}]', or remove {name} from "
+            "logging.trackers"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
