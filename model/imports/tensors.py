@@ -10,7 +10,6 @@ import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,6 @@ def _open_safetensors(path: Path) -> Tensors:
     return found
 
 
-@cache
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a PyTorch file; its tensors are mapped where the format allows."""
     try:
