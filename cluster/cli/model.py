@@ -1,7 +1,9 @@
 """`isthmus caption`, `ask`, `serve`, `import`: use exported models; `isthmus models`: fetch published ones."""
 
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,14 +90,24 @@ def serve(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="transformers' Blip2ForConditionalGeneration folder.", exists=True)],
+    source: Annotated[Path, typer.Argument(help="BLIP-2 folder of transformers, of either stage.", exists=True)],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """Turn a published BLIP-2 folder into an own export that can be continued and asked."""
-    from isthmus.model.formats.hf_import import import_captioner
+    """Turn a published BLIP-2 folder into an own export, and say what was taken, what is new and what was left."""
+    from isthmus.model.formats.hf_import import import_blip2
 
-    import_captioner(source, target)
-    typer.echo(f"{target}: written; try: isthmus caption {target} PICTURE")
+    imported = import_blip2(source, target)
+    groups = {"taken": imported.taken, "new, initialised where a stage has them": imported.new, "left": imported.left}
+    for label, names in groups.items():
+        typer.echo(f"{label}: {len(names)} tensors")
+        for name, count in _by_layer(names).items():
+            typer.echo(f"  {name}" + (f" ({count} layers)" if count > 1 else ""))
+    typer.echo(f"{target}: written")
+
+
+def _by_layer(names: list[str]) -> Counter[str]:
+    """Return names with the number of the layer left out, and how many layers have each."""
+    return Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
 
 
 @app.command("export")
@@ -108,10 +120,16 @@ def export_(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Export a checkpoint of a run, finished or training, as a model folder that is used elsewhere."""
+    """Export a checkpoint of a run, finished or training, as a model folder; or an own export for transformers."""
     from isthmus.cluster.submission.run_folder import stored_config
+    from isthmus.model.formats.hf_export import export_native
+    from isthmus.model.formats.native import DESCRIPTION
     from isthmus.trainer.runs.export import export_checkpoint
 
+    if (Path(run) / DESCRIPTION).exists() and to in ("auto", "hf"):
+        export_native(Path(run), Path(destination))
+        typer.echo(f"{destination}: {run}")
+        return
     store = open_store(endpoint_url, region)
     config = stored_config(run, store)
     typer.echo(f"{destination}: {export_checkpoint(config, store, run, destination, stage=stage, step=step, form=to)}")

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from isthmus.model.errors import ModelError
-from isthmus.model.formats.hf_import import import_captioner
+from isthmus.model.formats.hf_import import import_blip2
 from isthmus.model.formats.native import DESCRIPTION, bridge_configs, load_trained
 from isthmus.model.frozen.language import load_language
 from isthmus.model.frozen.vision import load_vision
@@ -25,7 +25,7 @@ def load_captioner(folder: Path) -> tuple[Stage2Model, LanguageEncoder]:
     if (folder / DESCRIPTION).exists():
         return _load_native(folder)
     with tempfile.TemporaryDirectory() as place:
-        import_captioner(folder, Path(place) / "native")
+        import_blip2(folder, Path(place) / "native")
         model, encoder = _load_native(Path(place) / "native")
         _ = encoder.tokenizer  # loaded before its folder goes
     return model, encoder

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import processors
 from torch import Tensor
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.formats.native import WEIGHTS, bridge_configs
 from isthmus.model.frozen.language import LanguageModel, build_language
 from isthmus.model.frozen.vision import image_statistics
 from isthmus.model.safetensors_io import Source, file_tensors, read_json, replace_folder, write_tensors
@@ -122,6 +124,22 @@ def export_retriever(
         write_tensors(partial, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
+
+
+def export_native(source: Path, folder: Path) -> None:
+    """Write a native export as the folder that transformers' BLIP-2 has for its stage, atomically.
+
+    Raises:
+        ModelError: transformers cannot hold its encoder, or it is of stage 1 and has no tokenizer.
+    """
+    qformer, vision, language = bridge_configs(source)
+    trained = load_file(source / WEIGHTS)
+    if language is not None:
+        export_captioner(folder, trained, qformer, (vision, source / "vision"), (language, source / "language"))
+    elif (source / "tokenizer").exists():
+        export_retriever(folder, trained, qformer, (vision, source / "vision"), source / "tokenizer")
+    else:
+        raise ModelError(f"{source}: has no tokenizer/, which transformers' retrieval model needs; copy BERT's there")
 
 
 def _is_query_side(name: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
+from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import export_bridge, read_trained
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.safetensors_io import file_tensors, write_tensors
@@ -18,47 +20,92 @@ from isthmus.model.text.language_tokenizer import TOKENIZER_FILES
 
 LANGUAGE_PREFIX = "language_model."
 VISION_PREFIX = "vision_model."
-OTHER_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+OTHER_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.txt",
+)
+_TOKENIZER = (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES)
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def import_captioner(source: Path, target: Path) -> None:
-    """Turn a `Blip2ForConditionalGeneration` folder into an own export with separate frozen folders, atomically.
+HEADS = (
+    *(f"{head}.{kind}" for head in ("image_projection", "text_projection", "itm_head") for kind in ("weight", "bias")),
+    "temperature",
+)
+PROJECTION = ("projection.weight", "projection.bias")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of the tensors.
+
+    Attributes:
+        taken: Trained tensors that were found, by our names.
+        new: Trained tensors of either stage that the source lacks: a stage that has them initialises them itself.
+        left: Tensors of the source that are not used, by its names.
+    """
+
+    taken: list[str]
+    new: list[str]
+    left: list[str]
+
+
+def import_blip2(source: Path, target: Path) -> Imported:
+    """Turn a BLIP-2 folder of transformers into an own export with separate frozen folders, atomically.
+
+    Args:
+        source: What `Blip2ForConditionalGeneration`, `Blip2Model` (stage 2) or `Blip2ForImageTextRetrieval` (stage 1)
+            have saved as safetensors.
+        target: Folder to write; replaced where it exists.
 
     Raises:
-        ModelError: the folder is of another kind, or trained tensors are missing.
+        ModelError: the folder is of another kind, or trained tensors of its stage are missing.
     """
     config: Any = AutoConfig.from_pretrained(source) if (source / "config.json").exists() else None
-    if config is None or config.model_type != "blip-2" or not _has(source, LANGUAGE_PREFIX):
-        raise ModelError(f"{source}: not a Blip2ForConditionalGeneration folder; give one with config.json and weights")
+    if config is None or config.model_type != "blip-2":
+        raise ModelError(f"{source}: not a BLIP-2 folder of transformers; give one with config.json and weights")
+    readers = file_tensors(source)
+    is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in readers)
     qformer = _qformer_config(config)
-    names = [f"qformer.{name}" for name, _ in _query_side(qformer, config.vision_config.hidden_size)]
-    trained = read_trained(source, [*names, "projection.weight", "projection.bias"])
-    missing = sorted({*names, "projection.weight", "projection.bias"} - set(trained))
+    needed, all_names = _trained_names(qformer, config.vision_config.hidden_size, is_stage2=is_stage2)
+    trained = read_trained(source, all_names)
+    missing = sorted(needed - trained.keys())
     if missing:
         raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}; copy all")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        vision, language = Path(place) / "vision", Path(place) / "language"
+        vision, language, tokenizer = Path(place) / "vision", Path(place) / "language", Path(place) / "tokenizer"
         _extract(source, vision, VISION_PREFIX, config.vision_config, PREPROCESSOR_FILES)
-        _extract(source, language, LANGUAGE_PREFIX, config.text_config, (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES))
-        size = config.vision_config.image_size
+        if is_stage2:
+            _extract(source, language, LANGUAGE_PREFIX, config.text_config, _TOKENIZER)
+        else:
+            tokenizer.mkdir()
+            _copy(source, tokenizer, _TOKENIZER)
         export_bridge(
             target,
             trained,
             qformer,
-            (VisionConfig(path="vision", image_size_pixels=size), vision),
-            (LanguageConfig(path="language"), language),
+            (VisionConfig(path="vision", image_size_pixels=config.vision_config.image_size), vision),
+            (LanguageConfig(path="language"), language) if is_stage2 else None,
+            tokenizer if not is_stage2 and any(tokenizer.iterdir()) else None,
         )
+    used = {reference_name(name, "hf") for name in trained}
+    left = sorted(n for n in readers.keys() - used if not n.startswith((VISION_PREFIX, LANGUAGE_PREFIX)))
+    return Imported(sorted(trained), sorted(set(all_names) - trained.keys()), left)
 
 
-def _has(source: Path, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in file_tensors(source))
-
-
-def _query_side(config: QFormerConfig, image_width: int) -> list[tuple[str, object]]:
+def _trained_names(config: QFormerConfig, image_width: int, *, is_stage2: bool) -> tuple[set[str], list[str]]:
+    """Return the names that a source of this stage must have, and those of both stages."""
     with torch.device("meta"):
-        return list(QFormer(config, image_width, with_text=False).query_side_parameters().items())
+        bridge = QFormer(config, image_width)
+        query_side = QFormer(config, image_width, with_text=False).query_side_parameters()
+    both = [*(f"qformer.{name}" for name, _ in bridge.named_parameters()), *HEADS, *PROJECTION]
+    if is_stage2:
+        return {*(f"qformer.{name}" for name in query_side), *PROJECTION}, both
+    return {name for name in both if reference_name(name, "hf")} - set(PROJECTION), both
 
 
 def _qformer_config(config: Any) -> QFormerConfig:
@@ -87,6 +134,10 @@ def _extract(source: Path, folder: Path, prefix: str, config: Any, files: tuple[
     write_tensors(
         folder, ((name.removeprefix(prefix), read) for name, read in readers.items() if name.startswith(prefix))
     )
+    _copy(source, folder, files)
+
+
+def _copy(source: Path, folder: Path, files: tuple[str, ...]) -> None:
     for name in files:
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
