@@ -10,7 +10,7 @@ operations on L lanes; memory is one permutation and one cumulative count over t
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import permutation, stable_hash
+from isthmus.data_pipeline.order.exclusion import Exclusion
 from isthmus.data_pipeline.order.mixture import Mixture
+from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 
 _BLOCK = 1 << 18
 ORDER_VERSION = 1  # part of the identity: a change of the order is a change of the contract
@@ -91,6 +93,9 @@ class Plan:
         global_batch_size: Rows per step over all ranks; a multiple of `lanes`.
         lanes: Number of sample streams L.
         shuffle_chunks: Chunks K over which a lane shuffles samples.
+        excluded: Samples of each source that are left out, by source, counted over all chunks of the source. The
+            order is that of a data set without them.
+        skipped: Steps of the order that training skips. Not part of the identity: a checkpoint records them.
 
     Raises:
         DataError: `lanes` does not divide the batch, or a source has no samples.
@@ -104,6 +109,8 @@ class Plan:
         global_batch_size: int,
         lanes: int,
         shuffle_chunks: int,
+        excluded: Mapping[int, IntArray] | None = None,
+        skipped: SkippedSteps | None = None,
     ) -> None:
         if global_batch_size % lanes:
             raise DataError(
@@ -115,18 +122,26 @@ class Plan:
         self.lane_batch_size = global_batch_size // lanes
         self.manifests = [manifest for manifest, _ in sources]
         self.weights = [float(weight) for _, weight in sources]
-        self.epoch_samples = [int(manifest.chunk_samples.sum()) for manifest in self.manifests]
+        self.skipped = skipped or SkippedSteps()
+        self._exclusions = {
+            source: Exclusion(self.manifests[source].chunk_samples, samples)
+            for source, samples in (excluded or {}).items()
+            if len(samples)
+        }
+        self.epoch_samples = [int(self._chunk_samples(source).sum()) for source in range(len(sources))]
         for source, num_samples in enumerate(self.epoch_samples):
             if num_samples == 0:
-                raise DataError(f"source {source} of the mixture has no samples; index it again or remove it")
+                raise DataError(f"source {source} of the mixture has no samples; index it again, exclude less or remove it")
         self._mixture = Mixture([weight for _, weight in sources], lanes)
         parts = [str(part) for manifest, weight in sources for part in (manifest.hash, repr(float(weight)))]
+        parts += [f"without {source}:{exclusion.hash}" for source, exclusion in sorted(self._exclusions.items())]
         fixed = (ORDER_VERSION, seed, global_batch_size, lanes, shuffle_chunks)
         self.identity = f"{stable_hash(*fixed, *parts):016x}{stable_hash('identity', *fixed, *parts):016x}"
         self._memory: dict[str, OrderedDict[Hashable, Any]] = {}
 
     def lane_samples(self, step: int, lane: int) -> list[SampleRef]:
-        """Return the samples of a lane in a step, in row order. Any step costs the same."""
+        """Return the samples of a lane in a training step, in row order. Any step costs the same."""
+        step = self.skipped.data_step(step)
         width = self.lane_batch_size
         counts = self._mixture.lane_counts(step * width, width, lane)
         drawn = np.diff(counts, axis=1)
@@ -141,10 +156,43 @@ class Plan:
                 refs[slot] = self._locate(int(source), position + offset, lane, int(before[lane]) + offset, row)
         return [ref for ref in refs if ref is not None]
 
+    def find(self, source: int, epoch: int, chunk: int, sample: int) -> tuple[int, int] | None:
+        """Return the data step and the row at which a sample comes in an epoch; None: it is excluded.
+
+        The inverse of `lane_samples`, but for skipped steps: `skipped.training_step` tells which step uses a data step.
+
+        Costs one permutation of the epoch's chunks and of one window, and a binary search over the lane's slots.
+
+        Args:
+            source: Number of the source.
+            epoch: Epoch of that source.
+            chunk: Index of the chunk in the data set, counted over all shards.
+            sample: Index of the sample in its chunk.
+        """
+        exclusion = self._exclusions.get(source)
+        kept = exclusion.kept(chunk, sample) if exclusion else sample
+        if kept is None:
+            return None
+        order = self._epoch(source, epoch)
+        index = int(np.flatnonzero(order.chunks == chunk)[0])
+        shuffled = int(order.ends[index]) - int(self._chunk_samples(source)[chunk]) + kept
+        starts, lane_starts = self._segments(source, epoch)
+        lane = int(np.searchsorted(starts, shuffled, side="right")) - 1
+        window = self._window(source, epoch, lane, index)
+        place = int(np.flatnonzero(window.order == shuffled - window.start)[0])
+        lane_count = int(lane_starts[lane]) + window.start + place - int(starts[lane])
+        step, slot = divmod(self._slot_of(source, lane, lane_count), self.lane_batch_size)
+        return step, lane * self.lane_batch_size + slot
+
     def epochs(self, step: int) -> list[float]:
-        """Return for every source how many epochs of it are consumed before `step`."""
-        counts = self._mixture.counts(step * self.lane_batch_size).sum(axis=1)
+        """Return for every source how many epochs of it are consumed, or skipped, before a training step."""
+        counts = self._mixture.counts(self.skipped.data_step(step) * self.lane_batch_size).sum(axis=1)
         return [float(count) / size for count, size in zip(counts, self.epoch_samples, strict=True)]
+
+    def _chunk_samples(self, source: int) -> NDArray[np.integer[Any]]:
+        """Return how many samples of every chunk of a source are in the order."""
+        exclusion = self._exclusions.get(source)
+        return exclusion.chunk_samples if exclusion else self.manifests[source].chunk_samples
 
     def _locate(self, source: int, count: int, lane: int, lane_count: int, row: int) -> SampleRef:
         """Find the sample that the `count`-th slot of a source holds, the `lane_count`-th of it in its lane."""
@@ -164,7 +212,9 @@ class Plan:
         chunk = int(order.chunks[index])
         manifest = self.manifests[source]
         shard = int(np.searchsorted(manifest.shard_chunk_starts, chunk, side="right")) - 1
-        sample = shuffled - (int(order.ends[index]) - int(manifest.chunk_samples[chunk]))
+        sample = shuffled - (int(order.ends[index]) - int(self._chunk_samples(source)[chunk]))
+        if exclusion := self._exclusions.get(source):
+            sample = exclusion.sample(chunk, sample)
         chunk -= int(manifest.shard_chunk_starts[shard])
         return SampleRef(source, epoch, position, shard, chunk, sample, row, bool(window.is_last[place]))
 
@@ -193,6 +243,20 @@ class Plan:
         drawn = self._mixture.counts(high * self.lane_batch_size)[source] - before
         return before + np.clip(count - firsts, 0, drawn)
 
+    def _slot_of(self, source: int, lane: int, lane_count: int) -> int:
+        """Return the slot of a lane that holds the source's sample number `lane_count` in that lane."""
+
+        def count(slots: int) -> int:
+            return int(self._mixture.lane_counts(slots, 0, lane)[source, 0])
+
+        low, high = 0, 1
+        while count(high) <= lane_count:
+            low, high = high, high * 2
+        while high - low > 1:  # the last slot before which there are at most `lane_count`
+            middle = (low + high) // 2
+            low, high = (middle, high) if count(middle) <= lane_count else (low, middle)
+        return low
+
     def _segments(self, source: int, epoch: int) -> tuple[IntArray, IntArray]:
         """Return, per lane, where its segment of the epoch starts, and its count of the source at that time."""
 
@@ -206,7 +270,7 @@ class Plan:
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         def compute() -> _Epoch:
-            sizes = self.manifests[source].chunk_samples
+            sizes = self._chunk_samples(source)
             chunks = permutation(len(sizes), "chunks", self.seed, source, epoch)
             ends = np.empty(len(sizes), dtype=np.int64)
             for first in range(0, len(sizes), _BLOCK):  # fancy indexing makes 8-byte copies of its indices
