@@ -60,6 +60,7 @@ def held_out_loader(
     plain = data.model_copy(
         update={
             "sources": (SourceConfig(manifest=manifest),), "backend": "process", "readers": readers, "cache_dir": None,
+            "exclude": None,
         }
     )  # fmt: skip
     return open_loader(

@@ -2,10 +2,12 @@
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+from isthmus.data_pipeline.dataset.load_plan import excluded_samples
+from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -18,6 +20,7 @@ from isthmus.trainer.config.loading import config_hash
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Outcome, RunContext
 from isthmus.trainer.device_batches import Prefetcher
+from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.engine.engine import build_engine
 from isthmus.trainer.engine.optimizer import learning_rate
 from isthmus.trainer.engine.step_status import NonFiniteGuard, StepStatus, all_reduce_status
@@ -130,6 +133,7 @@ class Trainer:
             CheckpointError: it was trained with other frozen weights or other data, or is of another model.
         """
         check_same_inputs(saved, self.frozen_identity, self.loader.plan.identity)
+        check_same_steps(saved, self.loader.plan.skipped)
         self.engine.restore(saved, saved.step, saved.state.loss_scale)
         self.step = saved.step
         logger.info("%s resumes from %s", self.name, saved.url)
@@ -236,6 +240,7 @@ class Trainer:
             step=self.step,
             config_hash=config_hash(self.config),
             data_identity=self.loader.plan.identity,
+            skipped_steps=[list(item) for item in self.loader.plan.skipped.before(self.step)],
             frozen_identity=self.frozen_identity,
             loss_scale=self.engine.loss_scale,
             versions=versions(),
@@ -269,6 +274,8 @@ class Trainer:
             seed=self.config.run.seed,
             rank=self.rank.rank,
             world_size=self.rank.world_size,
+            skip_steps=self.stage.skip_steps,
+            excluded=from_main_rank(lambda: excluded_samples(self.config.data, self.store)),
         )
 
     def _held_out_loader(self) -> Loader | None:
@@ -301,6 +308,26 @@ def check_same_inputs(saved: SavedCheckpoint, frozen_identity: dict[str, str], d
             f"{saved.url}: was trained with other {', '.join(changed)}; restore these, or start a new run "
             "(frozen weights by model.*.path, data by data.sources, run.seed, global_batch_size and lanes)"
         )
+
+
+def check_same_steps(saved: SavedCheckpoint, skipped: SkippedSteps) -> None:
+    """Refuse to resume with other skipped steps than those of the steps that are trained already.
+
+    Raises:
+        CheckpointError: says what to do.
+    """
+    before = [tuple(item) for item in saved.state.skipped_steps]
+    now = list(skipped.before(saved.step))
+    if before != now:
+        raise CheckpointError(
+            f"{saved.url}: was trained with skipped steps {_text(before)}, not "
+            f"{_text(now)}; steps that are trained cannot be changed: restore {saved.state.stage}.skip_steps, or "
+            "return to an earlier checkpoint (isthmus checkpoints rollback)"
+        )
+
+
+def _text(ranges: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(f"{first}-{last}" for first, last in ranges) or "none"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`isthmus checkpoints ls|verify|prune|cp|diff`: checkpoints in object storage, without a cluster."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,6 +116,28 @@ def prune(
     for item in answer:
         steps_text = ", ".join(map(str, item["steps"])) or "none"
         typer.echo(f"{item['folder']}: {verb} checkpoints {steps_text} and {len(item['leftovers'])} leftovers")
+
+
+@app.command()
+def rollback(
+    checkpoint: CheckpointArg,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete all checkpoints after this one, so that its stage resumes from it; end the run first."""
+    from isthmus.trainer.checkpoint.reader import SavedCheckpoint
+    from isthmus.trainer.checkpoint.retention import delete_after
+
+    store = open_store(endpoint_url, region)
+    with closing(SavedCheckpoint.open(checkpoint.rstrip("/"), store)) as saved:
+        steps = delete_after(saved.url.rpartition("/")[0], store, saved.step, dry_run=dry_run)
+    if as_json:
+        print_json({"step": saved.step, "deleted": steps, "dry_run": dry_run})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    typer.echo(f"{verb} checkpoints {', '.join(map(str, steps)) or 'none'}; the newest is {saved.url}")
 
 
 @app.command()

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store
-from isthmus.cluster.cli.output import progress
+from isthmus.cluster.cli.options import AddressOption, EndpointOption, JsonOption, RegionOption, open_store
+from isthmus.cluster.cli.output import print_json, print_rich, progress, table
 
 app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help=True)
 
@@ -151,6 +151,38 @@ def ls(
 
 
 @app.command()
+def where(
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="source/shard#key as in quarantine, or bare.")],
+    run: Annotated[str, typer.Option("--run", metavar="RUN", help="Run on the cluster, or URL of its folder.")],
+    address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show at which steps of a run samples were used, and at which they will be used next; steps count from 0."""
+    from dataclasses import asdict
+
+    from isthmus.cluster.submission.jobs import Jobs
+    from isthmus.cluster.submission.run_folder import is_url, stored_config
+    from isthmus.cluster.submission.sample_uses import sample_uses
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+    if is_url(run):
+        url, store = run.rstrip("/"), open_store(endpoint_url, region)
+    else:
+        job = Jobs(address).latest(run)
+        url, store = job.run_url, ObjectStore(job.store)
+    uses = sample_uses(stored_config(url, store), store, keys, url)
+    if as_json:
+        print_json([asdict(use) for use in uses])
+        return
+    columns = ("sample", "stage", "epoch>", "data step>", "step>", "row>", "")
+    numbers = [[_number(value) for value in (use.epoch, use.data_step, use.step, use.row)] for use in uses]
+    rows = [(use.sample, use.stage, *texts, use.state) for use, texts in zip(uses, numbers, strict=True)]
+    print_rich(table(columns, rows))
+
+
+@app.command()
 def ingest(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, COCO captions or annotation list (.json).")
@@ -207,6 +239,10 @@ def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]
     from isthmus.cluster.ray_nodes.ray_map import run_in_ray
 
     return run_in_ray(address)
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
 
 
 def _print_facts(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:

@@ -18,6 +18,7 @@ from isthmus.cluster.cli.options import (
     RecipeArg,
     RegionOption,
     RunArg,
+    SkipStepsOption,
     WatchOption,
     open_store,
     store_config,
@@ -64,18 +65,27 @@ def resume(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     watch: WatchOption = False,
+    skip_steps: SkipStepsOption = None,
 ) -> None:
     """Resume a run from its last committed checkpoint; by URL also on another cluster."""
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_folder import is_url, stored_config
+    from isthmus.cluster.submission.skip_steps import with_skipped
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
     if is_url(run):
-        resolved = stored_config(run.rstrip("/"), open_store(endpoint_url, region))
-        _submit(resolved, address or resolved.cluster.address, watch=watch)
-        return
-    job = Jobs(address).latest(run)
-    _submit(stored_config(job.run_url, ObjectStore(job.store)), address, watch=watch)
+        url, store = run.rstrip("/"), open_store(endpoint_url, region)
+    else:
+        job = Jobs(address).latest(run)
+        url, store = job.run_url, ObjectStore(job.store)
+    resolved = stored_config(url, store)
+    if is_url(run):
+        address = address or resolved.cluster.address
+    if skip_steps:
+        resolved, changed = with_skipped(resolved, skip_steps, url, store)
+        _submit(resolved, address, watch=watch, allow_change=changed, must_be_new="--skip-steps")
+    else:
+        _submit(resolved, address, watch=watch)
 
 
 @app.command()
@@ -161,7 +171,10 @@ def stop(
     typer.echo(f"  isthmus resume {run}{_option(address)}")
 
 
-def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = ()) -> None:
+def _submit(
+    config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = (), must_be_new: str = ""
+) -> None:
+    """Submit a run. `must_be_new`: an option that a run cannot take while it is active."""
     from isthmus.cluster.submission.admission import check_against_run, check_inputs, shortage
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView
@@ -172,6 +185,10 @@ def _submit(config: JobConfig, address: str | None, *, watch: bool, allow_change
     check_against_run(config, allow_change)
     job, is_new = jobs.submit(config, allow_change)
     name = config.run.name
+    if must_be_new and not is_new:
+        raise ClusterError(
+            f"{name}: active as job {job.id}, which cannot take {must_be_new}; end it first: isthmus stop {name}"
+        )
     typer.echo(f"{name}: {'submitted' if is_new else 'already active'} as job {job.id} at {jobs.address}")
     if is_new and (missing := shortage(jobs, config)):
         _say_waiting(name, f"{missing}; add nodes, end other jobs, or lower cluster.workers")

@@ -25,6 +25,10 @@ AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HEL
 EndpointOption = Annotated[str | None, typer.Option("--endpoint-url", help=ENDPOINT_HELP)]
 RegionOption = Annotated[str | None, typer.Option("--region", help="Region of the store (default: AWS_REGION).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SkipStepsOption = Annotated[
+    list[str] | None,
+    typer.Option("--skip-steps", metavar="[STAGE:]A-B", help="Skip the samples of these steps, counted from 0."),
+]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Show the state until the run ends.")]
 
 

@@ -39,6 +39,7 @@ def inputs(config: JobConfig) -> Iterator[Place]:
     for number, source in enumerate(config.data.sources):
         yield Place(f"data.sources.{number}.manifest", source.manifest)
     named = {
+        "data.exclude": config.data.exclude,
         "model.vision.path": model.vision.path,
         "model.qformer.init_from": model.qformer.init_from,
         "model.qformer.tokenizer": model.qformer.tokenizer,

@@ -8,7 +8,7 @@ docs/data-format.md is the contract.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +127,13 @@ class ShardIndex:
         """Return the key of a sample."""
         first, last = self._span("key_ends", sample)
         return self._keys[first:last].decode()
+
+    def keys(self) -> Iterator[str]:
+        """Yield the keys of all samples."""
+        start = 0
+        for end in self._arrays["key_ends"].tolist():
+            yield self._keys[start:end].decode()
+            start = end
 
     def members(self, sample: int) -> list[Member]:
         """Return the members of a sample in the order of their bytes."""

@@ -131,7 +131,8 @@ class Plan:
         self.epoch_samples = [int(self._chunk_samples(source).sum()) for source in range(len(sources))]
         for source, num_samples in enumerate(self.epoch_samples):
             if num_samples == 0:
-                raise DataError(f"source {source} of the mixture has no samples; index it again, exclude less or remove it")
+                advice = "exclude fewer samples" if source in self._exclusions else "index it again"
+                raise DataError(f"source {source} of the mixture has no samples; {advice} or remove it")
         self._mixture = Mixture([weight for _, weight in sources], lanes)
         parts = [str(part) for manifest, weight in sources for part in (manifest.hash, repr(float(weight)))]
         parts += [f"without {source}:{exclusion.hash}" for source, exclusion in sorted(self._exclusions.items())]
@@ -156,19 +157,23 @@ class Plan:
                 refs[slot] = self._locate(int(source), position + offset, lane, int(before[lane]) + offset, row)
         return [ref for ref in refs if ref is not None]
 
-    def find(self, source: int, epoch: int, chunk: int, sample: int) -> tuple[int, int] | None:
+    def find(self, source: int, epoch: int, number: int) -> tuple[int, int] | None:
         """Return the data step and the row at which a sample comes in an epoch; None: it is excluded.
 
         The inverse of `lane_samples`, but for skipped steps: `skipped.training_step` tells which step uses a data step.
 
-        Costs one permutation of the epoch's chunks and of one window, and a binary search over the lane's slots.
+        Costs O(chunks) for the epoch, whose permutation is kept, the size of one window, and a binary search over the
+        lane's slots: nothing grows with the number of steps but its logarithm.
 
         Args:
             source: Number of the source.
             epoch: Epoch of that source.
-            chunk: Index of the chunk in the data set, counted over all shards.
-            sample: Index of the sample in its chunk.
+            number: Number of the sample in the source, counted over all chunks.
         """
+        sizes = self.manifests[source].chunk_samples
+        ends = np.cumsum(sizes, dtype=np.int64)
+        chunk = int(np.searchsorted(ends, number, side="right"))
+        sample = number - (int(ends[chunk]) - int(sizes[chunk]))
         exclusion = self._exclusions.get(source)
         kept = exclusion.kept(chunk, sample) if exclusion else sample
         if kept is None:

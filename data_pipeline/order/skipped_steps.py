@@ -1,5 +1,6 @@
 """Steps of the sample order that training skips, such as those of a loss spike: the steps after them move up."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ class StepRange(NamedTuple):
         Raises:
             DataError: it is neither.
         """
-        first, _, last = text.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()) or text.endswith("-") or int(last or first) < int(first):
-            raise DataError(f"{text!r}: no range of steps; give A-B with A <= B, counted from 0, such as 1200-1210")
-        return StepRange(int(first), int(last or first))
+        match = re.fullmatch(r"(\d{1,15})(?:-(\d{1,15}))?", text, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise DataError(f"{text!r}: not a range of steps; give A-B with A <= B, counted from 0, such as 1200-1210")
+        return StepRange(first, last)
 
 
 class SkippedSteps:
@@ -35,14 +37,14 @@ class SkippedSteps:
         ranges: In any order.
 
     Raises:
-        DataError: two of them overlap, or one is no range.
+        DataError: two of them overlap, or one is not a range.
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
         self.ranges = tuple(sorted(StepRange(*item) for item in ranges))
         for item in self.ranges:
             if not 0 <= item.first <= item.last:
-                raise DataError(f"skipped steps {item}: no range of steps; give A-B with 0 <= A <= B")
+                raise DataError(f"skipped steps {item}: not a range of steps; give A-B with 0 <= A <= B")
         for one, other in zip(self.ranges, self.ranges[1:], strict=False):
             if other.first <= one.last:
                 raise DataError(f"skipped steps {one} and {other} overlap; give ranges without common steps")

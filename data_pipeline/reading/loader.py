@@ -2,12 +2,12 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from isthmus.data_pipeline.config import DataConfig
-from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.dataset.load_plan import Excluded, load_plan
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
@@ -198,19 +198,16 @@ def open_loader(
     rank: int,
     world_size: int,
     train: bool = True,
+    skip_steps: Sequence[tuple[int, int]] = (),
+    excluded: Excluded | None = None,
 ) -> Loader:
-    """Load the manifests, make the plan and open the loader of one rank.
+    """Load the manifests, make the plan (see `load_plan`) and open the loader of one rank.
 
     Raises:
         DataError: a manifest is missing or unusable, or sizes do not divide.
     """
-    sources = [(Manifest.load(source.manifest, store), source.weight) for source in config.sources]
-    plan = Plan(
-        sources,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        lanes=config.lanes,
-        shuffle_chunks=config.shuffle_chunks,
+    plan = load_plan(
+        config, store, seed=seed, global_batch_size=global_batch_size, skip_steps=skip_steps, excluded=excluded
     )
     return Loader(
         config, store, plan, encoder, image_size_pixels=image_size_pixels, rank=rank, world_size=world_size, train=train

@@ -7,6 +7,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.trainer.checkpoint.format import MANIFEST
 from isthmus.trainer.checkpoint.reader import IN_USE, SavedCheckpoint, list_checkpoints, list_step_dirs
 from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,23 @@ def prune(
     for checkpoint in saved.values():
         checkpoint.close()
     return steps, leftovers
+
+
+def delete_after(folder_url: str, store: ObjectStore, step: int, *, dry_run: bool = False) -> list[int]:
+    """Delete all checkpoints after a step, the newest first.
+
+    Returns their steps, or with `dry_run` those that would be deleted.
+
+    Raises:
+        CheckpointError: one of them is being read; nothing is deleted then.
+    """
+    found = {later: [info.url for info in files] for later, files in list_step_dirs(folder_url, store).items()}
+    steps = sorted((later for later in found if later > step), reverse=True)
+    if used := [later for later in steps if any(f"/{IN_USE}/" in url for url in found[later])]:
+        raise CheckpointError(f"{folder_url}: the checkpoints of steps {used} are being read; try again later")
+    for later in steps if not dry_run else ():
+        delete_checkpoint(found[later], store)
+    return steps
 
 
 def delete_checkpoint(urls: list[str], store: ObjectStore) -> None:

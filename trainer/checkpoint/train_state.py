@@ -30,6 +30,8 @@ class TrainState:
     loss_scale: float | None = None
     """fp16 only."""
     versions: dict[str, str] = field(default_factory=dict)
+    skipped_steps: list[list[int]] = field(default_factory=list)
+    """Ranges [first, last] of steps of the sample order that were skipped before this step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures of an evaluation at this step, if there was one."""
 

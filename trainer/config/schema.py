@@ -2,9 +2,11 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
@@ -59,6 +61,9 @@ class StageConfig(Config):
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
+    skip_steps: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, last] of steps of the sample order, counted from 0, whose samples are not trained on; the steps
+    after them move up. `isthmus resume RUN --skip-steps A-B` adds one."""
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(gt=0)
@@ -69,6 +74,15 @@ class StageConfig(Config):
     """Compute type: fp32, tf32 (fp32 with TensorFloat-32 products on CUDA), bf16 or fp16 (both by autocast)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
+
+    @field_validator("skip_steps")
+    @classmethod
+    def _in_order(cls, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """Refuse ranges that overlap; sort them."""
+        try:
+            return tuple((first, last) for first, last in SkippedSteps(ranges).ranges)
+        except DataError as error:
+            raise ValueError(str(error)) from error
 
 
 class Stage1Config(StageConfig):

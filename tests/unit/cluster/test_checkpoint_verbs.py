@@ -134,5 +134,17 @@ def test_prune_spares_what_was_handed_over(run_folder, tmp_path):
     assert [item["step"] for item in answer(checkpoints.app, "ls", folder)] == [3, 2]
 
 
+def test_rollback_deletes_what_came_after(run_folder, tmp_path):
+    folder = str(tmp_path / "c")
+    for info in ObjectStore().list(f"{run_folder}/stage1/checkpoints"):
+        ObjectStore().put(folder + info.url.split("checkpoints")[-1], ObjectStore().get(info.url))
+    first = f"{folder}/step-000000001"
+    assert answer(checkpoints.app, "rollback", first, "--dry-run")["deleted"] == [3, 2]
+    assert [item["step"] for item in answer(checkpoints.app, "ls", folder)] == [3, 2, 1]
+    assert answer(checkpoints.app, "rollback", first)["deleted"] == [3, 2]
+    assert [item["step"] for item in answer(checkpoints.app, "ls", folder)] == [1]
+    assert "step-000000004" in str(call(checkpoints.app, "rollback", f"{folder}/step-000000004").exception)
+
+
 def test_folder_without_checkpoints(tmp_path):
     assert isinstance(call(checkpoints.app, "ls", str(tmp_path)).exception, ClusterError)

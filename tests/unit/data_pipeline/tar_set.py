@@ -73,7 +73,17 @@ class Encoder:
 
 
 def loader(
-    *manifests, batch=8, rank=0, world_size=1, train=True, size=32, seed=5, store=None, encoder=None, **options
+    *manifests,
+    batch=8,
+    rank=0,
+    world_size=1,
+    train=True,
+    size=32,
+    seed=5,
+    store=None,
+    encoder=None,
+    skip_steps=(),
+    **options,
 ) -> Loader:
     """A loader over manifests, by default in this process."""
     weighted = [manifest if isinstance(manifest, tuple) else (manifest, 1.0) for manifest in manifests]
@@ -89,6 +99,7 @@ def loader(
         rank=rank,
         world_size=world_size,
         train=train,
+        skip_steps=skip_steps,
     )
 
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.trainer.errors import CheckpointError
-from isthmus.trainer.trainer import _no_automatic_gc, check_same_inputs
+from isthmus.trainer.trainer import _no_automatic_gc, check_same_inputs, check_same_steps
 
 pytestmark = pytest.mark.unit
 FROZEN = {"vision": "a" * 64, "language": "b" * 64}
@@ -28,6 +29,29 @@ def test_other_frozen_weights_or_data_are_named(frozen, data, named):
     check_same_inputs(saved(), FROZEN, "order")
     with pytest.raises(CheckpointError, match=f"runs/x/step-1: was trained with {named} restore these"):
         check_same_inputs(saved(), frozen, data)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "fits"),
+    [
+        ([], [], True),
+        ([], [(5, 6)], True),  # steps 0 to 4 are trained
+        ([], [(4, 6)], False),
+        ([[2, 3]], [(2, 3)], True),
+        ([[2, 3]], [(2, 3), (7, 9)], True),  # the fifth step was data step 6
+        ([[2, 3]], [(2, 3), (6, 6)], False),
+        ([[2, 3]], [(2, 4)], False),
+        ([[2, 3]], [], False),
+    ],
+)
+def test_a_checkpoint_takes_only_skips_of_steps_that_are_not_trained(before, now, fits):
+    state = SimpleNamespace(stage="stage1", skipped_steps=before)
+    checkpoint = SimpleNamespace(url="runs/x/step-5", step=5, state=state)
+    if fits:
+        check_same_steps(checkpoint, SkippedSteps(now))
+        return
+    with pytest.raises(CheckpointError, match=r"runs/x/step-5: was trained with .* restore stage1.skip_steps"):
+        check_same_steps(checkpoint, SkippedSteps(now))
 
 
 def fail_in_mid_step():
