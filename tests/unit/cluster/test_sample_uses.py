@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.submission.job import job_metadata
 from isthmus.cluster.submission.sample_uses import sample_uses
 from isthmus.cluster.submission.skip_steps import with_skipped
 from isthmus.cluster.supervision.sample_keys import sample_keys
@@ -17,6 +19,7 @@ from isthmus.trainer.runs.store import RunStore, read_run
 from tests.saved_states import fragments_of, manager, state_of
 
 from .configs import job_config
+from .test_jobs import Cluster, details
 
 pytestmark = pytest.mark.unit
 STORE = ObjectStore()
@@ -98,6 +101,15 @@ def test_skipped_steps_are_recorded_in_the_run_and_needed_by_every_later_start(m
         RunStore.open(config, STORE, owner="a test")
     assert sample_keys(skipping, STORE, "stage1", 4) == sample_keys(config, STORE, "stage1", 5)
     assert sample_keys(skipping, STORE, "stage1", 5) == sample_keys(config, STORE, "stage1", 8)
+
+
+def test_an_active_run_is_not_left_without_the_skips_that_were_asked_for(manifest, tmp_path, monkeypatch):
+    config, url = make_run(tmp_path, manifest)
+    active = Cluster([details("demo-1", JobStatus.RUNNING, job_metadata(config))])
+    monkeypatch.setattr("isthmus.cluster.submission.jobs.Jobs", lambda _: active.jobs)
+    arguments = ["resume", url, "--skip-steps", "5", "--address", "http://127.0.0.1:1"]
+    with pytest.raises(ClusterError, match="active as job demo-1, which cannot take --skip-steps; end it first"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
