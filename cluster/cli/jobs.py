@@ -81,11 +81,10 @@ def resume(
     resolved = stored_config(url, store)
     if is_url(run):
         address = address or resolved.cluster.address
+    changed: list[str] = []
     if skip_steps:
         resolved, changed = with_skipped(resolved, skip_steps, url, store)
-        _submit(resolved, address, watch=watch, allow_change=changed, must_be_new="--skip-steps")
-    else:
-        _submit(resolved, address, watch=watch)
+    _submit(resolved, address, watch=watch, allow_change=changed, must_be_new="--skip-steps" if skip_steps else "")
 
 
 @app.command()
