@@ -90,13 +90,26 @@ def serve(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="BLIP-2 folder of transformers, of either stage.", exists=True)],
+    source: Annotated[Path, typer.Argument(help="BLIP-2 folder of transformers or LAVIS .pth file.", exists=True)],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    vision: Annotated[
+        Path | None, typer.Option(help="LAVIS: folder of the encoder [default: the one in the file].", exists=True)
+    ] = None,
+    language: Annotated[
+        Path | None, typer.Option(help="LAVIS: folder of the language model, to caption with.", exists=True)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="LAVIS: folder of BERT's vocabulary, to export for transformers.", exists=True)
+    ] = None,
 ) -> None:
-    """Turn a published BLIP-2 folder into an own export, and say what was taken, what is new and what was left."""
+    """Turn a published BLIP-2 of either stage into an own export; say what was taken, what is new, what was left."""
     from isthmus.model.formats.hf_import import import_blip2
+    from isthmus.model.formats.lavis_import import import_lavis
 
-    imported = import_blip2(source, target)
+    if source.is_dir():
+        imported = import_blip2(source, target)
+    else:
+        imported = import_lavis(source, target, vision, language, tokenizer)
     groups = {"taken": imported.taken, "new, initialised where a stage has them": imported.new, "left": imported.left}
     for label, names in groups.items():
         typer.echo(f"{label}: {len(names)} tensors")

@@ -70,7 +70,9 @@ def import_blip2(source: Path, target: Path) -> Imported:
     readers = file_tensors(source)
     is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in readers)
     qformer = _qformer_config(config)
-    needed, all_names = _trained_names(qformer, config.vision_config.hidden_size, is_stage2=is_stage2)
+    needed, all_names = trained_names(qformer, config.vision_config.hidden_size)
+    if not is_stage2:
+        needed = {name for name in all_names if reference_name(name, "hf")} - set(PROJECTION)
     trained = read_trained(source, all_names)
     missing = sorted(needed - trained.keys())
     if missing:
@@ -97,15 +99,13 @@ def import_blip2(source: Path, target: Path) -> Imported:
     return Imported(sorted(trained), sorted(set(all_names) - trained.keys()), left)
 
 
-def _trained_names(config: QFormerConfig, image_width: int, *, is_stage2: bool) -> tuple[set[str], list[str]]:
-    """Return the names that a source of this stage must have, and those of both stages."""
+def trained_names(config: QFormerConfig, image_width: int) -> tuple[set[str], list[str]]:
+    """Return the names of what stage 2 trains, and of what either stage trains."""
     with torch.device("meta"):
         bridge = QFormer(config, image_width)
         query_side = QFormer(config, image_width, with_text=False).query_side_parameters()
     both = [*(f"qformer.{name}" for name, _ in bridge.named_parameters()), *HEADS, *PROJECTION]
-    if is_stage2:
-        return {*(f"qformer.{name}" for name in query_side), *PROJECTION}, both
-    return {name for name in both if reference_name(name, "hf")} - set(PROJECTION), both
+    return {*(f"qformer.{name}" for name in query_side), *PROJECTION}, both
 
 
 def _qformer_config(config: Any) -> QFormerConfig:

@@ -54,7 +54,11 @@ def init_from_stage1(
     with torch.no_grad():
         for name in record["taken"]:
             parameters[name].copy_(source.read_tensor(name))
-    logger.info("stage 2 begins with %d tensors of %s", len(record["taken"]), record["url"])
+    new = sorted(parameters.keys() - set(record["taken"]))
+    logger.info(
+        "stage 2 begins with %d tensors of %s; new: %s; left: %s",
+        len(record["taken"]), record["url"], ", ".join(new) or "none", ", ".join(record["dropped"]) or "none",
+    )  # fmt: skip
     return record
 
 

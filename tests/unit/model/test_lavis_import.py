@@ -1,0 +1,77 @@
+"""`isthmus import` of the original's checkpoints: of both stages, with and without their encoder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from isthmus.cluster.cli.model import app
+from isthmus.model.config import QFormerConfig
+from isthmus.model.errors import ModelError
+from isthmus.model.formats.hf_import import HEADS, PROJECTION, trained_names
+from isthmus.model.formats.key_mapping import reference_name
+from isthmus.model.formats.lavis_import import import_lavis
+from tests.stage2_parts import write_blip2_vision
+
+pytestmark = pytest.mark.unit
+IMAGE_WIDTH = 24
+QFORMER = QFormerConfig(
+    hidden_size=64, num_layers=3, num_heads=1, intermediate_size=96, num_queries=4, vocab_size=60, max_positions=40,
+    projection_size=16,
+)  # fmt: skip
+
+
+def write_checkpoint(path, stage, llm="opt"):
+    """Save random tensors under LAVIS' names; return them by ours."""
+    from isthmus.model.qformer.qformer import QFormer
+
+    torch.manual_seed(3)
+    shapes = {f"qformer.{n}": tuple(p.shape) for n, p in QFormer(QFORMER, IMAGE_WIDTH).named_parameters()}
+    shapes |= {"image_projection.weight": (16, 64), "image_projection.bias": (16,)}
+    shapes |= {"text_projection.weight": (16, 64), "text_projection.bias": (16,)}
+    shapes |= {"itm_head.weight": (2, 64), "itm_head.bias": (2,), "temperature": ()}
+    shapes |= {"projection.weight": (32, 64), "projection.bias": (32,)}
+    stage2, both = trained_names(QFORMER, IMAGE_WIDTH)
+    assert shapes.keys() == set(both)
+    names = stage2 if stage == 2 else set(both) - set(PROJECTION)
+    ours = {name: torch.randn(shapes[name]) for name in sorted(names)}
+    state = {reference_name(name, "lavis", llm): tensor for name, tensor in ours.items()}
+    torch.save({"model": state | {"Qformer.cls.predictions.decoder.bias": torch.zeros(60)}}, path)
+    return ours
+
+
+@pytest.mark.parametrize(("stage", "llm"), [(1, "opt"), (2, "opt"), (2, "t5")])
+def test_every_trained_tensor_arrives_and_the_report_names_the_rest(tmp_path, stage, llm):
+    ours = write_checkpoint(tmp_path / "blip2.pth", stage, llm)
+    vision = write_blip2_vision(tmp_path / "encoder")
+    shown = CliRunner().invoke(
+        app,
+        ["import", str(tmp_path / "blip2.pth"), str(tmp_path / "own"), "--vision", str(vision)],
+        catch_exceptions=False,
+    )
+    held = load_file(tmp_path / "own/bridge.safetensors")
+    assert held.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in held.items())
+    description = json.loads((tmp_path / "own/bridge.json").read_text())
+    found = QFormerConfig.model_validate(description["qformer"])
+    assert (found.num_layers, found.num_queries, found.cross_attention_every) == (3, 4, 2)
+    if stage == 1:
+        assert found == QFORMER
+    assert "left: 1 tensors\n  Qformer.cls.predictions.decoder.bias\n" in shown.output
+    new = PROJECTION if stage == 1 else HEADS
+    assert all(f"  {name}\n" in shown.output for name in new)
+
+
+def test_what_cannot_be_imported_leaves_nothing(tmp_path):
+    write_checkpoint(tmp_path / "blip2.pth", 1)
+    vision = write_blip2_vision(tmp_path / "encoder")
+    with pytest.raises(ModelError, match=r"holds no image encoder; give its folder with --vision"):
+        import_lavis(tmp_path / "blip2.pth", tmp_path / "own")
+    with pytest.raises(ModelError, match=r"of stage 1, has no projection .*leave out --language"):
+        import_lavis(tmp_path / "blip2.pth", tmp_path / "own", vision, language=vision)
+    torch.save({"model": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"no Q-Former in it"):
+        import_lavis(tmp_path / "other.pth", tmp_path / "own", vision)
+    assert not (tmp_path / "own").exists()
