@@ -1,9 +1,9 @@
 """Held-out evaluation of a stage: when it is due and on which batches, all ranks together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from isthmus.data_pipeline.config import DataConfig, SourceConfig
-from isthmus.data_pipeline.reading.batch import Batch, TextEncoder
+from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import EvaluationConfig
@@ -27,19 +27,14 @@ class Evaluator:
         every = self._config.every_steps
         return self._loader is not None and every > 0 and step % every == 0
 
-    def run(self, heartbeat: Callable[[], None] | None = None) -> EvalResult:
-        """Evaluate. Collective. `heartbeat` is called after each batch."""
+    def run(self, heartbeat: Callable[[], None] = lambda: None) -> EvalResult:
+        """Evaluate. Collective. `heartbeat` is called at least once a batch, and while candidates are re-ranked."""
         if self._loader is None:
             return EvalResult({})
-        return self._task.evaluate(_batches(self._loader, self._config, heartbeat), self._precision, self._config)
-
-
-def _batches(loader: Loader, config: EvaluationConfig, heartbeat: Callable[[], None] | None) -> Iterator[Batch]:
-    num_samples = min(config.num_samples, sum(loader.plan.epoch_samples))
-    for batch in loader.batches(0, -(-num_samples // loader.plan.global_batch_size)):
-        yield batch
-        if heartbeat is not None:
-            heartbeat()
+        plan = self._loader.plan
+        num_samples = min(self._config.num_samples, sum(plan.epoch_samples))
+        batches = self._loader.batches(0, -(-num_samples // plan.global_batch_size))
+        return self._task.evaluate(batches, self._precision, self._config, heartbeat)
 
 
 def held_out_loader(

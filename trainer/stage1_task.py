@@ -1,6 +1,6 @@
 """Stage 1 as the trainer sees it: contrast, matching and grounded generation against frozen image features."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
@@ -36,8 +36,10 @@ class Stage1Task(Task):
             texts=tuple(to_device(text, device) for text in packed),
         )
 
-    def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
+    def evaluate(
+        self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig, heartbeat: Callable[[], None]
+    ) -> EvalResult:
         """Return recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
-        evaluation = RetrievalEvaluation(self.model, precision, self._communicator, config)
+        evaluation = RetrievalEvaluation(self.model, precision, self._communicator, config, heartbeat)
         with evaluating(self.model):
             return evaluation.run((batch, self.inputs(batch)) for batch in batches)

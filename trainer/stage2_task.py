@@ -1,6 +1,6 @@
 """Stage 2 as the trainer sees it: captions through the frozen language model."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
@@ -49,10 +49,12 @@ class Stage2Task(Task):
             texts=tuple(to_device(text, device) for text in packed),
         )
 
-    def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
+    def evaluate(
+        self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig, heartbeat: Callable[[], None]
+    ) -> EvalResult:
         """Return CIDEr-D, BLEU-4, exact matches, and the loss with the right and with a wrong image. Collective."""
         evaluation = CaptionEvaluation(
-            self.model, precision, self._encoder, self._communicator, config, self._micro_batch_size
+            self.model, precision, self._encoder, self._communicator, config, self._micro_batch_size, heartbeat
         )
         pairs = (
             (batch, self._inputs(batch, len(batch.rows_B) if config.batch_size else self._micro_batch_size))

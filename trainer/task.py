@@ -1,7 +1,7 @@
 """What is trained: a task joins batches of the data pipeline with a stage's model, losses and evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +41,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig) -> EvalResult:
+    def evaluate(
+        self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig, heartbeat: Callable[[], None]
+    ) -> EvalResult:
         """Evaluate on held-out batches. Collective."""
 
     def train_step(self, batch: Batch, inputs: Any, engine: Engine) -> LossOutput:

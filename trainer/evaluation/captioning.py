@@ -1,7 +1,7 @@
 """Captions of held-out images by the frozen language model, scored against the true ones, and the loss on them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,7 +57,10 @@ class CaptionEvaluation:
         communicator: Communicator,
         config: EvaluationConfig,
         micro_batch_size: int,
+        heartbeat: Callable[[], None],
     ) -> None:
+        """`heartbeat` is called after each batch."""
+        self._heartbeat = heartbeat
         self._model, self._precision, self._encoder, self._communicator = model, precision, encoder, communicator
         self._config, self._micro_batch_size = config, micro_batch_size
         self._decoding = Decoding(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
@@ -77,6 +80,7 @@ class CaptionEvaluation:
             with self._precision.autocast():
                 generated = caption(self._model, self._encoder, inputs.images_BCHW, decoding=self._decoding)
             seen.add(batch, generated)
+            self._heartbeat()
             if attention is None:  # on every rank, with rows or without: the trainable part may be sharded
                 attention = self._attention(batch, inputs, generated)
         num_tokens = max(losses.pop("tokens", 0.0), 1.0)

@@ -7,7 +7,7 @@ Each rank matches its own images with any text, so only tokens and unit vectors 
 features.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -69,9 +69,16 @@ class RetrievalEvaluation:
     """
 
     def __init__(
-        self, model: Stage1Model, precision: Precision, communicator: Communicator, config: EvaluationConfig
+        self,
+        model: Stage1Model,
+        precision: Precision,
+        communicator: Communicator,
+        config: EvaluationConfig,
+        heartbeat: Callable[[], None],
     ) -> None:
+        """`heartbeat` is called after each batch that is encoded and each group of images that is re-ranked."""
         self._model, self._precision, self._communicator, self._config = model, precision, communicator, config
+        self._heartbeat = heartbeat
 
     @torch.no_grad()
     def run(self, batches: Iterable[tuple[Batch, Stage1Inputs]]) -> EvalResult:
@@ -112,6 +119,7 @@ class RetrievalEvaluation:
             assert part.image_ids_B is not None
             image_ids.append(part.image_ids_B)
             kept.append(part)
+            self._heartbeat()
         return _Rows(torch.cat(images), torch.cat(texts), torch.cat(ids), torch.cat(masks), torch.cat(image_ids), kept)
 
     def _rerank(self, rows: _Rows, scores_IT: Tensor) -> Tensor:
@@ -128,6 +136,7 @@ class RetrievalEvaluation:
                 mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + count)]
                 matches_IT[mine[:, 0], mine[:, 1]] = self._match(inputs, ids_TL, mask_TL, mine, first)
                 first += count
+                self._heartbeat()
         matches_IT = self._communicator.all_reduce_sum(matches_IT)
         chosen_IT = torch.zeros_like(scores_IT, dtype=torch.bool)
         chosen_IT[pairs[:, 0], pairs[:, 1]] = True
