@@ -59,8 +59,8 @@ class DataConfig(Config):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Data sets and their weights."""
     exclude: str | None = None
-    """File of samples that are left out from the start of the run, one key per line: `source/shard#key`, or the bare
-    key, for which the indexes of all shards are read."""
+    """File of samples that are left out from the start of the run, one key per line: `source/shard#key`,
+    `SHARD_URL#key`, or the bare key, for which the indexes of all shards are read."""
     lanes: int = Field(gt=0)
     """Parallel sample streams; must divide the global batch, and every world size must divide it. Fixed for a run."""
     shuffle_chunks: int = Field(4, gt=0)

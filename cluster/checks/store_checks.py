@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.dataset.load_plan import excluded_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import ChangedError, DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
@@ -73,10 +74,11 @@ def check_weights(config: JobConfig) -> str:
 
 
 def check_data(config: JobConfig) -> str:
-    """Load every manifest and check its first shard; return what was found.
+    """Load every manifest, check its first shard, look up the excluded samples; return what was found.
 
     Raises:
-        DataError: a manifest or its first shard cannot be read, or the shard is not the indexed one.
+        DataError: a manifest or its first shard cannot be read, the shard is not the indexed one, or `data.exclude`
+            names a sample that there is not.
     """
     store = ObjectStore(config.store)
     found = []
@@ -85,6 +87,8 @@ def check_data(config: JobConfig) -> str:
         shard = manifest.shards[0]
         store.get_range(shard.url, 0, MIN_HEAD_BYTES, etag=shard.etag)
         found.append(f"{manifest.num_samples} samples in {len(manifest.shards)} shards")
+    if config.data.exclude:
+        found.append(f"{sum(map(len, excluded_samples(config.data, store).values()))} samples excluded")
     return "; ".join(found)
 
 

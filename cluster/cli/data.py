@@ -152,7 +152,7 @@ def ls(
 
 @app.command()
 def where(
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="source/shard#key as in quarantine, or bare.")],
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="source/shard#key, SHARD_URL#key or bare key.")],
     run: Annotated[str, typer.Option("--run", metavar="RUN", help="Run on the cluster, or URL of its folder.")],
     address: AddressOption = None,
     endpoint_url: EndpointOption = None,

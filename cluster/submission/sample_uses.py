@@ -54,8 +54,8 @@ def sample_uses(config: JobConfig, store: ObjectStore, keys: Sequence[str], run_
     found = find_keys(keys, next(iter(plans.values())).manifests, store)
     if unknown := [key for key, samples in found.items() if not samples]:
         raise ClusterError(
-            f"{config.run.name}: no sample is called {', '.join(map(repr, unknown))}; give source/shard#key or the key "
-            "as quarantine, `isthmus data show` or the names of the shard's files have it"
+            f"{config.run.name}: no sample is called {', '.join(map(repr, unknown))}; give source/shard#key, "
+            "SHARD_URL#key or the key as the shard's index has it"
         )
     uses: list[SampleUse] = []
     for stage, plan in plans.items():

@@ -1,7 +1,5 @@
-"""Samples by their keys: `source/shard#key`, as quarantine and logs name them, or the bare key."""
+"""Samples by their keys: `source/shard#key` as in logs, `SHARD_URL#key` of a quarantine record, or the bare key."""
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,7 +11,6 @@ from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.order.plan import PlannedManifest
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-_QUALIFIED = re.compile(r"(\d+)/(\d+)#(.+)", re.DOTALL)
 _INDEXES_AT_ONCE = 16
 
 
@@ -47,37 +44,33 @@ def find_keys(
 ) -> dict[str, list[FoundSample]]:
     """Return the samples of each key; none for a key that no sample has.
 
-    A qualified key costs the index of its shard. Bare keys, however many, cost the indexes of all shards.
+    A key that names its shard costs the index of that shard. Bare keys, however many, cost the indexes of all shards.
 
     Raises:
         DataError: an index cannot be read.
     """
     found: dict[str, list[FoundSample]] = {key: [] for key in keys}
-    qualified: defaultdict[tuple[int, int], set[str]] = defaultdict(set)
-    bare = set()
-    for key in found:
-        if match := _QUALIFIED.fullmatch(key):
-            qualified[int(match[1]), int(match[2])].add(match[3])
-        else:
-            bare.add(key)
     shards = [(source, shard) for source, manifest in enumerate(manifests) for shard in range(len(manifest.shards))]
-    wanted = [(place, bare | qualified[place]) for place in shards if bare or place in qualified]
+    names = {place: (f"{place[0]}/{place[1]}", manifests[place[0]].shards[place[1]].url) for place in shards}
+    named = {key.partition("#")[0] for key in found} & {name for both in names.values() for name in both}
+    any_bare = any(key.partition("#")[0] not in named for key in found)
     firsts = [_first_samples(manifest) for manifest in manifests]
 
-    def look(asked: tuple[tuple[int, int], set[str]]) -> list[tuple[str, FoundSample]]:
-        (source, shard), keys_here = asked
+    def look(place: tuple[int, int]) -> list[tuple[str, FoundSample]]:
+        source, shard = place
         index = ShardIndex.load(manifests[source].shards[shard], store)
-        first = firsts[source][shard]
+        name, url = names[place]
         return [
-            (key, FoundSample(source, first + sample, f"{source}/{shard}#{key}"))
-            for sample, key in enumerate(index.keys())
-            if key in keys_here
+            (asked, FoundSample(source, firsts[source][shard] + number, f"{name}#{key}"))
+            for number, key in enumerate(index.keys())
+            for asked in (key, f"{name}#{key}", f"{url}#{key}")
+            if asked in found
         ]
 
+    wanted = [place for place in shards if any_bare or not named.isdisjoint(names[place])]
     with ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
-        for key, sample in (item for items in pool.map(look, wanted) for item in items):
-            for name in {key, sample.name} & found.keys():
-                found[name].append(sample)
+        for asked, sample in (item for items in pool.map(look, wanted) for item in items):
+            found[asked].append(sample)
     return found
 
 

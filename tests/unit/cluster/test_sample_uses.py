@@ -6,12 +6,14 @@ import pytest
 from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
+from isthmus.cluster.checks.store_checks import check_data
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.submission.job import job_metadata
 from isthmus.cluster.submission.sample_uses import sample_uses
 from isthmus.cluster.submission.skip_steps import with_skipped
 from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus
 from isthmus.trainer.errors import ConfigError
@@ -75,6 +77,16 @@ def test_where_knows_excluded_and_skipped_samples(manifest, tmp_path):
     uses = {(use.data_step, use.step): use.state for use in sample_uses(skipping, STORE, [kept], url)}
     assert uses[5, None] == "skipped"
     assert all(step == data_step - (data_step > 5) for data_step, step in uses if step is not None)
+
+
+def test_preflight_looks_up_the_excluded_samples(manifest, tmp_path):
+    config, _ = make_run(tmp_path, manifest, exclude=str(tmp_path / "exclude"))
+    first = sample_keys(make_run(tmp_path / "plain", manifest)[0], STORE, "stage1", 0)[0]
+    (tmp_path / "exclude").write_text(f"{first}\n")
+    assert check_data(config) == "24 samples in 1 shards; 1 samples excluded"
+    (tmp_path / "exclude").write_text("0/0#absent\n")
+    with pytest.raises(DataError, match="'0/0#absent'"):
+        check_data(config)
 
 
 def test_where_on_the_command_line(manifest, tmp_path):

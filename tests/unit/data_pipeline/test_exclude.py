@@ -96,8 +96,21 @@ def test_a_bare_key_names_the_sample_of_every_source(data, tmp_path):
     other = write_set(str(tmp_path / "other"), [good_sample(number) for number in range(5)])
     store = ObjectStore()
     manifests = [Manifest.load(url, store) for url in (data, other)]
-    found = find_keys(["000003", "0/0#000003", "1/0#000004", "000040"], manifests, store)
+    by_url = f"{manifests[0].shards[1].url}#000021"
+    found = find_keys(["000003", "0/0#000003", "1/0#000004", "000040", by_url], manifests, store)
+    assert [(sample.name, sample.number) for sample in found[by_url]] == [("0/1#000021", 21)]
     assert [sample.name for sample in found["000003"]] == ["0/0#000003", "1/0#000003"]
     assert [(sample.source, sample.number) for sample in found["1/0#000004"]] == [(1, 4)]
     assert [(sample.source, sample.number) for sample in found["000040"]] == [(0, 40)]
     assert found["0/0#000003"] == found["000003"][:1]
+
+
+def test_a_key_that_names_its_shard_costs_one_index(data, monkeypatch):
+    manifests, store = [Manifest.load(data, ObjectStore())], ObjectStore()
+    asked = []
+    get = ObjectStore.get
+    monkeypatch.setattr(ObjectStore, "get", lambda self, url: asked.append(url) or get(self, url))
+    assert find_keys(["0/1#000021", "0/1#000022"], manifests, store)["0/1#000022"]
+    assert asked == [manifests[0].shards[1].index_url]
+    find_keys(["0/1#000021", "000003"], manifests, store)
+    assert len(asked) == 1 + len(manifests[0].shards)
