@@ -1,5 +1,6 @@
 """`isthmus caption`, `ask`, `serve`, `import`: use exported models; `isthmus models`: fetch published ones."""
 
+import json
 import re
 import sys
 import tempfile
@@ -236,6 +237,46 @@ def verify(folder: FolderArgument, endpoint_url: EndpointOption = None, region: 
 
     record = verify_folder(folder, open_store(endpoint_url, region))
     typer.echo(f"{folder}: {len(record.files)} files are as recorded ({record.source})")
+
+
+@models_app.command()
+def check(
+    language: Annotated[Path, typer.Argument(metavar="LLM", help="Folder of a language model.", exists=True)],
+    vision: Annotated[Path | None, typer.Option(help="Folder of an image encoder.", exists=True)] = None,
+    bert: Annotated[Path | None, typer.Option(help="Folder of BERT for the Q-Former.", exists=True)] = None,
+    recipe: Annotated[Path, typer.Option(help="Recipe that they are to fit.")] = Path("blip2-vitg-opt2.7b.yaml"),
+    gpu: Annotated[str, typer.Option(help="Card, as for `isthmus estimate`.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+) -> None:
+    """Say whether models fit each other and a recipe, before anything is uploaded or paid for; 2: they do not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from isthmus.cluster.checks.models import ModelChecks
+    from isthmus.cluster.config import JobConfig
+    from isthmus.trainer.config.loading import load_config
+    from isthmus.trainer.estimate.hardware import Cluster, find_gpu
+
+    paths = {"model.language.path": language, "model.vision.path": vision}
+    overrides = [f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path is not None]
+    config = load_config(recipe, overrides, JobConfig)
+    checks, text = ModelChecks(), config.model.language
+    assert text is not None
+    checks.add_language(language, text, config.model.qformer.num_queries)
+    if vision is not None:
+        checks.add_vision(vision, config.model.vision.image_size_pixels)
+    if bert is not None:
+        tokens = config.stage1.loss.max_text_tokens if config.stage1 else text.max_text_tokens
+        checks.add_bert(bert, config.model.qformer, tokens)
+    checks.add_memory(config, Cluster(find_gpu(gpu), gpus))
+    table = Table("part", "", "found", title=f"for {recipe.name}", title_justify="left")
+    for row in checks.rows:
+        table.add_row(*row)
+    Console().print(table)
+    for misfit in checks.misfits:
+        typer.echo(misfit, err=True)
+    if checks.misfits:
+        raise typer.Exit(2)
 
 
 def _open_source(source: str, revision: str | None, part: Part, scratch: Path) -> "tuple[Published, str | None]":

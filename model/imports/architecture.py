@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
@@ -56,14 +57,24 @@ def _check_vision(folder: Path, tensors: Tensors, place: str) -> None:
     network = vision_class(config) if vision_class else AutoModel.from_config(config)
     missing = []
     needed: Mapping[str, Tensor] = network.state_dict()
+    renamings = get_model_conversion_mapping(network)
+    held = {_renamed(name, renamings): name for name in tensors}
     for name, tensor in needed.items():
-        found = next((held for held in (name, VISION_PREFIX + name) if held in tensors), None)
+        spellings = (name, VISION_PREFIX + name, f"{network.base_model_prefix}.{name}")
+        found = next((held[spelling] for spelling in spellings if spelling in held), None)
         if found is not None:
             _check_shape(found, tensors[found].shape, tensor, place)
         elif not any(part in name for part in _UNREAD):
             missing.append(name)
     if missing:
         raise ModelError(f"{place}: {len(missing)} weights are missing, the first is {missing[0]}; download all files")
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    """Return the name that transformers gives a published tensor as it reads it: those of ViT changed in version 5."""
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name
 
 
 def _check_shape(name: str, found: tuple[int, ...], needed: Tensor, place: str) -> None:

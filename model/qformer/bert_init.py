@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from isthmus.model.config import QFormerConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.safetensors_io import read_json, tensor_files
@@ -45,7 +46,7 @@ def load_bert(qformer: QFormer, folder: Path) -> list[str]:
     Raises:
         ModelError: a weight is absent, or the dimensions differ.
     """
-    _check_dimensions(qformer, folder)
+    check_dimensions(qformer.config, folder)
     files = tensor_files(folder)
     random = []
     for name, parameter in qformer.named_parameters():
@@ -85,8 +86,13 @@ def _bert_name(name: str) -> str | None:
     return f"{theirs}.{leaf}" if theirs else None
 
 
-def _check_dimensions(qformer: QFormer, folder: Path) -> None:
-    theirs, ours = read_json(folder / "config.json"), qformer.config
+def check_dimensions(ours: QFormerConfig, folder: Path) -> None:
+    """Compare a BERT's config.json with the Q-Former.
+
+    Raises:
+        ModelError: a dimension differs.
+    """
+    theirs = read_json(folder / "config.json")
     pairs = {
         "num_hidden_layers": ("num_layers", ours.num_layers),
         "hidden_size": ("hidden_size", ours.hidden_size),

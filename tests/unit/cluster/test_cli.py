@@ -101,7 +101,7 @@ def test_every_verb_that_takes_a_url_takes_the_stores_endpoint_and_region():
         if not {"--endpoint-url", "--region"} <= {option for parameter in command.params for option in parameter.opts}
     }
     assert {name for name in lacking if " " not in name} == WITHOUT_A_STORE
-    assert {name for name in lacking if " " in name} == {"config show", "config schema", "assets tiny"}
+    assert {name for name in lacking if " " in name} == {"config show", "config schema", "assets tiny", "models check"}
 
 
 def test_the_options_reach_the_store():

@@ -29,7 +29,7 @@ from isthmus.model.imports.architecture import check_architecture
 from isthmus.model.imports.published import open_published
 from isthmus.model.imports.tensors import open_tensors
 from isthmus.model.imports.towers import CLIP_MEAN
-from isthmus.model.tiny import write_tiny_language
+from isthmus.model.tiny import write_tiny_language, write_tiny_vision
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen.model_folder import ModelWriter, plan_files, read_record, verify
 
@@ -321,3 +321,16 @@ def test_a_missing_shard_and_a_missing_entry_are_named(safetensors_opt, tmp_path
     (source / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(ModelError, match=r"1 weight files are missing, the first is pytorch_model-00002"):
         open_published(source)
+
+
+def test_a_plain_vit_whose_files_have_the_names_before_version_5(tmp_path):
+    source = write_tiny_vision(tmp_path / "vit")
+    assert any(name.startswith("encoder.layer.0.attention.attention") for name in open_tensors(source))
+    made = get(source, tmp_path / "made", "vision")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (
+            load_vision(VisionConfig(path=str(folder), image_size_pixels=64), folder)(images)
+            for folder in (made, source)
+        )
+    assert torch.equal(ours, theirs)
