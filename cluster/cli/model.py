@@ -1,10 +1,8 @@
 """`isthmus caption`, `ask`, `serve`, `import`: use exported models; `isthmus models`: fetch published ones."""
 
 import json
-import re
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -105,6 +103,7 @@ def import_(
 ) -> None:
     """Turn a published BLIP-2 of either stage into an own export; say what was taken, what is new, what was left."""
     from isthmus.model.formats.hf_import import import_blip2
+    from isthmus.model.formats.key_mapping import by_layer
     from isthmus.model.formats.lavis_import import import_lavis
 
     if source.is_dir():
@@ -114,14 +113,9 @@ def import_(
     groups = {"taken": imported.taken, "new, initialised where a stage has them": imported.new, "left": imported.left}
     for label, names in groups.items():
         typer.echo(f"{label}: {len(names)} tensors")
-        for name, count in _by_layer(names).items():
+        for name, count in by_layer(names).items():
             typer.echo(f"  {name}" + (f" ({count} layers)" if count > 1 else ""))
     typer.echo(f"{target}: written")
-
-
-def _by_layer(names: list[str]) -> Counter[str]:
-    """Return names with the number of the layer left out, and how many layers have each."""
-    return Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
 
 
 @app.command("export")

@@ -5,6 +5,8 @@ Ours are the parameter names of Stage1Model and Stage2Model. The query path of a
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 Reference = Literal["hf", "lavis"]
@@ -65,6 +67,11 @@ def reference_name(name: str, reference: Reference, llm: str = "opt") -> str | N
     key = part[: kind.start()] + ".{qkv}" if kind else part
     theirs = _LAYER[key][column].replace("{qkv}", kind.group(1) if kind else "")
     return f"{_ROOT[reference]}.{number}.{theirs}{leaf}"
+
+
+def by_layer(names: Iterable[str]) -> Counter[str]:
+    """Return names with * for the number of the layer, and how many layers have each, to be read by people."""
+    return Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
-from isthmus.model.imports.tensors import open_tensors
+from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.safetensors_io import copy_checked, file_tensors, read_json, replace_folder
 
 FORMAT = "isthmus-bridge-1"
@@ -112,17 +112,18 @@ def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:
         theirs = {name: reference_name(name, "hf") for name in names}
         return {name: readers[key]() for name, key in theirs.items() if key in readers}
     if source.suffix == ".pth":
-        return _read_lavis(source, names)
+        lavis = open_tensors(source)
+        return {name: lavis[key].read() for name, key in lavis_names(lavis, names).items()}
     raise ModelError(
         f"{source}: neither an export of ours ({DESCRIPTION}), nor a transformers BLIP-2 folder, nor a .pth checkpoint"
     )
 
 
-def _read_lavis(source: Path, names: list[str]) -> dict[str, Tensor]:
-    held = open_tensors(source)
+def lavis_names(held: Tensors, names: list[str]) -> dict[str, str]:
+    """Return those of our `names` that a LAVIS checkpoint holds, each with its name there."""
     llm = "t5" if "t5_proj.weight" in held else "opt"
     theirs = {name: reference_name(name, "lavis", llm) for name in names}
-    return {name: held[key].read() for name, key in theirs.items() if key is not None and key in held}
+    return {name: key for name, key in theirs.items() if key is not None and key in held}
 
 
 def _mapping(value: object) -> Mapping[str, object]:

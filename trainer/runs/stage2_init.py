@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.formats.key_mapping import by_layer
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, list_checkpoints
 from isthmus.trainer.checkpoint.retention import best_step
 from isthmus.trainer.config.schema import Stage2Config, TrainConfig
@@ -54,11 +55,10 @@ def init_from_stage1(
     with torch.no_grad():
         for name in record["taken"]:
             parameters[name].copy_(source.read_tensor(name))
-    new = sorted(parameters.keys() - set(record["taken"]))
-    logger.info(
-        "stage 2 begins with %d tensors of %s; new: %s; left: %s",
-        len(record["taken"]), record["url"], ", ".join(new) or "none", ", ".join(record["dropped"]) or "none",
-    )  # fmt: skip
+    new = parameters.keys() - set(record["taken"])
+    new_names, left_names = (", ".join(by_layer(sorted(names))) or "none" for names in (new, record["dropped"]))
+    count = len(record["taken"])
+    logger.info("stage 2 begins with %d tensors of %s; new: %s; left: %s", count, record["url"], new_names, left_names)
     return record
 
 

@@ -62,6 +62,13 @@ def test_every_format_holds_the_same_tensors(tmp_path, write):
     assert open_source(url, ObjectStore(), NAMES).identity() == identity
 
 
+@pytest.mark.parametrize("write", [write_transformers, write_lavis])
+def test_what_is_left_is_known_by_name_and_not_read(tmp_path, write):
+    source = open_source(write(tmp_path / "source"), ObjectStore(), NAMES[:2])
+    left = source.shapes().keys() - set(NAMES[:2])
+    assert left == {reference_name(NAMES[2], "hf" if write is write_transformers else "lavis")}
+
+
 def test_a_changed_source_has_another_identity(tmp_path):
     url = write_transformers(tmp_path / "source")
     before = open_source(url, ObjectStore(), NAMES).identity()
