@@ -130,8 +130,10 @@ def export_native(source: Path, folder: Path) -> None:
     """Write a native export as the folder that transformers' BLIP-2 has for its stage, atomically.
 
     Raises:
-        ModelError: transformers cannot hold its encoder, or it is of stage 1 and has no tokenizer.
+        ModelError: the folder exists, transformers cannot hold the encoder, or stage 1's export has no tokenizer.
     """
+    if folder.exists():
+        raise ModelError(f"{folder}: exists; give a new folder")
     qformer, vision, language = bridge_configs(source)
     trained = load_file(source / WEIGHTS)
     if language is not None:

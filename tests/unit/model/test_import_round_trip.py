@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from isthmus.cluster.cli.model import app
 from isthmus.model.errors import ModelError
+from isthmus.model.formats.hf_export import export_native
 from isthmus.model.formats.hf_import import HEADS, import_blip2
 from isthmus.model.safetensors_io import file_tensors
 from isthmus.model.tiny import write_tiny_language, write_tiny_vocabulary
@@ -79,6 +80,8 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
     exported = run.invoke(app, ["export", str(tmp_path / "own"), str(tmp_path / "back")], catch_exceptions=False)
     assert exported.exit_code == 0
     assert_same_tensors(folder, tmp_path / "back")
+    with pytest.raises(ModelError, match="back: exists; give a new folder"):
+        export_native(tmp_path / "own", tmp_path / "back")
 
 
 def test_what_was_taken_new_and_left_is_said_by_name(tmp_path):
