@@ -20,9 +20,10 @@ from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder, QFormerEncoder
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Rank
+from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
-from isthmus.trainer.frozen.zero3 import load_frozen_lm
+from isthmus.trainer.frozen.zero3 import check_frozen_lm, load_frozen_lm
 from isthmus.trainer.seeds import derive_seed
 from isthmus.trainer.stage1_task import Stage1Task
 from isthmus.trainer.stage2_task import Stage2Task
@@ -47,6 +48,8 @@ def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: Object
 
 def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
     assert config.stage1 is not None
+    if "stage2" in config.stages:
+        from_main_rank(lambda: check_language(config, store))
     model_config = config.model_at("stage1")
     bridge = model_config.qformer
     tokenizer = bridge.tokenizer or bridge.init_from
@@ -68,6 +71,19 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         micro_batch_size=config.stage1.micro_batch_size,
     )
     return Parts(task, encoder)
+
+
+def check_language(config: TrainConfig, store: ObjectStore) -> None:
+    """Check the language model of stage 2 and its tokenizer before stage 1 is paid for; no weights are read.
+
+    Raises:
+        FrozenWeightsError, ModelError: what stage 2 would raise at its start.
+    """
+    language = config.model_at("stage2").language
+    assert language is not None
+    encoder = LanguageEncoder(local_folder(language.path, store, leave_out=WEIGHT_FILES), language)
+    encoder(["a caption"], [0])
+    check_frozen_lm(language, language.path, store)
 
 
 def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:

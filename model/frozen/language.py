@@ -175,8 +175,14 @@ def build_language(config: LanguageConfig, folder: Path, tensor_names: Collectio
     names = tensor_files(folder) if tensor_names is None else tensor_names
     hf_config = _hf_config(folder, dropout=config.dropout)
     factory: Any = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
-    with no_init_weights():
-        model = factory.from_config(hf_config, dtype=getattr(torch, config.torch_dtype))
+    try:
+        with no_init_weights():
+            model = factory.from_config(hf_config, dtype=getattr(torch, config.torch_dtype))
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: transformers has no language model of type {hf_config.model_type}; model.language.path must "
+            "be the folder of a decoder or of T5"
+        ) from error
     _check_takes_embeddings(model, folder)
     weight_names = _tie_and_map(model, set(names), folder)
     kind = EncoderDecoderLanguageModel if hf_config.is_encoder_decoder else DecoderLanguageModel
@@ -199,7 +205,11 @@ def load_language(config: LanguageConfig, folder: Path) -> LanguageModel:
 def _hf_config(folder: Path, *, dropout: bool) -> Any:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no config.json; model.language.path must be a Hugging Face folder")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: config.json cannot be read by transformers: {line:.200}") from error
     if config.is_encoder_decoder and config.model_type not in ENCODER_DECODER_TYPES:
         raise ModelError(
             f"{folder}: encoder-decoder of type {config.model_type}; supported are {', '.join(ENCODER_DECODER_TYPES)}"

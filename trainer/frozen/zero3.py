@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from isthmus.trainer.engine.deepspeed_config import frozen_config
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed, parameters_on_meta
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
+
+if TYPE_CHECKING:
+    from isthmus.model.frozen.language import LanguageModel
 
 logger = logging.getLogger(__name__)
 PIECE_BYTES = 32 << 20
@@ -66,12 +69,7 @@ def load_frozen_lm(
     Raises:
         FrozenWeightsError: the files are damaged, or a tensor is missing, extra or of another shape.
     """
-    from isthmus.model.frozen.language import build_language  # noqa: PLC0415 - imports transformers, which takes seconds
-
-    entries = read_entries(folder_url, store)
-    folder = local_folder(folder_url, store, leave_out=WEIGHT_FILES)
-    with parameters_on_meta():
-        language = build_language(config, folder, entries)
+    language, entries = _skeleton(config, folder_url, store)
     dtype = getattr(torch, config.torch_dtype)
     module, report = shard(language, language.weight_names, entries, store, dtype, frozen_config(deepspeed))
     logger.info(
@@ -79,6 +77,28 @@ def load_frozen_lm(
         rank.rank, report.bytes_read / 1e6, report.bytes_total / 1e6, folder_url, report.seconds,
     )  # fmt: skip
     return module
+
+
+def check_frozen_lm(config: LanguageConfig, folder_url: str, store: ObjectStore) -> None:
+    """Check that the files hold what the architecture needs, reading their headers only.
+
+    Raises:
+        FrozenWeightsError, ModelError: as `load_frozen_lm`.
+    """
+    language, entries = _skeleton(config, folder_url, store)
+    _match(language, language.weight_names, entries)
+
+
+def _skeleton(
+    config: LanguageConfig, folder_url: str, store: ObjectStore
+) -> tuple["LanguageModel", dict[str, TensorEntry]]:
+    """Return the model without contents, and the tensors of its files."""
+    from isthmus.model.frozen.language import build_language  # noqa: PLC0415 - imports transformers, which takes seconds
+
+    entries = read_entries(folder_url, store)
+    folder = local_folder(folder_url, store, leave_out=WEIGHT_FILES)
+    with parameters_on_meta():
+        return build_language(config, folder, entries), entries
 
 
 def shard(
