@@ -8,6 +8,7 @@ import torch
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.model.frozen.language import load_language
+from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.process_group import process_group
 from isthmus.trainer.frozen.identity import FrozenGuard
@@ -79,12 +80,13 @@ def test_frozen_model_on_the_device(tmp_path: Path, template: str, dtype: str) -
     sharded = load_frozen_lm(language_config, str(tmp_path), ObjectStore(), context.rank, template)
     whole = load_language(language_config, tmp_path).cuda()
     guard = FrozenGuard(sharded)
-    ids = torch.randint(5, 90, (2, 6)).cuda()
+    ids = torch.randint(5, 90, (2, 6))
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    (text,) = pack_language_tokens(tokens, torch.ones(2, dtype=torch.bool), 2, is_encoder_decoder=False)
     gradients = []
     for language in (sharded, whole):
         visual = torch.ones(2, 3, 64, device="cuda", requires_grad=True)
-        language(visual, tokens).backward()
+        language(visual, text.to("cuda")).backward()
         gradients.append(visual.grad)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)

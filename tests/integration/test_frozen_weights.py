@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig
 from isthmus.model.frozen.language import LanguageModel, load_language
+from isthmus.model.text.language_batch import pack_language_tokens
+from isthmus.trainer import safetensors_header
 from isthmus.trainer.context import LocalContext, Rank
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity
@@ -40,7 +42,10 @@ class Bridge(nn.Module):
         return dict(self.projection.named_parameters(prefix="projection"))
 
     def loss(self, x: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        return self.language(self.projection(x), tokens) / num_targets()
+        valid = torch.ones(len(x), dtype=torch.bool)
+        encoder_decoder = self.language.is_encoder_decoder
+        (text,) = pack_language_tokens(tokens, valid, len(x), is_encoder_decoder=encoder_decoder)
+        return self.language(self.projection(x), text) / num_targets()
 
 
 def batch() -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,6 +98,8 @@ def on_two_ranks(rank: int, world_size: int, folders: dict[str, str], template: 
 def through_sharded(folder: str, template: str, rank: Rank) -> dict[str, Any]:
     """Gradients through the sharded model; what the rank holds and has read; the guard over 50 steps."""
     store = ObjectStore()
+    # These files are shorter than the first read of a header; so short a one makes the bytes read exact.
+    safetensors_header.FIRST_READ_BYTES = safetensors_header.LENGTH_BYTES
     config = LanguageConfig(path=folder)
     language = load_frozen_lm(config, folder, store, rank, template)
     num_read = store.metrics.bytes_read
