@@ -43,7 +43,7 @@ def debian(tmp_path):
     subprocess.run(
         ["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True, capture_output=True, timeout=600
     )
-    for path in map(Path, ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/root/.config/pip/pip.conf")):
+    for path in map(Path, ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", Path.home() / ".config/pip/pip.conf")):
         if path.exists():
             (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / path.relative_to("/"))
