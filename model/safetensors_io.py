@@ -125,6 +125,12 @@ def copy_checked(parameter: Tensor, tensor: Tensor, name: str, place: str) -> No
         parameter.copy_(tensor)
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raise ModelError where the folder that is to be written exists: nothing of the user's is replaced."""
+    if folder.exists():
+        raise ModelError(f"{folder}: exists; give a new folder")
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill that takes the place of `folder` when the block ends without an error."""

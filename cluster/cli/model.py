@@ -115,7 +115,7 @@ def import_(
         typer.echo(f"{label}: {len(names)} tensors")
         for name, count in by_layer(names).items():
             typer.echo(f"  {name}" + (f" ({count} layers)" if count > 1 else ""))
-    typer.echo(f"{target}: written")
+    typer.echo(f"{target}: written, trained tensors as {', '.join(imported.dtypes)}; training takes them as float32")
 
 
 @app.command("export")

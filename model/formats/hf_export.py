@@ -7,6 +7,7 @@ models' own folders, so frozen weights are copied here; only our own format can 
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import WEIGHTS, bridge_configs
 from isthmus.model.frozen.language import LanguageModel, build_language
 from isthmus.model.frozen.vision import image_statistics
-from isthmus.model.safetensors_io import Source, file_tensors, read_json, replace_folder, write_tensors
+from isthmus.model.safetensors_io import Source, file_tensors, read_json, refuse_existing, replace_folder, write_tensors
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,11 @@ def export_captioner(
         *_vision_sources(vision[1]),
         *_language_sources(skeleton, language_folder, text_config.vocab_size),
     ]
-    with replace_folder(folder) as partial:
-        write_tensors(partial, sources)
-        config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        _generation_config(encoder, skeleton, image_token).save_pretrained(partial)
+    with replace_folder(folder) as target:
+        write_tensors(target, sources)
+        config.save_pretrained(target)
+        processor.save_pretrained(target)
+        _generation_config(encoder, skeleton, image_token).save_pretrained(target)
 
 
 def export_retriever(
@@ -118,12 +119,13 @@ def export_retriever(
         num_query_tokens=qformer.num_queries,
         image_text_hidden_size=qformer.projection_size,
         architectures=["Blip2ForImageTextRetrieval"],
+        dtype=str(trained["qformer.query_tokens"].dtype).removeprefix("torch."),
     )
     names = [name for name in trained if reference_name(name, "hf") and not name.startswith("projection.")]
-    with replace_folder(folder) as partial:
-        write_tensors(partial, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
-        config.save_pretrained(partial)
-        processor.save_pretrained(partial)
+    with replace_folder(folder) as target:
+        write_tensors(target, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
+        config.save_pretrained(target)
+        processor.save_pretrained(target)
 
 
 def export_native(source: Path, folder: Path) -> None:
@@ -132,8 +134,7 @@ def export_native(source: Path, folder: Path) -> None:
     Raises:
         ModelError: the folder exists, transformers cannot hold the encoder, or stage 1's export has no tokenizer.
     """
-    if folder.exists():
-        raise ModelError(f"{folder}: exists; give a new folder")
+    refuse_existing(folder)
     qformer, vision, language = bridge_configs(source)
     trained = load_file(source / WEIGHTS)
     if language is not None:
@@ -224,7 +225,7 @@ def _trained_sources(trained: Mapping[str, Tensor], names: list[str]) -> Iterato
     for name in names:
         theirs = reference_name(name, "hf")
         assert theirs is not None
-        yield theirs, trained[name].float
+        yield theirs, partial(trained.__getitem__, name)
 
 
 def _vision_sources(folder: Path) -> Iterator[Source]:

@@ -3,19 +3,22 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
-from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from isthmus.model.config import Dtype, LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import export_bridge, read_trained
+from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.safetensors_io import file_tensors, write_tensors
+from isthmus.model.safetensors_io import read_json, refuse_existing, write_tensors
 from isthmus.model.text.language_tokenizer import TOKENIZER_FILES
 
 LANGUAGE_PREFIX = "language_model."
@@ -46,11 +49,19 @@ class Imported:
         taken: Trained tensors that were found, by our names.
         new: Trained tensors of either stage that the source lacks: a stage that has them initialises them itself.
         left: Tensors of the source that are not used, by its names.
+        dtypes: Types of the taken tensors, such as bfloat16.
     """
 
     taken: list[str]
     new: list[str]
     left: list[str]
+    dtypes: list[str]
+
+    @classmethod
+    def of(cls, trained: Mapping[str, Tensor], names: Iterable[str], left: list[str]) -> "Imported":
+        """Compare what was found with the names of what either stage trains."""
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in trained.values()}
+        return cls(sorted(trained), sorted(set(names) - trained.keys()), left, sorted(dtypes))
 
 
 def import_blip2(source: Path, target: Path) -> Imported:
@@ -58,17 +69,19 @@ def import_blip2(source: Path, target: Path) -> Imported:
 
     Args:
         source: What `Blip2ForConditionalGeneration`, `Blip2Model` (stage 2) or `Blip2ForImageTextRetrieval` (stage 1)
-            have saved as safetensors.
-        target: Folder to write; replaced where it exists.
+            have saved, as safetensors or PyTorch files.
+        target: Folder to write.
 
     Raises:
-        ModelError: the folder is of another kind, or trained tensors of its stage are missing.
+        ModelError: the target exists, the folder is of another kind or damaged, or trained tensors of its stage are
+            missing.
     """
-    config: Any = AutoConfig.from_pretrained(source) if (source / "config.json").exists() else None
-    if config is None or config.model_type != "blip-2":
+    refuse_existing(target)
+    if read_json(source / "config.json").get("model_type") != "blip-2":
         raise ModelError(f"{source}: not a BLIP-2 folder of transformers; give one with config.json and weights")
-    readers = file_tensors(source)
-    is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in readers)
+    config: Any = AutoConfig.from_pretrained(source)
+    tensors = open_tensors(source)
+    is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in tensors)
     qformer = _qformer_config(config)
     needed, all_names = trained_names(qformer, config.vision_config.hidden_size)
     if not is_stage2:
@@ -77,12 +90,13 @@ def import_blip2(source: Path, target: Path) -> Imported:
     missing = sorted(needed - trained.keys())
     if missing:
         raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}; copy all")
+    dtype = _dtype(config)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         vision, language, tokenizer = Path(place) / "vision", Path(place) / "language", Path(place) / "tokenizer"
-        _extract(source, vision, VISION_PREFIX, config.vision_config, PREPROCESSOR_FILES)
+        _extract(source, tensors, vision, VISION_PREFIX, config.vision_config, PREPROCESSOR_FILES)
         if is_stage2:
-            _extract(source, language, LANGUAGE_PREFIX, config.text_config, _TOKENIZER)
+            _extract(source, tensors, language, LANGUAGE_PREFIX, config.text_config, _TOKENIZER)
         else:
             tokenizer.mkdir()
             _copy(source, tokenizer, _TOKENIZER)
@@ -90,13 +104,13 @@ def import_blip2(source: Path, target: Path) -> Imported:
             target,
             trained,
             qformer,
-            (VisionConfig(path="vision", image_size_pixels=config.vision_config.image_size), vision),
-            (LanguageConfig(path="language"), language) if is_stage2 else None,
+            (VisionConfig(path="vision", image_size_pixels=config.vision_config.image_size, dtype=dtype), vision),
+            (LanguageConfig(path="language", dtype=dtype), language) if is_stage2 else None,
             tokenizer if not is_stage2 and any(tokenizer.iterdir()) else None,
         )
     used = {reference_name(name, "hf") for name in trained}
-    left = sorted(n for n in readers.keys() - used if not n.startswith((VISION_PREFIX, LANGUAGE_PREFIX)))
-    return Imported(sorted(trained), sorted(set(all_names) - trained.keys()), left)
+    left = sorted(n for n in tensors.keys() - used if not n.startswith((VISION_PREFIX, LANGUAGE_PREFIX)))
+    return Imported.of(trained, all_names, left)
 
 
 def trained_names(config: QFormerConfig, image_width: int) -> tuple[set[str], list[str]]:
@@ -126,13 +140,18 @@ def _qformer_config(config: Any) -> QFormerConfig:
     )
 
 
-def _extract(source: Path, folder: Path, prefix: str, config: Any, files: tuple[str, ...]) -> None:
+def _dtype(config: Any) -> Dtype:
+    """Return the type in which transformers would load the folder; auto where its configuration does not say."""
+    name = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return cast("Dtype", name) if name in get_args(Dtype) else "auto"
+
+
+def _extract(source: Path, tensors: Tensors, folder: Path, prefix: str, config: Any, files: tuple[str, ...]) -> None:
     """Write one frozen part as a folder of its own: config, its tensors without prefix, and files beside them."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    readers = file_tensors(source)
     write_tensors(
-        folder, ((name.removeprefix(prefix), read) for name, read in readers.items() if name.startswith(prefix))
+        folder, ((name.removeprefix(prefix), t.read) for name, t in tensors.items() if name.startswith(prefix))
     )
     _copy(source, folder, files)
 

@@ -12,7 +12,7 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import export_bridge
 from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.imports.towers import LAVIS_PREFIX, lavis_tower, preprocessor
-from isthmus.model.safetensors_io import read_json, write_tensors
+from isthmus.model.safetensors_io import read_json, refuse_existing, write_tensors
 
 BERT_HEAD_WIDTH = 64
 _LAYER = re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\.(crossattention)?")
@@ -25,14 +25,16 @@ def import_lavis(
 
     Args:
         source: `.pth` file, such as blip2_pretrained.pth or blip2_pretrained_opt2.7b.pth.
-        target: Folder to write; replaced where it exists.
+        target: Folder to write.
         vision: Folder of the image encoder; none: the encoder that the file holds.
         language: Folder of the language model; none: the export has no language model.
         tokenizer: Folder of the Q-Former's vocabulary; none: the export has none.
 
     Raises:
-        ModelError: damaged or unsafe, no checkpoint of BLIP-2, or trained tensors or the encoder are missing.
+        ModelError: the target exists, the file is damaged, unsafe or no checkpoint of BLIP-2, or trained tensors or
+            the encoder are missing.
     """
+    refuse_existing(target)
     tensors = open_tensors(source)
     qformer, image_width = _dimensions(tensors, source)
     needed, both = trained_names(qformer, image_width)
@@ -61,7 +63,7 @@ def import_lavis(
             (LanguageConfig(path="language"), language) if language is not None else None,
             tokenizer,
         )
-    return Imported(sorted(trained), sorted(set(both) - trained.keys()), left)
+    return Imported.of(trained, both, left)
 
 
 def _dimensions(tensors: Tensors, source: Path) -> tuple[QFormerConfig, int]:

@@ -1,7 +1,7 @@
 """Our own export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied.
 
     bridge.json              format version, dimensions, configurations of the frozen parts
-    bridge.safetensors       trained tensors under our names
+    bridge.safetensors       trained tensors under our names: fp32 from a run, the published type from an import
     vision/  language/       copies of the frozen folders
     tokenizer/               the Q-Former's vocabulary, where there is one
 
@@ -20,7 +20,7 @@ from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.imports.tensors import Tensors, open_tensors
-from isthmus.model.safetensors_io import copy_checked, file_tensors, read_json, replace_folder
+from isthmus.model.safetensors_io import copy_checked, read_json, replace_folder
 
 FORMAT = "isthmus-bridge-1"
 DESCRIPTION = "bridge.json"
@@ -39,7 +39,7 @@ def export_bridge(
 
     Args:
         folder: Target; replaced where it exists.
-        trained: Tensors by the names of `trainable_parameters` of either stage or both.
+        trained: Tensors by the names of `trainable_parameters` of either stage or both; they keep their type.
         qformer: Dimensions.
         vision: Configuration and local folder of the encoder.
         language: Configuration and local folder of the language model; none after stage 1.
@@ -51,7 +51,7 @@ def export_bridge(
         "vision": {**vision[0].model_dump(mode="json"), "path": "vision"},
         "language": None if language is None else {**language[0].model_dump(mode="json"), "path": "language"},
     }
-    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in trained.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     folders = {"vision": vision[1], "language": language and language[1], "tokenizer": tokenizer}
     with replace_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS)
@@ -105,12 +105,12 @@ def load_trained(model: nn.Module, source: Path) -> None:
 def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:
     """Return those of our `names` that `source` holds; formats as in `load_trained`."""
     if (source / DESCRIPTION).exists():
-        held = load_file(source / WEIGHTS)
-        return {name: held[name] for name in names if name in held}
+        own = load_file(source / WEIGHTS)
+        return {name: own[name] for name in names if name in own}
     if source.is_dir() and read_json(source / "config.json").get("model_type") == "blip-2":
-        readers = file_tensors(source)
-        theirs = {name: reference_name(name, "hf") for name in names}
-        return {name: readers[key]() for name, key in theirs.items() if key in readers}
+        held = open_tensors(source)
+        theirs = {name: reference_name(name, "hf") or "" for name in names}
+        return {name: held[key].read() for name, key in theirs.items() if key in held}
     if source.suffix == ".pth":
         lavis = open_tensors(source)
         return {name: lavis[key].read() for name, key in lavis_names(lavis, names).items()}

@@ -29,7 +29,7 @@ QFORMER = {
 }  # fmt: skip
 
 
-def published(root, model_class, *, with_text):
+def published(root, model_class, *, with_text, dtype=torch.float32):
     """Save a random model as its publisher would: weights, preprocessor, tokenizer."""
     folder, tokenizer_folder = root / "published", root / "tokenizer"
     text_config = None
@@ -52,7 +52,7 @@ def published(root, model_class, *, with_text):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     statistics = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
@@ -69,17 +69,25 @@ def assert_same_tensors(one, other):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "with_text"),
-    [(Blip2ForConditionalGeneration, False), (Blip2Model, False), (Blip2ForImageTextRetrieval, True)],
+    ("model_class", "with_text", "dtype"),
+    [
+        (Blip2ForConditionalGeneration, False, torch.float32),
+        (Blip2ForConditionalGeneration, False, torch.bfloat16),
+        (Blip2Model, False, torch.float16),
+        (Blip2ForImageTextRetrieval, True, torch.float32),
+        (Blip2ForImageTextRetrieval, True, torch.bfloat16),
+    ],
 )
-def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_text):
-    folder = published(tmp_path, model_class, with_text=with_text)
+def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_text, dtype):
+    folder = published(tmp_path, model_class, with_text=with_text, dtype=dtype)
     run = CliRunner()
     imported = run.invoke(app, ["import", str(folder), str(tmp_path / "own")], catch_exceptions=False)
     assert imported.exit_code == 0
+    assert f"trained tensors as {str(dtype).removeprefix('torch.')}; training takes them as float32" in imported.output
     exported = run.invoke(app, ["export", str(tmp_path / "own"), str(tmp_path / "back")], catch_exceptions=False)
     assert exported.exit_code == 0
     assert_same_tensors(folder, tmp_path / "back")
+    assert AutoConfig.from_pretrained(tmp_path / "back").dtype == dtype
     with pytest.raises(ModelError, match="back: exists; give a new folder"):
         export_native(tmp_path / "own", tmp_path / "back")
 
@@ -96,7 +104,7 @@ def test_what_was_taken_new_and_left_is_said_by_name(tmp_path):
     assert set(HEADS) | {"qformer.word_embeddings.weight"} <= set(report.new)
     assert set(report.taken).isdisjoint(report.new)
     assert report.left == ["of_somebody_else"]
-    shown = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "own")]).output
+    shown = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "again")]).output
     assert "  qformer.layers.*.query_ffn.up.weight (2 layers)\n" in shown
     assert "left: 1 tensors\n  of_somebody_else\n" in shown
 
@@ -109,4 +117,35 @@ def test_a_folder_without_its_trained_tensors_leaves_nothing(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 trained tensors are missing, the first is itm_head\.bias"):
         import_blip2(folder, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_pytorch_files_are_imported_as_safetensors_are(tmp_path):
+    folder = published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
+    import_blip2(folder, tmp_path / "own")
+    torch.save({name: read() for name, read in file_tensors(folder).items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    import_blip2(folder, tmp_path / "of-bin")
+    for path in (path for path in (tmp_path / "own").rglob("*") if path.is_file()):
+        assert (tmp_path / "of-bin" / path.relative_to(tmp_path / "own")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("source", ["published", "blip2.pth"])
+def test_a_folder_that_exists_is_not_replaced(tmp_path, source):
+    published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
+    torch.save({"model": {}}, tmp_path / "blip2.pth")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "work").write_text("of months")
+    with pytest.raises(ModelError, match="own: exists; give a new folder"):
+        CliRunner().invoke(app, ["import", str(tmp_path / source), str(tmp_path / "own")], catch_exceptions=False)
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["work"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "opt"}', None])
+def test_a_folder_of_another_kind_leaves_nothing(tmp_path, content):
+    (tmp_path / "published").mkdir()
+    if content:
+        (tmp_path / "published" / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"not there|no valid JSON|not a BLIP-2 folder"):
+        import_blip2(tmp_path / "published", tmp_path / "own")
     assert not (tmp_path / "own").exists()
