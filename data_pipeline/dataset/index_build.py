@@ -78,7 +78,7 @@ class IndexShard:
             for drop in drops
             if self.options.policy[drop.fault] == "fail"
         ]
-        record = ShardRecord(fingerprint, asdict(shard), index.chunk_samples, drops, failures)
+        record = ShardRecord(fingerprint, shard.to_dict(), index.chunk_samples, drops, failures)
         if not failures:
             self.store.put(index_url, data)
             self.store.put(record_url, json.dumps(asdict(record)).encode())  # last: it says that the index is complete

@@ -1,14 +1,15 @@
 """The manifest of a data set: its shards, their versions, and how many samples every chunk has.
 
-A manifest is a folder: `manifest.jsonl`, `indexes/*.idx` (shard_index.py) and `dropped.jsonl`. docs/data-format.md is
-the contract.
+A manifest is a folder: `manifest.jsonl`, `indexes/*.idx` (shard_index.py) and `dropped.jsonl`; a layered one also has
+`captions/*.parquet` (chosen_captions.py). docs/data-format.md is the contract.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 FORMAT = "isthmus-manifest"
 VERSION = 1
+LAYERED_VERSION = 2
 FILE_NAME = "manifest.jsonl"
 
 
@@ -32,6 +34,27 @@ class Shard:
     index_url: str
     index_hash: str
     """Identity of the index: of the keys, offsets and checksums of all samples."""
+    captions_url: str | None = None
+    """File of the captions that a layered manifest chose for the samples; none: the shard's own captions count."""
+    captions_hash: str | None = None
+    """SHA-256 of that file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRef:
+    """What a layered manifest was selected from."""
+
+    url: str
+    hash: str
+    base_url: str
+    base_hash: str
+    """The manifest that the layer was made for."""
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """What decided which samples and captions are in."""
 
 
 class Manifest:
@@ -41,12 +64,17 @@ class Manifest:
         shards: The shards, in the order that numbers them.
         chunk_samples: Samples of each chunk, one sequence per shard.
         chunk_bytes: Largest chunk, unless a single sample is larger.
+        layer: For a layered manifest: where its captions come from.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], chunk_samples: Iterable[Sequence[int] | NDArray[np.int32]], chunk_bytes: int
+        self,
+        shards: Sequence[Shard],
+        chunk_samples: Iterable[Sequence[int] | NDArray[np.int32]],
+        chunk_bytes: int,
+        layer: LayerRef | None = None,
     ) -> None:
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes, self.layer = chunk_bytes, layer
         flat, starts = bytearray(), [0]  # no array per shard: there may be 100,000
         for counts in chunk_samples:
             flat += np.asarray(counts, dtype=np.int32).tobytes()
@@ -81,19 +109,23 @@ class Manifest:
             raise DataError(f"{file_url} is damaged ({error!r}); run `isthmus data index` again") from error
 
     def save(self, folder_url: str, store: ObjectStore) -> None:
-        """Write the manifest into its folder; it refers to the indexes there by name."""
-        header = {
+        """Write the manifest into its folder; it refers to the files there by name."""
+        header: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self._version,
             "hash": self.hash,
             "num_shards": len(self.shards),
             "num_samples": self.num_samples,
             "chunk_bytes": self.chunk_bytes,
         }
+        if self.layer:
+            header["layer"] = asdict(self.layer)
         lines = [json.dumps(header)]
         for shard, chunks in zip(self.shards, self._chunks_by_shard(), strict=True):
-            line = asdict(shard) | {"chunk_samples": chunks.tolist()}
-            line["index"] = line.pop("index_url").removeprefix(f"{folder_url.rstrip('/')}/")
+            line = shard.to_dict() | {"chunk_samples": chunks.tolist()}
+            for name in ("index", "captions"):
+                if f"{name}_url" in line:
+                    line[name] = line.pop(f"{name}_url").removeprefix(f"{folder_url.rstrip('/')}/")
             lines.append(json.dumps(line))
         store.put(join(folder_url, FILE_NAME), "".join(f"{line}\n" for line in lines).encode())
 
@@ -101,11 +133,19 @@ class Manifest:
         starts = self.shard_chunk_starts
         return (self.chunk_samples[starts[i] : starts[i + 1]] for i in range(len(self.shards)))
 
+    @property
+    def _version(self) -> int:
+        return LAYERED_VERSION if self.layer else VERSION
+
     def _hash(self) -> str:
-        digest = hashlib.sha256(f"{VERSION} {self.chunk_bytes}\n".encode())
+        digest = hashlib.sha256(f"{self._version} {self.chunk_bytes}\n".encode())
+        if self.layer:
+            digest.update(f"layer {self.layer.hash}\n".encode())
         for shard, chunks in zip(self.shards, self._chunks_by_shard(), strict=True):
             digest.update(f"{shard.size_bytes} {shard.num_samples} {shard.index_hash}\n".encode())
             digest.update(chunks.astype("<i4").tobytes())
+            if shard.captions_hash:
+                digest.update(f"captions {shard.captions_hash}\n".encode())
         return digest.hexdigest()
 
 
@@ -114,21 +154,23 @@ def _parse(data: bytes, folder_url: str) -> Manifest:
     header = json.loads(next(lines, b"{}"))
     if header.get("format") != FORMAT:
         raise DataError("this is no manifest; make one with `isthmus data index`")
-    if header["version"] != VERSION:
+    if header["version"] not in (VERSION, LAYERED_VERSION):
         raise DataError(f"version {header['version']} is unknown here, expected {VERSION}; index again")
+    layer = LayerRef(**header["layer"]) if header["version"] == LAYERED_VERSION else None
     shards: list[Shard] = []
 
     def chunk_samples() -> Iterator[NDArray[np.int32]]:
         for line in lines:
             fields = json.loads(line)
             counts: list[int] = fields.pop("chunk_samples")
-            fields["index_url"] = join(folder_url, fields.pop("index"))
+            for name in fields.keys() & {"index", "captions"}:
+                fields[f"{name}_url"] = join(folder_url, fields.pop(name))
             shards.append(Shard(**fields))
             if sum(counts) != shards[-1].num_samples:
                 raise DataError(f"the chunks of {shards[-1].url} do not add up to its samples; index again")
             yield np.array(counts, dtype=np.int32)
 
-    manifest = Manifest(shards, chunk_samples(), header["chunk_bytes"])
+    manifest = Manifest(shards, chunk_samples(), header["chunk_bytes"], layer)
     if (len(shards), manifest.hash) != (header["num_shards"], header["hash"]):
         raise DataError("its content does not have the hash in its first line; it was cut or edited, index again")
     if not manifest.num_samples:

@@ -5,10 +5,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import StoreError
@@ -49,7 +51,7 @@ def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: in
 
 
 def _read_samples(shard: Shard, numbers: Sequence[int], store: ObjectStore) -> list[PreviewSample]:
-    index = ShardIndex.load(shard, store)
+    index, chosen = ShardIndex.load(shard, store), load_captions(shard, store)
     found = []
     for number in numbers:
         entries = index.members(number)
@@ -57,7 +59,7 @@ def _read_samples(shard: Shard, numbers: Sequence[int], store: ObjectStore) -> l
         data = bytes(store.get_range(shard.url, start, end - start, etag=shard.etag))
         members = {one.extension: data[one.offset - start : one.offset - start + one.length] for one in entries}
         try:
-            captions, _ = read_captions(members)
+            captions = read_captions(members)[0] if chosen is None else chosen[number]
         except BadSample as bad:
             raise StoreError(f"{shard.url}: {index.key(number)}: {bad}; run `isthmus data verify --deep`") from bad
         found.append(PreviewSample(index.key(number), members.get(picture_extension(members) or "", b""), captions))
@@ -68,8 +70,10 @@ def summarize(manifest: Manifest, samples: Sequence[PreviewSample]) -> dict[str,
     """Return counts and sizes of a data set, and of its captions as the samples show them."""
     image_bytes = sorted(len(sample.image) for sample in samples)
     total_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    layer = {"layer": asdict(manifest.layer)} if manifest.layer else {}
     return {
         "hash": manifest.hash,
+        **layer,
         "shards": len(manifest.shards),
         "samples": manifest.num_samples,
         "chunks": len(manifest.chunk_samples),

@@ -123,6 +123,20 @@ class ShardIndex:
         arrays["chunk_ends"] = np.array([last - first])
         return ShardIndex(arrays, self._extension_names, self._keys[keys])
 
+    def only(self, is_kept: NDArray[np.bool_]) -> "ShardIndex":
+        """Return an index of some of the samples, in the same chunks; a chunk may be left without samples."""
+        arrays, kept_members = {}, np.repeat(is_kept, _lengths(self._arrays["member_ends"]))
+        for name, _, size in _ARRAYS:
+            if size == "members":
+                arrays[name] = self._arrays[name][kept_members]
+            elif size == "samples":
+                arrays[name] = np.cumsum(_lengths(self._arrays[name])[is_kept], dtype="<u4")
+        kept_before = np.concatenate([[0], np.cumsum(is_kept)])
+        arrays["chunk_ends"] = kept_before[self._arrays["chunk_ends"]].astype("<u4")
+        kept_bytes = np.repeat(is_kept, _lengths(self._arrays["key_ends"]))
+        keys = np.frombuffer(self._keys, dtype=np.uint8)[kept_bytes].tobytes()
+        return ShardIndex(arrays, self._extension_names, keys)
+
     def key(self, sample: int) -> str:
         """Return the key of a sample."""
         first, last = self._span("key_ends", sample)
@@ -171,7 +185,7 @@ class ShardIndex:
     @property
     def chunk_samples(self) -> list[int]:
         """Samples of each chunk."""
-        return [int(count) for count in np.diff(self._arrays["chunk_ends"], prepend=0)]
+        return [int(count) for count in _lengths(self._arrays["chunk_ends"])]
 
     def _span(self, name: str, i: int) -> tuple[int, int]:
         ends = self._arrays[name]
@@ -181,6 +195,10 @@ class ShardIndex:
 def index_hash(data: bytes) -> str:
     """Return the identity of an index file, as hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _lengths(ends: NDArray[Any]) -> NDArray[np.int64]:
+    return np.diff(ends, prepend=ends.dtype.type(0)).astype(np.int64)
 
 
 def _chunk_ends(samples: Sequence[Sample], chunk_bytes: int) -> list[int]:

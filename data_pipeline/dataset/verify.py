@@ -4,6 +4,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import DataError
@@ -30,12 +33,13 @@ class VerifyShard:
             index = ShardIndex.load(shard, self.store)
             if index.total_samples != shard.num_samples:
                 return f"{shard.index_url} has {index.total_samples} samples, the manifest {shard.num_samples}"
+            check_captions(shard, index, self.store)
             return self._check_members(shard, index) if self.deep else None
         except DataError as error:
             return str(error)
 
     def _check_members(self, shard: Shard, index: ShardIndex) -> str | None:
-        for chunk in range(index.total_chunks):
+        for chunk in np.flatnonzero(index.chunk_samples).tolist():
             start, length = index.chunk_range(chunk)
             data = self.store.get_range(shard.url, start, length, etag=shard.etag)
             first = index.first_sample(chunk)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, ShardIndex
 from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError, UnavailableError
@@ -34,7 +35,7 @@ from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
-_CACHED_INDEXES = 512  # of chunks, about 15 KB each
+_CACHED_INDEXES = 512  # of chunks, about 15 KB each, and with a layer as much again for its captions
 _UNUSABLE_SECONDS = 300.0
 
 T = TypeVar("T")
@@ -96,11 +97,11 @@ class Reader:
         valid, flip, caption, image_id = False, False, "", None
         try:
             with self._waiting(shard.index_url):
-                index = self._index(shard, ref.chunk)
+                index, chosen = self._index(shard, ref.chunk)
             key, offset = index.key(ref.sample), index.offset(ref.sample)
             if self._train or ref.epoch == 0:
                 members = self._members(shard, index, ref)
-                caption, image_id = self._caption(members, ref)
+                caption, image_id = self._caption(members, chosen[ref.sample] if chosen else None, ref)
                 flip = self._picture(members, ref, part.images_BHWC[place])
                 valid = True
         except BadSample as bad:
@@ -116,8 +117,11 @@ class Reader:
         part.keys.append(name)
         part.image_ids.append(image_id_hash(name if image_id is None else f"{ref.source}/{image_id}"))
 
-    def _caption(self, members: dict[str, memoryview], ref: SampleRef) -> tuple[str, str | None]:
+    def _caption(
+        self, members: dict[str, memoryview], of_layer: list[str] | None, ref: SampleRef
+    ) -> tuple[str, str | None]:
         captions, image_id = read_captions(members)
+        captions = captions if of_layer is None else of_layer
         chosen = choose_caption(captions, self._seed, *_place(ref)) if self._train else captions[0]
         caption = clean_caption(chosen, self._config.max_caption_words)
         if not caption:
@@ -178,13 +182,19 @@ class Reader:
         finally:
             self._waited_seconds += time.monotonic() - began
 
-    def _index(self, shard: Shard, chunk: int) -> ShardIndex:
-        """Return the index of a chunk."""
+    def _index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, list[list[str]] | None]:
+        """Return the index of a chunk, and the captions that a layer has for its samples."""
         return self._read_or_mask(shard.index_url, "index", lambda: self._load_index(shard, chunk))
 
-    def _read_index(self, shard: Shard, chunk: int) -> ShardIndex:
-        """Read and check a shard's whole index; return what concerns one chunk."""
-        return ShardIndex.load(shard, self._store).of_chunk(chunk)
+    def _read_index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, list[list[str]] | None]:
+        """Read and check a shard's whole index and captions; return what concerns one chunk."""
+        index = ShardIndex.load(shard, self._store)
+        first, count = index.first_sample(chunk), index.num_samples(chunk)
+        captions = None
+        if url := shard.captions_url:
+            read = functools.partial(load_captions, shard, self._store, first, count)
+            captions = self._read_or_mask(url, "captions", read)
+        return index.of_chunk(chunk), captions
 
     def _read_or_mask(self, url: str, what: str, get: Callable[[], T]) -> T:
         """Return `get()`; for some minutes an object that is missing or was replaced is not asked for again.
@@ -223,7 +233,7 @@ class Reader:
             for source, shard_number, chunk in request.expected_chunks:
                 shard = request.shards[source, shard_number]
                 with contextlib.suppress(BadSample):  # the other chunks can still be fetched
-                    chunks.append(_chunk_id(shard, self._index(shard, chunk)))
+                    chunks.append(_chunk_id(shard, self._index(shard, chunk)[0]))
             self._memory.expect(chunks)
         except (DataError, OSError) as error:
             _log.debug("fetching ahead: %s", error)

@@ -116,6 +116,18 @@ class ObjectStore:
         """Write an object where there is none, or raise AlreadyExistsError. Of several writers one wins."""
         return self._backend(url).put_if_absent(url, data)
 
+    def put_same(self, url: str, data: bytes) -> None:
+        """Write an object, or find it there with these very bytes, as when work is done again.
+
+        Raises:
+            AlreadyExistsError: it exists with other content.
+        """
+        try:
+            self.put_if_absent(url, data)
+        except AlreadyExistsError:
+            if self.get(url) != data:
+                raise AlreadyExistsError(f"{url} exists with other content; write into another folder") from None
+
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
         """Replace the version `etag` of an object, or raise ChangedError. Of several writers one wins."""
         return self._backend(url).compare_and_swap(url, data, etag)
