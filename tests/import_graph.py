@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import grimp
 
-PACKAGES = ("cluster", "trainer", "model", "data_pipeline")
+PACKAGES = ("cluster", "bootstrap", "trainer", "model", "data_pipeline")
 Graph = dict[str, set[str]]
 
 

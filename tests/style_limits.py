@@ -9,7 +9,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_FILES_PER_FOLDER = 14
 MAX_FOLDERS_PER_PACKAGE = 8
-PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "demo")
+PACKAGES = ("model", "data_pipeline", "trainer", "bootstrap", "cluster", "demo")
 VAGUE_NAMES = ("utils.py", "util.py", "helpers.py", "common.py", "misc.py")
 
 

@@ -7,7 +7,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.trainer.config.loading import to_yaml
 
-PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "ds_configs", "recipes")
+PACKAGES = ("model", "data_pipeline", "trainer", "bootstrap", "cluster", "ds_configs", "recipes")
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".py", ".json", ".yaml", ".txt")
 CONFIG_NAME = "config.yaml"

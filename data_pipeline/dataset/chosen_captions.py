@@ -6,7 +6,7 @@
 | `texts` | list of strings | its captions, at least one |
 | `sources` | list of strings | where each comes from: `web`, or a captioner's name |
 | `chosen` | list of uint8 | the place of each among the candidates of the layer |
-| `draws` | list of uint8 | how often each counts when one is drawn: 1, but where a rule mixes sources unevenly |
+| `draws` | list of uint16 | how often each counts when one is drawn: 1, but where a rule mixes sources unevenly |
 """
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         "texts": pa.list_(pa.string()),
         "sources": pa.list_(pa.string()),
         "chosen": pa.list_(pa.uint8()),
-        "draws": pa.list_(pa.uint8()),
+        "draws": pa.list_(pa.uint16()),
     }
 )
 

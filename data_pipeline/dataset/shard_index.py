@@ -176,8 +176,10 @@ class ShardIndex:
         return last - first
 
     def chunk_range(self, chunk: int) -> tuple[int, int]:
-        """Return first byte and length of the range that holds all members of a chunk."""
+        """Return first byte and length of the range that holds all members of a chunk; of an empty one (0, 0)."""
         first, last = self._span("chunk_ends", chunk)
+        if first == last:
+            return 0, 0
         start = self.offset(first)
         last_member = self._span("member_ends", last - 1)[1] - 1
         return start, int(self._arrays["offsets"][last_member]) + int(self._arrays["lengths"][last_member]) - start

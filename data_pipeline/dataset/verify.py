@@ -4,8 +4,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
@@ -39,7 +37,7 @@ class VerifyShard:
             return str(error)
 
     def _check_members(self, shard: Shard, index: ShardIndex) -> str | None:
-        for chunk in np.flatnonzero(index.chunk_samples).tolist():
+        for chunk in range(index.total_chunks):
             start, length = index.chunk_range(chunk)
             data = self.store.get_range(shard.url, start, length, etag=shard.etag)
             first = index.first_sample(chunk)

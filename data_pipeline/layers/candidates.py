@@ -78,6 +78,8 @@ def check_candidates(table: pa.Table) -> None:
     if missing:
         raise DataError(f"no table of caption candidates: it has no column {missing[0]}")
     lengths = _lengths(table["texts"])
+    if (lengths < 0).any():
+        raise DataError(f"sample {table['key'][int(lengths.argmin())].as_py()}: texts is null; write an empty list")
     for name in table.column_names:
         if pa.types.is_list(table.schema.field(name).type) and not np.array_equal(_lengths(table[name]), lengths):
             row = int(np.flatnonzero(_lengths(table[name]) != lengths)[0])

@@ -30,7 +30,7 @@ class Choice:
     """For each sample: how many candidates are kept."""
     places: NDArray[np.int64]
     """Places of the kept ones among their sample's candidates, sample after sample."""
-    draws: NDArray[np.uint8]
+    draws: NDArray[np.uint16]
     """How often each of them counts when one is drawn."""
 
 

@@ -20,8 +20,8 @@ LINT_IMPORTS = Path(sys.executable).parent / "lint-imports"
     ("file", "line", "broken"),
     [
         ("model/config.py", "import ray", "ray only in"),
-        ("model/errors.py", "import isthmus.data_pipeline.errors", "cluster -> trainer"),
-        ("data_pipeline/errors.py", "import isthmus.trainer.errors", "cluster -> trainer"),
+        ("model/errors.py", "import isthmus.data_pipeline.errors", "bootstrap -> trainer"),
+        ("data_pipeline/errors.py", "import isthmus.trainer.errors", "bootstrap -> trainer"),
         ("trainer/errors.py", "import deepspeed", "deepspeed only in"),
         ("trainer/errors.py", "import transformers", "transformers only in"),
         ("trainer/errors.py", "import boto3", "boto3 only in"),
@@ -33,7 +33,7 @@ LINT_IMPORTS = Path(sys.executable).parent / "lint-imports"
     ],
 )
 def test_a_forbidden_import_breaks_its_contract(tmp_path, file, line, broken):
-    for package in ("model", "data_pipeline", "trainer", "cluster", "demo"):
+    for package in ("model", "data_pipeline", "trainer", "bootstrap", "cluster", "demo"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "src", tmp_path / "src", symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

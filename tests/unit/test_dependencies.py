@@ -49,7 +49,7 @@ def declared(requirements: Iterable[str]) -> set[str]:
     return {canonical(re.match(r"[\w.-]+", requirement).group()) for requirement in requirements}
 
 
-PRODUCT = ("model", "data_pipeline", "trainer", "cluster")
+PRODUCT = ("model", "data_pipeline", "trainer", "bootstrap", "cluster")
 REQUIRED = declared(PROJECT["dependencies"])
 DEMO, DEV = (declared(PROJECT["optional-dependencies"][extra]) for extra in ("demo", "dev"))
 

@@ -25,7 +25,7 @@ def test_every_promise_has_a_test_that_exists():
 
 def test_the_architecture_names_every_folder():
     page = (ROOT / "docs/architecture.md").read_text()
-    for package in ("data_pipeline", "model", "trainer", "cluster"):
+    for package in ("data_pipeline", "model", "trainer", "bootstrap", "cluster"):
         section = page.split(f"\n## {package}: ")[1].split("\n## ")[0]
         folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert set(re.findall(r"^- `(\w+)/`", section, re.MULTILINE)) - {package} == folders
@@ -48,7 +48,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    folders = "model|trainer|data_pipeline|cluster|demo|tests|benchmarks|ds_configs|recipes"
+    folders = "model|trainer|data_pipeline|bootstrap|cluster|demo|tests|benchmarks|ds_configs|recipes"
     for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/.-]+\.(?:py|json|yaml|txt)", (ROOT / page).read_text()):
         assert "NAME" in path or (ROOT / path).exists(), f"{page}: {path}"
 

@@ -34,7 +34,7 @@ from tests.saved_states import fragments_of, manager, state_of
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("model", "data_pipeline", "trainer", "cluster", "demo")
+PACKAGES = ("model", "data_pipeline", "trainer", "bootstrap", "cluster", "demo")
 DEEP = "[" * 200_000
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 

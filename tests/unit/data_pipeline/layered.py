@@ -32,7 +32,7 @@ def write_layer(manifest_url, folder_url, texts_of) -> Layer:
 def choice(lists) -> Choice:
     """The choice of these places for each sample, each drawn alike."""
     places = np.array([place for one in lists for place in one], dtype=np.int64)
-    return Choice(np.array([len(one) for one in lists]), places, np.ones(len(places), dtype=np.uint8))
+    return Choice(np.array([len(one) for one in lists]), places, np.ones(len(places), dtype=np.uint16))
 
 
 def layered(manifest_url, layer, folder_url, places_of) -> str:
