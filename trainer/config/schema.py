@@ -10,7 +10,7 @@ from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
-TrackerName = Literal["wandb", "mlflow"]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -130,7 +130,7 @@ class LoggingConfig(Config):
     """First and last step of each stage, counted from 1, of which rank 0 writes a torch.profiler trace into the stage's
     folder profile/; none: off."""
     trackers: tuple[TrackerName, ...] = ()
-    """Experiment trackers, such as [wandb, mlflow]; each needs the extra of its name."""
+    """Experiment trackers, wandb, mlflow or trackio; each needs the extra of its name."""
     project: str = Field("isthmus", min_length=1)
     """Project in Weights & Biases, experiment in MLflow."""
 

@@ -1,9 +1,11 @@
-"""Experiment trackers: Weights & Biases and MLflow, each an optional extra. One run of the tracker per stage.
+"""Experiment trackers: Weights & Biases, MLflow and trackio, each an optional extra. One tracker run per stage.
 
 A resumed stage continues the tracker's run. Steps that are done again are there once: the first record is kept.
 """
 
+import contextlib
 import importlib
+import io
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -147,9 +149,62 @@ class MlflowLogger:
         return {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
 
 
+class TrackioLogger:
+    """trackio (extra `trackio`): on this machine, a Space (TRACKIO_SPACE_ID) or a server (TRACKIO_SERVER_URL)."""
+
+    def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
+        self._trackio = _imported("trackio")
+        self._names = {"project": project, "name": identity, "config": dict(config)}
+        self._run = self._open()
+        # Records arrive in order, so only the last step there can be incomplete: it is logged again.
+        self._first_step = self._run._next_step - 1
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queue the metrics of a step that trackio does not hold; its thread sends them twice a second."""
+        if step >= self._first_step:
+            self._run.log(dict(metrics), step=step)
+
+    def log_pictures(self, step: int, pictures: Pictures) -> None:
+        """Log pictures."""
+        if step >= self._first_step:
+            self._run.log({name: self._trackio.Image(picture) for name, picture in pictures.items()}, step=step)
+
+    def flush(self) -> None:
+        """Trackio sends by itself."""
+
+    def send(self) -> None:
+        """Finish the trackio run and continue it: there is no other way to wait for the records on their way."""
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that the run has ended
+            self._run.finish()
+            try:
+                self._run = self._open()
+            except TrainerError as error:
+                logger.warning("trackio: records may be missing there: %s", error)
+
+    def end_segment(self) -> None:
+        """As `send`."""
+        self.send()
+
+    def close(self) -> None:
+        """Send everything, and finish the trackio run."""
+        self._run.finish()
+
+    def _open(self) -> Any:
+        try:
+            return self._trackio.init(
+                **self._names, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise TrainerError(
+                f"logging.trackers: trackio did not start: {_first_line(error)}; check TRACKIO_SPACE_ID, "
+                "TRACKIO_SERVER_URL and HF_TOKEN, or remove trackio from logging.trackers"
+            ) from error
+
+
 _TRACKERS: dict[TrackerName, Callable[[str, str, Mapping[str, Any]], MetricLogger]] = {
     "wandb": WandbLogger,
     "mlflow": MlflowLogger,
+    "trackio": TrackioLogger,
 }
 
 

@@ -1,6 +1,12 @@
 """Experiment trackers in their local modes: a killed and resumed stage is one run there, each step once."""
 
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -11,6 +17,7 @@ from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.monitoring.trackers import RUN_TAG, open_trackers
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[3]
 RESOLVED = {"run": {"name": "night", "seed": 7}}
 
 
@@ -71,6 +78,33 @@ def test_wandb_offline_continues_one_run(tmp_path, monkeypatch):
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == ["run-night-stage1.wandb"] * 2
     assert all(b"bridge" in file.read_bytes() and b"loss/total" in file.read_bytes() for file in files)
+
+
+def test_trackio_continues_the_run_of_a_killed_stage_without_a_gap(tmp_path):
+    """In processes of their own: trackio reads its folder's name when it is imported."""
+    for steps, close in (("1, 5", False), ("4, 8", True)):
+        code = f"import os; from {__name__} import log_steps; log_steps('trackio', {steps}, close={close}); os._exit(0)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"TRACKIO_DIR": str(tmp_path)}, cwd=ROOT,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "bridge.db")) as database:
+        rows = database.execute("SELECT run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+        (resolved,) = (json.loads(text) for (text,) in database.execute("SELECT config FROM configs"))
+    records = [(step, json.loads(content)) for _, step, content in rows]
+    losses = [(step, record["loss/total"]) for step, record in records if "loss/total" in record]
+    # The last step of the killed process may have been incomplete, so it is logged again.
+    assert losses == [(step, 1.0 / step) for step in (1, 2, 3, 4, 5, 5, 6, 7, 8)]
+    assert len({run for run, _, _ in rows}) == 1
+    assert resolved["run"]["seed"] == 7
+    assert len(list(tmp_path.glob("media/**/*.png"))) == 1
+
+
+def test_trackio_without_a_usable_server_is_one_clear_error(monkeypatch):
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "nonsense")
+    with pytest.raises(TrainerError, match=r"logging.trackers: trackio did not start: .*; check TRACKIO_SPACE_ID"):
+        log_steps("trackio", 1, 1)
 
 
 @pytest.mark.parametrize("name", get_args(TrackerName))
