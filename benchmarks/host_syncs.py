@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isthmus.model.config import QFormerConfig
+from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
@@ -79,10 +79,10 @@ class _FunctionCounter(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def stage1_step(micro_batch_size: int) -> Callable[[], object]:
+def stage1_step(micro_batch_size: int, itm_rows: int | None = None) -> Callable[[], object]:
     """Return a step of stage 1 with dropout, a hole and texts of several lengths, on inputs packed by the host."""
     torch.manual_seed(0)
-    model = Stage1Model(None, QFormer(QFORMER, IMAGE_WIDTH)).train()
+    model = Stage1Model(None, QFormer(QFORMER, IMAGE_WIDTH), Stage1LossConfig(itm_rows=itm_rows)).train()
     communicator = make_communicator(_world_size())
     real_BT = torch.arange(LENGTH) < torch.tensor([[9], [3], [5], [4]])
     inputs = Stage1Inputs(
@@ -133,6 +133,7 @@ def count_on_rank(rank: int, world_size: int, folder: str) -> dict[str, dict[str
     for micro_batches in (1, 2):
         size, place = ROWS // micro_batches, f"{world_size} ranks, {micro_batches} micro-batches"
         found[f"stage1, {place}"] = count(stage1_step(size))
+        found[f"stage1 itm_rows, {place}"] = count(stage1_step(size, ROWS // 2))
         for kind in ("opt", "llama", "t5"):
             found[f"stage2 {kind}, {place}"] = count(stage2_step(size, Path(folder), kind))
     return found

@@ -109,6 +109,9 @@ class Stage1LossConfig(Config):
     """Weight of image-text contrast."""
     itm_weight: float = Field(1.0, ge=0)
     """Weight of image-text matching."""
+    itm_rows: int | None = Field(None, gt=0)
+    """Rows of the global batch whose matching pairs are run at each step, drawn anew; none: all. The expected loss and
+    gradient stay, their variance grows; matching is half of a step's trainable work and more."""
     itg_weight: float = Field(1.0, ge=0)
     """Weight of image-grounded text generation."""
     itc_grad: Literal["anchor", "full"] = "anchor"

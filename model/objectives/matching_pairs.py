@@ -1,7 +1,10 @@
 """The pairs of image-text matching: each row's hard negatives, drawn from the global batch and fetched.
 
-Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, P patches, C feature width, T text tokens,
-M = 3b pairs.
+Matching is the dearest of the three losses. `itm_rows` runs the pairs of some rows only, drawn anew at each step and
+shared out evenly: whatever rank holds a row, its images and texts are sent to the rank that runs its pairs.
+
+Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, R drawn rows, S drawn rows of this rank,
+P patches, C feature width, T text tokens, M = 3b pairs.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.contrastive import Contrast, GlobalBatch
 from isthmus.model.objectives.losses import NegativeChooser, NegativeDraw
 from isthmus.model.qformer.packing import PackedCaptions, PackedText
+from isthmus.model.splitmix import mix
 
 
 class Negatives(NamedTuple):
@@ -24,8 +28,8 @@ class Negatives(NamedTuple):
     """Column of the negative image of each text."""
     text_B: Tensor
     """Column of the negative text of each image."""
-    exists_B: Tensor
-    """bool"""
+    counted_B3: Tensor
+    """bool; which of a row's pairs count: (own, own), (own, negative image), (negative text, own)."""
 
 
 def choose_negatives(
@@ -40,7 +44,7 @@ def choose_negatives(
         scores_BN = logits_BN.masked_fill(excluded_BN, -torch.inf)
         draw = NegativeDraw(scores_BN, rows_B, batch.rows_N, seed, step, direction)
         columns.append(torch.where(exists_B, choose(draw), batch.own_B))
-    return Negatives(columns[0], columns[1], exists_B)
+    return Negatives(columns[0], columns[1], torch.stack([valid_B, exists_B, exists_B], dim=1))
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,80 @@ def fetch_pairs(
     """Get the negatives of all micro-batches; of other ranks' images only the chosen ones are sent."""
     alone = communicator.world_size == 1
     index_B = batch.gather_index_N[negatives.image_B]
-    width = max(text.length for text in texts) if alone else batch.ids_NT.shape[1]
+    width = _text_width(batch, texts, communicator)
     all_here = alone and len(texts) == 1
-    counted = (batch.valid_N[batch.own_B], negatives.exists_B, negatives.exists_B)
     return MatchingPairs(
         ids_BT=batch.ids_NT[negatives.text_B, :width],
         real_BT=batch.mask_NT[negatives.text_B, :width].bool(),
         index_B=index_B,
         image_BPC=None if all_here else communicator.all_to_all_rows(image_BPC, index_B),
-        counted_B3=torch.stack(counted, dim=1),
+        counted_B3=negatives.counted_B3,
+    )
+
+
+def _text_width(batch: GlobalBatch, texts: tuple[PackedCaptions, ...], communicator: Communicator) -> int:
+    """Return how many tokens hold any text of the global batch; of other ranks' the host knows no lengths."""
+    return max(text.length for text in texts) if communicator.world_size == 1 else batch.ids_NT.shape[1]
+
+
+def draw_rows(batch: GlobalBatch, num_rows: int, *, seed: int, step: int) -> Tensor:
+    """Draw columns without replacement, each valid row as likely as any other; holes come last.
+
+    The order is a hash of (seed, step, global row), so neither ranks nor micro-batches change the draw.
+    """
+    place = torch.full_like(batch.rows_N[:1], -1 - step)  # a draw of negatives has none below zero
+    order_N = mix(mix(mix(torch.full_like(place, seed)) ^ place) ^ batch.rows_N)
+    last = torch.iinfo(order_N.dtype).max
+    return order_N.masked_fill(~batch.valid_N, last).argsort()[:num_rows]
+
+
+class DrawnPairs(NamedTuple):
+    """This rank's share of the pairs of drawn rows, whatever ranks these are on; every rank has S of them.
+
+    Of texts and images a row has its own and its negative one.
+    """
+
+    ids_S2T: Tensor
+    real_S2T: Tensor
+    image_S2PC: Tensor
+    weight_S3: Tensor
+    """What each pair counts in the sum over all rows, of which the drawn ones are an unbiased estimate."""
+
+    def split(self, size: int) -> "list[DrawnPairs]":
+        """Return the same pairs, of at most `size` rows at a time."""
+        return [DrawnPairs(*parts) for parts in zip(*(torch.split(x, size) for x in self), strict=True)]
+
+    def texts(self) -> PackedText:
+        """Return the texts of all pairs: (own, own), (own, negative image), (negative text, own)."""
+        ids_MT, real_MT = (torch.cat([x[:, 0], x[:, 0], x[:, 1]]) for x in (self.ids_S2T, self.real_S2T))
+        return PackedText(ids_MT, real_MT, torch.arange(ids_MT.numel(), device=ids_MT.device))
+
+
+def fetch_drawn_pairs(
+    batch: GlobalBatch,
+    negatives: Negatives,
+    drawn_R: Tensor,
+    texts: tuple[PackedCaptions, ...],
+    image_BPC: Tensor,
+    communicator: Communicator,
+) -> DrawnPairs:
+    """Deal the drawn rows to the ranks and get what their pairs need."""
+    chosen = torch.stack([negatives.image_B, negatives.text_B], dim=1)
+    everywhere = communicator.all_gather(torch.cat([chosen, negatives.counted_B3.long()], dim=1))
+    chosen_N5 = everywhere[batch.gather_index_N]
+    ranks, num_drawn = communicator.world_size, len(drawn_R)
+    # Every rank has as many; what a share lacks is filled up with pairs that do not count.
+    place_S = torch.arange(communicator.rank, -(-num_drawn // ranks) * ranks, ranks, device=drawn_R.device)
+    own_S = drawn_R[place_S.clamp_max(num_drawn - 1)]
+    image_S, text_S, counted_S3 = torch.split(chosen_N5[own_S], [1, 1, 3], dim=1)
+    width = _text_width(batch, texts, communicator)
+    text_S2 = torch.stack([own_S, text_S[:, 0]], dim=1)
+    image_S2 = torch.stack([own_S, image_S[:, 0]], dim=1)
+    image_2PC = communicator.all_to_all_rows(image_BPC, batch.gather_index_N[image_S2.flatten()])
+    share = batch.valid_N.sum() / batch.valid_N[drawn_R].sum().clamp_min(1)
+    return DrawnPairs(
+        ids_S2T=batch.ids_NT[text_S2, :width],
+        real_S2T=batch.mask_NT[text_S2, :width].bool(),
+        image_S2PC=image_2PC.reshape(*image_S2.shape, *image_BPC.shape[1:]),
+        weight_S3=share * counted_S3 * (place_S < num_drawn)[:, None],
     )

@@ -36,7 +36,15 @@ from isthmus.model.objectives.losses import (
     generation_loss,
     matching_loss,
 )
-from isthmus.model.objectives.matching_pairs import MatchingPairs, choose_negatives, fetch_pairs
+from isthmus.model.objectives.matching_pairs import (
+    DrawnPairs,
+    MatchingPairs,
+    Negatives,
+    choose_negatives,
+    draw_rows,
+    fetch_drawn_pairs,
+    fetch_pairs,
+)
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.layers import KV, ImageKV, PairKV, Rows
 from isthmus.model.qformer.packing import PackedCaptions, PackedText, Packing
@@ -221,9 +229,11 @@ class _Step:
         contrast = contrast_step(everything, *own, config, self._communicator, with_gradient=bool(self._backward))
         choose = self._model.choose_negatives
         negatives = choose_negatives(everything, contrast, choose, seed=self._seed, step=self._step)
-        pairs = fetch_pairs(everything, negatives, self._texts, image_BPC, self._communicator)
-        counts = self._global_counts(pairs.counted_B3)
+        counts = self._global_counts(negatives.counted_B3)
         totals = torch.zeros(4, dtype=torch.float64, device=image_BPC.device)
+        pairs, drawn = self._pairs(everything, negatives, image_BPC)
+        for i, part in enumerate(drawn):
+            totals[:2] += self._drawn_matching(i, part, counts)
         start = 0
         for i, size in enumerate(sizes):
             rows = slice(start, start := start + size)
@@ -232,6 +242,17 @@ class _Step:
                 totals += self._second_pass(i, rows, graph, pairs, contrast, counts)
             graph = None  # it dies with its backward
         return self._output(totals, everything, contrast, counts)
+
+    def _pairs(
+        self, everything: GlobalBatch, negatives: Negatives, image_BPC: Tensor
+    ) -> tuple[MatchingPairs | None, list[DrawnPairs]]:
+        """Return the pairs of all rows, or those of some."""
+        num_rows = self._model.config.itm_rows
+        if num_rows is None or num_rows >= len(everything.rows_N):
+            return fetch_pairs(everything, negatives, self._texts, image_BPC, self._communicator), []
+        rows_R = draw_rows(everything, num_rows, seed=self._seed, step=self._step)
+        drawn = fetch_drawn_pairs(everything, negatives, rows_R, self._texts, image_BPC, self._communicator)
+        return None, drawn.split(self._texts[0].batch)
 
     def _encode(self, i: int, image_bPC: Tensor, *, grad: bool) -> _Graph:
         self._seed_dropout(i, "encode")
@@ -246,12 +267,25 @@ class _Step:
         return self._communicator.all_reduce_sum(counts).clamp_min(1)
 
     def _second_pass(
-        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs, contrast: Contrast, counts: Tensor
+        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs | None, contrast: Contrast, counts: Tensor
     ) -> Tensor:
-        """Add the gradient of one micro-batch; return its ITM and ITG and how often each was right."""
-        config, (encoded, image_kv, words) = self._model.config, graph
-        text, counted_M = pairs.texts(self._texts[i], rows), pairs.counted_B3[rows].T.flatten()
-        tensors = [self._model.embed_text(text, words), *image_kv.tensors()]
+        """Add the gradient of one micro-batch; return ITM and ITG, each with its hits."""
+        config, encoded = self._model.config, graph.encoded
+        itm_2, remainder = self._matching(i, rows, graph, pairs, counts) if pairs else (counts.new_zeros(2), 0.0)
+        itg_logits_KV = self._model.qformer.language_head(encoded.source_KD, graph.words.weight_VD)
+        itg = generation_loss(itg_logits_KV, encoded.target_K, config.label_smoothing) / counts[1]
+        if self._backward:
+            itc = self._itc_surrogate(i, rows, encoded, contrast)
+            self._backward(remainder + config.itg_weight * itg + config.itc_weight * itc)
+        itg_hits = (itg_logits_KV.argmax(dim=1) == encoded.target_K).sum()
+        return torch.stack([*itm_2.double(), itg.detach().double(), itg_hits.double()])
+
+    def _matching(
+        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs, counts: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """Match a micro-batch's rows; return ITM and hits, and a zero through which the graph gets their gradient."""
+        text = pairs.texts(self._texts[i], rows)
+        tensors = [self._model.embed_text(text, graph.words), *graph.image_kv.tensors()]
         known = len(tensors)
         if pairs.image_BPC is not None:
             tensors += self._model.qformer.image_kv(pairs.image_BPC[rows]).tensors()
@@ -260,22 +294,33 @@ class _Step:
         tensors = cut.leaves if cut else tensors
         own = ImageKV.from_tensors(tensors[1:known])
         negative = ImageKV.from_tensors(tensors[known:]) if len(tensors) > known else own.select(pairs.index_B)
-        self._seed_dropout(i, "match")
-        images = [PairKV(*pair) for pair in zip(own.layers, negative.layers, strict=True)]
-        itm_logits_M2 = self._model.match(text, tensors[0], images)
-        matches_M = (torch.arange(text.batch, device=counted_M.device) < text.batch // 3).long()
-        itm = matching_loss(itm_logits_M2, matches_M, counted_M) / counts[0]
+        itm, itm_2 = self._itm(i, text, tensors[0], (own, negative), pairs.counted_B3[rows], counts)
         if cut and self._backward:
-            cut.backward(config.itm_weight * itm, self._backward)
+            cut.backward(itm, self._backward)
+        return itm_2, cut.remainder() if cut else 0.0
 
-        itg_logits_KV = self._model.qformer.language_head(encoded.source_KD, words.weight_VD)
-        itg = generation_loss(itg_logits_KV, encoded.target_K, config.label_smoothing) / counts[1]
-        if cut and self._backward:
-            itc = self._itc_surrogate(i, rows, encoded, contrast)
-            self._backward(cut.remainder() + config.itg_weight * itg + config.itc_weight * itc)
-        itm_hits = ((itm_logits_M2.argmax(dim=1) == matches_M) & counted_M).sum()
-        itg_hits = (itg_logits_KV.argmax(dim=1) == encoded.target_K).sum()
-        return torch.stack([x.detach().double() for x in (itm, itg, itm_hits, itg_hits)])
+    def _drawn_matching(self, i: int, pairs: DrawnPairs, counts: Tensor) -> Tensor:
+        """Add the gradient of some drawn rows' pairs; return ITM and hits."""
+        text = pairs.texts()
+        with torch.set_grad_enabled(self._backward is not None):
+            tensors = self._model.qformer.image_kv(torch.cat(pairs.image_S2PC.unbind(1))).tensors()
+            kv = [ImageKV.from_tensors(half) for half in zip(*(x.chunk(2) for x in tensors), strict=True)]
+            itm, itm_2 = self._itm(i, text, self._model.embed_text(text), kv, pairs.weight_S3, counts)
+            if self._backward:
+                self._backward(itm)
+        return itm_2
+
+    def _itm(
+        self, i: int, text: PackedText, embedded_ND: Tensor, kv: Sequence[ImageKV], weight_b3: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is differentiated of 3b pairs on their own and negative images, and ITM and hits, weighted."""
+        self._seed_dropout(i, "match")
+        images = [PairKV(*pair) for pair in zip(*(x.layers for x in kv), strict=True)]
+        logits_M2, weight_M = self._model.match(text, embedded_ND, images), weight_b3.T.flatten()
+        matches_M = (torch.arange(text.batch, device=weight_M.device) < text.batch // 3).long()
+        itm = matching_loss(logits_M2, matches_M, weight_M) / counts[0]
+        hits = ((logits_M2.argmax(dim=1) == matches_M) * weight_M).sum()
+        return self._model.config.itm_weight * itm, torch.stack([itm.detach().double(), hits.double()])
 
     def _itc_surrogate(self, i: int, rows: slice, encoded: Encoded, contrast: Contrast) -> Tensor:
         """Return a scalar whose gradient is that of ITC with respect to this micro-batch's features: the cached one."""
@@ -287,7 +332,7 @@ class _Step:
         """Sum over ranks."""
         config = self._model.config
         totals = torch.cat([torch.stack([contrast.loss.double(), *contrast.hits(everything)]), totals])
-        itc, i2t_hits, t2i_hits, itm, itg, itm_hits, itg_hits = self._communicator.all_reduce_sum(totals).float()
+        itc, i2t_hits, t2i_hits, itm, itm_hits, itg, itg_hits = self._communicator.all_reduce_sum(totals).float()
         num_valid = everything.valid_N.sum().float()
         metrics = {
             "itm_accuracy": itm_hits / counts[0],

@@ -221,6 +221,12 @@ class TrainConfig(Config):
         """Return the model's configuration in a stage: frozen types that follow the stage's precision are resolved."""
         return self.model.at(self.stage(name).precision)
 
+    @property
+    def matched_share(self) -> float:
+        """Share of stage 1's rows whose matching pairs are run at each step."""
+        rows = self.stage1.loss.itm_rows if self.stage1 else None
+        return min(1.0, rows / self.stage1.global_batch_size) if self.stage1 and rows else 1.0
+
     def slow_frozen_parts(self, name: StageName) -> list[str]:
         """Return a warning for each frozen part of a stage that computes in fp32 while the stage does not."""
         stage, model = self.stage(name), self.model_at(name)
@@ -245,6 +251,11 @@ class TrainConfig(Config):
 def _cross_field_problems(config: TrainConfig) -> list[str]:
     """Return one message per rule that spans several keys and is broken."""
     problems = []
+    if config.stage1 and (config.stage1.loss.itm_rows or 0) > config.stage1.global_batch_size:
+        problems.append(
+            f"stage1.loss.itm_rows: {config.stage1.loss.itm_rows} exceeds stage1.global_batch_size = "
+            f"{config.stage1.global_batch_size}; lower it, or leave it out to match all rows"
+        )
     if not config.stages:
         problems.append("stage1, stage2: neither is set; configure at least one stage")
     batches = {f"{name}.global_batch_size": config.stage(name).global_batch_size for name in config.stages}

@@ -57,8 +57,11 @@ def self_attention_flops(rows: float, keys: float, width: int) -> float:
     return 8 * width**2 * rows + 4 * rows * keys * width
 
 
-def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text) -> Work:
-    """Work of one stage-1 sample, forward and backward (BLIP-2, section 3.2)."""
+def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text, *, matched: float = 1.0) -> Work:
+    """Work of one stage-1 sample, forward and backward (BLIP-2, section 3.2).
+
+    `matched`: share of the rows whose matching pairs are run; below 1 both images of a pair are encoded for it.
+    """
     length = text.real
     width, queries, layers = q.hidden_size, q.num_queries, q.num_layers
     crossed = -(-layers // q.cross_attention_every)
@@ -75,8 +78,9 @@ def stage1_work(q: QFormerConfig, vision: VisionShape, text: Text) -> Work:
     writing += written * (2 * width**2 + 2 * width * q.vocab_size)
     matching -= 3 * _unread_text_of_last_layer(q, length)
     text_pass -= _unread_text_of_last_layer(q, length - 1)
-    trained = 3 * (query_pass + text_pass + matching + writing)
-    return Work(vision_flops(vision), trained + 2 * image_keys * crossed)
+    trained = 3 * (query_pass + text_pass + matched * matching + writing)
+    images = 1 + (2 * matched if matched < 1 else 0)
+    return Work(vision_flops(vision), trained + 2 * images * image_keys * crossed)
 
 
 def foreign_image_flops(q: QFormerConfig, vision: VisionShape) -> float:

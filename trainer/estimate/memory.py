@@ -109,11 +109,19 @@ class Stage1Activations(NamedTuple):
 
 
 def stage1_activations(
-    q: QFormerConfig, vision: VisionShape, text: Text, kept: Kept, *, outside: float = 0.0, checkpointed: bool = False
+    q: QFormerConfig,
+    vision: VisionShape,
+    text: Text,
+    kept: Kept,
+    *,
+    outside: float = 0.0,
+    drawn: float | None = None,
+    checkpointed: bool = False,
 ) -> Stage1Activations:
     """Count what a sample of stage 1 leaves for backward.
 
     `outside`: negative images per row that are encoded again: 0 where all are in the micro-batch, else 1.
+    `drawn`: rows per sample whose pairs are run at a time, each with two images of its own; none: all rows.
     `checkpointed`: layers are computed again in backward, so each keeps its input and one of them everything.
     """
     layer, layers = kept.layer(q), q.num_layers
@@ -126,12 +134,16 @@ def stage1_activations(
             return rows * (layers * FP32 * q.hidden_size + layer)
         return rows * layers * layer - unread * pruned
 
+    matching = passed(3 * (q.num_queries + text.real), 3 * text.real) + 3 * crossing
+    if drawn is not None:
+        outside = 0.0
+        matching = drawn * (matching + 2 * (kept.image(vision) + 2 * kept.keys_values(q, vision)))
     keys_values = (1 + outside) * kept.keys_values(q, vision)
     images = (1 + outside) * kept.image(vision) + 2 * keys_values
     logits = (text.real - 1) * FP32 * q.vocab_size
     return Stage1Activations(
         first=images + passed(q.num_queries + 2 * text.real - 1, text.real - 1) + past + crossing,
-        matching=passed(3 * (q.num_queries + text.real), 3 * text.real) + 3 * crossing,
+        matching=matching,
         writing=logits + keys_values,
     )
 

@@ -19,7 +19,8 @@ def model_flops(config: TrainConfig, stage: StageName, batch: Batch) -> float | 
         logger.info("no MFU: %s", error)
         return None
     if stage == "stage1":
-        return stage1_work(config.model.qformer, parts.vision, text_of(batch, encoder_decoder=False)).total
+        text, matched = text_of(batch, encoder_decoder=False), config.matched_share
+        return stage1_work(config.model.qformer, parts.vision, text, matched=matched).total
     assert parts.language is not None
     text = text_of(batch, encoder_decoder=parts.language.is_encoder_decoder)
     return stage2_work(config.model.qformer, parts.vision, parts.language, text).total

@@ -163,14 +163,22 @@ class _Stage:
         """Operations per sample, with what micro-batches repeat."""
         if self.language is not None:
             return stage2_work(self.q, self.parts.vision, self.language, self.text)
-        work = stage1_work(self.q, self.parts.vision, self.text)
+        work = stage1_work(self.q, self.parts.vision, self.text, matched=self.config.matched_share)
         foreign = self.outside(self.micro) * foreign_image_flops(self.q, self.parts.vision)
         again = feature_pass_flops(self.q, self.parts.vision, self.text) if self.micro < self.local else 0.0
         return Work(work.vision, work.qformer + foreign + again)
 
     def outside(self, micro: int) -> float:
-        """Negative images per row that are encoded again: one, unless the micro-batch is the global batch."""
-        return float(micro < self.chosen.global_batch_size)
+        """Negative images per row that are encoded again: one, unless the micro-batch is the global batch.
+
+        Where rows are drawn for matching, their images are part of that work.
+        """
+        return float(micro < self.chosen.global_batch_size and self.config.matched_share == 1)
+
+    def drawn(self, micro: int) -> float | None:
+        """Rows per sample of a micro-batch whose pairs are run at a time; none: all rows."""
+        share = self.config.matched_share
+        return min(1.0, math.ceil(share * self.local) / micro) if share < 1 else None
 
     def activations(self, micro: int, *, checkpointed: bool | None = None) -> float:
         """Bytes per sample of a micro-batch at its peak; `checkpointed` none: as the configuration says."""
@@ -200,7 +208,8 @@ class _Stage:
         recompute = self.q.activation_checkpointing
         return stage1_activations(
             self.q, self.parts.vision, self.text, self.kept,
-            outside=self.outside(micro), checkpointed=recompute if checkpointed is None else checkpointed,
+            outside=self.outside(micro), drawn=self.drawn(micro),
+            checkpointed=recompute if checkpointed is None else checkpointed,
         )  # fmt: skip
 
     def fixed_memory(self) -> Memory:
@@ -276,7 +285,7 @@ class _Stage:
             self.q, self.parts.vision, self.language,
             trainable=self.trainable, world_size=self.cluster.num_gpus, local=self.local, micro=self.micro,
             vision_element=self.vision_element, language_element=self.language_element,
-            reuse_distance=self.reuse_distance,
+            reuse_distance=self.reuse_distance, matched=self.config.matched_share,
         )  # fmt: skip
 
     def roofline(self, work: Work, traffic: Traffic) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Bytes that one rank receives per optimizer step; a ring's all-reduce is a reduce-scatter and an all-gather."""
 
+import math
 from dataclasses import dataclass
 
 from isthmus.model.config import QFormerConfig
@@ -41,11 +42,13 @@ def stage_traffic(
     vision_element: int,
     language_element: int,
     reuse_distance: float,
+    matched: float = 1.0,
 ) -> Traffic:
     """Count a step of stage 1 (`language` none) or 2, trainable part in fp32 under ZeRO-1.
 
     ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch, but for the last ones of the
-    forward pass, which backward needs again within `reuse_distance` parameters.
+    forward pass, which backward needs again within `reuse_distance` parameters. `matched`: share of the rows whose
+    matching pairs are run; below 1 their own images travel as the negative ones do.
     """
     share = (world_size - 1) / world_size
     gradients = 3 * share * FP32 * trainable
@@ -53,7 +56,8 @@ def stage_traffic(
         total = local * world_size
         features = vision.num_tokens * vision.width * vision_element
         projected = LABEL_BYTES + FP32 * (q.num_queries + 1) * q.projection_size
-        chosen = local * distinct_share(local, total)
+        wanted = local if matched == 1 else 2 * math.ceil(matched * local)
+        chosen = wanted * distinct_share(wanted, total)
         return Traffic(0.0, gradients, share * total * projected, share * chosen * features)
     once = language.num_parameters
     dropped = 1 - min(1.0, reuse_distance / 2 / once)

@@ -46,6 +46,30 @@ def test_two_ranks_equal_one():
         assert outputs[0][case][2] == outputs[1][case][2], "backward calls differ between ranks"
 
 
+def drawn_matching(rank: int, world_size: int, folder: str) -> list:
+    """Match some rows, of which neither ranks nor micro-batches get equally many without a share that is filled up."""
+    reference, communicator, found = Reference(Path(folder)), ProcessGroupCommunicator(), []
+    for num_rows, size in ((1, 3), (3, 1), (4, 2), (5, 3)):
+        calls: list = []
+        model, inputs = reference.model(itm_rows=num_rows), reference.rows(list(range(rank, 6, world_size)))
+        losses, gradients = losses_and_gradients(model, inputs, size, communicator, calls)
+        total = {name: communicator.all_reduce_sum(x).numpy() for name, x in gradients.items()}
+        found.append((num_rows, losses, total, len(calls)))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_drawn_rows_are_the_same_on_any_number_of_ranks(world_size):
+    reference = Reference(FOLDER)
+    outputs = run_ranks(drawn_matching, world_size, str(FOLDER))
+    for by_rank in zip(*outputs, strict=True):
+        expected, gradients = losses_and_gradients(reference.model(itm_rows=by_rank[0][0]), reference.rows(), 6)
+        assert len({calls for *_, calls in by_rank}) == 1, "backward calls differ between ranks"
+        for _, losses, total, _ in by_rank:
+            assert max(abs(losses[name] - expected[name]) for name in LOSSES.values()) < 1e-6
+            assert max(float((torch.from_numpy(total[n]) - x).abs().max()) for n, x in gradients.items()) < 1e-6
+
+
 def test_two_ranks_equal_the_original():
     assert [x for x in _case2(Reference(FOLDER)) if x.deviation > x.allowed] == []
 
@@ -81,6 +105,6 @@ def test_only_chosen_negatives_cross_ranks():
 def test_a_step_on_two_ranks_waits_once_at_most():
     """The wait: how many images travel between ranks depends on the draw of negatives."""
     found = measure(2)
-    assert len(found) == 8
+    assert len(found) == 10
     for case, counts in found.items():
         assert counts == ({"cpu": 1} if case.startswith("stage1") else {}), case

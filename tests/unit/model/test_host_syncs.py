@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 def test_a_step_on_one_rank_waits_for_nothing():
     found = measure(1)
-    assert len(found) == 8
+    assert len(found) == 10
     assert {case: counts for case, counts in found.items() if counts} == {}
 
 

@@ -129,6 +129,18 @@ def test_a_run_that_stored_the_type_of_its_frozen_parts_resumes_with_auto(recipe
         check_changes(other, new, [], "url")
 
 
+def test_matching_on_some_rows_is_bounded_by_the_batch_and_new_to_old_runs(recipe):
+    (problem,) = problems_of(recipe, "stage1.loss.itm_rows=17")
+    assert problem.startswith("stage1.loss.itm_rows: 17 exceeds stage1.global_batch_size = 16; lower it")
+    new = load_config(recipe, [], JobConfig).model_dump(mode="json")
+    old = load_config(recipe, [], JobConfig).model_dump(mode="json")
+    del old["stage1"]["loss"]["itm_rows"]  # as a run of an earlier release stored it
+    assert check_changes(old, new, [], "url") == []
+    some = load_config(recipe, ["stage1.loss.itm_rows=4"], JobConfig).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"stage1.loss.itm_rows: None -> 4"):
+        check_changes(old, some, [], "url")
+
+
 def test_world_sizes_divide_the_lanes(recipe):
     assert load_config(recipe, [], JobConfig).world_sizes == (1, 2, 4)
 

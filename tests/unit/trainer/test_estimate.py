@@ -151,6 +151,24 @@ def test_hpz_trades_memory_for_gathers_inside_the_node():
     assert more == pytest.approx(HALF * parts.language.num_parameters / 8)
 
 
+def test_matching_on_some_rows_is_less_work_memory_and_traffic():
+    parts = shapes("eva-clip-vit-g-14", "opt-2.7b")
+    every, some = (
+        estimate_stage(
+            full_size("blip2-vitg-opt2.7b", *overrides),
+            "stage1",
+            parts,
+            Cluster(find_gpu("a100-40g"), 16),
+            Assumptions(),
+        )
+        for overrides in ((), ("stage1.loss.itm_rows=210",))
+    )
+    assert some.work.qformer < 0.6 * every.work.qformer
+    assert some.largest_micro_batch >= every.largest_micro_batch
+    assert some.traffic.negatives < 0.5 * every.traffic.negatives
+    assert some.days < every.days
+
+
 def test_recomputing_layers_takes_less_memory():
     parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
     for stage in ("stage1", "stage2"):
