@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -77,7 +78,10 @@ def test_wandb_offline_continues_one_run(tmp_path, monkeypatch):
     log_steps("wandb", 4, 8)
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == ["run-night-stage1.wandb"] * 2
-    assert all(b"bridge" in file.read_bytes() and b"loss/total" in file.read_bytes() for file in files)
+    deadline = time.monotonic() + 60  # W&B's own process writes the end of a file after `finish` has returned
+    while not all(b"bridge" in file.read_bytes() and b"loss/total" in file.read_bytes() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_trackio_continues_the_run_of_a_killed_stage_without_a_gap(tmp_path):
