@@ -80,7 +80,7 @@ def export_captioner(
     config = Blip2Config(
         vision_config=vision_config,
         qformer_config=_qformer_config(qformer, with_text=False),
-        text_config=text_config.to_dict(),
+        text_config={key: value for key, value in text_config.to_dict().items() if key != "_name_or_path"},
         num_query_tokens=qformer.num_queries,
         image_token_index=image_token,
         architectures=["Blip2ForConditionalGeneration"],

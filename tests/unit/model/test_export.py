@@ -86,6 +86,11 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(exported):
     assert torch.equal(text.label_K, tokens["labels"][rows, columns])
 
 
+def test_the_export_names_no_folder_of_the_machine_that_made_it(exported, root):
+    _, folder, _, _ = exported
+    assert [path.name for path in folder.glob("*.json") if str(root) in path.read_text()] == []
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_export_generates_our_captions(exported, num_beams):
     parts, folder, model, _ = exported
