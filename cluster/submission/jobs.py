@@ -35,7 +35,7 @@ RUN_TO_END_SECONDS = 300.0
 START_POLL_SECONDS = 0.5
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
-AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 60.0, 1.0
+AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 180.0, 1.0
 
 
 class Jobs:
@@ -200,7 +200,7 @@ class Jobs:
 
 
 def _once_there_is_an_agent(submit: Callable[..., str], **job: object) -> None:
-    """Submit; a cluster that has just started answers before it accepts jobs, so it is asked again for a minute."""
+    """Submit; a cluster that has just started answers before it accepts jobs, so it is asked again for a while."""
     retrying = Retrying(
         retry=retry_if_exception_message(match=f"(?s).*{NO_AGENT}"),
         wait=wait_fixed(AGENT_POLL_SECONDS),
