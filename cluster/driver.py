@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import ray
 
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.errors import EXPECTED_ERRORS
@@ -32,6 +34,8 @@ from isthmus.trainer.context import Outcome
 from isthmus.trainer.runs.store import RunStore
 
 logger = logging.getLogger(__name__)
+
+Driven = TypeVar("Driven", JobConfig, BootstrapJob)
 
 USER_ERROR = 2
 JOB_LOG_BYTES = 256 << 20
@@ -69,14 +73,19 @@ def main(path: str, *allow_change: str) -> int:
 
     `allow_change` are keys that may differ from the run's earlier starts.
     """
+    return drive_job(path, JobConfig, lambda config: drive(config, submission_id(), allow_change))
+
+
+def drive_job(path: str, kind: type[Driven], drive: Callable[[Driven], Outcome]) -> int:
+    """Read a configuration file inside a Ray job, connect to the cluster and drive; return the exit code."""
     configure_logging(sys.stdout)
     use_tokens(create=False)
     try:
-        config = load_config(path, [], JobConfig)
+        config = load_config(path, [], kind)
         configure_logging(sys.stdout, run=config.run.name)
         ray.init(address="auto", namespace=config.run.name, logging_level=logging.WARNING)
         with bounded_file(sys.stdout.fileno(), JOB_LOG_BYTES):
-            return drive(config, submission_id(), allow_change).exit_code
+            return drive(config).exit_code
     except EXPECTED_ERRORS as error:
         logger.error("%s", error)  # noqa: TRY400 - the operator needs the line, not our stack
         is_final = not getattr(error, "retryable", False)

@@ -6,6 +6,7 @@ fresh for every such cluster unless the user has one.
 
 import importlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.logs import FORMAT_VARIABLE, PLAIN, QUIET
 from isthmus.cluster.ray_nodes.auth import use_tokens
@@ -29,7 +31,7 @@ LOOPBACK = "127.0.0.2"
 
 
 @contextmanager
-def embedded_ray(config: JobConfig) -> Iterator[Any]:
+def embedded_ray(config: JobConfig | BootstrapJob) -> Iterator[Any]:
     """Start Ray with enough logical CPUs for the run's workers and readers, and stop it at the end."""
     use_tokens(create=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -43,9 +45,9 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
     try:
         ray.init(
             address="local",
-            num_cpus=ResourceRequest.of(config).total_cpus(max(config.world_sizes)),
+            num_cpus=_logical_cpus(config),
             namespace=config.run.name,
-            object_store_memory=None if config.data.backend == "ray" else OBJECT_STORE_BYTES,
+            object_store_memory=None if _passes_batches(config) else OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.WARNING,
             _node_ip_address=LOOPBACK,
@@ -55,3 +57,15 @@ def embedded_ray(config: JobConfig) -> Iterator[Any]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _logical_cpus(config: JobConfig | BootstrapJob) -> int:
+    """Return the CPUs that every process of a run may count on; a bootstrap's training and its stages take turns."""
+    if isinstance(config, JobConfig):
+        return ResourceRequest.of(config).total_cpus(max(config.world_sizes))
+    workers = config.cluster.workers
+    return max([math.ceil(workers.max * workers.cpus), *map(_logical_cpus, config.trainings)])
+
+
+def _passes_batches(config: JobConfig | BootstrapJob) -> bool:
+    return isinstance(config, JobConfig) and config.data.backend == "ray"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
@@ -82,14 +82,31 @@ def answer(
     return generate(model, encoder, images, [template.format(question) for question in questions], decoding)
 
 
-@torch.no_grad()
 def generate(
     model: Stage2Model, encoder: LanguageEncoder, images: Tensor, prompts: Sequence[str], decoding: Decoding
 ) -> list[str]:
     """Return the continuation of one prompt per image."""
+    return [encoder.decode(ids) for ids in generate_ids(model, encoder, images, prompts, decoding)]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Stage2Model,
+    encoder: LanguageEncoder,
+    images: Tensor,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    texts_per_image: int = 1,
+    processors: LogitsProcessorList | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of `texts_per_image` continuations per image, those of an image together.
+
+    With `processors`, which then choose every token themselves, sampling leaves the logits as they are.
+    """
     if len(prompts) != images.shape[0]:
         raise ModelError(f"{images.shape[0]} images but {len(prompts)} prompts; give one prompt per image")
     language = model.language
+    config = _generation_config(language, encoder, decoding, texts_per_image, warp=not processors)
     with evaluating(model):
         visual_BQD = model.visual(images if images.dim() == 3 else model.encode(images))
         ids = [encoder.prompt_ids(prompt) for prompt in prompts]
@@ -99,14 +116,15 @@ def generate(
         with torch.random.fork_rng(devices=devices), torch.autocast(images.device.type, enabled=False):
             torch.manual_seed(decoding.seed)
             embeds_BLD, mask_BL = _prompt_inputs(language, encoder, visual_BQD, ids)
-            new_ids_BT = language.model.generate(
+            new_ids_RT = language.model.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL,
-                generation_config=_generation_config(language, encoder, decoding),
+                generation_config=config,
+                logits_processor=processors,
                 synced_gpus=_is_partitioned(language),
             )
     start = 1 if language.is_encoder_decoder else 0
-    return [encoder.decode(row[start:]) for row in new_ids_BT.tolist()]
+    return [row[start:] for row in new_ids_RT.tolist()]
 
 
 @contextmanager
@@ -141,13 +159,19 @@ def _prompt_inputs(
     )
 
 
-def _generation_config(language: LanguageModel, encoder: LanguageEncoder, decoding: Decoding) -> GenerationConfig:
-    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.sample else {}
-    beams = {"length_penalty": decoding.length_penalty} if decoding.num_beams > 1 else {}
+def _generation_config(
+    language: LanguageModel, encoder: LanguageEncoder, decoding: Decoding, texts_per_image: int, *, warp: bool
+) -> GenerationConfig:
+    sampling: dict[str, float] = {}
+    if decoding.sample:
+        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p} if warp else {"top_k": 0}
+    num_beams = 1 if decoding.sample else max(decoding.num_beams, texts_per_image)
+    beams = {"length_penalty": decoding.length_penalty} if num_beams > 1 else {}
     eos = encoder.tokenizer.eos_token_id
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
+        num_beams=num_beams,
+        num_return_sequences=texts_per_image,
         do_sample=decoding.sample,
         eos_token_id=sorted({encoder.stop_id} | ({int(eos)} if eos is not None else set())),
         pad_token_id=encoder.pad_id,

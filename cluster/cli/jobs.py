@@ -153,7 +153,10 @@ def stop(
         float, typer.Option("--grace", help="Longest wait for the checkpoint, in seconds.")
     ] = 180.0,
 ) -> None:
-    """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` continues it."""
+    """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` continues it.
+
+    A bootstrap ends at once, since its finished shards are saved; `isthmus bootstrap run` continues it.
+    """
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 
 from isthmus.cluster.cli import (
-    assets,
+    bootstrap,
     checkpoints,
     checks,
     config,
@@ -36,7 +36,8 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
-app.add_typer(assets.app, name="assets")
+app.add_typer(bootstrap.app, name="bootstrap")
+app.add_typer(train.assets_app, name="assets")
 app.add_typer(model.models_app, name="models")
 
 

@@ -1,4 +1,4 @@
-"""`isthmus train`: a run on this machine. `isthmus eval`: measure what was trained."""
+"""`isthmus train`: a run on this machine. `isthmus eval`: measure it. `isthmus assets`: inputs without a download."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
 app = typer.Typer()
+assets_app = typer.Typer(help="Make inputs that need no download.", no_args_is_help=True)
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray: for debugging, or one GPU.")
@@ -83,6 +84,20 @@ def evaluate(
         report = evaluate_run(config, folder, data, out, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
     typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
+
+
+@assets_app.command()
+def tiny(
+    folder: Annotated[Path, typer.Argument(help="Local folder that is made.")] = Path("assets/tiny"),
+    train: Annotated[int, typer.Option(help="Training pairs.")] = 2000,
+    held_out: Annotated[int, typer.Option(help="Held-out pairs.")] = 96,
+) -> None:
+    """Write generated scenes and tiny random frozen models: what recipes/tiny.yaml and bootstrap-demo.yaml read."""
+    from isthmus.demo.tiny.assets import write_tiny_assets
+
+    write_tiny_assets(folder, train, held_out)
+    typer.echo(f"{folder}: {train} training and {held_out} held-out pairs, vision encoder, vocabulary, OPT, T5")
+    typer.echo("  isthmus train recipes/tiny.yaml --local")
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

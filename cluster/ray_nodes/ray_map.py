@@ -27,7 +27,7 @@ def run_in_ray(address: str) -> Callable[[Callable[[T], R], Iterable[T]], Iterat
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         connected = ray.is_initialized()
         if not connected:
-            _connect(address)
+            connect(address)
         try:
             task = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_call)
             shared = ray.put(function)
@@ -49,9 +49,14 @@ def run_in_ray(address: str) -> Callable[[Callable[[T], R], Iterable[T]], Iterat
     return run
 
 
-def _connect(address: str) -> None:
+def connect(address: str, *, with_logs: bool = False) -> None:
+    """Connect this process to a Ray cluster; its workers' lines come here `with_logs`.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
     try:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=with_logs)
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address} ({error}); check --address, or leave it out") from error
 

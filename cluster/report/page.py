@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.cluster.report import sections
+from isthmus.cluster.report.document import document
 from isthmus.cluster.report.folder import RunFacts, read_folder
 from isthmus.cluster.report.markup import Html, h, join, table
 from isthmus.cluster.report.measures import Baselines
-from isthmus.cluster.report.style import CSS
 from isthmus.cluster.report.summary import summary
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.runs.store import export_folder
@@ -57,18 +57,8 @@ def render(facts: RunFacts, extra: ReportExtras) -> str:
         "Identity": identity(facts),
     }
     name = str(facts.record.get("name", facts.url.rpartition("/")[2]))
-    links = (h("a", title, href=f"#{_anchor(title)}") for title in parts)
-    body = (h("section", h("h2", title, id=_anchor(title)), content) for title, content in parts.items())
-    head = h(
-        "head",
-        h("meta", charset="utf-8"),
-        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        h("title", f"{name}: isthmus run"),
-        h("style", Html(CSS)),
-    )
     warning = h("p", extra.warning, class_="warning") if extra.warning else None
-    page = h("html", head, h("body", warning, heading(facts, name), summary(facts), h("nav", *links), *body), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    return document(f"{name}: isthmus run", join(warning, heading(facts, name), summary(facts)), parts)
 
 
 ATTENTION = (
@@ -130,7 +120,3 @@ def commands(facts: RunFacts) -> str:
         f"tensorboard --logdir {curves}",
     ]
     return os.linesep.join(lines)
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")

@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from isthmus.cluster.config import JobConfig
+from pydantic import BaseModel
+
 from isthmus.cluster.errors import ClusterError
 from isthmus.trainer.config.loading import to_yaml
 
@@ -13,7 +14,7 @@ SUFFIXES = (".py", ".json", ".yaml", ".txt")
 CONFIG_NAME = "config.yaml"
 
 
-def build_package(config: JobConfig, folder: Path) -> Path:
+def build_package(config: BaseModel, folder: Path) -> Path:
     """Copy the source files of our packages and write the configuration into `folder`; return it.
 
     Only files with known suffixes are taken, so data, caches, checkpoints and credentials cannot travel by accident.

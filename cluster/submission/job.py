@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.job_submission import JobDetails, JobStatus
 
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.logs import QUIET
 from isthmus.cluster.submission import secret_names
@@ -15,6 +16,7 @@ from isthmus.data_pipeline.store.object_store import join
 
 STOP_MARGIN_SECONDS = 30
 RUN_KEY, URL_KEY, STORE_KEY = "isthmus_run", "isthmus_url", "isthmus_store"
+Submitted = JobConfig | BootstrapJob
 FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -52,7 +54,7 @@ def as_job(details: JobDetails) -> Job | None:
     )  # fmt: skip
 
 
-def job_environment(config: JobConfig) -> dict[str, str]:
+def job_environment(config: Submitted) -> dict[str, str]:
     """Return the job's environment variables. Ray stores and shows them, so no value of a secret is among them."""
     grace = int(config.cluster.stop_grace_seconds) + STOP_MARGIN_SECONDS
     present = [name for name in config.cluster.secrets if os.environ.get(name)]
@@ -66,7 +68,7 @@ def job_environment(config: JobConfig) -> dict[str, str]:
     }
 
 
-def job_metadata(config: JobConfig) -> dict[str, str]:
+def job_metadata(config: Submitted) -> dict[str, str]:
     """Return what makes a job recognisable as a run, and its folder readable."""
     return {
         RUN_KEY: config.run.name,

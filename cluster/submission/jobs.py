@@ -18,17 +18,18 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError, last_line
 from isthmus.cluster.ray_nodes.auth import use_tokens
 from isthmus.cluster.ray_nodes.jobs_api import quiet_client
 from isthmus.cluster.submission import dashboard, job_log
 from isthmus.cluster.submission.code_package import CONFIG_NAME, build_package
-from isthmus.cluster.submission.job import FINAL, Job, as_job, job_environment, job_metadata
+from isthmus.cluster.submission.job import FINAL, Job, Submitted, as_job, job_environment, job_metadata
 
 logger = logging.getLogger(__name__)
 
-DRIVER = "isthmus.cluster.driver"
+DRIVERS = {JobConfig: "isthmus.cluster.driver", BootstrapJob: "isthmus.cluster.bootstrap_driver"}
 SUBMIT_TRIES = 3
 """Somebody else may submit at the same moment."""
 RUN_TO_END_SECONDS = 300.0
@@ -53,7 +54,7 @@ class Jobs:
         quiet_client()
         self._client = JobSubmissionClient(self.address)
 
-    def submit(self, config: JobConfig, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
+    def submit(self, config: Submitted, allow_change: Sequence[str] = ()) -> tuple[Job, bool]:
         """Submit a run; a run that is already active is returned as it is. The bool says whether it is new.
 
         `allow_change` are keys that may differ from the run's earlier starts.
@@ -67,7 +68,7 @@ class Jobs:
             if active:
                 return active, False
             job_id = self._next_id(config.run.name)
-            if self._send(config, job_id, DRIVER, job_metadata(config), allow_change):
+            if self._send(config, job_id, DRIVERS[type(config)], job_metadata(config), allow_change):
                 return self.get(job_id), True
         raise ClusterError(f"{self.address}: {job_id} is taken by a job that is not this run; use another run.name")
 
@@ -97,7 +98,7 @@ class Jobs:
         return lines
 
     def _send(
-        self, config: JobConfig, job_id: str, module: str, metadata: dict[str, str], arguments: Sequence[str] = ()
+        self, config: Submitted, job_id: str, module: str, metadata: dict[str, str], arguments: Sequence[str] = ()
     ) -> bool:
         """Ship the code and start a module with the configuration; False: a job of that id exists already."""
         # A cluster on this machine has this Python, another one its image's.

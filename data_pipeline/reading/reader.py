@@ -155,7 +155,7 @@ class Reader:
                 with self._waiting(shard.url):
                     get = functools.partial(self._memory.get, chunk, self._max_wait)
                     data = memoryview(self._read_or_mask(shard.url, "shard", get))
-                members, damaged = _cut_members(data, chunk.start, index.members(ref.sample))
+                members, damaged = cut_members(data, chunk.start, index.members(ref.sample))
                 if damaged is None:
                     return members
                 self._count("damaged_reads")
@@ -261,7 +261,7 @@ def _chunk_id(shard: Shard, index: ShardIndex) -> ChunkId:
     return ChunkId(shard.url, shard.etag, start, length)
 
 
-def _cut_members(data: memoryview, first_byte: int, members: list[Member]) -> tuple[dict[str, memoryview], str | None]:
+def cut_members(data: memoryview, first_byte: int, members: list[Member]) -> tuple[dict[str, memoryview], str | None]:
     """Return a sample's members by extension, and the extension of one that differs from its checksum."""
     cut, damaged = {}, None
     for member in members:

@@ -113,6 +113,7 @@ def write_shards(
     side: int = 64,
     samples_per_shard: int = 500,
     unique: bool = False,
+    exchanged: float = 0.0,
 ) -> list[Path]:
     """Write `<split>-00000.tar`, ... with jpg, txt and json per sample, and return their paths.
 
@@ -126,29 +127,41 @@ def write_shards(
         samples_per_shard: Of every shard but the last.
         unique: Take only scenes whose caption has not come before, as a retrieval gallery wants; the grammar must have
             enough captions of these kinds (96 of kind `one`).
+        exchanged: Share of the samples that carry the caption of another of them, as texts of the web do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = unique_numbers(seed, split, num_samples, kinds) if unique else list(range(num_samples))
+    told = exchanged_captions(numbers, exchanged, seed)
     paths = []
     for start in range(0, num_samples, samples_per_shard):
         path = folder / f"{split}-{start // samples_per_shard:05d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in numbers[start : start + samples_per_shard]:
-                _add_sample(tar, seed, split, number, kinds, side)
+                caption = make_scene(seed, split, told.get(number, number), kinds)[0].caption
+                _add_sample(tar, seed, split, number, kinds, side, caption)
         paths.append(path)
     return paths
 
 
-def _add_sample(tar: tarfile.TarFile, seed: int, split: str, number: int, kinds: Sequence[str], side: int) -> None:
+def exchanged_captions(numbers: Sequence[int], share: float, seed: int = 0) -> dict[int, int]:
+    """Return for a share of the scenes, drawn at random, the scene whose caption they carry: each one the next's."""
+    rng = random.Random(f"exchanged/{seed}")  # noqa: S311 - pictures, not secrets
+    chosen = rng.sample(list(numbers), round(share * len(numbers)))
+    return dict(zip(chosen, [*chosen[1:], *chosen[:1]], strict=True))
+
+
+def _add_sample(
+    tar: tarfile.TarFile, seed: int, split: str, number: int, kinds: Sequence[str], side: int, caption: str
+) -> None:
     scene, rng = make_scene(seed, split, number, kinds)
     picture = io.BytesIO()
     draw_scene(scene, rng, side).save(picture, "JPEG", quality=92)
     question, answer = scene.question
-    facts = {"caption": scene.caption, "kind": scene.kind, "question": question, "answer": answer}
+    facts = {"caption": caption, "kind": scene.kind, "question": question, "answer": answer}
     members = {
         "jpg": picture.getvalue(),
         "json": json.dumps(facts, sort_keys=True).encode(),
-        "txt": scene.caption.encode(),
+        "txt": caption.encode(),
     }
     for extension, data in members.items():
         member = tarfile.TarInfo(f"{split}-{number:07d}.{extension}")

@@ -21,6 +21,7 @@ DATA_FILES = {
 LOAD_ALL = """
 import isthmus.model, isthmus.trainer
 from pathlib import Path
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.engine.deepspeed_config import TEMPLATES
@@ -30,7 +31,9 @@ assert model.WHOSE == trainer.WHOSE == "somebody else's"
 root = Path(isthmus.model.__file__).parents[1]
 assert root.parent.name == "site-packages", root
 recipes = sorted((root / "recipes").glob("*.yaml"))
-configs = [load_config(path, [], JobConfig) for path in recipes]
+bootstraps = [path for path in recipes if path.name.startswith("bootstrap-")]
+configs = [load_config(path, [], JobConfig) for path in recipes if path not in bootstraps]
+configs += [load_config(path, [], BootstrapJob).trainings[0] for path in bootstraps]
 templates = {config.stage(stage).deepspeed for config in configs for stage in config.stages}
 assert len(configs) >= 11 and templates
 assert all((TEMPLATES / f"{name}.json").exists() for name in templates), templates

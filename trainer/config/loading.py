@@ -13,13 +13,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from isthmus.trainer.config.explain import explain
-from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 RECIPES = Path(__file__).parents[2] / "recipes"
 """The recipes that the installed package brings along."""
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Change(NamedTuple):

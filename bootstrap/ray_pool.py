@@ -1,0 +1,78 @@
+"""A pool of Ray actors that works on shards, fed and limited by Ray Data.
+
+Ray Data places the actors, restarts those that die and calls them again, holds work back when results pile up, and
+grows and shrinks the pool with the cluster. Its own job checkpoint is not used: a shard's record says that it is done.
+"""
+
+import logging
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+TASKS_PER_ACTOR = 2
+"""One that works and one that waits, so that an actor is never idle between shards."""
+
+
+def run_in_actors(
+    workers: tuple[int, int], *, cpus: float = 1.0, gpus: float = 0.0
+) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
+    """Return a `Runner` on the connected Ray cluster.
+
+    Args:
+        workers: Smallest and largest number of actors; each keeps its models while it lives.
+        cpus: Of each actor.
+        gpus: Of each actor.
+    """
+
+    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        rows = [{"item": pickle.dumps(item)} for item in items]
+        _keep_quiet()
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Worker,
+            fn_constructor_args=[pickle.dumps(function)],
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(workers[0], len(rows)),
+                max_size=min(workers[1], len(rows)),
+                max_tasks_in_flight_per_actor=TASKS_PER_ACTOR,
+            ),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        try:
+            for row in done.iter_rows():
+                yield pickle.loads(row["done"])  # noqa: S301 - what our own actors have sent
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from error
+
+    return run
+
+
+class _Worker:
+    """An actor of the pool."""
+
+    def __init__(self, function: bytes) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        self._function: Callable[[Any], Any] = pickle.loads(function)  # noqa: S301 - sent by our own driver
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"done": pickle.dumps(self._function(pickle.loads(row["item"])))}  # noqa: S301 - sent by our own driver
+
+
+def _keep_quiet() -> None:
+    """Leave progress to us: Ray's bars would draw over a terminal and fill a job's log."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the innermost error: what our own code raised in an actor."""
+    inner: BaseException | None = getattr(error, "cause", None) or error.__cause__
+    return error if inner is None or inner is error else _cause(inner)

@@ -1,0 +1,201 @@
+"""`isthmus bootstrap`: captions written, scored and chosen for a data set, each stage alone or all by a recipe."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from isthmus.cluster.cli.options import EndpointOption, OverridesArg, RecipeArg, RegionOption, open_store
+from isthmus.cluster.cli.output import progress
+
+if TYPE_CHECKING:
+    from isthmus.bootstrap.pace import Progress
+    from isthmus.bootstrap.stage import Pool, ShardWork
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+app = typer.Typer(
+    help="Write, score and choose captions for a data set; images stay where they are.", no_args_is_help=True
+)
+
+ManifestArg = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
+OutArg = Annotated[str, typer.Argument(metavar="OUT", help="Folder URL of all stages; run again to resume.")]
+WORKERS_HELP = "Processes here, or actors of --address; each holds the models."
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help=WORKERS_HELP)]
+ADDRESS_HELP = "Work in actors of this Ray cluster ('auto': this node's). Local paths must be the same on all nodes."
+AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
+GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each actor.")]
+PriceOption = Annotated[float, typer.Option("--price", min=0, help="Of one worker for an hour, for the estimate.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass; part of what decides bytes.")]
+
+
+@app.command()
+def caption(
+    manifest: ManifestArg,
+    out: OutArg,
+    model: Annotated[str, typer.Option("--model", help="Folder of a captioning model.")],
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Captions per image.")] = 5,
+    method: Annotated[Literal["nucleus", "beam"], typer.Option("--method", help="How they are written.")] = "nucleus",
+    top_p: Annotated[float, typer.Option("--top-p", help="Probability mass of nucleus sampling.")] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest caption, in tokens.")] = 30,
+    name: Annotated[str, typer.Option("--name", help="Source of these captions in the layer.")] = "captioner",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sampling.")] = 0,
+    batch_size: BatchOption = 32,
+    workers: WorkersOption = 1,
+    gpus: GpusOption = 0.0,
+    price: PriceOption = 0.0,
+    address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Write candidate captions of every image beside the texts that it has."""
+    from isthmus.bootstrap.caption import caption_work
+    from isthmus.bootstrap.config import CaptionConfig
+
+    config = CaptionConfig(
+        model=model, name=name, num_candidates=candidates, method=method, top_p=top_p, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    store, loaded = _open(manifest, endpoint_url, region)
+    _run(lambda: caption_work(loaded, out, config, store), loaded, out, store, _pool(workers, address, gpus, price))
+
+
+@app.command()
+def score(
+    manifest: ManifestArg,
+    out: OutArg,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Folder of an export of stage 1, or of CLIP or SigLIP.")
+    ] = None,
+    language: Annotated[str, typer.Option("--language", help="ISO 639 code of the wanted language.")] = "en",
+    batch_size: BatchOption = 32,
+    workers: WorkersOption = 1,
+    gpus: GpusOption = 0.0,
+    price: PriceOption = 0.0,
+    address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Score what `caption` wrote and the texts that the images had."""
+    from isthmus.bootstrap.config import ScoreConfig
+    from isthmus.bootstrap.score import score_work
+
+    config = ScoreConfig(models=tuple(model or ()), language=language, batch_size=batch_size)
+    store, loaded = _open(manifest, endpoint_url, region)
+    _run(lambda: score_work(loaded, out, config, store), loaded, out, store, _pool(workers, address, gpus, price))
+
+
+@app.command()
+def select(
+    manifest: ManifestArg,
+    out: OutArg,
+    method: Annotated[
+        Literal["match", "top", "web_or_best"], typer.Option("--method", help="See docs/bootstrap.md.")
+    ] = "match",
+    by: Annotated[str, typer.Option("--score", help="Score that is compared.")] = "itm",
+    min_score: Annotated[float | None, typer.Option("--min-score", help="Least score.")] = None,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Captions per image that `top` keeps.")] = 2,
+    web_share: Annotated[float | None, typer.Option("--web-share", help="Probability of the web's own text.")] = None,
+    to: Annotated[str, typer.Option("--to", help="Name of the selection's folder in OUT.")] = "selected",
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Local processes.")] = os.cpu_count() or 1,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Write a manifest of the texts, and the images, that a rule keeps; reads no image and no model."""
+    from isthmus.bootstrap.score import SCORED
+    from isthmus.bootstrap.select import select as choose
+    from isthmus.bootstrap.select_rule import SelectRule
+    from isthmus.data_pipeline.layers.layer import Layer
+    from isthmus.data_pipeline.process_pool import run_in_processes
+    from isthmus.data_pipeline.store.object_store import join
+    from isthmus.trainer.config.loading import check_config
+
+    values = {"method": method, "score": by, "min_score": min_score, "keep": keep, "web_share": web_share}
+    rule = check_config(values, SelectRule, "select")
+    store, loaded = _open(manifest, endpoint_url, region)
+    layer = Layer.load(join(out, SCORED), store)
+    with progress("shards", len(loaded.shards)) as advance:
+        found = choose(manifest, layer, rule, join(out, to), store, run_in_processes(processes), on_shard=advance)
+    typer.echo(f"{join(out, to)}: {found.manifest.num_samples:,} of {loaded.num_samples:,} images")
+    for label, count in found.counts.items():
+        typer.echo(f"  {label:<28}{count:>12,}")
+
+
+@app.command()
+def report(
+    out: OutArg,
+    to: Annotated[str | None, typer.Option("--out", help="File to write (default: OUT/report.html).")] = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Write a page about a bootstrap: acceptance, scores, pictures, time and cost; opens anywhere, offline."""
+    from isthmus.cluster.report.bootstrap_page import REPORT, write_bootstrap_report
+    from isthmus.data_pipeline.store.object_store import join
+
+    store = open_store(endpoint_url, region)
+    typer.echo(f"{write_bootstrap_report(out.rstrip('/'), store, to or join(out, REPORT))}: open it in a browser")
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    overrides: OverridesArg = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Dashboard of a cluster: submit there, as `isthmus submit` does.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+) -> None:
+    """Do all stages of a recipe, training before and after them included; run again to resume."""
+    from isthmus.cluster.bootstrap_job import BootstrapJob
+    from isthmus.trainer.config.loading import load_config
+
+    job = load_config(recipe, overrides or [], BootstrapJob)
+    address = address or job.cluster.address
+    if address and not local:
+        from isthmus.cluster.submission.jobs import Jobs
+
+        jobs = Jobs(address)
+        submitted, is_new = jobs.submit(job)
+        typer.echo(f"{job.run.name}: {'submitted' if is_new else 'already active'} as job {submitted.id}")
+        for verb in (f"status {job.run.name} --watch", f"logs -f {job.run.name}", f"stop {job.run.name}"):
+            typer.echo(f"  isthmus {verb} --address {address}")
+        return
+    from isthmus.cluster.bootstrap_driver import run_bootstrap_here
+    from isthmus.cluster.cli.train import log_to_terminal
+
+    log_to_terminal()
+    raise typer.Exit(run_bootstrap_here(job, on_ray=not local).exit_code)
+
+
+def _open(manifest: str, endpoint_url: str | None, region: str | None) -> "tuple[ObjectStore, Manifest]":
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+
+    store = open_store(endpoint_url, region)
+    return store, Manifest.load(manifest, store)
+
+
+def _pool(workers: int, address: str | None, gpus: float, price: float) -> "Pool":
+    from isthmus.bootstrap.stage import Pool
+
+    if address is None:
+        from isthmus.data_pipeline.process_pool import run_in_processes
+
+        return Pool(run_in_processes(workers), workers, price)
+    from isthmus.bootstrap.ray_pool import run_in_actors
+    from isthmus.cluster.ray_nodes.ray_map import connect
+
+    connect(address, with_logs=True)
+    return Pool(run_in_actors((1, workers), gpus=gpus), workers, price)
+
+
+def _run(make: "Callable[[], ShardWork]", manifest: "Manifest", out: str, store: "ObjectStore", pool: "Pool") -> None:
+    from isthmus.bootstrap.stage import run_stage
+    from isthmus.cluster.cli.train import log_to_terminal
+
+    def show(now: "Progress") -> None:
+        typer.echo(now.line(), err=True)
+
+    log_to_terminal()
+    layer = run_stage(make(), manifest, out, store, pool, show)
+    typer.echo(f"{layer.url}: {manifest.num_samples:,} images, {layer.hash[:16]}")
