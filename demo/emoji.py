@@ -20,9 +20,9 @@ from PIL import Image
 
 from isthmus.demo.packages import EMOJI_NAMES, FLUENT_3D, ICON_SETS
 
-SIDE_PIXELS = 224
-PADDING_PIXELS = 8
-RENDER_PIXELS = 256
+SIDE_PIXELS = 160
+PADDING_PIXELS = 6
+RENDER_PIXELS = 176
 HELD_OUT_CONCEPTS = 0.04
 HELD_OUT_DRAWINGS = 0.04
 SPLITS = ("train", "val", "test_concept")

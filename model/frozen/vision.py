@@ -234,6 +234,7 @@ def _load_efficientnet(folder: Path, description: dict[str, object]) -> Efficien
     hidden_size = int(cast("int", description.get("hidden_size", 1280)))
     network = EfficientNetLite(cast("Any", stages), hidden_size)
     _load_strictly(network, folder, "")
+    network.eval().fold_norms()
     return network
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from isthmus.cluster.errors import ClusterError
 from isthmus.demo import packages
-from isthmus.demo.emoji import Drawing, build_corpus
+from isthmus.demo.emoji import SIDE_PIXELS, Drawing, build_corpus
 from isthmus.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, fetch, unpack
 from isthmus.demo.report import credit_packages
 
@@ -67,7 +67,7 @@ def test_toned_blank_and_doubled_drawings_are_left_out_and_flags_reworded(folder
     assert captions[0] == "flag of Japan"
     for pair in pairs:
         with Image.open(tmp_path / "corpus" / pair["path"]) as image:
-            assert image.size == (224, 224)
+            assert image.size == (SIDE_PIXELS, SIDE_PIXELS)
 
 
 def test_the_corpus_is_the_same_each_time_and_built_once(folders, tmp_path):
