@@ -1,14 +1,12 @@
-"""The demo's report: the page of its run, with what simpler ways reach, unseen concepts, reference curves, credits."""
+"""The demo's report: the page of its run, with unseen concepts, reference curves and credits."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.report.folder import read_folder
 from isthmus.cluster.report.markup import Html, h, table
-from isthmus.cluster.report.measures import Baseline
 from isthmus.cluster.report.page import ReportExtras, render
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.curves import load_band, verdict
@@ -18,18 +16,7 @@ from isthmus.demo.picture import write_picture
 REPORT = "report.html"
 PICTURE = "picture.svg"
 BANDS = Path("docs/curves")
-PLAIN = "pooled features, MLP to frozen MiniLM (6,000 pairs, 648 captions)"
-BASELINES = {
-    "eval/i2t_r1": [Baseline(PLAIN, 0.375)],
-    "eval/i2t_r5": [Baseline(PLAIN, 0.597)],
-    "eval/i2t_r10": [Baseline(PLAIN, 0.659)],
-}
-UNSEEN_BASELINES = {"i2t_r1": 0.270, "i2t_r5": 0.463, "i2t_r10": 0.568}
 UNSEEN_CHANCE = "Chance at recall@k is k divided by the number of captions."
-UNSEEN_BASELINE = (
-    "The simple baseline, pooled features and an MLP to frozen MiniLM, chose among 206 different captions; here each "
-    "drawing brings its caption, so one wrong name may take several places, which is harder at 5 and 10."
-)
 
 
 def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str | None = None) -> Path:
@@ -43,15 +30,12 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
     """
     url = join(config.run.url, config.run.name)
     facts = read_folder(url, store)
-    extra = ReportExtras(
-        {} if note else BASELINES,
-        {
-            "Unseen concepts": _unseen(cache, {} if note else UNSEEN_BASELINES),
-            "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
-            "Credits": h("p", "Nothing was downloaded.") if note else credit_packages(),
-        },
-        note,
-    )
+    sections = {
+        "Unseen concepts": _unseen(cache),
+        "Reference curves": h("p", verdict(load_band(_band_of(config.run.name)), facts)),
+        "Credits": h("p", "Nothing was downloaded.") if note else credit_packages(),
+    }
+    extra = ReportExtras(sections=sections, warning=note)
     page = render(facts, extra).encode()
     store.put(join(url, REPORT), page)
     path = cache / REPORT
@@ -73,27 +57,18 @@ def _band_of(run: str) -> Path:
     return BANDS / f"{stem if number.isdigit() else run}.json"
 
 
-def _unseen(cache: Path, baselines: Mapping[str, float]) -> Html:
-    """Return what `isthmus eval` measured on concepts that were never seen: cache/unseen*/report.json."""
-    files = sorted(cache.glob("unseen*/report.json"))
-    rows = [row for file in files for row in _rows(file, baselines)]
-    if not rows:
+def _unseen(cache: Path) -> Html:
+    """Return what `isthmus eval` measured on concepts that were never seen: cache/unseen/report.json."""
+    file = cache / "unseen" / "report.json"
+    if not file.exists():
         return h("p", "Nothing was measured on unseen concepts.", class_="missing")
-    header = ["measure", "value", "simple baseline", "of"]
-    notes = [UNSEEN_CHANCE, UNSEEN_BASELINE] if baselines else [UNSEEN_CHANCE]
-    return h("div", table(header, rows, "numbers"), h("p", " ".join(notes), class_="note"))
-
-
-def _rows(file: Path, baselines: Mapping[str, float]) -> list[list[str]]:
     try:
         report: dict[str, Any] = json.loads(file.read_text())
-        figures = {name.removeprefix("eval/"): value for name, value in report["figures"].items()}
-        return [
-            [name, f"{value:.3f}", f"{baselines[name]:.3f}" if name in baselines else "", str(report["checkpoint"])]
-            for name, value in figures.items()
-        ]
+        rows = [[name.removeprefix("eval/"), f"{value:.3f}"] for name, value in report["figures"].items()]
+        note = f"{report['checkpoint']}. {UNSEEN_CHANCE}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [[str(file), "could not be read", "", str(error)]]
+        return h("p", f"{file}: could not be read ({error})", class_="missing")
+    return h("div", table(["measure", "value"], rows, "numbers"), h("p", note, class_="note"))
 
 
 def credit_packages() -> Html:

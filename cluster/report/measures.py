@@ -1,7 +1,6 @@
 """The result table: what evaluation measured, with what chance and simple guesses reach on the same samples."""
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from isthmus.cluster.report.folder import StageFacts
@@ -39,11 +38,7 @@ class Measure(NamedTuple):
     """Recall before matching has re-ranked."""
 
 
-Baselines = Mapping[str, list[Baseline]]
-"""Baselines known from elsewhere, by name of the figure, such as eval/i2t_r1."""
-
-
-def retrieval(stage: StageFacts, known: Baselines) -> list[Measure]:
+def retrieval(stage: StageFacts) -> list[Measure]:
     """Return the recalls of stage 1; chance is that of a random order, one right partner for each."""
     figures = stage.last("eval/")
     count = len(stage.samples.texts) if stage.samples else 0
@@ -52,12 +47,12 @@ def retrieval(stage: StageFacts, known: Baselines) -> list[Measure]:
         if f"eval/{name}" in figures:
             chance = [Baseline("chance", min(1.0, k / count))] if count else []
             label = LABELS[name.replace(str(k), "{}")].format(k)
-            baselines = [*chance, *_before_training(stage, f"eval/{name}"), *known.get(f"eval/{name}", [])]
+            baselines = [*chance, *_before_training(stage, f"eval/{name}")]
             found.append(Measure(label, figures[f"eval/{name}"], baselines, figures.get(f"eval/itc_{name}")))
     return found
 
 
-def captioning(stage: StageFacts, known: Baselines) -> list[Measure]:
+def captioning(stage: StageFacts) -> list[Measure]:
     """Return the caption scores of stage 2, with those of guesses that ignore the image."""
     figures = stage.last("eval/")
     guesses = _guesses(stage.samples.texts) if stage.samples else {}
@@ -65,10 +60,10 @@ def captioning(stage: StageFacts, known: Baselines) -> list[Measure]:
     wrong_image = figures.pop(WRONG_IMAGE, None)
     for name, value in figures.items():
         short = name.removeprefix("eval/")
-        if short == "loss" and wrong_image is not None:
-            known = {**known, name: [Baseline("with a wrong image", wrong_image), *known.get(name, [])]}
         baselines = [Baseline(guess, scores[short]) for guess, scores in guesses.items() if short in scores]
-        baselines += [*_before_training(stage, name), *known.get(name, [])]
+        baselines += _before_training(stage, name)
+        if short == "loss" and wrong_image is not None:
+            baselines.append(Baseline("with a wrong image", wrong_image))
         found.append(Measure(CAPTION_LABELS.get(short, short), value, baselines))
     return found
 

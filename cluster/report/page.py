@@ -11,7 +11,6 @@ from isthmus.cluster.report import sections
 from isthmus.cluster.report.document import document
 from isthmus.cluster.report.folder import RunFacts, read_folder
 from isthmus.cluster.report.markup import Html, h, join, table
-from isthmus.cluster.report.measures import Baselines
 from isthmus.cluster.report.summary import summary
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.runs.store import export_folder
@@ -21,7 +20,6 @@ from isthmus.trainer.runs.store import export_folder
 class ReportExtras:
     """What the caller knows beyond the run's folder."""
 
-    baselines: Baselines = field(default_factory=dict)
     sections: Mapping[str, Html] = field(default_factory=dict)
     """Further sections, title -> content."""
     warning: str | None = None
@@ -43,7 +41,7 @@ def write_report(url: str, store: ObjectStore, out: Path, extra: ReportExtras | 
 def render(facts: RunFacts, extra: ReportExtras) -> str:
     """Return the page."""
     parts: dict[str, Html] = {
-        "Results": sections.results(facts, extra.baselines),
+        "Results": sections.results(facts),
         "Losses": sections.curves(facts),
         "Retrieval": sections.retrieval_examples(facts),
         "Captions": sections.gallery(facts),

@@ -7,7 +7,7 @@ from datetime import timedelta
 from isthmus.cluster.report.charts import COLOURS, Mark, line_chart
 from isthmus.cluster.report.folder import Example, RunFacts, Samples, StageFacts
 from isthmus.cluster.report.markup import Html, h, join, picture, table
-from isthmus.cluster.report.measures import Baselines, Measure, captioning, retrieval
+from isthmus.cluster.report.measures import Measure, captioning, retrieval
 from isthmus.trainer.monitoring.goodput import Activity
 
 NO_EVALUATION = "There is no evaluation: none was configured (evaluation.manifest), or none has been reached yet."
@@ -19,12 +19,12 @@ def missing(text: str) -> Html:
     return h("p", text, class_="missing")
 
 
-def results(facts: RunFacts, known: Baselines) -> Html:
+def results(facts: RunFacts) -> Html:
     """Return the table of measures with their baselines."""
     measures: list[Measure] = []
     for name, find in (("stage1", retrieval), ("stage2", captioning)):
         if name in facts.stages:
-            measures += find(facts.stages[name], known)
+            measures += find(facts.stages[name])
     if not measures:
         return missing(NO_EVALUATION)
     reranked = any(measure.contrast not in (None, measure.value) for measure in measures)

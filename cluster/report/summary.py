@@ -81,7 +81,7 @@ def _headlines(facts: RunFacts) -> list[Measure]:
     measures: list[Measure] = []
     for name, find in (("stage1", retrieval), ("stage2", captioning)):
         if name in facts.stages:
-            measures += find(facts.stages[name], {})
+            measures += find(facts.stages[name])
     return [measure for label in HEADLINES for measure in measures if measure.label == label]
 
 
