@@ -60,8 +60,8 @@ def render(facts: RunFacts, extra: ReportExtras) -> str:
 
 
 ATTENTION = (
-    "Where the queries of the Q-Former attend, in its last cross-attention: one image, all queries together, then "
-    "those with the most concentrated attention."
+    "Where the queries of the Q-Former attend, in its last cross-attention, on the image on which they differ most: "
+    "all queries together, then, where they differ, those with the most concentrated attention."
 )
 SIMILARITY = "Cosine of each image's best query with each caption, for the first samples; true pairs: the diagonal."
 

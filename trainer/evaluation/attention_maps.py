@@ -34,3 +34,8 @@ def query_attention(qformer: QFormer, image_BPD: Tensor) -> Tensor:
         scores_BHQP = query_BHQd @ keys_BHPd.transpose(-1, -2) / query_BHQd.shape[-1] ** 0.5
         weights_BQP: Tensor = scores_BHQP.softmax(dim=-1).mean(dim=1)
     return weights_BQP
+
+
+def query_spread(weights_BQP: Tensor) -> Tensor:
+    """Return how differently an image's queries look: mean total variation from their average, 0 to 1, B."""
+    return (weights_BQP - weights_BQP.mean(dim=1, keepdim=True)).abs().sum(dim=-1).mean(dim=1) / 2

@@ -17,7 +17,7 @@ from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
 from isthmus.trainer.engine.engine import Precision
-from isthmus.trainer.evaluation.attention_maps import query_attention
+from isthmus.trainer.evaluation.attention_maps import query_attention, query_spread
 from isthmus.trainer.evaluation.caption_metrics import score_captions
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid
 from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, Pictures, thumbnail
@@ -124,15 +124,19 @@ class CaptionEvaluation:
         return output
 
     def _attention(self, batch: Batch, inputs: Stage2Inputs, titles: list[str]) -> Picture | None:
-        """Return the heat map of the first valid row, or of a hole where there is none; none off rank 0."""
+        """Return the heat map of the row, among the first valid ones, whose queries differ most; none off rank 0.
+
+        Where no row is valid it is that of a hole.
+        """
         assert inputs.images_BCHW is not None
-        row = int(batch.valid_B.int().argmax())
         with self._precision.autocast():
-            features_BPD = self._model.encode(inputs.images_BCHW[row : row + 1])
-            weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+            features_BPD = self._model.encode(inputs.images_BCHW[:SHOWN])
+            weights_BQP = query_attention(self._model.qformer, features_BPD)
         if self._communicator.rank != 0:
             return None
-        return attention_map(batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_QP, titles[row])
+        row = int(query_spread(weights_BQP).cpu().masked_fill(~batch.valid_B[:SHOWN], -1.0).argmax())
+        picture, weights_QP = batch.images_BCHW[row].permute(1, 2, 0).numpy(), weights_BQP[row].cpu().numpy()
+        return attention_map(picture, weights_QP, titles[row])
 
 
 def wrong_images(communicator: Communicator, batch: Batch) -> Tensor:

@@ -16,6 +16,8 @@ from PIL import Image
 
 Picture = NDArray[np.uint8]
 DPI = 100
+LEAST_DIFFERENCE = 0.05
+"""Of two attention maps, as a share of the largest weight, to be drawn side by side."""
 
 
 def sample_grid(images: Sequence[Picture], true: Sequence[str], generated: Sequence[str], columns: int = 4) -> Picture:
@@ -35,6 +37,8 @@ def sample_grid(images: Sequence[Picture], true: Sequence[str], generated: Seque
 def attention_map(image: Picture, weights_QP: NDArray[np.floating[Any]], title: str, num_queries: int = 4) -> Picture:
     """Show where queries look: the mean over all queries, then those that look hardest at one place.
 
+    Where all look alike, single queries would be the mean again and are left out.
+
     Args:
         image: uint8 [height, width, 3].
         weights_QP: Cross-attention of each query over the image's patches; a leading class token is left out when the
@@ -45,7 +49,8 @@ def attention_map(image: Picture, weights_QP: NDArray[np.floating[Any]], title: 
     grid_QHW = _as_grid(np.asarray(weights_QP, dtype=np.float64))
     hardest = np.argsort(-grid_QHW.reshape(len(grid_QHW), -1).max(axis=1))[:num_queries]
     panels = [("image", None), ("all queries", grid_QHW.mean(axis=0))]
-    panels += [(f"query {query}", grid_QHW[query]) for query in hardest]
+    if np.abs(grid_QHW - grid_QHW.mean(axis=0)).max() > LEAST_DIFFERENCE * grid_QHW.max():
+        panels += [(f"query {query}", grid_QHW[query]) for query in hardest]
     figure = Figure(figsize=(2.2 * len(panels), 2.7), dpi=DPI, layout="constrained")
     figure.suptitle(_wrapped(title, 90), fontsize=9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]

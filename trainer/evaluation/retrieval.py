@@ -22,7 +22,7 @@ from isthmus.model.qformer.packing import pack_captions
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists
 from isthmus.trainer.engine.engine import Precision
-from isthmus.trainer.evaluation.attention_maps import query_attention
+from isthmus.trainer.evaluation.attention_maps import query_attention, query_spread
 from isthmus.trainer.evaluation.figures import Picture, attention_map, sample_grid, similarity_matrix
 from isthmus.trainer.evaluation.result import EvalResult, Example, Examples, Pictures, thumbnail
 from isthmus.trainer.evaluation.retrieval_metrics import candidate_pairs, recalls, relevance, rerank
@@ -169,12 +169,13 @@ class RetrievalEvaluation:
         captions = [text["caption"] for text in texts[:few]]
         similarity_IT = (rows.image_nQE[:few] @ rows.text_nE[:few].T).amax(dim=1).cpu().numpy()
         with self._precision.autocast():
-            features_BPD = self._model.features(rows.inputs[0].at(slice(0, 1)))
-            weights_QP = query_attention(self._model.qformer, features_BPD)[0].cpu().numpy()
+            features_BPD = self._model.features(rows.inputs[0].at(slice(0, few)))
+            weights_BQP = query_attention(self._model.qformer, features_BPD)
+        row = int(query_spread(weights_BQP).argmax())
         return {
             "samples": sample_grid(shown, captions, [text["retrieved"] for text in texts[:few]]),
             "similarity": similarity_matrix(similarity_IT, captions),
-            "attention": attention_map(shown[0], weights_QP, captions[0]),
+            "attention": attention_map(shown[row], weights_BQP[row].cpu().numpy(), captions[row]),
         }
 
 

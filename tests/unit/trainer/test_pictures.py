@@ -4,8 +4,10 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from isthmus.trainer.evaluation.attention_maps import query_spread
 from isthmus.trainer.evaluation.figures import attention_map, sample_grid, similarity_matrix, to_png
 
 pytestmark = pytest.mark.unit
@@ -33,6 +35,16 @@ def test_attention_map_lights_the_patch_that_is_looked_at(patches):
     lit = attention_map(plain(0), weights, "the last patch")
     assert lit.shape == dark.shape
     assert not np.array_equal(lit, dark)
+
+
+def test_single_queries_are_drawn_where_they_differ():
+    alike = np.tile(np.linspace(0.0, 0.2, 16), (8, 1))
+    apart = np.eye(16)[:8]
+    few, many = (attention_map(plain(0), weights, "x") for weights in (alike, apart))
+    assert few.shape[1] < many.shape[1] / 2
+    spread = query_spread(torch.tensor(np.stack([alike, apart])))
+    assert spread[0] == pytest.approx(0, abs=1e-9)
+    assert spread[1] == pytest.approx(7 / 8)
 
 
 def test_a_similarity_matrix_shows_what_it_holds():
