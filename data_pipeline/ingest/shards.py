@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
-
-import webdataset
 
 from isthmus.data_pipeline.errors import DataError, NotFoundError
 from isthmus.data_pipeline.ingest.fetch import fetch_samples
@@ -107,17 +107,25 @@ class IngestShard:
         """Write the samples in the order of their records; return what was dropped."""
         dropped = []
         records = fingerprint.of(self._records(task))
-        # Fixed owner, mode and time: the bytes depend on the records alone.
-        with webdataset.TarWriter(file, user="root", group="root", mode=0o644, mtime=0.0) as writer:
+        with tarfile.open(fileobj=file, mode="w|") as tar:
             async with contextlib.aclosing(fetch_samples(records, self.store, self.allow_private)) as samples:
                 number = task.first
                 async for record, members in samples:
                     if isinstance(members, BadSample):
                         dropped.append(_drop(number, record, members))
                     else:
-                        writer.write({"__key__": f"{number:09d}", **members})
+                        _add_members(tar, f"{number:09d}", members)
                     number += 1
         return dropped
+
+
+def _add_members(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    """Write a sample as webdataset's TarWriter does: with fixed owner, mode and time the bytes depend on it alone."""
+    for extension, content in sorted(members.items()):
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mode, info.uname, info.gname = len(content), 0o644, "root", "root"
+        info.mtime = 0.0  # a float, as that class stores it: the bytes of shards must not change
+        tar.addfile(info, io.BytesIO(content))
 
 
 class _Fingerprint:
