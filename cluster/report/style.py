@@ -55,6 +55,8 @@ svg text { font-size: 11px; fill: var(--soft); } .grid { stroke: var(--rule); st
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; } .tile span, .tile small { display: block; }
 .tile small { color: var(--soft); }
+@media (max-width: 30rem) { .tiles { grid-template-columns: repeat(3, 1fr); gap: .5rem; }
+  .tile { padding: .5rem .6rem; font-size: .8rem; } .tile b { font-size: 1.25rem; } body { padding: 1rem .9rem 3rem; } }
 @media print { nav, pre { display: none; } .card, .chart, .tile { break-inside: avoid; } body { padding: 0; } }
 .right { color: var(--good); } .truth { color: var(--soft); }
 .drawing img { max-width: 100%; height: auto; border-radius: .4rem; background: #fff; }

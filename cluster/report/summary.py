@@ -95,7 +95,7 @@ def _card(example: HeldOut) -> Html:
         return h("div", f"{label}: ", h("b", answer, class_="right" if is_right(answer, example.caption) else None))
 
     said = None if example.generated is None else line("says", example.generated or "(nothing)")
-    truth = h("div", example.caption, class_="truth")
+    truth = h("div", "true: ", example.caption, class_="truth")
     return h(
         "div", picture(example.thumbnail, example.caption), line("finds", example.found), said, truth, class_="card"
     )
