@@ -53,7 +53,7 @@ def read_samples(
     shard: Shard, store: ObjectStore, keys: Collection[str]
 ) -> Iterator[tuple[str, UInt8Array | BadSample]]:
     """Yield key and decoded image of some samples of a shard, in its order."""
-    for key, members in _stored_samples(shard, store, keys):
+    for key, members in stored_samples(shard, store, keys):
         try:
             yield key, _image(members) if isinstance(members, dict) else members
         except BadSample as bad:
@@ -62,7 +62,7 @@ def read_samples(
 
 def _batches(shard: Shard, store: ObjectStore, inputs: Sequence[ImageInput], size: int) -> Iterator[ImageBatch]:
     batch = _empty(inputs, size)
-    for key, members in _stored_samples(shard, store):
+    for key, members in stored_samples(shard, store):
         _add(batch, key, members, inputs)
         if len(batch.keys) == size:
             yield batch
@@ -116,7 +116,7 @@ def _box(image: UInt8Array, wanted: ImageInput) -> Box:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _stored_samples(
+def stored_samples(
     shard: Shard, store: ObjectStore, keys: Collection[str] | None = None
 ) -> Iterator[tuple[str, dict[str, memoryview] | BadSample]]:
     """Yield key and members of every sample, or of some, a chunk at a time; damaged members are a `BadSample`."""

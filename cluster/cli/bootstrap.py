@@ -97,6 +97,15 @@ def select(
     min_score: Annotated[float | None, typer.Option("--min-score", help="Least score.")] = None,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Captions per image that `top` keeps.")] = 2,
     web_share: Annotated[float | None, typer.Option("--web-share", help="Probability of the web's own text.")] = None,
+    at_least: Annotated[
+        list[str] | None, typer.Option("--at-least", metavar="SCORE=VALUE", help="Every text's least, as length=3.")
+    ] = None,
+    at_most: Annotated[
+        list[str] | None, typer.Option("--at-most", metavar="SCORE=VALUE", help="Every text's most: repetition=0.3.")
+    ] = None,
+    duplicates: Annotated[
+        str | None, typer.Option("--duplicates", metavar="LAYER", help="Leave out what `duplicates` marked.")
+    ] = None,
     to: Annotated[str, typer.Option("--to", help="Name of the selection's folder in OUT.")] = "selected",
     processes: Annotated[int, typer.Option("--processes", min=1, help="Local processes.")] = os.cpu_count() or 1,
     endpoint_url: EndpointOption = None,
@@ -112,14 +121,52 @@ def select(
     from isthmus.trainer.config.loading import check_config
 
     values = {"method": method, "score": by, "min_score": min_score, "keep": keep, "web_share": web_share}
-    rule = check_config(values, SelectRule, "select")
+    rule = check_config({**values, "bounds": _bounds(at_least or [], at_most or [])}, SelectRule, "select")
     store, loaded = _open(manifest, endpoint_url, region)
     layer = Layer.load(join(out, SCORED), store)
+    marks = Layer.load(duplicates, store) if duplicates else None
+    run = run_in_processes(processes)
     with progress("shards", len(loaded.shards)) as advance:
-        found = choose(manifest, layer, rule, join(out, to), store, run_in_processes(processes), on_shard=advance)
+        found = choose(manifest, layer, rule, join(out, to), store, run, duplicates=marks, on_shard=advance)
     typer.echo(f"{join(out, to)}: {found.manifest.num_samples:,} of {loaded.num_samples:,} images")
     for label, count in found.counts.items():
         typer.echo(f"  {label:<28}{count:>12,}")
+
+
+@app.command()
+def duplicates(
+    manifests: Annotated[
+        list[str], typer.Argument(metavar="MANIFEST...", help="Data sets; of alike images the first stays.")
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder URL of hashes and marks; run again to resume.")],
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="MANIFEST", help="Evaluation set; again for more.")
+    ] = None,
+    max_distance: Annotated[
+        int, typer.Option("--max-distance", min=0, max=7, help="Bits of 64 by which hashes of alike images differ.")
+    ] = 3,
+    workers: WorkersOption = os.cpu_count() or 1,
+    address: AddressOption = None,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
+) -> None:
+    """Mark images that occur again, there or in an earlier data set, or in an evaluation set; see `select`."""
+    from collections import Counter
+
+    from isthmus.bootstrap.duplicates.marks import mark_duplicates
+    from isthmus.data_pipeline.dataset.manifest import Manifest
+
+    store = open_store(endpoint_url, region)
+    sources, evaluation = ([Manifest.load(url, store) for url in urls] for urls in (manifests, against or []))
+    run = _pool(workers, address, 0.0, 0.0).run
+    with progress("shards", sum(len(one.shards) for one in (*sources, *evaluation))) as advance:
+        layers = mark_duplicates(
+            sources, out, store, run, against=evaluation, max_distance=max_distance, on_shard=advance
+        )
+    for url, manifest, layer in zip(manifests, sources, layers, strict=True):
+        counts = sum((Counter(file.counts) for file in layer.files), Counter[str]())
+        of = f"of {manifest.num_samples:,} images of {url}"
+        typer.echo(f"{layer.url}: {counts['duplicates']:,} duplicates, {counts['leaks']:,} leaks {of}")
 
 
 @app.command()
@@ -166,6 +213,18 @@ def run(
 
     log_to_terminal()
     raise typer.Exit(run_bootstrap_here(job, on_ray=not local).exit_code)
+
+
+def _bounds(at_least: list[str], at_most: list[str]) -> dict[str, dict[str, str]]:
+    """Return the bounds of scores from `SCORE=VALUE`."""
+    bounds: dict[str, dict[str, str]] = {}
+    for side, texts in (("min", at_least), ("max", at_most)):
+        for text in texts:
+            name, is_pair, value = text.partition("=")
+            if not (name and is_pair and value):
+                raise typer.BadParameter(f"{text!r} is not SCORE=VALUE, such as length=3")
+            bounds.setdefault(name, {})[side] = value
+    return bounds
 
 
 def _open(manifest: str, endpoint_url: str | None, region: str | None) -> "tuple[ObjectStore, Manifest]":

@@ -9,7 +9,7 @@
 | `draws` | list of uint16 | how often each counts when one is drawn: 1, but where a rule mixes sources unevenly |
 """
 
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
@@ -17,15 +17,8 @@ from isthmus.data_pipeline.dataset.tables import read_table
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
-SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "texts": pa.list_(pa.string()),
-        "sources": pa.list_(pa.string()),
-        "chosen": pa.list_(pa.uint8()),
-        "draws": pa.list_(pa.uint16()),
-    }
-)
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def load_captions(shard: Shard, store: ObjectStore, first: int = 0, count: int | None = None) -> list[list[str]] | None:
@@ -56,7 +49,7 @@ def check_captions(shard: Shard, index: ShardIndex, store: ObjectStore) -> None:
         raise DataError(f"{shard.captions_url} has the captions of other samples; run `isthmus bootstrap select` again")
 
 
-def _read(shard: Shard, store: ObjectStore, columns: list[str]) -> pa.Table:
+def _read(shard: Shard, store: ObjectStore, columns: list[str]) -> "pa.Table":
     assert shard.captions_url is not None
     table = read_table(shard.captions_url, shard.captions_hash or "", store, columns)
     if table.num_rows != shard.num_samples:

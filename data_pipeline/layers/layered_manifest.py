@@ -14,12 +14,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from isthmus.data_pipeline.dataset.chosen_captions import SCHEMA
 from isthmus.data_pipeline.dataset.manifest import LayerRef, Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex, index_hash
 from isthmus.data_pipeline.dataset.tables import sha256_of, table_bytes
 from isthmus.data_pipeline.errors import AlreadyExistsError, DataError, NotFoundError
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
+
+_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "sources": pa.list_(pa.string()),
+        "chosen": pa.list_(pa.uint8()),
+        "draws": pa.list_(pa.uint16()),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -111,4 +120,4 @@ def _captions(candidates: pa.Table, choice: Choice) -> pa.Table:
         "chosen": pa.ListArray.from_arrays(offsets, pa.array(choice.places.astype(np.uint8))),
         "draws": pa.ListArray.from_arrays(offsets, pa.array(choice.draws)),
     }
-    return pa.table(columns).cast(SCHEMA)
+    return pa.table(columns).cast(_SCHEMA)
