@@ -28,6 +28,8 @@ class Decoding:
 
     max_new_tokens: int = 30
     """Longest generated text, in tokens."""
+    min_length: int = 0
+    """Shortest text, in tokens, counted as the original counts: with a decoder's prompt, with T5's start token."""
     num_beams: int = 5
     """Beams; 1: greedy, or sampling."""
     sample: bool = False
@@ -40,6 +42,10 @@ class Decoding:
     """Exponent of the length by which a beam's score is divided; negative favours short texts."""
     seed: int = 0
     """Seed of sampling."""
+
+    def min_new_tokens(self, num_given_tokens: int) -> int | None:
+        """Return how many tokens a text has at least after those that are given; none: any number."""
+        return max(0, self.min_length - num_given_tokens) or None
 
 
 ANSWER_DECODING = Decoding(max_new_tokens=10, length_penalty=-1.0)
@@ -110,7 +116,9 @@ def generate_ids(
     with evaluating(model):
         visual_BQD = model.visual(images if images.dim() == 3 else model.encode(images))
         ids = [encoder.prompt_ids(prompt) for prompt in prompts]
-        _check_context(language, visual_BQD.shape[1], max(map(len, ids), default=0), decoding.max_new_tokens)
+        num_prompt_tokens = max(map(len, ids), default=0)
+        _check_context(language, visual_BQD.shape[1], num_prompt_tokens, decoding.max_new_tokens)
+        config.min_new_tokens = decoding.min_new_tokens(1 if language.is_encoder_decoder else num_prompt_tokens)
         devices = [images.device] if images.is_cuda else []
         # The language model runs in its own type, as in training.
         with torch.random.fork_rng(devices=devices), torch.autocast(images.device.type, enabled=False):

@@ -1,39 +1,29 @@
 """`isthmus eval`: what a run's newest checkpoint can do on held-out data, as a table, JSON and a gallery."""
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from isthmus.data_pipeline.config import DataConfig, SourceConfig
-from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.sample.images import decode_image, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.model.formats.captioner import load_captioner
-from isthmus.model.formats.native import DESCRIPTION
 from isthmus.model.generate import answer, evaluating
-from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder
-from isthmus.trainer.build import build_parts
-from isthmus.trainer.checkpoint.reader import list_checkpoints
-from isthmus.trainer.config.schema import EvaluationConfig, StageName, TrainConfig
-from isthmus.trainer.context import LocalContext, Rank
-from isthmus.trainer.engine.engine import Precision, build_engine
-from isthmus.trainer.engine.process_group import process_group, select_device
+from isthmus.trainer.config.schema import StageName
+from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import TrainerError
-from isthmus.trainer.evaluation.caption_metrics import exact_match
 from isthmus.trainer.evaluation.figures import sample_grid, to_png
 from isthmus.trainer.evaluation.result import EvalResult
+from isthmus.trainer.evaluation.vqa_accuracy import exact_match
 from isthmus.trainer.evaluator import Evaluator, held_out_loader
-from isthmus.trainer.frozen.node_cache import local_folder
-from isthmus.trainer.stage2_task import Stage2Task
-from isthmus.trainer.task import Task
+from isthmus.trainer.subject import Subject, Target
 
-QUESTIONS_AT_A_TIME = EXPORT_BATCH_SIZE = 16
+QUESTIONS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -54,78 +44,27 @@ class Report:
         return "\n".join([f"{self.checkpoint} on {self.data}", *lines])
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured, and with what."""
-
-    url: str
-    """Of the checkpoint or export."""
-    task: Task
-    encoder: TextEncoder
-    precision: Precision
-    data: DataConfig
-    """How images are read; its sources are not."""
-    evaluation: EvaluationConfig
-    batch_size: int
-
-
-def evaluate_run(
-    config: TrainConfig, run_url: str, data: str, out: Path, *, stage: StageName | None, num_samples: int | None
+def evaluate(
+    target: Target, data: str, out: Path, store: ObjectStore, *, stage: StageName | None, num_samples: int | None
 ) -> Report:
-    """Measure the newest checkpoint of a run's last stage and write report.json, samples.jsonl and PNGs into `out`.
+    """Measure a run's newest checkpoint or an export; write report.json, samples.jsonl and PNGs into `out`. Collective.
 
     Args:
-        config: The run's configuration.
-        run_url: Its folder.
+        target: The run or export.
         data: Manifest of held-out pairs, or a .jsonl with image, question and answers (stage 2).
         out: Local folder.
-        stage: Which stage; none: the last that has a checkpoint.
+        store: Access to the data.
+        stage: Which stage; none: the last that has weights.
         num_samples: Samples, in stage 2 all of them captioned; none: as configured.
 
     Raises:
-        TrainerError: there is no checkpoint, or questions are asked of stage 1.
+        TrainerError: there are no such weights, or questions are asked of stage 1.
     """
-    store, context = ObjectStore(config.store), LocalContext()
-    name, saved = _newest(config, run_url, store, stage)
-    with ExitStack() as stack:
-        stack.enter_context(
-            process_group(
-                context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
-            )
-        )
-        parts = build_parts(config, name, context.rank, store)
-        engine = build_engine(parts.task.model, config.stage(name), context.rank)
-        stack.callback(engine.close)
-        engine.restore(saved, saved.step)
-        batch_size = config.stage(name).global_batch_size
-        subject = _Subject(
-            saved.url, parts.task, parts.encoder, engine.precision, config.data, config.evaluation, batch_size
-        )
-        return _report(subject, data, out, store, context.rank, num_samples)
+    with target.process_group(), target.open(target.newest(stage)) as subject:
+        return _report(subject, data, out, store, target.rank, num_samples)
 
 
-def evaluate_export(url: str, data: str, out: Path, store: ObjectStore, *, num_samples: int | None) -> Report:
-    """Measure a stage-2 export, or what `isthmus import` made of a published model, as `evaluate_run` does a run.
-
-    Raises:
-        TrainerError: the folder is no export.
-        ModelError: it is one of stage 1.
-    """
-    alone = Rank(0, 1)
-    if not any(info.url.endswith((f"/{DESCRIPTION}", "/config.json")) for info in store.list(url)):
-        raise TrainerError(
-            f"{url}: holds neither config.yaml nor {DESCRIPTION} nor config.json; give the folder of a run "
-            "(isthmus runs ls) or of an export"
-        )
-    model, encoder = load_captioner(local_folder(url, store))
-    device = select_device(alone)
-    task = Stage2Task(model.to(device), encoder, LocalCommunicator(), run_seed=0, micro_batch_size=EXPORT_BATCH_SIZE)
-    plain = DataConfig(sources=(SourceConfig(manifest=data),), lanes=1)
-    subject = _Subject(url, task, encoder, Precision(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
-    return _report(subject, data, out, store, alone, num_samples)
-
-
-def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: Rank, num_samples: int | None) -> Report:
+def _report(subject: Subject, data: str, out: Path, store: ObjectStore, rank: Rank, num_samples: int | None) -> Report:
     if data.endswith(".jsonl") and not data.endswith("manifest.jsonl"):
         result = _ask(subject, data, store)
     else:
@@ -136,7 +75,7 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
             subject.data,
             store,
             subject.encoder,
-            image_size_pixels=_side(subject),
+            image_size_pixels=subject.side,
             global_batch_size=evaluation.batch_size or subject.batch_size,
             rank=rank,
         )
@@ -148,26 +87,13 @@ def _report(subject: _Subject, data: str, out: Path, store: ObjectStore, rank: R
     return report
 
 
-def _newest(config: TrainConfig, run_url: str, store: ObjectStore, stage: StageName | None) -> tuple[StageName, Any]:
-    for name in reversed(config.stages) if stage is None else (stage,):
-        found = list_checkpoints(join(run_url, name, "checkpoints"), store)
-        if found:
-            return name, found[0]
-    raise TrainerError(
-        f"{run_url}: no committed checkpoint of {stage or 'any stage'}; give the folder that holds run.json"
-    )
-
-
-def _side(subject: _Subject) -> int:
-    side: int = subject.task.model.vision.config.image_size_pixels
-    return side
-
-
-def _ask(subject: _Subject, data: str, store: ObjectStore) -> EvalResult:
+def _ask(subject: Subject, data: str, store: ObjectStore) -> EvalResult:
     """Answer the questions of a file: one object per line with image (path beside the file), question, answers."""
     if subject.task.name != "stage2":
         raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
     lines = [json.loads(line) for line in store.get(data).decode().splitlines() if line.strip()]
+    if not lines:
+        raise TrainerError(f"{data}: holds no question; write one object per line with image, question and answers")
     folder = data.rpartition("/")[0] or "."
     model, encoder = subject.task.model, cast(LanguageEncoder, subject.encoder)
     answers: list[str] = []
@@ -186,13 +112,14 @@ def _ask(subject: _Subject, data: str, store: ObjectStore) -> EvalResult:
         for line, right, text in zip(lines, accepted, answers, strict=True)
     ]
     grid = sample_grid(shown, [t["caption"] for t in texts], [t["generated"] for t in texts])
-    return EvalResult({"eval/vqa_exact": exact_match(answers, accepted)}, {"samples": grid}, texts)
+    right = fmean(exact_match(text, those) for text, those in zip(answers, accepted, strict=True))
+    return EvalResult({"eval/vqa_exact": right}, {"samples": grid}, texts)
 
 
-def _square(data: bytes, subject: _Subject) -> Any:
+def _square(data: bytes, subject: Subject) -> Any:
     """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [side, side, 3]."""
     image = decode_image(data, subject.data.max_image_pixels)
-    return resize_square(image, (0, 0, *image.shape[:2]), _side(subject))
+    return resize_square(image, (0, 0, *image.shape[:2]), subject.side)
 
 
 def _write(report: Report, result: EvalResult, out: Path) -> None:

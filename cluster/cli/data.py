@@ -185,14 +185,24 @@ def where(
 @app.command()
 def ingest(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder, .jsonl, .parquet, COCO captions or annotation list (.json).")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Folder, .jsonl, .parquet, COCO captions, annotation list or evaluation set."
+        ),
     ],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to resume.")],
     kind: Annotated[
-        str | None, typer.Option("--kind", help="folder, jsonl, parquet, coco or annotations (default: guessed).")
+        str | None,
+        typer.Option(
+            "--kind", help="folder, jsonl, parquet, coco or annotations (default: guessed); karpathy, vqa or gqa."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Folder of relative image paths; no path may lead out of it.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Of --kind karpathy: train, restval, val or test.")] = "test",
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="Of --kind vqa: the file with the answers.", exists=True)
     ] = None,
     image_column: Annotated[str | None, typer.Option("--image-column", help="Field of bytes, path or URL.")] = None,
     caption_column: Annotated[str | None, typer.Option("--caption-column", help="Field of the captions.")] = None,
@@ -215,7 +225,8 @@ def ingest(
     from isthmus.data_pipeline.ingest.sources import open_source
     from isthmus.data_pipeline.store.object_store import join
 
-    opened = open_source(source, kind, images, Columns(image_column, caption_column, id_column))
+    columns = Columns(image_column, caption_column, id_column)
+    opened = open_source(source, kind, images, columns, split=split, annotations=annotations)
     with progress("shards", None) as advance:
         summary = write(
             opened,

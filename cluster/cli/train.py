@@ -1,10 +1,12 @@
 """`isthmus train`: a run on this machine. `isthmus eval`: measure it. `isthmus assets`: inputs without a download."""
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,8 +19,14 @@ from isthmus.cluster.cli.options import (
     RegionOption,
     open_store,
 )
+from isthmus.cluster.cli.output import progress
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
+
+if TYPE_CHECKING:
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+    from isthmus.trainer.subject import Target
+    from isthmus.trainer.suite import Progress
 
 app = typer.Typer()
 assets_app = typer.Typer(help="Make inputs that need no download.", no_args_is_help=True)
@@ -55,7 +63,14 @@ def evaluate(
     run: Annotated[
         str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run or of a stage-2 export (local or s3://).")
     ],
-    data: Annotated[str, typer.Argument(help="Manifest of held-out pairs, or a .jsonl of questions about images.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Manifest of held-out pairs, .jsonl of questions about images, or folder of a suite's manifests."
+        ),
+    ],
+    suite: Annotated[str | None, typer.Option("--suite", help="Published protocol: blip2.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Of the suite, only this (repeatable).")] = None,
     out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
     stage: Annotated[
         Literal["stage1", "stage2"] | None,
@@ -67,21 +82,19 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
-    from isthmus.data_pipeline.store.object_store import NotFoundError, join
-    from isthmus.trainer.config.loading import check_config, parse_yaml
-    from isthmus.trainer.evaluate import evaluate_export, evaluate_run
+    from isthmus.trainer.evaluate import evaluate as measure
+    from isthmus.trainer.suite import evaluate_suite
 
     log_to_terminal(logging.WARNING)
-    folder = run.rstrip("/")
-    url, store = join(folder, "config.yaml"), open_store(endpoint_url, region)
-    try:
-        text = store.get(url).decode()
-    except NotFoundError:
-        report = evaluate_export(folder, data, out, store, num_samples=num_samples)
-    else:
-        config = check_config(parse_yaml(text, url), JobConfig, url)
-        config = config.model_copy(update={"store": store.config}) if endpoint_url or region else config
-        report = evaluate_run(config, folder, data, out, stage=stage, num_samples=num_samples)
+    target, store = _target(
+        run.rstrip("/"), open_store(endpoint_url, region), is_store_given=bool(endpoint_url or region)
+    )
+    if suite is not None:
+        results = evaluate_suite(target, suite, data.rstrip("/"), store, tasks or [], _progress(target.rank.is_main))
+        if target.rank.is_main:
+            typer.echo(json.dumps(results.as_json(), indent=2) if as_json else results.table())
+        return
+    report = measure(target, data, out, store, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
     typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
 
@@ -98,6 +111,39 @@ def tiny(
     write_tiny_assets(folder, train, held_out)
     typer.echo(f"{folder}: {train} training and {held_out} held-out pairs, vision encoder, vocabulary, OPT, T5")
     typer.echo("  isthmus train recipes/tiny.yaml --local")
+
+
+def _target(url: str, store: "ObjectStore", *, is_store_given: bool) -> "tuple[Target, ObjectStore]":
+    """Return a run or an export, and the store by which it is read: that of the run unless options say otherwise."""
+    from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+    from isthmus.trainer.config.loading import check_config, parse_yaml
+    from isthmus.trainer.context import LocalContext
+    from isthmus.trainer.subject import ExportTarget, RunTarget
+
+    rank, config_url = LocalContext().rank, join(url, "config.yaml")
+    try:
+        text = store.get(config_url).decode()
+    except NotFoundError:
+        return ExportTarget(url, store, rank), store
+    config = check_config(parse_yaml(text, config_url), JobConfig, config_url)
+    if is_store_given:
+        config = config.model_copy(update={"store": store.config})
+    store = ObjectStore(config.store)
+    return RunTarget(config, url, store, rank), store
+
+
+def _progress(is_main: bool) -> "Progress":
+    """Return what shows the progress of a task on rank 0."""
+
+    @contextlib.contextmanager
+    def show(task: str, units: int) -> Iterator[Callable[[], None]]:
+        if not is_main:
+            yield lambda: None
+            return
+        with progress(f"units of {task}", units) as advance:
+            yield advance
+
+    return show
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.dataset.stored_samples import read_range
 from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
+from isthmus.data_pipeline.sample.questions import read_questions
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _THREADS = 16
@@ -29,6 +31,7 @@ class PreviewSample(NamedTuple):
     key: str
     image: bytes
     captions: list[str]
+    """Its questions, where it has no captions."""
 
 
 def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: int) -> list[PreviewSample]:
@@ -54,15 +57,13 @@ def _read_samples(shard: Shard, numbers: Sequence[int], store: ObjectStore) -> l
     index, chosen = ShardIndex.load(shard, store), load_captions(shard, store)
     found = []
     for number in numbers:
-        entries = index.members(number)
-        start, end = entries[0].offset, entries[-1].offset + entries[-1].length
-        data = bytes(store.get_range(shard.url, start, end - start, etag=shard.etag))
-        members = {one.extension: data[one.offset - start : one.offset - start + one.length] for one in entries}
+        key, members = read_range(shard, index, number, number + 1, store)[0]
         try:
-            captions = read_captions(members)[0] if chosen is None else chosen[number]
+            texts = chosen[number] if chosen else [question.text for question in read_questions(members)]
+            texts = texts or read_captions(members)[0]
         except BadSample as bad:
-            raise StoreError(f"{shard.url}: {index.key(number)}: {bad}; run `isthmus data verify --deep`") from bad
-        found.append(PreviewSample(index.key(number), members.get(picture_extension(members) or "", b""), captions))
+            raise StoreError(f"{shard.url}: {key}: {bad}; run `isthmus data verify --deep`") from bad
+        found.append(PreviewSample(key, members.get(picture_extension(members) or "", b""), texts))
     return found
 
 

@@ -21,6 +21,7 @@ from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS, picture_extension
+from isthmus.data_pipeline.sample.questions import read_questions
 
 Fault = Literal[
     "truncated",
@@ -174,7 +175,10 @@ def _check_group(group: MemberGroup) -> None:
     try:
         read_captions(group.captions)
     except BadSample as bad:
-        group.set_fault("missing_caption" if bad.cause == "no_caption" else "undecodable_caption", bad.detail)
+        if bad.cause != "no_caption":
+            group.set_fault("undecodable_caption", bad.detail)
+        elif not read_questions(group.captions):
+            group.set_fault("missing_caption", bad.detail)
     group.captions.clear()
 
 

@@ -91,8 +91,9 @@ def _texts(record: Record) -> Members:
     members: Members = {}
     if len(captions) == 1:
         members["txt"] = captions[0].encode()
-    if len(captions) > 1 or record.image_id is not None:
+    if len(captions) > 1 or record.image_id is not None or record.facts:
         document = {"captions": captions} | ({} if record.image_id is None else {"image_id": record.image_id})
+        document |= record.facts
         members["json"] = json.dumps(document, sort_keys=True, ensure_ascii=False).encode()
     return members
 

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import first_captions, image_id_of, read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
+from isthmus.data_pipeline.sample.questions import FIELD as QUESTIONS
+from isthmus.data_pipeline.sample.questions import questions_of
 
 _EMBEDDED_COLUMNS = ("bytes", "image", "image.bytes", *IMAGE_EXTENSIONS)
 _LOCATION_COLUMNS = ("path", "url", "image", "file_name", "image_path", "image_url")
@@ -35,6 +38,8 @@ class Record:
     """Place in the source, for people."""
     problem: BadSample | None = None
     """Why it cannot become a sample."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the sample's .json: questions about the image, its domain in NoCaps."""
 
 
 def record_of_fields(fields: Mapping[str, object], columns: Columns, base: Path, where: str) -> Record:
@@ -48,6 +53,8 @@ def record_of_fields(fields: Mapping[str, object], columns: Columns, base: Path,
         record = replace(record, image=_image(lowered, columns.image, base))
         return replace(record, captions=tuple(first_captions(_text(lowered.get(name)) for name in names)))
     except BadSample as problem:
+        if problem.cause == "no_caption" and questions_of(lowered.get(QUESTIONS)):
+            return replace(record, facts={QUESTIONS: lowered[QUESTIONS]})
         return replace(record, problem=problem)
 
 

@@ -129,7 +129,7 @@ def _add_members(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> N
 
 
 class _Fingerprint:
-    """Hash of a shard's records: captions, image ids, and paths or URLs of images, or their bytes if embedded."""
+    """Hash of a shard's records: captions, image ids, other facts, and where images are, or their bytes if embedded."""
 
     def __init__(self, first: int) -> None:
         self._digest = hashlib.sha256(f"{_VERSION} {first}".encode())
@@ -142,6 +142,8 @@ class _Fingerprint:
             for part in (hashlib.sha256(image).digest(), *(text.encode() for text in record.captions)):
                 self._digest.update(len(part).to_bytes(8, "little") + part)
             self._digest.update(repr(record.image_id).encode())
+            if record.facts:
+                self._digest.update(json.dumps(record.facts, sort_keys=True).encode())
             self.num_records += 1
             yield record
 
@@ -230,4 +232,5 @@ def _drop(number: int, record: Record, bad: BadSample) -> dict[str, Any]:
         line["url" if "://" in record.image else "path"] = record.image
     if record.captions:
         line["captions"] = list(record.captions)
+    line |= record.facts
     return line if record.image_id is None else line | {"image_id": record.image_id}

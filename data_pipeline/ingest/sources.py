@@ -1,4 +1,4 @@
-"""Sources of image-caption records: folders, JSONL, Parquet, COCO captions and annotation lists.
+"""Sources of image-caption records: folders, JSONL, Parquet, COCO captions, annotation lists, evaluation sets.
 
 A source is cut into parts, which name files and ranges of them; whoever writes a shard reads its parts' records.
 """
@@ -7,18 +7,19 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.ingest.benchmarks import Rows, gqa_rows, karpathy_rows, vqa_rows
 from isthmus.data_pipeline.ingest.records import Columns, Record, record_of_fields, record_of_file
 from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import parse_json
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, picture_extension
 
 T = TypeVar("T")
-SourceKind = Literal["folder", "jsonl", "parquet", "coco", "annotations"]
+SourceKind = Literal["folder", "jsonl", "parquet", "coco", "annotations", "karpathy", "vqa", "gqa"]
 KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 _METADATA = "metadata.jsonl"  # of Hugging Face's ImageFolder
 _BATCH_BYTES = 16 << 20
@@ -34,6 +35,10 @@ class Source:
     images: Path | None = None
     """Folder to which relative image paths refer; None: that of the file that names them."""
     columns: Columns = field(default_factory=Columns)
+    split: str = "test"
+    """Of --kind karpathy: which images."""
+    annotations: Path | None = None
+    """Of --kind vqa: the file with the answers."""
 
     def parts(self, samples_per_shard: int) -> Iterator["Part"]:
         """Yield the parts in an order that does not depend on the machine; none reaches over a border of shards.
@@ -47,6 +52,9 @@ class Source:
             "parquet": _parquet_parts,
             "coco": _coco_parts,
             "annotations": _annotation_parts,
+            "karpathy": _benchmark_parts,
+            "vqa": _benchmark_parts,
+            "gqa": _benchmark_parts,
         }
         return cut[self.kind](self, samples_per_shard)
 
@@ -54,7 +62,10 @@ class Source:
         """Return the record that a row of a file describes."""
         if not isinstance(fields, dict):
             return Record("", (), where=where, problem=BadSample("bad_json", "no JSON object"))
-        return record_of_fields(fields, self.columns, self.images or file.parent, where)
+        record = record_of_fields(fields, self.columns, self.images or file.parent, where)
+        if self.kind == "coco" and "domain" in fields:  # NoCaps: its captions are scored by domain
+            return replace(record, facts={"domain": fields["domain"]})
+        return record
 
 
 class Part(Protocol):
@@ -72,7 +83,15 @@ class Part(Protocol):
         """
 
 
-def open_source(path: Path, kind: str | None, images: Path | None, columns: Columns) -> Source:
+def open_source(
+    path: Path,
+    kind: str | None,
+    images: Path | None,
+    columns: Columns,
+    *,
+    split: str = "test",
+    annotations: Path | None = None,
+) -> Source:
     """Return the source at a path, whose kind is guessed where none is given.
 
     Raises:
@@ -84,7 +103,7 @@ def open_source(path: Path, kind: str | None, images: Path | None, columns: Colu
     known = next((name for name in KINDS if name == kind), None) if kind else guess_kind(path)
     if known is None:
         raise DataError(f"--kind {kind} is unknown; choose one of {', '.join(KINDS)}")
-    return Source(path.absolute(), known, images.absolute() if images else None, columns)
+    return Source(path.absolute(), known, images.absolute() if images else None, columns, split, annotations)
 
 
 def guess_kind(path: Path) -> SourceKind:
@@ -287,14 +306,39 @@ def _coco_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
             captions[annotation["image_id"]].append(annotation.get("caption"))
         images = sorted(document["images"], key=lambda image: str(image["file_name"]))
         rows = [
-            {"path": image["file_name"], "captions": captions[image["id"]], "image_id": image["id"]} for image in images
+            {"path": image["file_name"], "captions": captions[image["id"]], "image_id": image["id"]}
+            | ({"domain": image["domain"]} if "domain" in image else {})
+            for image in images
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{source.path} is no COCO caption file: {error!r} is missing; expected images, annotations"
+            f"{source.path} is no COCO caption file: {error!r} is missing; expected images, annotations, or name "
+            "another --kind (karpathy, vqa, gqa)"
         ) from error
     for batch in _batched(rows, samples_per_shard):
         yield _ListedRows(source.path, tuple(f"image {row['image_id']}" for row in batch), batch)
+
+
+def _benchmark_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
+    """One record per image of an evaluation set."""
+    try:
+        rows = _benchmark_rows(source, _document(source.path))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source.path} is not as {source.kind} publishes it ({error!r}); check --kind") from error
+    for batch in _batched(rows, samples_per_shard):
+        yield _ListedRows(source.path, tuple(f"image {row['image_id']}" for row in batch), batch)
+
+
+def _benchmark_rows(source: Source, document: Any) -> Rows:
+    if source.kind == "karpathy":
+        return karpathy_rows(document, source.split)
+    if source.kind == "gqa":
+        return gqa_rows(document)
+    if source.annotations is None:
+        raise DataError(f"{source.path} holds questions only; name the file with the answers with --annotations")
+    return vqa_rows(document, _document(source.annotations))
 
 
 def _annotation_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:

@@ -10,7 +10,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -80,19 +80,20 @@ def bridge_configs(folder: Path) -> tuple[QFormerConfig, VisionConfig, LanguageC
     )
 
 
-def load_trained(model: nn.Module, source: Path) -> None:
+def load_trained(model: nn.Module, source: Path, *, optional: Collection[str] = ()) -> None:
     """Fill a stage's trainable parameters from an export of ours or transformers', or from the original's checkpoint.
 
     Args:
         model: Stage1Model or Stage2Model.
         source: Own export folder, transformers BLIP-2 folder, or a LAVIS checkpoint file (.pth).
+        optional: Parameters that may be missing and then stay as they are.
 
     Raises:
         ModelError: unknown format, tensors are missing, or shapes differ.
     """
     parameters: dict[str, nn.Parameter] = model.trainable_parameters()  # type: ignore[operator]
     found = read_trained(source, list(parameters))
-    missing = [name for name in parameters if name not in found]
+    missing = [name for name in parameters if name not in found and name not in optional]
     if missing:
         raise ModelError(
             f"{source}: {len(missing)} of {len(parameters)} trained tensors are missing, the first is {missing[0]}; "

@@ -76,11 +76,19 @@ class QFormerEncoder:
     def tokenizer(self) -> Any:
         """The loaded tokenizer, which cuts and pads to `max_tokens`."""
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self.folder)
-            self._tokenizer.enable_truncation(self.max_tokens)
-            pad_id = self._tokenizer.token_to_id("[PAD]")
-            self._tokenizer.enable_padding(pad_id=pad_id, length=self.max_tokens)
+            self._use(_load_tokenizer(self.folder))
         return self._tokenizer
+
+    def with_max_tokens(self, max_tokens: int) -> "QFormerEncoder":
+        """Return an encoder of the same vocabulary and another width; the folder is not read again."""
+        other = QFormerEncoder(self.folder, max_tokens)
+        other._use(Tokenizer.from_str(self.tokenizer.to_str()))
+        return other
+
+    def _use(self, tokenizer: Any) -> None:
+        tokenizer.enable_truncation(self.max_tokens)
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), length=self.max_tokens)
+        self._tokenizer = tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -23,12 +23,13 @@ from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError
-from isthmus.trainer.evaluate import evaluate_run
+from isthmus.trainer.evaluate import evaluate
 from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.export import export_run
 from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.stage1_task import Stage1Task
+from isthmus.trainer.subject import RunTarget
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
@@ -91,7 +92,9 @@ def prove_alone(rank, world_size, assets, folder):
         for name, subject in subjects.items()
     ]
     at_once = configure(assets, folder / "whole", "evaluation.batch_size=24")
-    figures.append(asdict(evaluate_run(at_once, run, pairs, folder / "at-once", stage=None, num_samples=24)))
+    store = ObjectStore()
+    target = RunTarget(at_once, run, store, LocalContext().rank)
+    figures.append(asdict(evaluate(target, pairs, folder / "at-once", store, stage=None, num_samples=24)))
     return *result, answered, figures
 
 

@@ -1,22 +1,27 @@
-"""Caption and answer scores: CIDEr-D and BLEU-4 over pycocoevalcap's pure-Python scorers, exact match of answers.
+"""CIDEr-D and BLEU-4: pycocoevalcap's scorers on the words of the COCO caption protocol, without Java.
 
-Tokens are lower-case words without punctuation, made here, so that no Java tokeniser is needed; scores are comparable
-within this project and close to, but not the same as, those of the COCO server.
+The protocol splits captions with Stanford's PTBTokenizer, a Java program. NLTK's implementation of the same rules, with
+one for sentences that end inside a caption, gives the same words for all 1,000 captions of the protocol's example
+(docs/evaluation.md). SPICE is left out: its only implementation is the Java program with models of its own.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
+from nltk.tokenize.destructive import NLTKWordTokenizer
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
-WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
-ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+_SENTENCE_END = re.compile(r"(?<![.\w])(?!(?:mrs?|ms|dr|st|vs|etc|ave|jr|sr)\.)([a-z]{2,})\.(?=\s)")
+_WORDS = NLTKWordTokenizer()
 
 
 def tokenize(text: str) -> str:
-    """Return the words of a text in lower case, separated by single spaces."""
-    return " ".join(WORD.findall(text.lower()))
+    """Return the words of a text in lower case, separated by single spaces; punctuation is left out."""
+    words = _WORDS.tokenize(_SENTENCE_END.sub(r"\1 .", text.lower()), convert_parentheses=True)
+    return " ".join(word.lower() for word in words if word not in _PUNCTUATION)
 
 
 def score_captions(generated: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -26,25 +31,29 @@ def score_captions(generated: Mapping[str, str], references: Mapping[str, Sequen
         generated: image -> caption.
         references: image -> its true captions, for the same images.
     """
-    truth = {image: [tokenize(text) for text in references[image]] for image in generated}
-    result = {image: [tokenize(text)] for image, text in generated.items()}
+    result, truth = _tokenized(generated, references)
     if not result:
         return {"cider_d": 0.0, "bleu4": 0.0, "exact": 0.0}
     bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
     cider, _ = Cider().compute_score(truth, result)
-    exact = sum(result[image][0] in truth[image] for image in result) / len(result)
+    exact = fmean(result[image][0] in truth[image] for image in result)
     return {"cider_d": float(cider), "bleu4": float(bleu[3]), "exact": exact}
 
 
-def normalise_answer(text: str) -> str:
-    """Return an answer in lower case without punctuation and articles."""
-    return " ".join(word for word in tokenize(text).split() if word not in ARTICLES)
+def cider_by_group(
+    generated: Mapping[str, str], references: Mapping[str, Sequence[str]], groups: Mapping[str, str]
+) -> dict[str, float]:
+    """Return the mean CIDEr-D of each group's images; document frequencies are those of all images together."""
+    result, truth = _tokenized(generated, references)
+    _, scores = Cider().compute_score(truth, result)
+    by_image = dict(zip(result, map(float, scores), strict=True))
+    names = dict.fromkeys(groups[image] for image in result if image in groups)
+    return {name: fmean(by_image[image] for image in result if groups.get(image) == name) for name in names}
 
 
-def exact_match(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-    """Return the share of answers that equal one of the accepted ones after normalising."""
-    hits = [
-        normalise_answer(answer) in {normalise_answer(text) for text in texts}
-        for answer, texts in zip(answers, accepted, strict=True)
-    ]
-    return sum(hits) / max(1, len(hits))
+def _tokenized(
+    generated: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return captions and references as the scorers take them, with equal keys in equal order."""
+    result = {image: [tokenize(text)] for image, text in generated.items()}
+    return result, {image: [tokenize(text) for text in references[image]] for image in generated}

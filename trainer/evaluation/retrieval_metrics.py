@@ -28,14 +28,17 @@ def recalls(scores_IT: Tensor, relevant_IT: Tensor, prefix: str = "") -> dict[st
 
     A tie with a wrong candidate counts as lost, so constant scores do not look good.
     """
-    figures = {}
-    for direction, scores, relevant in (("i2t", scores_IT, relevant_IT), ("t2i", scores_IT.T, relevant_IT.T)):
-        best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
-        ahead = ((scores >= best) & ~relevant).sum(dim=1)
-        for k in RANKS:
-            figures[f"{prefix}{direction}_r{k}"] = float((ahead < k).double().mean())
+    figures = direction_recalls(scores_IT, relevant_IT, f"{prefix}i2t_r")
+    figures |= direction_recalls(scores_IT.T, relevant_IT.T, f"{prefix}t2i_r")
     figures[f"{prefix}r1"] = (figures[f"{prefix}i2t_r1"] + figures[f"{prefix}t2i_r1"]) / 2
     return figures
+
+
+def direction_recalls(scores_QC: Tensor, relevant_QC: Tensor, prefix: str) -> dict[str, float]:
+    """Return the share of queries Q that have a relevant candidate C among their 1, 5 and 10 best."""
+    best_Q1 = scores_QC.masked_fill(~relevant_QC, -torch.inf).amax(dim=1, keepdim=True)
+    ahead_Q = ((scores_QC >= best_Q1) & ~relevant_QC).sum(dim=1)
+    return {f"{prefix}{k}": float((ahead_Q < k).double().mean()) for k in RANKS}
 
 
 def candidate_pairs(scores_IT: Tensor, top_k: int) -> Tensor:
