@@ -8,7 +8,6 @@ from isthmus.data_pipeline.ingest.records import Columns
 from isthmus.data_pipeline.ingest.shards import ingest
 from isthmus.data_pipeline.ingest.sources import open_source
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from tests.corpus import picture
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 INGEST = {
@@ -28,8 +27,9 @@ INGEST = {
 """Task -> published file, and how it is ingested."""
 
 
-def write_published(folder: Path, captions: list[list[str]], answers: list[str], numbers: list[int]) -> None:
-    """Write the files of all sets about the pictures `numbers`, which have these captions and answers."""
+def write_published(folder: Path, pictures: dict[int, bytes], captions: list[list[str]], answers: list[str]) -> None:
+    """Write the files of all sets about pictures with these ids, captions and answers."""
+    numbers = list(pictures)
     coco = [f"COCO_val2014_{number:012d}.jpg" for number in numbers]
     places = {
         "coco/val2014": coco,
@@ -38,7 +38,7 @@ def write_published(folder: Path, captions: list[list[str]], answers: list[str],
     for place, names in places.items():
         (folder / place).mkdir(parents=True)
         for name, number in zip(names, numbers, strict=True):
-            (folder / place / name).write_bytes(picture(number))
+            (folder / place / name).write_bytes(pictures[number])
     sentences = [[{"raw": text, "tokens": text.split()} for text in several] for several in captions]
     _karpathy(folder / "dataset_coco.json", coco, sentences, [{"filepath": "val2014", "cocoid": n} for n in numbers])
     _karpathy(folder / "dataset_flickr30k.json", places["flickr30k-images"], sentences, [{} for _ in numbers])

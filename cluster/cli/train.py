@@ -24,9 +24,9 @@ from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
 if TYPE_CHECKING:
+    from isthmus.cluster.suite import Progress
     from isthmus.data_pipeline.store.object_store import ObjectStore
     from isthmus.trainer.subject import Target
-    from isthmus.trainer.suite import Progress
 
 app = typer.Typer()
 assets_app = typer.Typer(help="Make inputs that need no download.", no_args_is_help=True)
@@ -82,8 +82,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
-    from isthmus.trainer.evaluate import evaluate as measure
-    from isthmus.trainer.suite import evaluate_suite
+    from isthmus.cluster.evaluate import evaluate as measure
+    from isthmus.cluster.suite import evaluate_suite
 
     log_to_terminal(logging.WARNING)
     target, store = _target(

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.evaluate import evaluate
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus, write_tiny_assets
 from isthmus.demo.tiny.scenes import draw_scene, make_scene
@@ -23,7 +24,6 @@ from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError
-from isthmus.trainer.evaluate import evaluate
 from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.export import export_run

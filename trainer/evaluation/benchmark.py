@@ -5,6 +5,7 @@ unit goes through the model as one batch on whichever rank it falls.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,13 +69,19 @@ class Benchmark:
         return len(self._samples)
 
     def units(self) -> Iterator[Unit]:
-        """Yield the units of this rank, as many as on any other."""
-        for first in range(0, self.num_units, self.rank.world_size):
-            number = first + self.rank.rank
-            yield self.unit(min(number, self.num_units - 1), counts=number < self.num_units)
+        """Yield the units of this rank, as many as on any other; the next one is read meanwhile."""
+        numbers = range(self.rank.rank, self.num_units + self.rank.rank, self.rank.world_size)
+        with ThreadPoolExecutor(1, thread_name_prefix="unit-ahead") as pool:
+            ahead = pool.submit(self.unit, numbers[0])
+            for following in (*numbers[1:], None):
+                unit = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self.unit, following)
+                yield unit
 
-    def unit(self, number: int, *, counts: bool = True) -> Unit:
-        """Return a unit by its number."""
+    def unit(self, number: int) -> Unit:
+        """Return a unit by its number; beyond the last one it is the last one, which then does not count."""
+        counts, number = number < self.num_units, min(number, self.num_units - 1)
         start = number * UNIT_IMAGES
         pairs = [self._item(sample) for sample in self._samples.read(start, min(start + UNIT_IMAGES, len(self)))]
         pixels_BHWC = torch.from_numpy(np.stack([pixels for _, pixels in pairs]))

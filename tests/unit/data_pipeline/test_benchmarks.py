@@ -24,7 +24,7 @@ ANSWERS = [f"thing {number}" for number in NUMBERS]
 
 @pytest.fixture
 def published(tmp_path):
-    write_published(tmp_path / "published", CAPTIONS, ANSWERS, NUMBERS)
+    write_published(tmp_path / "published", {number: picture(number) for number in NUMBERS}, CAPTIONS, ANSWERS)
     return tmp_path / "published"
 
 
