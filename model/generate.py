@@ -28,8 +28,6 @@ class Decoding:
 
     max_new_tokens: int = 30
     """Longest generated text, in tokens."""
-    min_length: int = 0
-    """Shortest text, in tokens, counted as the original counts: with a decoder's prompt, with T5's start token."""
     num_beams: int = 5
     """Beams; 1: greedy, or sampling."""
     sample: bool = False
@@ -42,6 +40,8 @@ class Decoding:
     """Exponent of the length by which a beam's score is divided; negative favours short texts."""
     seed: int = 0
     """Seed of sampling."""
+    min_length: int = 0
+    """Shortest text, in tokens, counted as the original counts: with a decoder's prompt, with T5's start token."""
 
     def min_new_tokens(self, num_given_tokens: int) -> int | None:
         """Return how many tokens a text has at least after those that are given; none: any number."""

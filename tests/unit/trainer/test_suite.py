@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.hf_import import import_blip2
-from isthmus.model.generate import _generation_config
+from isthmus.model.generate import Decoding, generate_ids
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.trainer.context import Rank
@@ -19,7 +20,7 @@ from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.evaluation import ranking
 from isthmus.trainer.evaluation.benchmark import Benchmark
 from isthmus.trainer.evaluation.paper import TABLES, beside_paper, model_names, paper_rows
-from isthmus.trainer.evaluation.protocol import CAPTION_DECODING, SUITES, EvalTask
+from isthmus.trainer.evaluation.protocol import CAPTION_DECODING, CAPTION_PROMPT, SUITES, EvalTask
 from isthmus.trainer.evaluation.ranking import Ranking, best_pairs
 from isthmus.trainer.evaluation.retrieval_metrics import direction_recalls
 from isthmus.trainer.evaluation.text_tasks import caption_figures, plain_question, question_figures
@@ -100,12 +101,25 @@ def test_questions_are_asked_as_the_original_asks_them():
     assert len(plain_question("word " * 60).split()) == 50
 
 
-@pytest.mark.parametrize(("is_encoder_decoder", "shortest"), [(False, 8 - 4), (True, 8 - 1)])
-def test_the_shortest_caption_counts_as_in_the_original(is_encoder_decoder, shortest):
+def test_the_shortest_caption_counts_as_in_the_original():
     """With the four tokens of OPT's prompt `</s>a photo of`, or the one that T5's decoder starts with."""
-    language = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, decoder_start_id=0)
-    encoder = SimpleNamespace(stop_id=1, pad_id=0, tokenizer=SimpleNamespace(eos_token_id=1))
-    assert _generation_config(language, encoder, CAPTION_DECODING, 4).min_new_tokens == shortest
+    assert [CAPTION_DECODING.min_new_tokens(given) for given in (4, 1)] == [4, 7]
+    assert Decoding().min_new_tokens(4) is None
+
+
+def test_no_caption_is_shorter(captioner):
+    model, encoder = load_captioner(captioner)
+    images = torch.zeros(1, 3, 28, 28)
+    prompt = len(encoder.prompt_ids(CAPTION_PROMPT))
+    # A language model that would stop at once: the stop token is the likeliest one everywhere.
+    head = model.language.model.lm_head
+    head.weight.data.zero_()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]).index_fill(0, torch.tensor(encoder.stop_id), 9.0))
+    for shortest, length in ((0, 1), (prompt + 5, 6)):
+        decoding = Decoding(max_new_tokens=9, num_beams=1, min_length=shortest)
+        assert (
+            generate_ids(model, encoder, images, [CAPTION_PROMPT], decoding)[0][:9].index(encoder.stop_id) == length - 1
+        )
 
 
 # On published models.
