@@ -2,12 +2,15 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.caption_layers select [--samples 1000000] [--processes 2]
     OMP_NUM_THREADS=1 python -m benchmarks.caption_layers read [--samples 2048] [--rounds 5]
+    OMP_NUM_THREADS=1 python -m benchmarks.caption_layers duplicates [--samples 4000000]
 
 `select` makes indexes and a layer of five candidates a sample, without tars, and selects from it. `read` reads the same
 shards with and without a layer in processes of their own, in turn; the round with the least CPU of each counts.
+`duplicates` searches one band of hashes at random, of which 5% are copies with up to three bits changed.
 """
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import resource
@@ -18,9 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.data_images import write_shards
+from isthmus.bootstrap.duplicates.pairs import near_pairs
 from isthmus.bootstrap.select import select
 from isthmus.bootstrap.select_rule import SelectRule
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
@@ -33,6 +38,7 @@ from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 STORE = ObjectStore()
 SAMPLES_PER_SHARD = 10_000
+DIFFERENT_TABLES = 8
 IMAGE_BYTES = 80_000
 WEB_WORDS, GENERATED_WORDS = (4, 25), (6, 14)
 SCORES = ("itm", "clip", "length", "repetition", "language")
@@ -58,17 +64,24 @@ def texts_of(keys: Sequence[str], seed: int) -> list[list[str]]:
     return [[" ".join(words[i] for i in itertools.islice(drawn, n)) for n in row] for row in lengths_by_text.tolist()]
 
 
+@functools.lru_cache(DIFFERENT_TABLES)
+def scored_table(num_rows: int, seed: int) -> pa.Table:
+    """Return a table of five candidates for every sample, with five scores."""
+    keys, rng = [""] * num_rows, np.random.default_rng(seed)
+    seeds = [[None, *row] for row in rng.integers(0, 2**63, (num_rows, 4)).tolist()]
+    table = candidate_table(keys, texts_of(keys, seed), [[WEB, *["blip"] * 4]] * num_rows, seeds)
+    values = {name: rng.uniform(0, 1, (num_rows, 5)).tolist() for name in SCORES}
+    values["length"] = [[float(len(text.split())) for text in row] for row in table["texts"].to_pylist()]
+    return add_scores(table, values)
+
+
 def write_layer(manifest: Manifest, folder_url: str) -> Layer:
-    """Write a layer of five candidates for every sample, with five scores."""
+    """Write a layer for a manifest; only a few shards have texts of their own, which are slow to make."""
     writer = LayerWriter(folder_url, manifest.hash, {"captioner": "words at random"}, STORE)
     for number, shard in enumerate(manifest.shards):
-        keys = list(ShardIndex.load(shard, STORE).keys())
-        rng = np.random.default_rng(number)
-        seeds = [[None, *row] for row in rng.integers(0, 2**63, (len(keys), 4)).tolist()]
-        table = candidate_table(keys, texts_of(keys, number), [[WEB, *["blip"] * 4]] * len(keys), seeds)
-        values = {name: rng.uniform(0, 1, (len(keys), 5)).tolist() for name in SCORES}
-        values["length"] = [[float(len(text.split())) for text in row] for row in table["texts"].to_pylist()]
-        writer.write(number, shard, add_scores(table, values))
+        keys = pa.array(ShardIndex.load(shard, STORE).keys(), pa.string())
+        table = scored_table(len(keys), number % DIFFERENT_TABLES)
+        writer.write(number, shard, table.set_column(0, "key", keys))
     return writer.commit(manifest)
 
 
@@ -138,16 +151,32 @@ def measure_reading(num_samples: int, rounds: int) -> None:
     print(f"CPU ms per sample: {plain:.3f} without a layer, {layered:.3f} with one: {layered / plain - 1:+.1%}")
 
 
+def measure_duplicates(num_samples: int) -> None:
+    """Search one of the four bands; print CPU and memory."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, num_samples, dtype=np.uint64)
+    num_copies = num_samples // 20
+    bits = np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (3, num_copies), dtype=np.uint64))
+    hashes[-num_copies:] = hashes[:num_copies] ^ bits
+    before = time.process_time()
+    pairs = near_pairs(hashes, np.arange(num_samples), 0, 3)
+    seconds = time.process_time() - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{num_samples} hashes, {len(pairs)} pairs in one band of four: {seconds:.1f} CPU s, peak RSS {peak} MiB")
+
+
 def main() -> None:
-    """Measure one of the two."""
+    """Measure one of the three."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["select", "read"])
+    parser.add_argument("what", choices=["select", "read", "duplicates"])
     parser.add_argument("--samples", type=int)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.what == "select":
         measure_selection(options.samples or 1_000_000, options.processes)
+    elif options.what == "duplicates":
+        measure_duplicates(options.samples or 4_000_000)
     else:
         measure_reading(options.samples or 2048, options.rounds)
 

@@ -16,7 +16,7 @@ from isthmus.cluster.cli.options import (
     open_store,
     store_config,
 )
-from isthmus.cluster.cli.output import duration, print_json, print_rich, table
+from isthmus.cluster.cli.output import data_size, duration, print_json, print_rich, table
 
 if TYPE_CHECKING:
     from isthmus.cluster.submission.checkpoint_folders import CheckpointEntry
@@ -44,7 +44,7 @@ def ls(
     for folder in dict.fromkeys(entry.url.rpartition("/")[0] for entry in entries):
         mine = [entry for entry in entries if entry.url.startswith(f"{folder}/")]
         key = mine[0].key_metric or "metric"
-        rows = ((str(e.step), _size(e.size_bytes), _age(e), str(e.world_size), _metric(e), _mark(e)) for e in mine)
+        rows = ((str(e.step), data_size(e.size_bytes), _age(e), str(e.world_size), _metric(e), _mark(e)) for e in mine)
         typer.echo(folder)
         print_rich(table(("  step>", "size>", "age>", "ranks>", f"{key}>", ""), rows))
 
@@ -190,10 +190,6 @@ def _is_checkpoint(url: str) -> bool:
     from isthmus.trainer.checkpoint.format import step_of
 
     return step_of(url.rstrip("/").rpartition("/")[2]) is not None
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _age(entry: "CheckpointEntry") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.cluster.cli.options import AddressOption, EndpointOption, JsonOption, RegionOption, open_store
-from isthmus.cluster.cli.output import print_json, print_rich, progress, table
+from isthmus.cluster.cli.output import data_size, print_json, print_rich, progress, table
 
 app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help=True)
 
@@ -118,7 +118,12 @@ def show(
         sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet.write_bytes(contact_sheet(samples[:: max(1, len(samples) // images)][:images]))
         facts["sheet"] = str(sheet)
-    _print_facts(facts, as_json=as_json, bars=facts["caption_words"])
+    if as_json:
+        print_json(facts)
+        return
+    print_rich(table(None, _facts_of_set(facts)))
+    typer.echo()
+    print_rich(table(["words", "captions>", ""], _bars(facts["caption_words"])))
 
 
 @app.command()
@@ -256,15 +261,31 @@ def _number(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _print_facts(facts: dict[str, Any], *, as_json: bool, bars: dict[str, int] | None = None) -> None:
+def _facts_of_set(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield label and text of what `data show` knows of a data set."""
+    yield "samples", f"{facts['samples']:,} in {facts['shards']:,} shards, {facts['chunks']:,} chunks"
+    yield "size", f"{data_size(facts['bytes'])}, {data_size(facts['bytes_per_sample'])} a sample"
+    yield "images", f"{data_size(facts['image_bytes_median'])} (median)"
+    yield "captions", f"{facts['captions_per_sample']} a sample"
+    yield "hash", facts["hash"]
+    if layer := facts.get("layer"):
+        yield "layer", layer["url"]
+        yield "of", layer["base_url"]
+        yield "rule", json.dumps(layer["rule"])
+    if "sheet" in facts:
+        yield "sheet", facts["sheet"]
+
+
+def _bars(counts: dict[str, int]) -> Iterator[tuple[str, str, str]]:
+    longest = max(counts.values()) or 1
+    for label, count in counts.items():
+        yield label, f"{count:,}", "#" * round(40 * count / longest)
+
+
+def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for name, value in facts.items():
-        if value is not bars and value not in ([], {}):
+        if value not in ([], {}):
             typer.echo(f"{name.replace('_', ' ')}: {value}")
-    if bars:
-        typer.echo("caption words:")
-        longest = max(bars.values()) or 1
-        for label, count in bars.items():
-            typer.echo(f"  {label:>11} {'#' * round(40 * count / longest)} {count}")

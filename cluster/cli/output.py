@@ -62,6 +62,13 @@ def duration(seconds: float) -> str:
     return " ".join(part for part in parts[:2] if len(parts) == 1 or not part.startswith("0 "))
 
 
+def data_size(num_bytes: float) -> str:
+    """Return a number of bytes as people read it, such as `1.20 GB`, `3.4 MB` or `81 kB`."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
 @contextlib.contextmanager
 def progress(unit: str, total: int | None) -> Iterator[Callable[[], None]]:
     """Yield a function that counts one more: a bar on a terminal, a line every 10 s elsewhere (on stderr)."""

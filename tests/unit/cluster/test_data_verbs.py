@@ -42,8 +42,12 @@ def test_a_data_set_is_made_and_shown_and_nothing_appears_in_the_working_directo
     shown = json.loads(isthmus_data("show", manifest, "--json"))
     assert (shown["samples"], shown["caption_words"]["2-3"]) == (3, 3)
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    isthmus_data("show", manifest, "--sheet", sheet)
+    printed = isthmus_data("show", manifest, "--sheet", sheet)
     assert sheet.read_bytes().startswith(b"\x89PNG")
+    lines = [line for line in printed.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 100
+    assert ["samples", "3", "in", "1", "shards,", "1", "chunks"] in [line.split() for line in lines]
+    assert ["2-3", "3", "#" * 40] in [line.split() for line in lines]
 
 
 def test_people_are_told_what_was_dropped_and_where_it_is_recorded(source, tmp_path):
