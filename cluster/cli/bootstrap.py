@@ -200,8 +200,10 @@ def run(
     job = load_config(recipe, overrides or [], BootstrapJob)
     address = address or job.cluster.address
     if address and not local:
+        from isthmus.cluster.submission.admission import check_inputs
         from isthmus.cluster.submission.jobs import Jobs
 
+        check_inputs(job, address)
         jobs = Jobs(address)
         submitted, is_new = jobs.submit(job)
         typer.echo(f"{job.run.name}: {'submitted' if is_new else 'already active'} as job {submitted.id}")
@@ -210,7 +212,9 @@ def run(
         return
     from isthmus.cluster.bootstrap_driver import run_bootstrap_here
     from isthmus.cluster.cli.train import log_to_terminal
+    from isthmus.cluster.submission.input_paths import check_present
 
+    check_present(job)
     log_to_terminal()
     raise typer.Exit(run_bootstrap_here(job, on_ray=not local).exit_code)
 

@@ -69,6 +69,8 @@ def _facts(status: RunStatus, *, is_over: bool) -> Iterator[tuple[str, str]]:
     if is_training and "samples_per_second" in figures:
         wait = f", {figures['data_wait_fraction']:.0%} waiting for data" if "data_wait_fraction" in figures else ""
         yield "speed", f"{figures['samples_per_second']:.1f} images/s, {figures['seconds_per_step']:.2f} s a step{wait}"
+    if figures.get("cost"):
+        yield "cost", f"{figures['cost']:.2f} since this start of the stage"
     if "goodput" in figures:
         yield "goodput", f"{figures['goodput']:.1%} of all time spent on steps that count"
     saved = "none yet" if status.committed_step is None else f"step {status.committed_step}"

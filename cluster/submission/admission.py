@@ -6,6 +6,7 @@ from contextlib import suppress
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.submission.dashboard import dashboard_url, is_on_this_machine
 from isthmus.cluster.submission.input_paths import check_travels
+from isthmus.cluster.submission.job import Submitted
 from isthmus.cluster.submission.jobs import Jobs
 from isthmus.cluster.submission.run_folder import fail_fast_store
 from isthmus.cluster.supervision.resource_request import ResourceRequest, largest_world_size, shortfall
@@ -13,7 +14,7 @@ from isthmus.data_pipeline.errors import DataError
 from isthmus.trainer.runs.store import check_config_of_run
 
 
-def check_inputs(config: JobConfig, address: str | None) -> None:
+def check_inputs(config: Submitted, address: str | None) -> None:
     """Refuse places that the cluster at an address cannot find.
 
     A dashboard at loopback may be a forwarded port, so only what cannot work on any machine is refused there.

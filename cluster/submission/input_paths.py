@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from isthmus.cluster.config import JobConfig
+from isthmus.cluster.bootstrap_job import TRAINED, BootstrapJob
 from isthmus.cluster.errors import ClusterError
+from isthmus.cluster.submission.job import Submitted
 
 TINY_ASSETS = "assets/tiny"
 
@@ -27,14 +28,17 @@ class Place(NamedTuple):
         return self.is_local and not self.url.startswith(("/", "file:///"))
 
 
-def places(config: JobConfig) -> Iterator[Place]:
+def places(config: Submitted) -> Iterator[Place]:
     """Yield the run's folder, then everything that the run reads."""
     yield Place("run.url", config.run.url)
     yield from inputs(config)
 
 
-def inputs(config: JobConfig) -> Iterator[Place]:
+def inputs(config: Submitted) -> Iterator[Place]:
     """Yield what the run reads: manifests, frozen weights, tokenizer, what its stages start from."""
+    if isinstance(config, BootstrapJob):
+        yield from _bootstrap_inputs(config)
+        return
     model, evaluation = config.model, config.evaluation
     for number, source in enumerate(config.data.sources):
         yield Place(f"data.sources.{number}.manifest", source.manifest)
@@ -51,7 +55,17 @@ def inputs(config: JobConfig) -> Iterator[Place]:
     yield from (Place(key, url) for key, url in named.items() if url)
 
 
-def check_travels(config: JobConfig, *, same_machine: bool) -> None:
+def _bootstrap_inputs(job: BootstrapJob) -> Iterator[Place]:
+    """Yield the data set, the models that exist already, and what the first training reads."""
+    yield Place("manifest", job.manifest)
+    models = {"caption.model": job.caption.model}
+    models |= {f"score.models.{number}": url for number, url in enumerate(job.score.models)}
+    yield from (Place(key, url) for key, url in models.items() if url != TRAINED)
+    for first in job.trainings[:1]:
+        yield from (Place(f"training.{place.key}", place.url) for place in inputs(first))
+
+
+def check_travels(config: Submitted, *, same_machine: bool) -> None:
     """Refuse places that mean nothing, or something else, on the machines of a cluster.
 
     Args:
@@ -74,7 +88,7 @@ def check_travels(config: JobConfig, *, same_machine: bool) -> None:
         )
 
 
-def check_present(config: JobConfig) -> None:
+def check_present(config: Submitted) -> None:
     """Check, for a run on this machine, that every local input is there.
 
     Raises:

@@ -118,20 +118,23 @@ class _Contrastive:
             self._model: Any = AutoModel.from_pretrained(folder).eval().to(self._device)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._length = int(self._model.config.text_config.max_position_embeddings)
+        # SigLIP was trained on texts whose padding is attended to.
+        self._inputs = ("input_ids", "attention_mask") if self._model.config.model_type == "clip" else ("input_ids",)
         self.image_input = image_input(folder, _side(folder, self._model))
 
     @torch.no_grad()
     def score(self, images_BHWC: Tensor, texts: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         tokens = self._tokenizer(
             [text for of_image in texts for text in of_image],
-            padding="max_length",  # what SigLIP was trained with; CLIP reads its end token, wherever it stands
+            padding="max_length",
             max_length=self._length,
             truncation=True,
             return_tensors="pt",
         ).to(self._device)
         pixels_BCHW = self.image_input.normalize(images_BHWC).to(self._device)
         image_BE = _unit(self._model.get_image_features(pixel_values=pixels_BCHW))
-        text_BKE = _unit(self._model.get_text_features(**tokens)).reshape(len(texts), len(texts[0]), -1)
+        text_ME = _unit(self._model.get_text_features(**{name: tokens[name] for name in self._inputs}))
+        text_BKE = text_ME.reshape(len(texts), len(texts[0]), -1)
         return {"clip": torch.einsum("be,bke->bk", image_BE, text_BKE).cpu()}
 
 
