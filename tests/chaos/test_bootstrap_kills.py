@@ -38,6 +38,9 @@ STARTS = 6
 SHARD_SECONDS = 0.4
 LIMIT_SECONDS = 120.0
 HERE = Pool(run_in_processes(1))
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["isthmus.bootstrap.caption", "isthmus.bootstrap.score"])
+"""A clean process with everything imported, from which those that are killed are forked."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(inputs, tmp_path_factory):
-    """The bytes of a bootstrap that nothing happened to. The models are then loaded, and forks have them."""
+    """The bytes of a bootstrap that nothing happened to."""
     folder = tmp_path_factory.mktemp("unbroken")
     bootstrap(inputs, folder, ObjectStore(), HERE)
     return layers(folder)
@@ -90,7 +93,7 @@ def kill_here(seed: int, inputs: Inputs, folder: Path) -> int:
         kind = rng.choice(["kill_before", "kill_after", "refuse", "lose_answer"])
         fault = Fault(kind, at_write=rng.randrange(WRITES // 2)) if start < 2 else None
         store = FaultyStore(StoreConfig(), folder / f"journal-{start}", fault)
-        process = multiprocessing.get_context("fork").Process(target=attempt, args=(inputs, folder / "out", store))
+        process = FORKS.Process(target=attempt, args=(inputs, folder / "out", store))
         process.start()
         process.join(LIMIT_SECONDS)
         assert process.exitcode is not None, "hangs"
