@@ -157,7 +157,7 @@ def right_texts(manifests: dict[str, str], store: ObjectStore) -> dict[str, dict
         right = []
         manifest = Manifest.load(url, store)
         for shard in manifest.shards:
-            table = load_captions(shard, store)
+            table = load_captions(store, shard)
             keys = ShardIndex.load(shard, store).keys()
             for key, texts in zip(keys, table or [], strict=True):
                 truth = make_scene(0, "noisy", int(re.findall(r"\d+", key)[-1]))[0].caption

@@ -6,8 +6,10 @@ import uuid
 from dataclasses import dataclass
 
 from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.load_plan import excluded_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest
+from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import ChangedError, DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
@@ -77,8 +79,8 @@ def check_data(config: JobConfig) -> str:
     """Load every manifest, check its first shard, look up the excluded samples; return what was found.
 
     Raises:
-        DataError: a manifest or its first shard cannot be read, the shard is not the indexed one, or `data.exclude`
-            names a sample that there is not.
+        DataError: a manifest, its first shard or the shard's index or captions cannot be read, one of them is not the
+            one that the manifest names, or `data.exclude` names a sample that there is not.
     """
     store = ObjectStore(config.store)
     found = []
@@ -86,6 +88,7 @@ def check_data(config: JobConfig) -> str:
         manifest = Manifest.load(source.manifest, store)
         shard = manifest.shards[0]
         store.get_range(shard.url, 0, MIN_HEAD_BYTES, etag=shard.etag)
+        check_captions(shard, ShardIndex.load(shard, store), store)
         found.append(f"{manifest.num_samples} samples in {len(manifest.shards)} shards")
     if config.data.exclude:
         found.append(f"{sum(map(len, excluded_samples(config.data, store).values()))} samples excluded")

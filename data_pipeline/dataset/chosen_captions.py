@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def load_captions(shard: Shard, store: ObjectStore, first: int = 0, count: int | None = None) -> list[list[str]] | None:
-    """Return the captions of a shard's samples, or of `count` from the first; None: the manifest has no layer.
+def load_captions(store: ObjectStore, shard: Shard, first: int = 0, count: int | None = None) -> list[list[str]]:
+    """Return the captions that a layered manifest has for a shard's samples, or for `count` of them from `first`.
 
     A caption that counts n times when one is drawn is n times in its list.
 
@@ -30,8 +30,6 @@ def load_captions(shard: Shard, store: ObjectStore, first: int = 0, count: int |
         NotFoundError: the file is missing.
         DataError: it is not the file that the manifest names.
     """
-    if shard.captions_url is None:
-        return None
     table = _read(shard, store, ["texts", "draws"]).slice(first, count)
     columns = zip(table["texts"].to_pylist(), table["draws"].to_pylist(), strict=True)
     return [[text for text, n in zip(texts, draws, strict=True) for _ in range(n)] for texts, draws in columns]

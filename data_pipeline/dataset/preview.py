@@ -54,7 +54,7 @@ def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: in
 
 
 def _read_samples(shard: Shard, numbers: Sequence[int], store: ObjectStore) -> list[PreviewSample]:
-    index, chosen = ShardIndex.load(shard, store), load_captions(shard, store)
+    index, chosen = ShardIndex.load(shard, store), load_captions(store, shard) if shard.captions_url else None
     found = []
     for number in numbers:
         key, members = read_range(shard, index, number, number + 1, store)[0]

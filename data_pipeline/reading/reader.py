@@ -35,7 +35,7 @@ from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
-_CACHED_INDEXES = 512  # of chunks, about 15 KB each, and with a layer as much again for its captions
+_CACHED_INDEXES = 512  # of chunks, about 15 KB each; with a layer also their captions, about 20 KB each
 _UNUSABLE_SECONDS = 300.0
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class Reader:
         self._disk = DiskCache(Path(config.cache_dir), config.cache_bytes) if config.cache_dir else None
         self._memory = ChunkMemory(self._fetch, config.prefetch_bytes)
         self._load_index = functools.lru_cache(_CACHED_INDEXES)(self._read_index)
+        self._load_captions = functools.lru_cache(_CACHED_INDEXES)(functools.partial(load_captions, self._store))
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="chunk-ahead")
         self._unusable: dict[str, tuple[float, str, str]] = {}  # by URL: until when, cause, detail
         self._counts: Counter[str] = Counter()
@@ -97,11 +98,11 @@ class Reader:
         valid, flip, caption, image_id = False, False, "", None
         try:
             with self._waiting(shard.index_url):
-                index, chosen = self._index(shard, ref.chunk)
+                index, _ = self._index(shard, ref.chunk)
             key, offset = index.key(ref.sample), index.offset(ref.sample)
             if self._train or ref.epoch == 0:
                 members = self._members(shard, index, ref)
-                caption, image_id = self._caption(members, chosen[ref.sample] if chosen else None, ref)
+                caption, image_id = self._caption(members, shard, ref)
                 flip = self._picture(members, ref, part.images_BHWC[place])
                 valid = True
         except BadSample as bad:
@@ -117,11 +118,11 @@ class Reader:
         part.keys.append(name)
         part.image_ids.append(image_id_hash(name if image_id is None else f"{ref.source}/{image_id}"))
 
-    def _caption(
-        self, members: dict[str, memoryview], of_layer: list[str] | None, ref: SampleRef
-    ) -> tuple[str, str | None]:
+    def _caption(self, members: dict[str, memoryview], shard: Shard, ref: SampleRef) -> tuple[str, str | None]:
         captions, image_id = read_captions(members)
-        captions = captions if of_layer is None else of_layer
+        if shard.captions_url is not None:
+            with self._waiting(shard.captions_url):
+                captions = self._captions_of_layer(shard, ref.chunk)[ref.sample]
         chosen = choose_caption(captions, self._seed, *_place(ref)) if self._train else captions[0]
         caption = clean_caption(chosen, self._config.max_caption_words)
         if not caption:
@@ -182,19 +183,20 @@ class Reader:
         finally:
             self._waited_seconds += time.monotonic() - began
 
-    def _index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, list[list[str]] | None]:
-        """Return the index of a chunk, and the captions that a layer has for its samples."""
+    def _index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, int]:
+        """Return the index of a chunk, and the number of its first sample in the shard."""
         return self._read_or_mask(shard.index_url, "index", lambda: self._load_index(shard, chunk))
 
-    def _read_index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, list[list[str]] | None]:
-        """Read and check a shard's whole index and captions; return what concerns one chunk."""
+    def _read_index(self, shard: Shard, chunk: int) -> tuple[ShardIndex, int]:
+        """Read and check a shard's whole index; return what concerns one chunk."""
         index = ShardIndex.load(shard, self._store)
-        first, count = index.first_sample(chunk), index.num_samples(chunk)
-        captions = None
-        if url := shard.captions_url:
-            read = functools.partial(load_captions, shard, self._store, first, count)
-            captions = self._read_or_mask(url, "captions", read)
-        return index.of_chunk(chunk), captions
+        return index.of_chunk(chunk), index.first_sample(chunk)
+
+    def _captions_of_layer(self, shard: Shard, chunk: int) -> list[list[str]]:
+        """Return what a layered manifest chose for the samples of a chunk."""
+        index, first = self._index(shard, chunk)
+        get = functools.partial(self._load_captions, shard, first, index.total_samples)
+        return self._read_or_mask(shard.captions_url or "", "captions", get)
 
     def _read_or_mask(self, url: str, what: str, get: Callable[[], T]) -> T:
         """Return `get()`; for some minutes an object that is missing or was replaced is not asked for again.
@@ -234,6 +236,8 @@ class Reader:
                 shard = request.shards[source, shard_number]
                 with contextlib.suppress(BadSample):  # the other chunks can still be fetched
                     chunks.append(_chunk_id(shard, self._index(shard, chunk)[0]))
+                    if shard.captions_url is not None:
+                        self._captions_of_layer(shard, chunk)
             self._memory.expect(chunks)
         except (DataError, OSError) as error:
             _log.debug("fetching ahead: %s", error)

@@ -1,6 +1,7 @@
 """`isthmus data where` and `resume --skip-steps` against what loaders really read, on a run in a local folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ray.job_submission import JobStatus
@@ -13,12 +14,14 @@ from isthmus.cluster.submission.job import job_metadata
 from isthmus.cluster.submission.sample_uses import sample_uses
 from isthmus.cluster.submission.skip_steps import with_skipped
 from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.runs.store import RunStore, read_run
 from tests.saved_states import fragments_of, manager, state_of
+from tests.unit.data_pipeline.layered import layered, write_layer
 
 from .configs import job_config
 from .test_jobs import Cluster, details
@@ -86,6 +89,17 @@ def test_preflight_looks_up_the_excluded_samples(manifest, tmp_path):
     assert check_data(config) == "24 samples in 1 shards; 1 samples excluded"
     (tmp_path / "exclude").write_text("0/0#absent\n")
     with pytest.raises(DataError, match="'0/0#absent'"):
+        check_data(config)
+
+
+def test_preflight_reads_the_captions_of_a_layered_manifest(manifest, tmp_path):
+    layer = write_layer(manifest, str(tmp_path / "layer"), lambda key: [key, f"picture {key}"])
+    selected = layered(manifest, layer, str(tmp_path / "selected"), lambda key: [1] if int(key) % 2 else [])
+    config, _ = make_run(tmp_path, selected)
+    assert check_data(config) == "12 samples in 1 shards"
+    captions = Path(Manifest.load(selected, STORE).shards[0].captions_url)
+    captions.unlink()
+    with pytest.raises(DataError, match=str(captions)):
         check_data(config)
 
 

@@ -177,6 +177,16 @@ def test_verify_names_captions_that_are_missing_changed_or_of_other_samples(data
     assert problems.count("\n") == 1
 
 
+def test_excluded_keys_and_layers_go_together(selected, tmp_path):
+    exclude = tmp_path / "exclude"
+    exclude.write_text("000041\n0/0#000001\n")
+    made = loader(selected, exclude=str(exclude))
+    keys = {key.partition("#")[2] for batch in take(made, 0, 8) for key in batch.keys}
+    assert made.plan.epoch_samples == [len(keys)]
+    kept = {f"{number:06d}" for number in range(NUM_SAMPLES) if places_of(f"{number:06d}")}
+    assert keys == kept - {"000041", "000001"}
+
+
 def test_readers_mask_samples_whose_captions_are_gone_and_stop_at_captions_of_another_manifest(data, layer, tmp_path):
     url = layered(data, layer, str(tmp_path), lambda _: [0])
     first, second, *_ = Manifest.load(url, STORE).shards
@@ -186,6 +196,7 @@ def test_readers_mask_samples_whose_captions_are_gone_and_stop_at_captions_of_an
     records = made.take_bad_records()
     assert {(record.cause, record.shard) for record in records} == {("captions_missing", first.url)}
     assert len(records) == first.num_samples
+    assert {record.key for record in records} == {f"{number:06d}" for number in range(first.num_samples)}
     Path(first.captions_url).write_bytes(Path(second.captions_url).read_bytes())
     with pytest.raises(DataError, match="is not the file that was committed"):
         take(loader(url), 0, 9)
