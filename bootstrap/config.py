@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from isthmus.model.generate import Decoding
+from isthmus.model.decoding import Decoding
 
 
 class Config(BaseModel):

@@ -10,8 +10,9 @@ from torch import Tensor
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.sample.images import decode_image, resize_square
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.model.decoding import Decoding
 from isthmus.model.formats.captioner import load_captioner
-from isthmus.model.generate import Decoding, generate
+from isthmus.model.generate import generate
 from isthmus.trainer.frozen.node_cache import local_folder
 from isthmus.trainer.runs.store import RUN, export_folder, read_run
 

@@ -18,8 +18,9 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
-from isthmus.model.generate import QUESTION, Decoding
+from isthmus.model.generate import QUESTION
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 32 << 20

@@ -8,47 +8,19 @@ the same calls, with any number of rows of its own.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.objectives.stage2 import Stage2Model
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 
 QUESTION = "Question: {} Answer:"
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is chosen; the defaults are the original's for captions."""
-
-    max_new_tokens: int = 30
-    """Longest generated text, in tokens."""
-    num_beams: int = 5
-    """Beams; 1: greedy, or sampling."""
-    sample: bool = False
-    """Draw tokens instead of taking the best."""
-    temperature: float = 1.0
-    """Divisor of the logits when sampling."""
-    top_p: float = 0.9
-    """Smallest probability mass from which is sampled."""
-    length_penalty: float = 1.0
-    """Exponent of the length by which a beam's score is divided; negative favours short texts."""
-    seed: int = 0
-    """Seed of sampling."""
-    min_length: int = 0
-    """Shortest text, in tokens, counted as the original counts: with a decoder's prompt, with T5's start token."""
-
-    def min_new_tokens(self, num_given_tokens: int) -> int | None:
-        """Return how many tokens a text has at least after those that are given; none: any number."""
-        return max(0, self.min_length - num_given_tokens) or None
-
-
-ANSWER_DECODING = Decoding(max_new_tokens=10, length_penalty=-1.0)
+CAPTION_DECODING, ANSWER_DECODING = Decoding(), Decoding(max_new_tokens=10, length_penalty=-1.0)
 
 
 def caption(
@@ -57,7 +29,7 @@ def caption(
     images: Tensor,
     *,
     prompt: str | None = None,
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = CAPTION_DECODING,
 ) -> list[str]:
     """Return one caption per image.
 

@@ -35,7 +35,7 @@ def caption(
 ) -> None:
     """Write one caption per picture."""
     from isthmus.cluster.captioner import Captioner
-    from isthmus.model.generate import Decoding
+    from isthmus.model.decoding import Decoding
 
     captioner = Captioner.open(export, open_store(endpoint_url, region))
     decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=beams)

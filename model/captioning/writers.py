@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from isthmus.model.captioning.sampling import SeededNucleus
+from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.native import DESCRIPTION
 from isthmus.model.frozen.vision import image_statistics, silent_transformers
-from isthmus.model.generate import Decoding, generate_ids
+from isthmus.model.generate import generate_ids
 from isthmus.model.safetensors_io import read_json
 
 IMAGES_ONLY = ("blip", "git")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.generate import Decoding, caption
+from isthmus.model.decoding import Decoding
+from isthmus.model.generate import caption
 from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.objectives.stage2 import Stage2Inputs

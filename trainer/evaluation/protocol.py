@@ -7,7 +7,7 @@ configurations of its code (LAVIS, lavis/projects/blip2/eval).
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from isthmus.model.generate import Decoding
+from isthmus.model.decoding import Decoding
 
 Kind = Literal["caption", "question", "retrieval"]
 CAPTION_PROMPT = "a photo of"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from isthmus.model.generate import Decoding, evaluating, generate
+from isthmus.model.decoding import Decoding
+from isthmus.model.generate import evaluating, generate
 from isthmus.model.objectives.stage2 import Stage2Model
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.engine.collectives import gather_lists

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.model.generate import Decoding, caption
+from isthmus.model.decoding import Decoding
+from isthmus.model.generate import caption
 from isthmus.model.objectives.communicator import LocalCommunicator, ProcessGroupCommunicator
 from tests.ranks import run_ranks
 from tests.stage2_parts import CAPTIONS, picture, stage2_parts

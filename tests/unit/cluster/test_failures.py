@@ -108,8 +108,8 @@ def test_the_class_of_an_error_is_found_by_its_bases_and_never_by_its_name():
     assert classify(StoreError("a stranger")).kind is FailureKind.ERROR
 
 
-def test_the_driver_classifies_without_loading_torch():
-    classify = "from isthmus.cluster import failures; failures.classify(TypeError('x'))"
+def test_the_driver_starts_and_classifies_without_loading_torch():
+    classify = "from isthmus.cluster import driver, failures; failures.classify(TypeError('x'))"
     program = f"import sys; {classify}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"

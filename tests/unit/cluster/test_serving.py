@@ -20,8 +20,9 @@ from PIL import Image
 
 from isthmus.cluster.captioner import Captioner
 from isthmus.cluster.serving import Server
+from isthmus.model.decoding import Decoding
 from isthmus.model.formats.native import export_bridge
-from isthmus.model.generate import QUESTION, Decoding
+from isthmus.model.generate import QUESTION
 from tests.stage2_parts import QFORMER, stage2_parts
 
 pytestmark = pytest.mark.unit

@@ -23,9 +23,10 @@ from transformers import (
 from isthmus.model.captioning.judges import open_judge
 from isthmus.model.captioning.sampling import SeededNucleus
 from isthmus.model.captioning.writers import open_writer
+from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.captioner import load_captioner
-from isthmus.model.generate import Decoding, caption
+from isthmus.model.generate import caption
 from tests.tiny_exports import SIDE_PIXELS, write_exports
 
 pytestmark = pytest.mark.unit

@@ -14,12 +14,13 @@ from transformers import (
 )
 
 from isthmus.model.config import QFormerConfig
+from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import bridge_configs, export_bridge, load_trained, read_trained
-from isthmus.model.generate import Decoding, answer, caption
+from isthmus.model.generate import answer, caption
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.qformer.packing import pack_captions

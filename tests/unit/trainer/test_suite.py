@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.decoding import Decoding
 from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.hf_import import import_blip2
-from isthmus.model.generate import Decoding, generate_ids
+from isthmus.model.generate import generate_ids
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.trainer.context import Rank
