@@ -100,6 +100,19 @@ def throughput(text: str) -> Iterator[Figure]:
         yield Figure(f"read and decode, {cells[0][0]}", "CPU ms per sample", ours, row[0], float(row[1]))
 
 
+def layer_reading(text: str) -> Iterator[Figure]:
+    """Reading with a caption layer and without."""
+    plain, layered = map(float, re.findall(r"([\d.]+) with", text))
+    yield Figure("read and decode, with a caption layer", "CPU ms per sample", layered, "without a layer", plain)
+
+
+def selection(text: str) -> Iterator[Figure]:
+    """Selecting from a caption layer."""
+    num_samples, seconds = re.findall(r"of (\d+) samples in ([\d.]+) s", text)[0]
+    yield Figure(f"select captions of {num_samples} samples", "s wall", float(seconds))
+    yield Figure("layer of five candidates", "bytes per sample", float(re.findall(r"candidates: (\d+)", text)[0]))
+
+
 def resume(text: str) -> Iterator[Figure]:
     """First batch after a seek, and what memory grows by."""
     found = {row[0]: row for row in rows(text)}
@@ -219,6 +232,8 @@ def benchmarks(assets: Path) -> list[Benchmark]:
             "data_throughput", throughput, [*peer, "--rounds", "3"], [*peer, "--samples", "128", "--rounds", "1"]
         ),
         Benchmark("data_throughput", throughput, [*peer, "--rounds", "2", "--s3"]),
+        Benchmark("caption_layers", layer_reading, ["read"], ["read", "--samples", "256", "--rounds", "1"]),
+        Benchmark("caption_layers", selection, ["select"], ["select", "--samples", "50000"]),
         Benchmark("data_resume", resume),
         Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
         Benchmark("stage1_speed", stage1),

@@ -22,6 +22,7 @@ LINT_IMPORTS = Path(sys.executable).parent / "lint-imports"
         ("model/config.py", "import ray", "ray only in"),
         ("model/errors.py", "import isthmus.data_pipeline.errors", "bootstrap -> trainer"),
         ("data_pipeline/errors.py", "import isthmus.trainer.errors", "bootstrap -> trainer"),
+        ("trainer/errors.py", "import isthmus.bootstrap.select", "bootstrap -> trainer"),
         ("trainer/errors.py", "import deepspeed", "deepspeed only in"),
         ("trainer/errors.py", "import transformers", "transformers only in"),
         ("trainer/errors.py", "import boto3", "boto3 only in"),

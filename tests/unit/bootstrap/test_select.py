@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from isthmus.bootstrap.select import SUMMARY, select
 from isthmus.bootstrap.select_rule import SelectRule, choose
 from isthmus.data_pipeline.dataset.manifest import Manifest
-from isthmus.data_pipeline.errors import AlreadyExistsError, DataError
+from isthmus.data_pipeline.errors import AlreadyExistsError, DataError, NotFoundError
 from isthmus.data_pipeline.layers.candidates import WEB, add_scores
 from isthmus.data_pipeline.layers.layer import LayerWriter
 from isthmus.data_pipeline.process_pool import run_in_processes
@@ -152,6 +152,24 @@ def test_the_same_rule_gives_the_same_files_in_any_number_of_processes(data, lay
     files.pop(Path("manifest.jsonl"))
     assert len(files) == 7
     assert all((tmp_path / "two" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_a_selection_that_was_killed_comes_to_the_same_manifest(data, layer, tmp_path):
+    whole = select(data, layer, RULE, str(tmp_path / "whole"), STORE, RUN).manifest
+
+    def killed(function, items):
+        for number, item in enumerate(items):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield function(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        select(data, layer, RULE, str(tmp_path / "out"), STORE, killed)
+    captions = Path(whole.shards[1].captions_url).relative_to(tmp_path / "whole")
+    (tmp_path / "out" / captions).unlink()  # as if it had been killed between index and captions
+    with pytest.raises(NotFoundError, match="there is no manifest at"):
+        Manifest.load(str(tmp_path / "out"), STORE)
+    assert select(data, layer, RULE, str(tmp_path / "out"), STORE, RUN).manifest.hash == whole.hash
 
 
 def test_another_rule_never_replaces_a_manifest(data, layer, tmp_path):
