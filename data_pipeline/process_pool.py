@@ -4,7 +4,7 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -12,28 +12,39 @@ Runner = Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]
 """Calls a function for every item, in any place and order, and yields the results as they come."""
 
 _TASKS_PER_PROCESS = 4
+_functions: list[Callable[[Any], Any]] = []
+"""In a worker process: what it calls."""
 
 
 def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
-    """Return a Runner over local processes; with one process it is the calling process itself."""
+    """Return a Runner over local processes; with one process it is the calling process itself.
+
+    The function is sent once to each process, however large it is; items and results are sent one by one.
+    """
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         if num_processes == 1:
             yield from map(function, items)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        with ProcessPoolExecutor(num_processes, context, _keep, (function,)) as pool:
             rest = iter(items)
-            pending = {
-                pool.submit(function, item) for item in itertools.islice(rest, _TASKS_PER_PROCESS * num_processes)
-            }
+            pending = {pool.submit(_call, item) for item in itertools.islice(rest, _TASKS_PER_PROCESS * num_processes)}
             try:
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    pending |= {pool.submit(function, item) for _, item in zip(done, rest, strict=False)}
+                    pending |= {pool.submit(_call, item) for _, item in zip(done, rest, strict=False)}
                     for future in done:
                         yield future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     return run
+
+
+def _keep(function: Callable[[Any], Any]) -> None:
+    _functions.append(function)
+
+
+def _call(item: Any) -> Any:
+    return _functions[-1](item)
