@@ -119,20 +119,18 @@ def select(
             one.check_base(base)
     _check_scores(rule, layer)
     out = out.rstrip("/")
+    shards = []
     work = SelectShard(store, out, rule, layer.url, duplicates.url if duplicates else None)
-    shards: list[SelectedShard] = []
-    for one_shard in run(work, _tasks(base, layer, duplicates)):
-        shards.append(one_shard)
+    for selected in run(work, _tasks(base, layer, duplicates)):
+        shards.append(selected)
         on_shard()
     shards.sort(key=lambda one: one.number)
     described = rule.model_dump(mode="json", exclude_defaults=True)
-    if duplicates:
-        described["duplicates"] = duplicates.hash
+    described |= {"duplicates": duplicates.hash} if duplicates else {}
     ref = LayerRef(layer.url, layer.hash, base_url, base.hash, described)
+    lines, chunks = [one.shard for one in shards], [one.chunk_samples for one in shards]
+    manifest = save_manifest(out, lines, chunks, base.chunk_bytes, ref, store)
     counts = dict(sorted(sum((Counter(one.counts) for one in shards), Counter()).items()))
-    manifest = save_manifest(
-        out, [one.shard for one in shards], [one.chunk_samples for one in shards], base.chunk_bytes, ref, store
-    )
     summary = {"hash": manifest.hash, "layer": layer.hash, "rule": described, "counts": counts}
     store.put_same(join(out, SUMMARY), json.dumps(summary, indent=1).encode())
     return Selection(manifest, counts)

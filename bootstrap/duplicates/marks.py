@@ -5,8 +5,9 @@ that look alike the one with the lowest number stays; the others are its duplica
 set. Likeness is passed on: a sample is alike to whatever is alike to one that it is alike to.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,6 @@ class _Alike(NamedTuple):
 
 class _MarkTask(NamedTuple):
     number: int
-    shard: Shard
     file: _File
     marks: tuple[tuple[int, tuple[str, bytes] | None, tuple[str, bytes] | None], ...]
     """Row, and name and SHA-256 of what it leaks from and duplicates."""
@@ -105,7 +105,7 @@ class MarkShard:
         columns = [hashes["key"].combine_chunks(), leak_of, duplicate_of, is_exact]
         table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
         counts = {"leaks": len(leak_of) - leak_of.count(None), "duplicates": len(leak_of) - duplicate_of.count(None)}
-        self.writer.write(task.number, task.shard, table, counts)
+        self.writer.write(task.number, task.file.shard, table, counts)
 
 
 def mark_duplicates(
@@ -139,27 +139,28 @@ def mark_duplicates(
     """
     manifests = [*against, *sources]
     hashed = [hash_images(one, join(out, f"hashes-{one.hash[:12]}"), store, run, on_shard) for one in manifests]
-    files = tuple(_files(manifests, hashed))
-    num_evaluation = sum(manifest.num_samples for manifest in against)
-    total = sum(manifest.num_samples for manifest in manifests)
-    num_parts = -(-total // rows_in_memory)
-    parts = [_Part(band, part, num_parts) for band in range(max_distance + 1) for part in range(num_parts)]
-    alike = _alike(list(run(FindPairs(store, files, max_distance), parts)), num_evaluation)
+    files = list(_files(manifests, hashed))
+    parts = _parts(sum(manifest.num_samples for manifest in manifests), max_distance, rows_in_memory)
+    pairs = list(run(FindPairs(store, tuple(files), max_distance), parts))
+    alike = _alike(pairs, num_evaluation=sum(manifest.num_samples for manifest in against))
     names = _names(np.unique(np.concatenate([alike.leak_of, alike.duplicate_of])), files, store)
-    layers, first_file = [], sum(len(manifest.shards) for manifest in against)
+    made_by = {
+        "duplicates": {"max_distance": max_distance},
+        "sources": [one.hash for one in sources],
+        "against": [one.hash for one in against],
+    }
+    layers, rest = [], iter(files[sum(len(manifest.shards) for manifest in against) :])
     for manifest, hashes in zip(sources, hashed[len(against) :], strict=True):
-        made_by = {
-            "duplicates": {"max_distance": max_distance},
-            "sources": [one.hash for one in sources],
-            "against": [one.hash for one in against],
-        }
         writer = LayerWriter(join(out, f"duplicates-{manifest.hash[:12]}"), manifest.hash, made_by, store, hashes.hash)
-        own = files[first_file : first_file + len(manifest.shards)]
-        for _ in run(MarkShard(writer, store), _tasks(manifest, own, alike, names)):
+        for _ in run(MarkShard(writer, store), _tasks(islice(rest, len(manifest.shards)), alike, names)):
             pass
         layers.append(writer.commit(manifest))
-        first_file += len(manifest.shards)
     return layers
+
+
+def _parts(num_samples: int, max_distance: int, rows_in_memory: int) -> list[_Part]:
+    num_parts = -(-num_samples // rows_in_memory)
+    return [_Part(band, part, num_parts) for band in range(max_distance + 1) for part in range(num_parts)]
 
 
 def _files(manifests: Sequence[Manifest], hashed: Sequence[Layer]) -> Iterator[_File]:
@@ -193,7 +194,8 @@ def _names(ids: Ids, files: Sequence[_File], store: ObjectStore) -> dict[int, tu
     """Return name `SHARD_URL#key` and SHA-256 of samples."""
     names = {}
     for file in files:
-        rows = _within(ids, file) - file.first
+        low, high = _range(ids, file)
+        rows = ids[low:high] - file.first
         if len(rows):
             table = read_table(file.url, file.sha256, store, ["key", "image_sha256"]).take(rows)
             for row, key, sha256 in zip(rows.tolist(), *(column.to_pylist() for column in table.columns), strict=True):
@@ -201,16 +203,15 @@ def _names(ids: Ids, files: Sequence[_File], store: ObjectStore) -> dict[int, tu
     return names
 
 
-def _tasks(
-    manifest: Manifest, files: Sequence[_File], alike: _Alike, names: dict[int, tuple[str, bytes]]
-) -> Iterator[_MarkTask]:
-    for number, (shard, file) in enumerate(zip(manifest.shards, files, strict=True)):
-        low, high = np.searchsorted(alike.ids, [file.first, file.first + shard.num_samples])
+def _tasks(files: Iterable[_File], alike: _Alike, names: dict[int, tuple[str, bytes]]) -> Iterator[_MarkTask]:
+    for number, file in enumerate(files):
+        low, high = _range(alike.ids, file)
         rows = zip(*(column[low:high].tolist() for column in alike), strict=True)
         marks = tuple((id_ - file.first, names.get(leak), names.get(duplicate)) for id_, leak, duplicate in rows)
-        yield _MarkTask(number, shard, file, marks)
+        yield _MarkTask(number, file, marks)
 
 
-def _within(ids: Ids, file: _File) -> Ids:
+def _range(ids: Ids, file: _File) -> tuple[int, int]:
+    """Return where those of a shard's samples begin and end among sorted ids."""
     low, high = np.searchsorted(ids, [file.first, file.first + file.shard.num_samples])
-    return ids[low:high]
+    return int(low), int(high)
