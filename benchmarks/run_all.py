@@ -154,6 +154,14 @@ def layout(text: str) -> Iterator[Figure]:
         yield Figure("stage-2 step on two ranks", key, two, "one ZeRO-3 engine", one)
 
 
+def virtual(text: str) -> Iterator[Figure]:
+    """Sums in a fixed order against the ordinary reduction."""
+    for row in objects(text):
+        place = f"step of {row['recipe']}, {row['ranks']} ranks, {row['virtual ranks']} virtual ranks"
+        ours, theirs = (row[way]["CPU seconds"] for way in ("tree", "ordinary"))
+        yield Figure(place, "CPU s", ours, "each rank its own rows, reduced by DeepSpeed", theirs)
+
+
 def group_start(text: str) -> Iterator[Figure]:
     """Start of a worker group."""
     found = {
@@ -239,6 +247,7 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("stage1_speed", stage1),
         Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
+        Benchmark("virtual_ranks", virtual, [], ["--recipe", "tiny", "--ranks", "2"]),
         Benchmark("frozen_load", frozen),
         Benchmark("group_start", group_start, ["--rounds", "3"]),
         Benchmark("recovery", recovery, [str(assets)]),

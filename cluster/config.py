@@ -125,9 +125,10 @@ class JobConfig(TrainConfig):
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """World sizes the run may use, smallest first: between min and max, dividing the lanes."""
+        """World sizes the run may use, smallest first: between min and max, dividing virtual ranks or lanes."""
         workers = self.cluster.workers
-        return tuple(size for size in range(workers.min, workers.max + 1) if self.data.lanes % size == 0)
+        parts = self.run.virtual_ranks or self.data.lanes
+        return tuple(size for size in range(workers.min, workers.max + 1) if parts % size == 0)
 
     @model_validator(mode="after")
     def _check_world_sizes(self) -> Self:
@@ -135,8 +136,9 @@ class JobConfig(TrainConfig):
         if workers.min > workers.max:
             raise ValueError(f"cluster.workers: min = {workers.min} exceeds max = {workers.max}; raise max")
         if not self.world_sizes:
+            virtual, lanes = self.run.virtual_ranks, self.data.lanes
+            parts = f"run.virtual_ranks = {virtual}" if virtual else f"data.lanes = {lanes}"
             raise ValueError(
-                f"cluster.workers: no world size from {workers.min} to {workers.max} divides "
-                f"data.lanes = {self.data.lanes}; change either"
+                f"cluster.workers: no world size from {workers.min} to {workers.max} divides {parts}; change either"
             )
         return self

@@ -59,10 +59,12 @@ def stage_config(deepspeed: str, **changes: Any) -> StageConfig:
     return StageConfig(**sizes | {"deepspeed": deepspeed} | changes)
 
 
-def make_engine(deepspeed: str, model: nn.Module | None = None, **changes: Any) -> Engine:
+def make_engine(
+    deepspeed: str, model: nn.Module | None = None, virtual_ranks: int | None = None, **changes: Any
+) -> Engine:
     if model is None:
         changes = {"optimizer": {"lr_factors": LR_FACTORS}} | changes
-    return build_engine(model or Toy(), stage_config(deepspeed, **changes), LocalContext().rank)
+    return build_engine(model or Toy(), stage_config(deepspeed, **changes), LocalContext().rank, virtual_ranks)
 
 
 def accumulate(engine: Engine, step: int, num_micro_batches: int = 2) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import load_trained
+from isthmus.model.objectives.attention_masks import matching_mask, unimodal_mask
 from isthmus.model.objectives.communicator import Communicator, LocalCommunicator, ProcessGroupCommunicator
-from isthmus.model.objectives.stage1 import Stage1Model, matching_mask, unimodal_mask
+from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.layers import Rows
 from isthmus.model.qformer.packing import pack_captions

@@ -51,7 +51,7 @@ def run_ranks_unchecked(
 ) -> list[RankResult]:
     """Like `run_ranks`, but return each rank's value or traceback without raising: for tests of failing ranks."""
     context = mp.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     pipes: list[Connection] = []
     processes = []
     for rank in range(world_size):
@@ -121,7 +121,7 @@ def _rank_main(
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -1,12 +1,13 @@
 """The parts of a stage that do not depend on how it is run: model, tokenizer and task."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
+from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.compilation import compile_parts
@@ -69,6 +70,7 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         make_communicator(rank.world_size),
         run_seed=config.run.seed,
         micro_batch_size=config.stage1.micro_batch_size,
+        virtual_ranks=own_virtual_ranks(config, rank),
     )
     return Parts(task, encoder)
 
@@ -104,8 +106,15 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         make_communicator(rank.world_size),
         run_seed=config.run.seed,
         micro_batch_size=config.stage2.micro_batch_size,
+        virtual_ranks=own_virtual_ranks(config, rank),
     )
     return Parts(task, encoder)
+
+
+def own_virtual_ranks(config: TrainConfig, rank: Rank) -> Sequence[int]:
+    """Return the virtual ranks that a rank computes, in the order of its batches' rows; empty: the run has none."""
+    virtual = config.run.virtual_ranks
+    return virtual_ranks_of(rank.rank, rank.world_size, virtual) if virtual else ()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
         stack.enter_context(context.catch_signals())
         stack.enter_context(
             process_group(
-                context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
+                context.rank, config.safety.collective_timeout_seconds, deterministic=config.same_bits != "none"
             )
         )
         run = RunStore.open(config, store, owner=owner, allow_change=allow_change)

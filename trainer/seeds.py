@@ -2,8 +2,6 @@
 
 import hashlib
 
-import torch
-
 
 def derive_seed(*place: int | str) -> int:
     """Return a 63-bit seed that depends on every part of the place and on their order."""
@@ -14,8 +12,3 @@ def derive_seed(*place: int | str) -> int:
 def stage_seed(run_seed: int, stage: str) -> int:
     """Return the seed that a stage's model functions get; they add the step and the row."""
     return derive_seed("stage", run_seed, stage)
-
-
-def seed_step(run_seed: int, stage: str, step: int, rank: int) -> None:
-    """Set torch's global generators (dropout) for one step of one rank, so that no generator state is ever saved."""
-    torch.manual_seed(derive_seed("step", run_seed, stage, step, rank))

@@ -24,7 +24,7 @@ class Stage1Task(Task):
         """Return images, WordPiece tokens and identities on the device; the texts are packed from the host's tokens."""
         device, tokens = self.device, batch.tokens
         packed = pack_micro_batches(
-            tokens["input_ids"], tokens["attention_mask"], batch.valid_B, self._micro_batch_size
+            tokens["input_ids"], tokens["attention_mask"], batch.valid_B, self.rows_at_once(batch)
         )
         return Stage1Inputs(
             images_BCHW=preprocess_images(batch, self.model.vision, device),

@@ -1,6 +1,6 @@
 """Stage 2 as the trainer sees it: captions through the frozen language model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
@@ -23,15 +23,24 @@ class Stage2Task(Task):
     name: ClassVar[StageName] = "stage2"
 
     def __init__(
-        self, model: Any, encoder: LanguageEncoder, communicator: Communicator, *, run_seed: int, micro_batch_size: int
+        self,
+        model: Any,
+        encoder: LanguageEncoder,
+        communicator: Communicator,
+        *,
+        run_seed: int,
+        micro_batch_size: int,
+        virtual_ranks: Sequence[int] = (),
     ) -> None:
-        """`encoder` turns generated tokens into text."""
-        super().__init__(model, communicator, run_seed=run_seed, micro_batch_size=micro_batch_size)
+        """`encoder` turns generated tokens into text; the rest as in `Task`."""
+        super().__init__(
+            model, communicator, run_seed=run_seed, micro_batch_size=micro_batch_size, virtual_ranks=virtual_ranks
+        )
         self._encoder = encoder
 
     def inputs(self, batch: Batch) -> Stage2Inputs:
         """Return images and the language model's tokens on the device; the texts are packed from the host's tokens."""
-        return self._inputs(batch, self._micro_batch_size)
+        return self._inputs(batch, self.rows_at_once(batch))
 
     def _inputs(self, batch: Batch, micro_batch_size: int) -> Stage2Inputs:
         device = self.device

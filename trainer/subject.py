@@ -97,8 +97,8 @@ class RunTarget:
 
     def process_group(self) -> AbstractContextManager[Any]:
         """Join the process group as the run's training does."""
-        safety = self._config.safety
-        return process_group(self.rank, safety.collective_timeout_seconds, deterministic=safety.deterministic)
+        limit = self._config.safety.collective_timeout_seconds
+        return process_group(self.rank, limit, deterministic=self._config.same_bits != "none")
 
     def newest(self, stage: StageName | None) -> StageName:
         """Return a stage that has a checkpoint: the one given, or the last."""

@@ -120,7 +120,8 @@ class Trainer:
             init_from_stage1(self.config, self.run_store, self.store, self.task.model.trainable_parameters())
         self.frozen_guard = FrozenGuard(self.task.model)
         self.monitor.heartbeat()
-        self.engine = build_engine(self.task.model, self.stage, self.rank)
+        in_tree = self.config.run.virtual_ranks if self.config.same_bits == "world_size" else None
+        self.engine = build_engine(self.task.model, self.stage, self.rank, in_tree)
         self._stack.callback(self.engine.close)
         self.loader = self._stack.enter_context(closing(self._open_loader()))
         self.evaluator = Evaluator(self.task, self.engine.precision, self.config.evaluation, self._held_out_loader())
@@ -276,6 +277,7 @@ class Trainer:
             world_size=self.rank.world_size,
             skip_steps=self.stage.skip_steps,
             excluded=from_main_rank(lambda: excluded_samples(self.config.data, self.store)),
+            virtual_ranks=self.config.run.virtual_ranks,
         )
 
     def _held_out_loader(self) -> Loader | None:

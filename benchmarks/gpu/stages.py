@@ -166,7 +166,7 @@ def train_stage(settings: Settings, name: str) -> dict[str, Any]:
 def restore(settings: Settings, name: str) -> dict[str, Any]:
     """Save and restore the state; continue twice from it: are the bits equal, and what does the copy cost?"""
     deterministic = name == "restore_deterministic"
-    overrides = ("safety.deterministic=true",) if deterministic else ()
+    overrides = ("safety.same_bits=run",) if deterministic else ()
     with _Trained.open(settings, "stage1", TINY_ROWS if settings.tiny else 64, overrides) as trained:
         found = _snapshot(trained)
         kept = trained.pieces()
@@ -242,7 +242,7 @@ class _Trained:
         began = time.monotonic()
         config = recipe(settings.scratch, rows, tiny=settings.tiny, overrides=overrides)
         context, self.rows = LocalContext(), rows
-        limit, deterministic = config.safety.collective_timeout_seconds, config.safety.deterministic
+        limit, deterministic = config.safety.collective_timeout_seconds, config.same_bits != "none"
         stack.enter_context(process_group(context.rank, limit, deterministic=deterministic))
         parts = build_parts(config, stage, context.rank, ObjectStore())
         self.task, self.encoder = parts.task, parts.encoder

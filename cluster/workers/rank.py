@@ -18,7 +18,7 @@ def train(assignment: Assignment, context: RayContext) -> str:
     store = ObjectStore(config.store)
     context.serve_rendezvous()
     with process_group(
-        context.rank, config.safety.collective_timeout_seconds, deterministic=config.safety.deterministic
+        context.rank, config.safety.collective_timeout_seconds, deterministic=config.same_bits != "none"
     ) as device:
         if config.cluster.workers.gpus and device.type != "cuda":
             raise TrainerError(

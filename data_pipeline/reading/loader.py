@@ -11,6 +11,7 @@ from isthmus.data_pipeline.dataset.load_plan import Excluded, load_plan
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
+from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend
 from isthmus.data_pipeline.reading.batch import Batch, LanePart, PartRequest, TextEncoder
 from isthmus.data_pipeline.reading.loader_metrics import LoaderMetrics
@@ -35,9 +36,10 @@ class Loader:
         rank: This rank.
         world_size: Number of ranks; must divide the plan's lanes.
         train: False: whole images without augmentation, and rows beyond the first epoch are masked.
+        virtual_ranks: This rank has the lanes of its virtual ranks (`virtual_ranks_of`); none: every `world_size`-th.
 
     Raises:
-        DataError: `world_size` does not divide the lanes.
+        DataError: `world_size` does not divide the lanes or the virtual ranks.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Loader:
         rank: int,
         world_size: int,
         train: bool = True,
+        virtual_ranks: int | None = None,
     ) -> None:
         if plan.lanes % world_size:
             raise DataError(
@@ -61,6 +64,10 @@ class Loader:
         self._encoder = encoder
         self._image_size = image_size_pixels
         self.lanes = list(range(rank, plan.lanes, world_size))
+        if virtual_ranks is not None:
+            size = plan.lanes // virtual_ranks
+            own = virtual_ranks_of(rank, world_size, virtual_ranks)
+            self.lanes = list(range(own.start * size, own.stop * size))
         make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
         self._backend = _open_backend(config, make_reader, self.lanes, rank, world_size)
         self._parts = PartQueue(self._backend, config.reader_timeout_seconds, store)
@@ -200,6 +207,7 @@ def open_loader(
     train: bool = True,
     skip_steps: Sequence[tuple[int, int]] = (),
     excluded: Excluded | None = None,
+    virtual_ranks: int | None = None,
 ) -> Loader:
     """Load the manifests, make the plan (see `load_plan`) and open the loader of one rank.
 
@@ -210,7 +218,15 @@ def open_loader(
         config, store, seed=seed, global_batch_size=global_batch_size, skip_steps=skip_steps, excluded=excluded
     )
     return Loader(
-        config, store, plan, encoder, image_size_pixels=image_size_pixels, rank=rank, world_size=world_size, train=train
+        config,
+        store,
+        plan,
+        encoder,
+        image_size_pixels=image_size_pixels,
+        rank=rank,
+        world_size=world_size,
+        train=train,
+        virtual_ranks=virtual_ranks,
     )
 
 

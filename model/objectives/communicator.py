@@ -4,12 +4,15 @@ Gradients never travel here: features are exchanged detached, and each rank diff
 Letters: B rows of each rank, N rows of all ranks, W ranks, M rows that a rank asks for.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from isthmus.model.objectives.tree_sum import tree_all_reduce, tree_sum
 
 # Its new name from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,6 +34,15 @@ class Communicator(Protocol):
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks."""
+        ...
+
+    def sum_parts(self, parts: Sequence[Tensor], *, fixed_order: bool) -> Tensor:
+        """Return the sum over the parts of all ranks.
+
+        Args:
+            parts: this rank's, of one shape, in order; as many on all ranks.
+            fixed_order: add in the tree of `tree_sum`: the same bits on any number of ranks.
+        """
         ...
 
     def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
@@ -63,6 +75,11 @@ class LocalCommunicator:
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return `x`, detached."""
         return x.detach()
+
+    def sum_parts(self, parts: Sequence[Tensor], *, fixed_order: bool) -> Tensor:
+        """Return the sum of the parts."""
+        del fixed_order
+        return tree_sum(parts)
 
     def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
         """Return the rows asked for."""
@@ -103,6 +120,14 @@ class ProcessGroupCommunicator:
         dist.all_reduce(total, group=self._group)
         self.bytes_received["all_reduce_sum"] += total.nbytes
         return total
+
+    def sum_parts(self, parts: Sequence[Tensor], *, fixed_order: bool) -> Tensor:
+        """Return the sum over the parts of all ranks."""
+        own = tree_sum(parts)
+        if not fixed_order:
+            return self.all_reduce_sum(own)
+        self.bytes_received["all_reduce_sum"] += own.nbytes * (self.world_size.bit_length() - 1)
+        return tree_all_reduce(own, self._group)
 
     def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
         """Tell all ranks what each one asks for, then send each row at most once to each rank.

@@ -1,9 +1,12 @@
 """Image-text contrast (ITC) over the global batch on detached features: its value, its gradient, the similarities.
 
-Letters: B rows of this rank, N rows of the global batch, Q queries, E projection width, T text tokens.
+Letters: B rows of this rank or of one of its micro-batches, N rows of the global batch, Q queries, E projection width,
+T text tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,10 +40,14 @@ class GlobalBatch:
     gather_index_N: Tensor
     """Place of each column in the concatenation of all ranks' rows."""
 
+    def at(self, rows: slice) -> "GlobalBatch":
+        """Return the same for some of this rank's rows."""
+        return replace(self, positive_BN=self.positive_BN[rows], own_B=self.own_B[rows])
+
 
 @dataclass(frozen=True)
 class Contrast:
-    """This rank's share of the contrast; summed over ranks, loss and gradients are those of the global batch."""
+    """A micro-batch's share of the contrast: shares of all micro-batches of all ranks add up to the global batch's."""
 
     loss: Tensor
     image_to_text_BN: Tensor
@@ -49,6 +56,9 @@ class Contrast:
     """Logits, detached."""
     grads: tuple[Tensor, ...] = ()
     """With respect to image_BQE, text_BE and the temperature; empty where no gradient was asked for."""
+
+    key_grads: tuple[Tensor, ...] = ()
+    """With `itc_grad: full`, with respect to image_NQE and text_NE."""
 
     def hits(self, batch: GlobalBatch) -> list[Tensor]:
         """Count rows whose largest logit is a match, image to text and text to image."""
@@ -98,21 +108,57 @@ def gather_batch(
 
 def contrast_step(
     batch: GlobalBatch,
-    image_BQE: Tensor,
-    text_BE: Tensor,
+    features: Sequence[tuple[Tensor, Tensor]],
     temperature: Tensor,
     config: Stage1LossConfig,
     communicator: Communicator,
     *,
     with_gradient: bool,
-) -> Contrast:
-    """Compare this rank's images and texts with all texts and images.
+    fixed_order: bool,
+) -> list[Contrast]:
+    """Compare the images and texts of each micro-batch with all texts and images. Collective.
 
     With `itc_grad: anchor` the gradient flows to the anchors only, as in the original; with `full` to both sides.
+
+    Args:
+        batch: the global batch, and this rank's place in it.
+        features: image_BQE and text_BE of each micro-batch, detached.
+        temperature: the learned divisor.
+        config: weights and options.
+        communicator: sums the gradients of keys.
+        with_gradient: whether gradients are wanted.
+        fixed_order: see `Communicator.sum_parts`.
     """
-    leaves = [x.detach().clone().requires_grad_(with_gradient) for x in (image_BQE, text_BE, temperature)]
+    rows = row_slices([len(text_BE) for _, text_BE in features])
+    parts = [
+        _compare(batch.at(own), *pair, temperature, config, with_gradient=with_gradient)
+        for own, pair in zip(rows, features, strict=True)
+    ]
+    keys = zip(*(part.key_grads for part in parts), strict=True)
+    sums_N = [communicator.sum_parts(grads_N, fixed_order=fixed_order)[batch.own_B] for grads_N in keys]
+    if not sums_N:
+        return parts
+    return [_add_key_grads(part, [x_B[own] for x_B in sums_N]) for own, part in zip(rows, parts, strict=True)]
+
+
+def row_slices(sizes: Sequence[int]) -> list[slice]:
+    """Return where each of consecutive micro-batches has its rows."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _compare(
+    batch: GlobalBatch,
+    image_BQE: Tensor,
+    text_BE: Tensor,
+    temperature: Tensor,
+    config: Stage1LossConfig,
+    *,
+    with_gradient: bool,
+) -> Contrast:
+    leaves = [x.detach().requires_grad_(with_gradient) for x in (image_BQE, text_BE, temperature)]
     full = with_gradient and config.itc_grad == "full"
-    keys = [x.detach().clone().requires_grad_(full) for x in (batch.image_NQE, batch.text_NE)]
+    keys = [x.detach().requires_grad_(full) for x in (batch.image_NQE, batch.text_NE)]
     with torch.set_grad_enabled(with_gradient), torch.autocast(image_BQE.device.type, enabled=False):
         i2t_BN = text_image_similarity(leaves[0], keys[1]) / leaves[2]
         t2i_BN = image_text_similarity(keys[0], leaves[1]) / leaves[2]
@@ -121,7 +167,11 @@ def contrast_step(
         loss = (i2t + t2i) / (2 * batch.valid_N.sum().clamp_min(1))
     if not with_gradient:
         return Contrast(loss, i2t_BN, t2i_BN)
-    grads = list(torch.autograd.grad(loss, leaves + (keys if full else [])))
-    for i, key_grad in enumerate(grads[3:]):
-        grads[i] = grads[i] + communicator.all_reduce_sum(key_grad)[batch.own_B]
-    return Contrast(loss.detach(), i2t_BN.detach(), t2i_BN.detach(), tuple(grads[:3]))
+    grads = torch.autograd.grad(loss, leaves + (keys if full else []))
+    return Contrast(loss.detach(), i2t_BN.detach(), t2i_BN.detach(), grads[:3], grads[3:])
+
+
+def _add_key_grads(part: Contrast, key_grads: Sequence[Tensor]) -> Contrast:
+    """Add what flows to a micro-batch's features where they are others' keys."""
+    image_grad, text_grad, temperature_grad = part.grads
+    return replace(part, grads=(image_grad + key_grads[0], text_grad + key_grads[1], temperature_grad), key_grads=())

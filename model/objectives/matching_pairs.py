@@ -17,12 +17,13 @@ from torch import Tensor
 from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.contrastive import Contrast, GlobalBatch
 from isthmus.model.objectives.losses import NegativeChooser, NegativeDraw
+from isthmus.model.objectives.micro_batches import MicroBatches
 from isthmus.model.qformer.packing import PackedCaptions, PackedText
 from isthmus.model.splitmix import mix
 
 
 class Negatives(NamedTuple):
-    """The hard negatives of this rank's rows; a row without any has itself, and its negative pairs do not count."""
+    """The hard negatives of some rows; a row without any has itself, and its negative pairs do not count."""
 
     image_B: Tensor
     """Column of the negative image of each text."""
@@ -82,12 +83,12 @@ def fetch_pairs(
     texts: tuple[PackedCaptions, ...],
     image_BPC: Tensor,
     communicator: Communicator,
+    cut: MicroBatches,
 ) -> MatchingPairs:
     """Get the negatives of all micro-batches; of other ranks' images only the chosen ones are sent."""
-    alone = communicator.world_size == 1
     index_B = batch.gather_index_N[negatives.image_B]
-    width = _text_width(batch, texts, communicator)
-    all_here = alone and len(texts) == 1
+    width = _text_width(batch, texts, communicator, cut)
+    all_here = communicator.world_size == 1 and len(texts) == 1 and not cut.fixed
     return MatchingPairs(
         ids_BT=batch.ids_NT[negatives.text_B, :width],
         real_BT=batch.mask_NT[negatives.text_B, :width].bool(),
@@ -97,9 +98,12 @@ def fetch_pairs(
     )
 
 
-def _text_width(batch: GlobalBatch, texts: tuple[PackedCaptions, ...], communicator: Communicator) -> int:
+def _text_width(
+    batch: GlobalBatch, texts: tuple[PackedCaptions, ...], communicator: Communicator, cut: MicroBatches
+) -> int:
     """Return how many tokens hold any text of the global batch; of other ranks' the host knows no lengths."""
-    return max(text.length for text in texts) if communicator.world_size == 1 else batch.ids_NT.shape[1]
+    known = communicator.world_size == 1 and not cut.fixed
+    return max(text.length for text in texts) if known else batch.ids_NT.shape[1]
 
 
 def draw_rows(batch: GlobalBatch, num_rows: int, *, seed: int, step: int) -> Tensor:
@@ -142,17 +146,20 @@ def fetch_drawn_pairs(
     texts: tuple[PackedCaptions, ...],
     image_BPC: Tensor,
     communicator: Communicator,
+    cut: MicroBatches,
 ) -> DrawnPairs:
-    """Deal the drawn rows to the ranks and get what their pairs need."""
+    """Deal the drawn rows to the ranks, or to the virtual ranks, and get what their pairs need."""
     chosen = torch.stack([negatives.image_B, negatives.text_B], dim=1)
     everywhere = communicator.all_gather(torch.cat([chosen, negatives.counted_B3.long()], dim=1))
     chosen_N5 = everywhere[batch.gather_index_N]
-    ranks, num_drawn = communicator.world_size, len(drawn_R)
-    # Every rank has as many; what a share lacks is filled up with pairs that do not count.
-    place_S = torch.arange(communicator.rank, -(-num_drawn // ranks) * ranks, ranks, device=drawn_R.device)
+    shares, num_drawn = cut.virtual_ranks or [communicator.rank], len(drawn_R)
+    dealt_to = len(shares) * communicator.world_size
+    # Each share has as many; what one lacks is filled up with pairs that do not count.
+    end = -(-num_drawn // dealt_to) * dealt_to
+    place_S = torch.cat([torch.arange(share, end, dealt_to, device=drawn_R.device) for share in shares])
     own_S = drawn_R[place_S.clamp_max(num_drawn - 1)]
     image_S, text_S, counted_S3 = torch.split(chosen_N5[own_S], [1, 1, 3], dim=1)
-    width = _text_width(batch, texts, communicator)
+    width = _text_width(batch, texts, communicator, cut)
     text_S2 = torch.stack([own_S, text_S[:, 0]], dim=1)
     image_S2 = torch.stack([own_S, image_S[:, 0]], dim=1)
     image_2PC = communicator.all_to_all_rows(image_BPC, batch.gather_index_N[image_S2.flatten()])

@@ -5,17 +5,17 @@ passes (GradCache; Gao et al., 2021, "Scaling deep contrastive learning batch si
 
 1. Features of every micro-batch without a graph. The contrast of all of them gives its loss, the gradient with respect
    to each feature (the cache), and the negatives.
-2. Each micro-batch again, with a graph: matching and generation, and backward from the cached gradients. With a single
-   micro-batch the graph of the first pass is kept and nothing is computed twice.
+2. Each micro-batch again, with a graph: matching and generation, and backward from the cached gradients. Where all
+   rows may hold activations at once, the graphs of the first pass are kept and nothing is computed twice.
 
 Dropout masks are a function of (seed, step, rank, micro-batch, pass): both passes draw the same, and a resumed run
-repeats its steps; another split into ranks or micro-batches draws other masks, but the same negatives.
+repeats its steps; another split into ranks or micro-batches draws other masks, but the same negatives. With virtual
+ranks, which are micro-batches of their own, masks, shapes and the order of all sums depend on these alone.
 
 Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, Q queries, P patches, C feature width,
 T text tokens, E projection width, M = 3b pairs, K tokens that predict the next one, D width, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from isthmus.model.config import Stage1LossConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.vision import VisionEncoder
+from isthmus.model.objectives.attention_masks import contrast_and_generation_mask, matching_mask, unimodal_mask
 from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.contrastive import Contrast, GlobalBatch, contrast_step, gather_batch
+from isthmus.model.objectives.contrastive import Contrast, GlobalBatch, contrast_step, gather_batch, row_slices
 from isthmus.model.objectives.graph_cut import GraphCut
 from isthmus.model.objectives.losses import (
     LossOutput,
@@ -45,6 +46,7 @@ from isthmus.model.objectives.matching_pairs import (
     fetch_drawn_pairs,
     fetch_pairs,
 )
+from isthmus.model.objectives.micro_batches import MicroBatches
 from isthmus.model.objectives.stage1_inputs import Stage1Inputs
 from isthmus.model.qformer.layers import KV, ImageKV, PairKV, Rows
 from isthmus.model.qformer.packing import PackedCaptions, PackedText, Packing
@@ -170,6 +172,8 @@ class Stage1Model(nn.Module):
         micro_batch_size: int,
         communicator: Communicator,
         backward: Backward | None,
+        virtual_ranks: Sequence[int] = (),
+        end_micro_batch: Callable[[], None] = lambda: None,
     ) -> LossOutput:
         """Compute the losses of the global batch and call `backward` twice per micro-batch. Collective.
 
@@ -184,12 +188,15 @@ class Stage1Model(nn.Module):
             micro_batch_size: rows that hold activations at a time.
             communicator: connects the ranks of the global batch.
             backward: None: no gradient.
+            virtual_ranks: see `MicroBatches`.
+            end_micro_batch: called when a micro-batch has called `backward` for the last time.
 
         Raises:
             ModelError: inputs that do not fit the model.
         """
-        batch = batch.packed(micro_batch_size, self.qformer.config.max_positions)
-        return _Step(self, batch, communicator, seed, step, backward).run()
+        cut = MicroBatches(communicator.rank, micro_batch_size, virtual_ranks)
+        batch = batch.packed(cut.rows(len(batch.valid_B)), self.qformer.config.max_positions)
+        return _Step(self, batch, communicator, cut, seed, step, backward, end_micro_batch).run()
 
 
 class _Graph(NamedTuple):
@@ -208,51 +215,74 @@ class _Step:
         model: Stage1Model,
         batch: Stage1Inputs,
         communicator: Communicator,
+        cut: MicroBatches,
         seed: int,
         step: int,
         backward: Backward | None,
+        end_micro_batch: Callable[[], None],
     ) -> None:
         self._model, self._batch, self._texts, self._communicator = model, batch, batch.texts or (), communicator
-        self._seed, self._step, self._backward = seed, step, backward
+        self._cut, self._seed, self._step = cut, seed, step
+        self._backward, self._end_micro_batch = backward, end_micro_batch
+        self._rows = row_slices([text.batch for text in self._texts])
 
     def run(self) -> LossOutput:
         """Run both passes; return the losses of the global batch."""
-        sizes = [text.batch for text in self._texts]
-        image_BPC = self._model.features(self._batch).masked_fill(~self._batch.valid_B[:, None, None], 0.0)
-        images, single = torch.split(image_BPC, sizes), len(sizes) == 1
-        graphs = [self._encode(i, image_bPC, grad=single) for i, image_bPC in enumerate(images)]
-        image_BQE, text_BE = (torch.cat([x.encoded[k].detach() for x in graphs]) for k in (0, 1))
-        graph = graphs[0] if single else None
-        del graphs
-        config, own = self._model.config, (image_BQE, text_BE, self._model.temperature)
-        everything = gather_batch(self._communicator, self._batch, config, image_BQE, text_BE)
-        contrast = contrast_step(everything, *own, config, self._communicator, with_gradient=bool(self._backward))
-        choose = self._model.choose_negatives
-        negatives = choose_negatives(everything, contrast, choose, seed=self._seed, step=self._step)
+        image_BPC = torch.cat([self._model.features(self._batch.at(rows)) for rows in self._rows])
+        image_BPC = image_BPC.masked_fill(~self._batch.valid_B[:, None, None], 0.0)
+        images, fit_at_once = [image_BPC[rows] for rows in self._rows], len(image_BPC) <= self._cut.max_rows
+        graphs: list[_Graph | None] = []
+        features = []
+        for i, image_bPC in enumerate(images):
+            graph = self._encode(i, image_bPC, grad=fit_at_once)
+            features.append((graph.encoded.image_BQE.detach(), graph.encoded.text_BE.detach()))
+            graphs.append(graph if fit_at_once else None)
+            del graph
+        everything, contrasts = self._contrast(features)
+        negatives = self._negatives(everything, contrasts)
         counts = self._global_counts(negatives.counted_B3)
-        totals = torch.zeros(4, dtype=torch.float64, device=image_BPC.device)
         pairs, drawn = self._pairs(everything, negatives, image_BPC)
-        for i, part in enumerate(drawn):
-            totals[:2] += self._drawn_matching(i, part, counts)
-        start = 0
-        for i, size in enumerate(sizes):
-            rows = slice(start, start := start + size)
+        parts = []
+        for i, contrast in enumerate(contrasts):
+            itm_2 = self._drawn_matching(i, drawn[i], counts) if i < len(drawn) else counts.new_zeros(2).double()
             with torch.set_grad_enabled(self._backward is not None):
-                graph = graph or self._encode(i, images[i], grad=True)
-                totals += self._second_pass(i, rows, graph, pairs, contrast, counts)
-            graph = None  # it dies with its backward
-        return self._output(totals, everything, contrast, counts)
+                graph, graphs[i] = graphs[i] or self._encode(i, images[i], grad=True), None
+                losses_4 = self._second_pass(i, graph, pairs, contrast, counts)
+                del graph  # it dies with its backward
+            itc = [contrast.loss.double(), *contrast.hits(everything.at(self._rows[i]))]
+            parts.append(torch.stack([*itc, *(itm_2 + losses_4[:2]), *losses_4[2:]]))
+            self._end_micro_batch()
+        return self._output(parts, everything, counts)
+
+    def _contrast(self, features: list[tuple[Tensor, Tensor]]) -> tuple[GlobalBatch, list[Contrast]]:
+        """Bring the features of all ranks together and compare each micro-batch with them."""
+        config, temperature = self._model.config, self._model.temperature
+        own = [torch.cat(x) for x in zip(*features, strict=True)]
+        everything = gather_batch(self._communicator, self._batch, config, *own)
+        contrasts = contrast_step(
+            everything, features, temperature, config, self._communicator,
+            with_gradient=self._backward is not None, fixed_order=self._cut.fixed,
+        )  # fmt: skip
+        return everything, contrasts
+
+    def _negatives(self, everything: GlobalBatch, contrasts: list[Contrast]) -> Negatives:
+        choose = self._model.choose_negatives
+        parts = [
+            choose_negatives(everything.at(rows), contrast, choose, seed=self._seed, step=self._step)
+            for rows, contrast in zip(self._rows, contrasts, strict=True)
+        ]
+        return Negatives(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
     def _pairs(
         self, everything: GlobalBatch, negatives: Negatives, image_BPC: Tensor
     ) -> tuple[MatchingPairs | None, list[DrawnPairs]]:
-        """Return the pairs of all rows, or those of some."""
-        num_rows = self._model.config.itm_rows
+        """Return the pairs of all rows, or those of some, of which at most as many micro-batches are made."""
+        num_rows, communicator, cut = self._model.config.itm_rows, self._communicator, self._cut
         if num_rows is None or num_rows >= len(everything.rows_N):
-            return fetch_pairs(everything, negatives, self._texts, image_BPC, self._communicator), []
+            return fetch_pairs(everything, negatives, self._texts, image_BPC, communicator, cut), []
         rows_R = draw_rows(everything, num_rows, seed=self._seed, step=self._step)
-        drawn = fetch_drawn_pairs(everything, negatives, rows_R, self._texts, image_BPC, self._communicator)
-        return None, drawn.split(self._texts[0].batch)
+        drawn = fetch_drawn_pairs(everything, negatives, rows_R, self._texts, image_BPC, communicator, cut)
+        return None, drawn.split(cut.rows(len(drawn.weight_S3)))
 
     def _encode(self, i: int, image_bPC: Tensor, *, grad: bool) -> _Graph:
         self._seed_dropout(i, "encode")
@@ -267,23 +297,22 @@ class _Step:
         return self._communicator.all_reduce_sum(counts).clamp_min(1)
 
     def _second_pass(
-        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs | None, contrast: Contrast, counts: Tensor
+        self, i: int, graph: _Graph, pairs: MatchingPairs | None, contrast: Contrast, counts: Tensor
     ) -> Tensor:
         """Add the gradient of one micro-batch; return ITM and ITG, each with its hits."""
         config, encoded = self._model.config, graph.encoded
-        itm_2, remainder = self._matching(i, rows, graph, pairs, counts) if pairs else (counts.new_zeros(2), 0.0)
+        itm_2, remainder = self._matching(i, graph, pairs, counts) if pairs else (counts.new_zeros(2), 0.0)
         itg_logits_KV = self._model.qformer.language_head(encoded.source_KD, graph.words.weight_VD)
         itg = generation_loss(itg_logits_KV, encoded.target_K, config.label_smoothing) / counts[1]
         if self._backward:
-            itc = self._itc_surrogate(i, rows, encoded, contrast)
+            itc = self._itc_surrogate(encoded, contrast)
             self._backward(remainder + config.itg_weight * itg + config.itc_weight * itc)
         itg_hits = (itg_logits_KV.argmax(dim=1) == encoded.target_K).sum()
         return torch.stack([*itm_2.double(), itg.detach().double(), itg_hits.double()])
 
-    def _matching(
-        self, i: int, rows: slice, graph: _Graph, pairs: MatchingPairs, counts: Tensor
-    ) -> tuple[Tensor, Tensor | float]:
+    def _matching(self, i: int, graph: _Graph, pairs: MatchingPairs, counts: Tensor) -> tuple[Tensor, Tensor | float]:
         """Match a micro-batch's rows; return ITM and hits, and a zero through which the graph gets their gradient."""
+        rows = self._rows[i]
         text = pairs.texts(self._texts[i], rows)
         tensors = [self._model.embed_text(text, graph.words), *graph.image_kv.tensors()]
         known = len(tensors)
@@ -322,17 +351,17 @@ class _Step:
         hits = ((logits_M2.argmax(dim=1) == matches_M) * weight_M).sum()
         return self._model.config.itm_weight * itm, torch.stack([itm.detach().double(), hits.double()])
 
-    def _itc_surrogate(self, i: int, rows: slice, encoded: Encoded, contrast: Contrast) -> Tensor:
+    def _itc_surrogate(self, encoded: Encoded, contrast: Contrast) -> Tensor:
         """Return a scalar whose gradient is that of ITC with respect to this micro-batch's features: the cached one."""
         image_grad_BQE, text_grad_BE, temperature_grad = contrast.grads
-        scalar = (encoded.image_BQE * image_grad_BQE[rows]).sum() + (encoded.text_BE * text_grad_BE[rows]).sum()
-        return scalar + self._model.temperature * temperature_grad if i == 0 else scalar
+        scalar = (encoded.image_BQE * image_grad_BQE).sum() + (encoded.text_BE * text_grad_BE).sum()
+        return scalar + self._model.temperature * temperature_grad
 
-    def _output(self, totals: Tensor, everything: GlobalBatch, contrast: Contrast, counts: Tensor) -> LossOutput:
-        """Sum over ranks."""
+    def _output(self, parts: list[Tensor], everything: GlobalBatch, counts: Tensor) -> LossOutput:
+        """Sum over micro-batches and ranks."""
         config = self._model.config
-        totals = torch.cat([torch.stack([contrast.loss.double(), *contrast.hits(everything)]), totals])
-        itc, i2t_hits, t2i_hits, itm, itm_hits, itg, itg_hits = self._communicator.all_reduce_sum(totals).float()
+        totals = self._communicator.sum_parts(parts, fixed_order=self._cut.fixed).float()
+        itc, i2t_hits, t2i_hits, itm, itm_hits, itg, itg_hits = totals
         num_valid = everything.valid_N.sum().float()
         metrics = {
             "itm_accuracy": itm_hits / counts[0],
@@ -349,45 +378,7 @@ class _Step:
     def _seed_dropout(self, i: int, phase: str) -> None:
         """Make dropout masks a function of the place in the run, so that both passes have the same."""
         if self._model.training and self._model.qformer.config.dropout:
-            place = f"{self._seed}/{self._step}/{self._communicator.rank}/{i}/{phase}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 1)
-
-
-# The three self-attention masks of BLIP-2 (figure 2); True: may attend. Queries come before text.
-
-
-def unimodal_mask(real_BT: Tensor) -> Tensor:
-    """Contrast: text sees real text only; queries see queries only. Returns B, 1, 1, T for the text rows."""
-    return real_BT[:, None, None, :]
-
-
-def matching_mask(real_BT: Tensor, num_queries: int) -> Tensor:
-    """Matching, bidirectional: every row sees all queries and all real text. Returns B, 1, 1, Q + T for any row."""
-    return F.pad(real_BT, (num_queries, 0), value=True)[:, None, None, :]
-
-
-def causal_mask(real_BT: Tensor, num_queries: int) -> Tensor:
-    """Generation: text sees all queries and the text up to itself. Returns B, 1, T, Q + T for the text rows."""
-    length = real_BT.shape[1]
-    earlier_TT = torch.ones(length, length, dtype=torch.bool, device=real_BT.device).tril()
-    return F.pad(earlier_TT & real_BT[:, None, :], (num_queries, 0), value=True)[:, None]
-
-
-def contrast_and_generation_mask(real_BT: Tensor, num_queries: int) -> Tensor:
-    """Contrast and generation at once: queries, text, decoder input, none of which sees more than by itself.
-
-    Returns B, 1, Q + 2T, Q + 2T.
-    """
-    batch, length = real_BT.shape
-    text, decoder = num_queries, num_queries + length
-    mask_BLL = real_BT.new_zeros(batch, decoder + length, decoder + length)
-    mask_BLL[:, :text, :text] = True
-    mask_BLL[:, text:decoder, text:decoder] = unimodal_mask(real_BT)[:, 0]
-    causal_BTL = causal_mask(real_BT, num_queries)[:, 0]
-    mask_BLL[:, decoder:, :text], mask_BLL[:, decoder:, decoder:] = torch.split(
-        causal_BTL, [num_queries, length], dim=2
-    )
-    return mask_BLL[:, None]
+            self._cut.seed_dropout(self._seed, self._step, i, phase)
 
 
 def _unit_vectors(x: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _after(owner: Any, name: str, points: Points, point: str) -> None:
 
 def _in_collectives(dist: Any, points: Points) -> None:
     """Let the fault happen an instant after the collective has begun."""
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "batch_isend_irecv"):
         wrapped = getattr(dist, name)
 
         def passing(*args: Any, wrapped: Any = wrapped, **kwargs: Any) -> Any:

@@ -102,7 +102,8 @@ class Place:
             "model.vision.path": assets / "vision",
             "model.qformer.tokenizer": assets / "bert",
             "model.language.path": assets / "opt",
-            "model.qformer.dropout": 0.0 if schedule.elastic else 0.1,
+            "model.qformer.dropout": 0.1,
+            "run.virtual_ranks": 4 if schedule.elastic else "null",
         }
         if schedule.cache:
             places |= {"data.cache_dir": run_folder / "cache", "data.cache_bytes": 1 << 20}

@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def elastic(self) -> bool:
-        """Whether the world size changes: then losses are compared, not bits."""
+        """Whether the world size changes; the run then has virtual ranks."""
         return len(set(self.worlds)) > 1
 
     def world(self, attempt: int) -> int:

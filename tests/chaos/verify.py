@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from tests.chaos.faults import number_of_files
 from tests.chaos.pipeline import BUCKET, STEPS, Run
 
 ENDING_SECONDS = 20.0
-LOSS_TOLERANCE = 1e-5
 
 Keys = dict[tuple[str, int], list[tuple[int, str, bool, tuple[int, ...]]]]
 """(stage, step) -> row, key, validity and (source, epoch, position) of each sample of the global batch, by row."""
@@ -59,26 +57,20 @@ def problems(run: Run, expected: Ending) -> list[str]:
         actual = ending(run)
     except Exception as error:  # noqa: BLE001 - whatever cannot be read is a problem of the run
         return [*found, f"the end cannot be read: {type(error).__name__}: {error}"]
-    if not run.schedule.elastic:
-        found += [f"{stage}: other final state" for stage in STEPS if actual.digests[stage] != expected.digests[stage]]
-        found += [] if actual.export == expected.export else ["other export"]
+    found += [f"{stage}: other final state" for stage in STEPS if actual.digests[stage] != expected.digests[stage]]
+    found += [] if actual.export == expected.export else ["other export"]
     for stage in STEPS:
-        found += _compare_losses(stage, actual.losses[stage], expected.losses[stage], exact=not run.schedule.elastic)
+        found += _compare_losses(stage, actual.losses[stage], expected.losses[stage])
     found += _compare_keys(actual.keys, expected.keys)
     return found + _leftovers(run)
 
 
-def _compare_losses(
-    stage: str, actual: list[tuple[int, float]], expected: list[tuple[int, float]], *, exact: bool
-) -> list[str]:
+def _compare_losses(stage: str, actual: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[str]:
     if [step for step, _ in actual] != [step for step, _ in expected]:
         return [f"{stage}: the metrics have steps {[step for step, _ in actual]}"]
-    tolerance = 0.0 if exact else LOSS_TOLERANCE
     pairs = zip(actual, expected, strict=True)
     return [
-        f"{stage} step {step}: loss {one!r}, undisturbed {other!r}"
-        for (step, one), (_, other) in pairs
-        if not math.isclose(one, other, rel_tol=tolerance, abs_tol=0.0)
+        f"{stage} step {step}: loss {one!r}, undisturbed {other!r}" for (step, one), (_, other) in pairs if one != other
     ]
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.engine import Engine
 from isthmus.trainer.engine.optimizer import parameter_groups
 from isthmus.trainer.engine.process_group import process_group
+from isthmus.trainer.errors import ConfigError
 from tests.engine_toys import (
     BATCH,
     LR_FACTORS,
@@ -31,6 +33,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
 LIMIT_SECONDS = 60.0  # as in tests/ranks.py
+VIRTUAL_RANKS = 4
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 30, "reduce_bucket_size": 100_000, "sub_group_size": 200}
 
 
@@ -93,7 +96,11 @@ def on_two_ranks(rank: int, world_size: int, templates: list[str]) -> dict[str, 
         states = {template: resume(template) for template in templates}
         for template in templates[:2]:
             poison(template, rank)
-        return {"states": states, "uneven": uneven(rank), "limits": limits(templates[2])}
+        trees = {template: in_tree(template) for template in templates[:2]}
+        return {
+            "states": states, "uneven": uneven(rank), "limits": limits(templates[2]), "trees": trees,
+            "norms": train(make_engine(templates[0]), 0, 7),
+        }  # fmt: skip
 
 
 def on_one_rank(rank: int, world_size: int, templates: list[str], half_of_two: list[Pieces]) -> dict[str, Any]:
@@ -101,8 +108,11 @@ def on_one_rank(rank: int, world_size: int, templates: list[str], half_of_two: l
     _, zero2, zero3 = templates
     states = {template: resume(template) for template in templates}
     half_precision()
+    with pytest.raises(ConfigError, match="stage 1 or 2"):
+        make_engine(zero3, virtual_ranks=VIRTUAL_RANKS)
+    trees = {template: in_tree(template) for template in templates[:2]}
     through, on = continued(zero3, half_of_two, 10, 10), continued(zero2, half_of_two, 10, 20)
-    return {"states": states, "through": through, "on": on}
+    return {"states": states, "through": through, "on": on, "trees": trees}
 
 
 def continued_on_ranks(rank: int, world_size: int, *args: Any) -> list[Pieces]:
@@ -209,6 +219,37 @@ def poison(template: str, rank: int) -> None:
     train(resumed, 6, 8)
     assert_same(gathered(resumed), full)
     resumed.close()
+
+
+def in_tree(template: str) -> tuple[list[Pieces], list[float]]:
+    """Train 20 steps with virtual ranks, of which one has a NaN in step 7; return state and norms."""
+    engine, rows, norms = make_engine(template, virtual_ranks=VIRTUAL_RANKS), BATCH // VIRTUAL_RANKS, []
+    for step in range(20):
+        before = gathered(engine)
+        x, y = batch_of(step)
+        for part in virtual_ranks_of(engine.rank.rank, engine.rank.world_size, VIRTUAL_RANKS):
+            own = slice(part * rows, (part + 1) * rows)
+            engine.backward(engine.module.loss(x[own], y[own]))
+            if step == 7 and part == 1:
+                engine._parameters["body.second.bias"].grad[0] = float("nan")
+            engine.end_micro_batch()
+        result = engine.step(lr=1e-2 / (step + 1))
+        norms.append(result.grad_norm)
+        if step == 7:
+            assert not result.applied
+            assert_same(gathered(engine), before)
+    state = gathered(engine)
+    engine.close()
+    return state, norms
+
+
+def test_sums_in_a_tree_have_the_same_bits_on_one_and_two_ranks(one: dict[str, Any], two: dict[str, Any]) -> None:
+    expected, norms = two["trees"]["stage1_zero1"]
+    assert norms[7] == float("inf")
+    for found in (*one["trees"].values(), *two["trees"].values()):
+        assert_same(found[0], expected)
+        assert found[1] == norms
+    assert norms[:7] == pytest.approx(two["norms"], rel=1e-5)
 
 
 def uneven(rank: int) -> list[Pieces]:

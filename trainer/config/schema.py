@@ -10,6 +10,7 @@ from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
 
 StageName = Literal["stage1", "stage2"]
+SameBits = Literal["world_size", "run", "none"]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
@@ -31,6 +32,9 @@ class RunConfig(Config):
     """Seed of everything random."""
     export: bool = True
     """Export the result after the last stage."""
+    virtual_ranks: int | None = Field(None, gt=0)
+    """Equal parts of the global batch that are computed alike on any number of workers that divides it, each with its
+    own dropout masks: a power of two that divides data.lanes. None: parts are what workers have."""
 
 
 class OptimizerConfig(Config):
@@ -178,8 +182,19 @@ class SafetyConfig(Config):
     """A rank that makes no progress for this long dumps its stacks and is killed."""
     collective_timeout_seconds: float = Field(300.0, gt=0)
     """Limit of one collective operation."""
-    deterministic: bool = False
-    """On CUDA use deterministic algorithms only, so that a step repeats bit by bit; slower. The CPU always does."""
+    same_bits: SameBits | None = None
+    """What ends with the same bits. run: an interrupted run on as many workers (on CUDA by deterministic algorithms,
+    which are slower; the CPU always does). world_size: on any number of workers, by sums in a fixed order; needs
+    run.virtual_ranks. None: world_size where the run has virtual ranks, else none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_deterministic(cls, raw: Any) -> Any:
+        """`deterministic: true`, the key of the first release, means same_bits: run."""
+        if not isinstance(raw, dict) or "deterministic" not in raw:
+            return raw
+        raw = dict(raw)
+        return {"same_bits": "run", **raw} if raw.pop("deterministic") else raw
 
 
 class TrainConfig(Config):
@@ -217,6 +232,11 @@ class TrainConfig(Config):
         assert stage is not None, name
         return stage
 
+    @property
+    def same_bits(self) -> SameBits:
+        """What ends with the same bits."""
+        return self.safety.same_bits or ("world_size" if self.run.virtual_ranks else "none")
+
     def model_at(self, name: StageName) -> ModelConfig:
         """Return the model's configuration in a stage: frozen types that follow the stage's precision are resolved."""
         return self.model.at(self.stage(name).precision)
@@ -242,7 +262,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Self:
-        problems = list(_cross_field_problems(self))
+        problems = [*_cross_field_problems(self), *_virtual_rank_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -284,4 +304,27 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
         ]
     if config.stage2 and not config.model.language:
         problems.append("model.language: needed by stage2; set model.language.path")
+    return problems
+
+
+def _virtual_rank_problems(config: TrainConfig) -> list[str]:
+    """Return one message per rule about virtual ranks that is broken."""
+    virtual = config.run.virtual_ranks
+    if virtual is None:
+        wanted = config.safety.same_bits == "world_size"
+        return ["safety.same_bits: 'world_size' needs run.virtual_ranks; set it in a new run"] if wanted else []
+    problems = []
+    if virtual & (virtual - 1):
+        problems.append(
+            f"run.virtual_ranks: {virtual} is not a power of two; set {1 << virtual.bit_length() - 1}, or another one"
+        )
+    if config.data.lanes % virtual:
+        problems.append(f"run.virtual_ranks: {virtual} does not divide data.lanes = {config.data.lanes}; change either")
+    for name in config.stages:
+        stage = config.stage(name)
+        if stage.global_batch_size > virtual * stage.micro_batch_size:
+            problems.append(
+                f"{name}.micro_batch_size: {stage.micro_batch_size}, but a virtual rank is computed at once and has "
+                f"{stage.global_batch_size // virtual} rows (global_batch_size / run.virtual_ranks); raise either"
+            )
     return problems

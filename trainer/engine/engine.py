@@ -1,11 +1,11 @@
 """DeepSpeed holds and updates the trainable part.
 
 Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the state whatever the precision.
-Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step`, in parameter order.
+Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step` (`update.py`).
 """
 
 import math
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ from isthmus.trainer.engine.state_shards import (
     places,
     refresh_working_copies,
 )
-from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.engine.update import DeepSpeedUpdate, TreeUpdate, pad_groups
+from isthmus.trainer.errors import ConfigError, TrainerError
 
 _LOSS_SCALE_START = 2.0**16
 _LOSS_SCALE_GROWTH_STEPS = 2000
@@ -76,6 +77,7 @@ class Engine:
         stage_config: StageConfig,
         rank: Rank,
         device: torch.device,
+        virtual_ranks: int | None,
     ) -> None:
         """Use `build_engine`."""
         self.module = module
@@ -89,24 +91,29 @@ class Engine:
         self._optimizer = optimizer
         self._max_norm = stage_config.optimizer.max_grad_norm
         self._steps = 0
-        self._accumulation: ExitStack | None = None
+        self._seen_backward = False
         optimizer.gradient_factor = self._gradient_factor
         self._fill_state(step=0)
+        self._update: DeepSpeedUpdate | TreeUpdate = (
+            TreeUpdate(self._zero, optimizer, virtual_ranks)
+            if virtual_ranks
+            else DeepSpeedUpdate(wrapped, parameters, rank.world_size)
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a scalar; over all calls and ranks contributions sum up.
 
         May be called any number of times per step. A loss that is not finite skips the step on all ranks.
         """
-        if self._accumulation is None:
-            self._accumulation = ExitStack()
-            self._accumulation.enter_context(self._wrapped.coalesce_grad_reduction())
-        self._zero.clear_backward_seen_flag()
-        # DeepSpeed divides by the world size. A NaN factor makes the global norm NaN on all ranks without a collective.
-        factor = self.rank.world_size * (self.loss_scale or 1.0)
-        finite = torch.isfinite(loss.detach())
+        self._seen_backward = True
+        # A NaN factor makes the global norm NaN on all ranks without a collective.
+        factor = torch.where(torch.isfinite(loss.detach()), self.loss_scale or 1.0, float("nan"))
         with torch.autocast(self.device.type, enabled=False):
-            self._wrapped.backward(loss * torch.where(finite, factor, float("nan")).to(loss.dtype))
+            self._update.backward(loss * factor.to(loss.dtype))
+
+    def end_micro_batch(self) -> None:
+        """Say that the gradient of a micro-batch is complete: sums in a fixed order are sums over micro-batches."""
+        self._update.end_micro_batch()
 
     def step(self, lr: float) -> StepResult:
         """Reduce, agree, clip and update with learning rate `lr`. Collective.
@@ -114,19 +121,16 @@ class Engine:
         Raises:
             TrainerError: `backward` was not called since the last step.
         """
-        if self._accumulation is None:
+        if not self._seen_backward:
             raise TrainerError("step without backward: every rank must call Engine.backward before Engine.step")
-        self._add_missing_gradients()
-        self._accumulation.close()
-        self._accumulation = None
+        self._seen_backward = False
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        self._wrapped.step()
-        applied = bool(self._wrapped.was_step_applied())
+        applied = self._update.step()
         self._steps += 1
         if not applied:
             self._count_steps()
-        found = self._zero._global_grad_norm if applied else math.inf
+        found = self._update.norm if applied else math.inf
         norm = torch.as_tensor(found, dtype=torch.float32, device=self.device) / (self.loss_scale or 1.0)
         scale = self.loss_scale
         self._adapt_loss_scale(applied)
@@ -169,13 +173,7 @@ class Engine:
 
     def _gradient_factor(self) -> Tensor | float:
         scale = self.loss_scale or 1.0
-        return clip_factor(self._zero._global_grad_norm / scale, self._max_norm, scale)
-
-    def _add_missing_gradients(self) -> None:
-        """Give parameters that no loss of this rank reached a zero gradient, so that all ranks reduce the same ones."""
-        for parameter in self._parameters.values():
-            if parameter.grad is None and not hasattr(parameter, "ds_id"):
-                parameter.grad = torch.zeros_like(parameter)
+        return clip_factor(self._update.norm / scale, self._max_norm, scale)
 
     def _fill_state(self, step: int) -> None:
         """Make the optimizer's state, which it would otherwise make in its first step."""
@@ -188,8 +186,8 @@ class Engine:
 
     def _count_steps(self) -> None:
         """Let AdamW count skipped steps too: then the bias correction is a function of the step alone."""
-        for flat in flat_tensors(self._zero):
-            self._optimizer.state[flat]["step"].fill_(float(self._steps))
+        for state in self._optimizer.state.values():
+            state["step"].fill_(float(self._steps))
 
     def _tensor(self, flat: nn.Parameter, kind: str) -> Tensor:
         state: dict[str, Tensor] = self._optimizer.state[flat]
@@ -205,7 +203,9 @@ class Engine:
             self.loss_scale = min(_LOSS_SCALE_MAX, self.loss_scale * 2)
 
 
-def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -> Engine:
+def build_engine(
+    task_model: nn.Module, stage_config: StageConfig, rank: Rank, virtual_ranks: int | None = None
+) -> Engine:
     """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
 
     Args:
@@ -213,6 +213,11 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
             by `load_frozen_lm` inside it has an engine of its own.
         stage_config: Template, precision and optimizer.
         rank: Place of this process in the process group, which exists already.
+        virtual_ranks: Add their gradients in a fixed order: the same bits on any number of ranks; none: as is fastest.
+
+    Raises:
+        ConfigError: the template does not fit virtual ranks.
+        TrainerError: the device does not fit the precision.
     """
     device = select_device(rank)
     if device.type == "cuda":
@@ -223,19 +228,21 @@ def build_engine(task_model: nn.Module, stage_config: StageConfig, rank: Rank) -
     task_model.to(device)
     schedule = stage_config.optimizer
     offloaded = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    groups = parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors)
+    padding = _prepare_tree(groups, deepspeed_config, virtual_ranks) if virtual_ranks else []
     optimizer = ClippedAdamW(
-        parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors),
+        groups,
         schedule,
         fused=device.type == "cuda" and not offloaded,
     )
     broadcast_scalars(parameters.values())
     wrapped, *_ = load_deepspeed().initialize(
-        model=_trainable_module(task_model, parameters, deepspeed_config),
+        model=_trainable_module(task_model, [*parameters.values(), *padding], deepspeed_config),
         optimizer=optimizer,
         config=deepspeed_config,
         dist_init_required=False,
     )
-    return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device)
+    return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device, virtual_ranks)
 
 
 def allow_tf32(*, enabled: bool) -> None:
@@ -251,11 +258,25 @@ def _check_bf16(device: torch.device, stage_config: StageConfig) -> None:
         )
 
 
-def _trainable_module(model: nn.Module, parameters: dict[str, nn.Parameter], config: dict[str, Any]) -> nn.Module:
+def _prepare_tree(
+    groups: list[dict[str, Any]], deepspeed_config: dict[str, Any], virtual_ranks: int
+) -> list[nn.Parameter]:
+    """Make DeepSpeed's layout one that virtual ranks can share; return the parameters that pad it."""
+    zero = deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3:
+        raise ConfigError(
+            "safety.same_bits: world_size needs a DeepSpeed template of stage 1 or 2 for the trainable part, not 3; "
+            "use stage1_zero1, or set safety.same_bits: run"
+        )
+    deepspeed_config["zero_optimization"] = {**zero, "round_robin_gradients": False}  # would reorder by world size
+    return pad_groups(groups, virtual_ranks)
+
+
+def _trainable_module(model: nn.Module, parameters: list[nn.Parameter], config: dict[str, Any]) -> nn.Module:
     """Return what DeepSpeed sees: under ZeRO-1 and 2 just the tensors, under ZeRO-3 the modules that fetch them."""
     if config["zero_optimization"]["stage"] < 3:
-        return nn.ParameterList(parameters.values())
-    wanted = set(map(id, parameters.values()))
+        return nn.ParameterList(parameters)
+    wanted = set(map(id, parameters))
     if any(id(parameter) in wanted for parameter in model.parameters(recurse=False)):
         raise TrainerError(
             "deepspeed: stage 3 needs every trainable parameter of the model in a submodule; use a template of stage 1"

@@ -109,7 +109,10 @@ class _Stage:
         self.config, self.stage, self.parts, self.cluster, self.assumptions = config, stage, parts, cluster, assumptions
         self.chosen, self.q = chosen, config.model.qformer
         self.local = chosen.global_batch_size // cluster.num_gpus
-        self.micro = min(chosen.micro_batch_size, self.local)
+        virtual = config.run.virtual_ranks
+        self.micro = min(chosen.micro_batch_size, self.local, chosen.global_batch_size // (virtual or 1))
+        self.in_tree = config.same_bits == "world_size"
+        self.waiting_sums = math.log2(max(1, virtual // cluster.num_gpus)) if virtual and self.in_tree else 0.0
         self.frozen_zero = frozen_config(chosen.deepspeed)["zero_optimization"]
         self.trainable_zero = trainable_config(chosen.deepspeed)["zero_optimization"]
         self.text = Text(real=assumptions.real_text_tokens, longest=assumptions.longest_text_tokens)
@@ -165,8 +168,9 @@ class _Stage:
             return stage2_work(self.q, self.parts.vision, self.language, self.text)
         work = stage1_work(self.q, self.parts.vision, self.text, matched=self.config.matched_share)
         foreign = self.outside(self.micro) * foreign_image_flops(self.q, self.parts.vision)
-        again = feature_pass_flops(self.q, self.parts.vision, self.text) if self.micro < self.local else 0.0
-        return Work(work.vision, work.qformer + foreign + again)
+        again = self.chosen.micro_batch_size < self.local
+        twice = feature_pass_flops(self.q, self.parts.vision, self.text) if again else 0.0
+        return Work(work.vision, work.qformer + foreign + twice)
 
     def outside(self, micro: int) -> float:
         """Negative images per row that are encoded again: one, unless the micro-batch is the global batch.
@@ -260,10 +264,12 @@ class _Stage:
     def with_activations(self, fixed: Memory, micro: int, *, checkpointed: bool | None = None) -> Memory:
         """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced.
 
-        The bucket of that reduction is allocated in full, whatever goes into it, and freed again.
+        The bucket of that reduction is allocated in full, whatever goes into it, and freed again. A reduction in a tree
+        has a flat copy of the gradient and as much that is exchanged; before, sums wait at each level of the tree.
         """
-        kept = micro * self.activations(micro, checkpointed=checkpointed)
-        return replace(fixed, activations=max(kept, FP32 * float(self.trainable_zero.get("reduce_bucket_size", 5e8))))
+        kept = micro * self.activations(micro, checkpointed=checkpointed) + FP32 * self.trainable * self.waiting_sums
+        reduced = 2.0 * self.trainable if self.in_tree else float(self.trainable_zero.get("reduce_bucket_size", 5e8))
+        return replace(fixed, activations=max(kept, FP32 * reduced))
 
     def largest_micro_batch(self) -> int:
         """Return how many samples fit at a time."""
@@ -285,7 +291,7 @@ class _Stage:
             self.q, self.parts.vision, self.language,
             trainable=self.trainable, world_size=self.cluster.num_gpus, local=self.local, micro=self.micro,
             vision_element=self.vision_element, language_element=self.language_element,
-            reuse_distance=self.reuse_distance, matched=self.config.matched_share,
+            reuse_distance=self.reuse_distance, matched=self.config.matched_share, in_tree=self.in_tree,
         )  # fmt: skip
 
     def roofline(self, work: Work, traffic: Traffic) -> dict[str, float]:

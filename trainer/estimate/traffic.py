@@ -43,15 +43,17 @@ def stage_traffic(
     language_element: int,
     reuse_distance: float,
     matched: float = 1.0,
+    in_tree: bool = False,
 ) -> Traffic:
     """Count a step of stage 1 (`language` none) or 2, trainable part in fp32 under ZeRO-1.
 
     ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch, but for the last ones of the
     forward pass, which backward needs again within `reuse_distance` parameters. `matched`: share of the rows whose
-    matching pairs are run; below 1 their own images travel as the negative ones do.
+    matching pairs are run; below 1 their own images travel as the negative ones do. `in_tree`: gradients are summed in
+    a fixed order, each part for the rank that needs it, instead of by an all-reduce.
     """
     share = (world_size - 1) / world_size
-    gradients = 3 * share * FP32 * trainable
+    gradients = (2 if in_tree else 3) * share * FP32 * trainable
     if language is None:
         total = local * world_size
         features = vision.num_tokens * vision.width * vision_element

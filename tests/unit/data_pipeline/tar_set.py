@@ -83,6 +83,7 @@ def loader(
     store=None,
     encoder=None,
     skip_steps=(),
+    virtual_ranks=None,
     **options,
 ) -> Loader:
     """A loader over manifests, by default in this process."""
@@ -100,6 +101,7 @@ def loader(
         world_size=world_size,
         train=train,
         skip_steps=skip_steps,
+        virtual_ranks=virtual_ranks,
     )
 
 

@@ -84,6 +84,13 @@ def test_every_world_size_has_the_same_global_batch(manifest, world_size):
         assert part.keys == [whole.keys[row] for row in rows]
 
 
+@pytest.mark.parametrize(("world_size", "lanes"), [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]])])
+def test_a_rank_has_the_lanes_of_its_virtual_ranks(manifest, world_size, lanes):
+    for rank in range(world_size):
+        (part,) = take(loader(manifest, rank=rank, world_size=world_size, virtual_ranks=4), 2, 1)
+        assert [row // 2 for row in part.rows_B.tolist()[::2]] == lanes[rank]
+
+
 def test_augmentation_changes_between_epochs_and_with_the_seed(manifest):
     def by_key(start, seed=5):
         batches = take(loader(manifest, seed=seed), start, 8)
@@ -228,6 +235,8 @@ def test_a_lost_shard_is_masked_until_the_budget_stops_and_names_it(tmp_path, da
 def test_sizes_that_do_not_divide_are_refused(manifest):
     with pytest.raises(DataError, match=r"3 ranks do not divide data.lanes = 4"):
         loader(manifest, world_size=3)
+    with pytest.raises(DataError, match=r"3 workers cannot share 4 virtual ranks equally; use 1, 2, 4 workers"):
+        loader(manifest, world_size=3, lanes=12, batch=12, virtual_ranks=4)
     with pytest.raises(DataError, match=r"data.lanes = 4 does not divide the global batch size 10"):
         loader(manifest, batch=10)
 

@@ -26,12 +26,12 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("stage2")
 
 
-def run(model, inputs, micro_batch_size=8):
+def run(model, inputs, micro_batch_size=8, step=0):
     model.zero_grad()
     output = model.loss_and_backward(
         inputs,
         seed=0,
-        step=0,
+        step=step,
         micro_batch_size=micro_batch_size,
         communicator=LocalCommunicator(),
         backward=lambda loss: loss.backward(),
@@ -103,13 +103,10 @@ def test_dropout_of_the_language_model_is_a_switch(root, kind):
     parts = stage2_parts(root, kind, dropout=True)
     quiet = [float(run(parts.model.eval(), parts.inputs())[0].total) for _ in range(2)]
     parts.model.train()
-    torch.manual_seed(0)
-    loud = [float(run(parts.model, parts.inputs())[0].total) for _ in range(2)]
-    torch.manual_seed(0)
-    again = float(run(parts.model, parts.inputs())[0].total)
+    loud = [float(run(parts.model, parts.inputs(), step=step)[0].total) for step in (0, 1, 0)]
     assert quiet[0] == quiet[1]
-    assert loud[0] != loud[1]
-    assert loud[0] == again
+    assert len({quiet[0], *loud[:2]}) == 3
+    assert loud[0] == loud[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +117,6 @@ def test_activation_checkpointing_changes_nothing(root, kind, dropout):
         parts = stage2_parts(root, kind, activation_checkpointing=checkpointing, dropout=dropout)
         parts.model.train()
         calls = _count_layer_calls(parts.model.language.model)
-        torch.manual_seed(4)
         results.append((*run(parts.model, parts.inputs()), len(calls)))
     (plain, gradients, once), (saved, saved_gradients, twice) = results
     torch.testing.assert_close(saved.total, plain.total, atol=1e-6, rtol=0)

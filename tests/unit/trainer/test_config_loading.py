@@ -141,8 +141,37 @@ def test_matching_on_some_rows_is_bounded_by_the_batch_and_new_to_old_runs(recip
         check_changes(old, some, [], "url")
 
 
-def test_world_sizes_divide_the_lanes(recipe):
+def test_virtual_ranks_belong_to_the_run_and_are_new_to_old_ones(recipe):
+    new = load_config(recipe, [], JobConfig).model_dump(mode="json")
+    old = load_config(recipe, [], JobConfig).model_dump(mode="json")
+    del old["run"]["virtual_ranks"], old["safety"]["same_bits"]  # as a run of an earlier release stored it
+    old["safety"]["deterministic"] = False
+    assert [change.key for change in check_changes(old, new, [], "url")] == ["safety.deterministic"]
+    assert JobConfig.model_validate(old).model_dump(mode="json") == new
+    cut = load_config(recipe, ["run.virtual_ranks=4"], JobConfig).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"run.virtual_ranks: None -> 4"):
+        check_changes(old, cut, [], "url")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "none"),
+        (["run.virtual_ranks=4"], "world_size"),
+        (["run.virtual_ranks=4", "safety.same_bits=none"], "none"),
+        (["safety.deterministic=true"], "run"),
+        (["safety.deterministic=false"], "none"),
+    ],
+)
+def test_what_ends_with_the_same_bits(recipe, overrides, expected):
+    assert load_config(recipe, overrides, JobConfig).same_bits == expected
+
+
+def test_world_sizes_divide_the_lanes_and_the_virtual_ranks(recipe):
     assert load_config(recipe, [], JobConfig).world_sizes == (1, 2, 4)
+    more = ["data.lanes=16", "cluster.workers={min: 1, max: 16}"]
+    assert load_config(recipe, more, JobConfig).world_sizes == (1, 2, 4, 8, 16)
+    assert load_config(recipe, [*more, "run.virtual_ranks=4"], JobConfig).world_sizes == (1, 2, 4)
 
 
 @pytest.mark.parametrize("override", ["stage1.steps", "=3", "a..b=3", "data.sources.7.weight=1", "run.name.x=1"])

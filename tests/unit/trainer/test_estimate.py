@@ -169,6 +169,19 @@ def test_matching_on_some_rows_is_less_work_memory_and_traffic():
     assert some.days < every.days
 
 
+def test_sums_in_a_fixed_order_send_less_and_keep_a_sum_for_each_level_of_the_tree():
+    parts = shapes("eva-clip-vit-g-14", "opt-2.7b")
+    plain, tree = (
+        estimate_stage(
+            full_size("blip2-vitg-opt2.7b", *overrides), "stage1", parts, Cluster(find_gpu("h100"), 4), Assumptions()
+        )
+        for overrides in ((), ("run.virtual_ranks=16",))
+    )
+    assert tree.traffic.gradients == pytest.approx(2 / 3 * plain.traffic.gradients)
+    assert tree.memory.activations - plain.memory.activations == pytest.approx(2 * plain.memory.gradients)
+    assert tree.micro_batch == plain.micro_batch == 105
+
+
 def test_recomputing_layers_takes_less_memory():
     parts = shapes("eva-clip-vit-g-14", "opt-6.7b")
     for stage in ("stage1", "stage2"):
