@@ -6,15 +6,21 @@ grows and shrinks the pool with the cluster. Its own job checkpoint is not used:
 
 import logging
 import pickle
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import ray
 import ray.data
+
+from isthmus.data_pipeline.errors import DataError
+from isthmus.model.errors import ModelError
+from isthmus.trainer.errors import TrainerError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+EXPECTED_ERRORS = (DataError, ModelError, TrainerError)
+"""What ends a stage with one line."""
 TASKS_PER_ACTOR = 2
 """One that works and one that waits, so that an actor is never idle between shards."""
 
@@ -44,11 +50,11 @@ def run_in_actors(
             num_cpus=cpus,
             num_gpus=gpus,
         )
-        try:
-            for row in done.iter_rows():
-                yield pickle.loads(row["done"])  # noqa: S301 - what our own actors have sent
-        except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
+        for row in done.iter_rows():
+            result = pickle.loads(row["done"])  # noqa: S301 - what our own actors have sent
+            if isinstance(result, Exception):
+                raise result
+            yield result
 
     return run
 
@@ -61,7 +67,14 @@ class _Worker:
         self._function: Callable[[Any], Any] = pickle.loads(function)  # noqa: S301 - sent by our own driver
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"done": pickle.dumps(self._function(pickle.loads(row["item"])))}  # noqa: S301 - sent by our own driver
+        """Return the result, or the error as a value: Ray Data would wrap it, log it and try again."""
+        try:
+            result = self._function(pickle.loads(row["item"]))  # noqa: S301 - sent by our own driver
+        except EXPECTED_ERRORS as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - a defect is raised in the driver, with where it was
+            result = RuntimeError("".join(traceback.format_exception(error)))
+        return {"done": pickle.dumps(result)}
 
 
 def _keep_quiet() -> None:
@@ -70,9 +83,3 @@ def _keep_quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the innermost error: what our own code raised in an actor."""
-    inner: BaseException | None = getattr(error, "cause", None) or error.__cause__
-    return error if inner is None or inner is error else _cause(inner)

@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,7 @@ from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import UnavailableError
 from isthmus.data_pipeline.process_pool import Runner, run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.model.errors import ModelError
 from tests.faulty_store import Fault, FaultyStore
 from tests.integration.cluster.raylets import Raylets
 from tests.tiny_exports import write_exports, write_pictures
@@ -166,6 +167,11 @@ def kill_on_ray(seed: int, inputs: Inputs, folder: Path, raylets: Raylets) -> in
 def test_an_actor_of_the_pool_is_killed(inputs, unbroken, raylets, tmp_path):
     assert kill_on_ray(0, inputs, tmp_path, raylets) < 2 * len(SHARDS)
     assert layers(tmp_path) == unbroken
+
+
+def test_an_error_in_an_actor_ends_the_stage_as_itself(inputs, raylets, tmp_path):
+    with pytest.raises(ModelError, match="an export of stage 1 has no language model"):
+        bootstrap(replace(inputs, captioner=inputs.filter), tmp_path, ObjectStore(), Pool(run_in_actors((1, 1))))
 
 
 @pytest.mark.slow
