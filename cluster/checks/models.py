@@ -1,21 +1,20 @@
-"""Whether models fit a recipe, from their config.json, tokenizer and the shapes of their weights alone."""
+"""Whether models fit a recipe, from their configuration, tokenizer and the shapes of their weights alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
+from isthmus.cluster.checks.dry_run import Images, run_stage1, run_stage2
+from isthmus.cluster.checks.model_headers import Headers
 from isthmus.cluster.errors import first_line
-from isthmus.model.config import LanguageConfig, QFormerConfig
+from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LOGIT_RULES, LanguageModel, build_language
-from isthmus.model.frozen.vision import image_statistics
+from isthmus.model.frozen.vision import VisionEncoder, build_vision
 from isthmus.model.imports.architecture import check_architecture
-from isthmus.model.imports.published import Published, open_published
 from isthmus.model.qformer.bert_init import check_dimensions
-from isthmus.model.safetensors_io import read_json
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.trainer.config.schema import TrainConfig
@@ -29,8 +28,11 @@ from isthmus.trainer.estimate.step import divisible, estimate_stage
 class ModelChecks:
     """What was found: rows of (part, property, value), and one line for each thing that does not fit."""
 
+    config: TrainConfig
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
+    _language: tuple[LanguageModel, LanguageEncoder] | None = None
+    _vision: VisionEncoder | None = None
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -39,49 +41,73 @@ class ModelChecks:
         except (ModelError, ConfigError) as error:
             self.misfits.append(first_line(error))
 
-    def add_language(self, folder: Path, config: LanguageConfig, num_queries: int) -> None:
+    def add_language(self, found: Headers) -> None:
         """Check weights, tokenizer and context of a language model."""
+        config = self.config.model_at("stage2" if self.config.stage2 else "stage1")
+        assert config.language is not None
+        # Recomputation does not know the meta device and changes no shape.
+        language = config.language.model_copy(update={"activation_checkpointing": False})
+        built: LanguageModel | None = None
         with self._collecting():
-            model = open_published(folder)
-            check_architecture(model, str(folder))
+            check_architecture(found.model, found.place)
             with torch.device("meta"):
-                built = build_language(config, folder, model.tensors.keys())
-            self._add_weights("language", model)
-            self._add_context(folder, built.context_tokens, config, num_queries)
+                built = build_language(language, found.folder, found.model.tensors.keys())
+            self._add_weights("language", found)
+            self._add_context(found.place, built.context_tokens, language, config.qformer.num_queries)
             self._add_special_cases(built)
         with self._collecting():
-            self._add_tokenizer(folder, config)
+            encoder = LanguageEncoder(found.folder, language)
+            self._add_tokenizer(found, encoder)
+            self._language = (built, encoder) if built else None
 
-    def add_vision(self, folder: Path, image_size_pixels: int) -> None:
+    def add_vision(self, found: Headers) -> None:
         """Check weights, image size and preprocessing of an image encoder."""
+        config = self.config.model_at(self.config.stages[0]).vision
         with self._collecting():
-            model = open_published(folder, "vision")
-            check_architecture(model, str(folder))
-            self._add_weights("vision", model)
-            patch = int(model.config.get("patch_size") or 1)
-            self.rows.append(("vision", "image", f"{image_size_pixels} pixels, patches of {patch}"))
-            if image_size_pixels % patch:
-                self.misfits.append(f"{folder}: patches of {patch} do not divide {image_size_pixels} pixels")
-        with self._collecting():
-            mean, std = image_statistics(folder)
-            self.rows.append(("vision", "mean, std", f"{mean}, {std}"))
+            check_architecture(found.model, found.place)
+            self._add_weights("vision", found)
+            patch, side = int(found.model.config.get("patch_size") or 1), config.image_size_pixels
+            self.rows.append(("vision", "image", f"{side} pixels, patches of {patch}"))
+            if side % patch:
+                raise ModelError(f"{found.place}: patches of {patch} do not divide {side} pixels")
+            with torch.device("meta"):
+                self._vision = build_vision(config, found.folder)
+            self.rows.append(("vision", "features", f"{self._vision.num_patches} of width {self._vision.width}"))
+            self.rows.append(("vision", "mean, std", f"{self._vision.image_mean}, {self._vision.image_std}"))
 
-    def add_bert(self, folder: Path, config: QFormerConfig, max_text_tokens: int) -> None:
-        """Compare dimensions and vocabulary of a BERT folder with the Q-Former."""
+    def add_bert(self, found: Headers) -> None:
+        """Compare weights, dimensions and vocabulary of a BERT with the Q-Former."""
+        config, stage1 = self.config.model.qformer, self.config.stage1
         with self._collecting():
-            check_dimensions(config, folder)
+            check_dimensions(config, found.folder)
+            check_architecture(found.model, found.place)
             self.rows.append(("bert", "dimensions", f"{config.num_layers} layers of {config.hidden_size}"))
         with self._collecting():
-            encoder = QFormerEncoder(folder, max_text_tokens)
+            encoder = QFormerEncoder(found.folder, stage1.loss.max_text_tokens if stage1 else config.max_positions)
             self.rows.append(("bert", "vocabulary", f"{encoder.vocab_size:,} with [DEC]"))
             encoder.check(config)
 
-    def add_memory(self, config: TrainConfig, cluster: Cluster) -> None:
+    def add_steps(self) -> None:
+        """Run a step of each stage on the meta device, unless something did not fit before."""
+        if self.misfits or self._language is None:
+            return
+        with self._collecting():
+            images = Images(self._vision, load_parts(self.config)[0].vision)
+            for stage in self.config.stages:
+                step = (
+                    run_stage1(self.config, images)
+                    if stage == "stage1"
+                    else run_stage2(self.config, images, *self._language)
+                )
+                self.rows.append((stage, "trained", f"{step.num_trained:,} parameters"))
+                self.rows.append((stage, "losses", f"{', '.join(step.losses)}: forward and backward, all shapes agree"))
+
+    def add_memory(self, cluster: Cluster) -> None:
         """Estimate the memory of the recipe's stages."""
         with self._collecting():
-            parts, _ = load_parts(config)
-            for stage in config.stages:
-                fitted = divisible(config, cluster.num_gpus)
+            parts, _ = load_parts(self.config)
+            for stage in self.config.stages:
+                fitted = divisible(self.config, cluster.num_gpus)
                 estimate = estimate_stage(fitted, stage, parts, cluster, Assumptions())
                 memory = f"{estimate.memory.total / GIB:.1f} GiB a GPU at micro-batch {estimate.micro_batch}"
                 where = f"{cluster.num_gpus} x {cluster.gpu.name}"
@@ -89,20 +115,21 @@ class ModelChecks:
                 if not estimate.largest_micro_batch:
                     self.misfits.append(f"{stage} does not fit into {where}, not even one sample; use more GPUs")
 
-    def _add_weights(self, part: str, model: Published) -> None:
-        parameters = sum(tensor.numel for tensor in model.tensors.values())
-        types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()})
+    def _add_weights(self, part: str, found: Headers) -> None:
+        tensors = found.model.tensors.values()
+        types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        how = ", ".join(types) if found.compared else "PyTorch files, not compared before isthmus models get"
         self.rows += [
-            (part, "type", str(model.config["model_type"])),
-            (part, "parameters", f"{parameters:,} as {', '.join(types)}"),
+            (part, "type", str(found.model.config["model_type"])),
+            (part, "parameters", f"{sum(tensor.numel for tensor in tensors):,} as {how}"),
         ]
 
-    def _add_context(self, folder: Path, context: int | None, config: LanguageConfig, num_queries: int) -> None:
+    def _add_context(self, place: str, context: int | None, config: LanguageConfig, num_queries: int) -> None:
         needed = num_queries + config.max_text_tokens
         self.rows.append(("language", "context", f"{context or 'unlimited'} tokens, {needed} needed"))
         if context is not None and needed > context:
             self.misfits.append(
-                f"{folder}: {num_queries} queries and {config.max_text_tokens} tokens of text exceed the context of "
+                f"{place}: {num_queries} queries and {config.max_text_tokens} tokens of text exceed the context of "
                 f"{context}; lower model.language.max_text_tokens"
             )
 
@@ -116,9 +143,8 @@ class ModelChecks:
             cases.append("captions end with a newline, </s> comes first")
         self.rows.append(("language", "special cases", "; ".join(cases) or "none"))
 
-    def _add_tokenizer(self, folder: Path, config: LanguageConfig) -> None:
-        encoder = LanguageEncoder(folder, config)
-        tokenizer, rows = encoder.tokenizer, int(str(read_json(folder / "config.json").get("vocab_size") or 0))
+    def _add_tokenizer(self, found: Headers, encoder: LanguageEncoder) -> None:
+        tokenizer, rows = encoder.tokenizer, int(str(found.model.config.get("vocab_size") or 0))
         names = tokenizer.convert_ids_to_tokens([encoder.pad_id, encoder.stop_id])
         self.rows += [
             ("language", "pad token", f"{names[0]!r} ({encoder.pad_id})"),
@@ -129,6 +155,6 @@ class ModelChecks:
         beyond = {i for i in tokenizer.get_vocab().values() if i >= rows} - {tokenizer.pad_token_id}
         if rows and beyond:
             self.misfits.append(
-                f"{folder}: {len(beyond)} tokens have no embedding, the first is {min(beyond)} of {rows:,} rows; "
+                f"{found.place}: {len(beyond)} tokens have no embedding, the first is {min(beyond)} of {rows:,} rows; "
                 "the tokenizer belongs to another model"
             )

@@ -170,6 +170,7 @@ models_app = typer.Typer(
 )
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PLACE_HELP = "local folder, s3:// URL, or name on the Hugging Face Hub."
 FolderArgument = Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder or s3:// URL.")]
 
 
@@ -235,34 +236,38 @@ def verify(folder: FolderArgument, endpoint_url: EndpointOption = None, region: 
 
 @models_app.command()
 def check(
-    language: Annotated[Path, typer.Argument(metavar="LLM", help="Folder of a language model.", exists=True)],
-    vision: Annotated[Path | None, typer.Option(help="Folder of an image encoder.", exists=True)] = None,
-    bert: Annotated[Path | None, typer.Option(help="Folder of BERT for the Q-Former.", exists=True)] = None,
+    language: Annotated[str, typer.Argument(metavar="LLM", help=f"Language model: {PLACE_HELP}")],
+    vision: Annotated[str | None, typer.Option(help=f"Image encoder: {PLACE_HELP}")] = None,
+    bert: Annotated[str | None, typer.Option(help=f"BERT for the Q-Former: {PLACE_HELP}")] = None,
     recipe: Annotated[Path, typer.Option(help="Recipe that they are to fit.")] = Path("blip2-vitg-opt2.7b.yaml"),
     gpu: Annotated[str, typer.Option(help="Card, as for `isthmus estimate`.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    endpoint_url: EndpointOption = None,
+    region: RegionOption = None,
 ) -> None:
-    """Say whether models fit each other and a recipe, before anything is uploaded or paid for; 2: they do not."""
+    """Say whether models fit each other and a recipe, before anything is paid for; weights are not read; 2: no."""
     from rich.console import Console
     from rich.table import Table
 
+    from isthmus.cluster.checks.model_headers import open_headers
     from isthmus.cluster.checks.models import ModelChecks
     from isthmus.cluster.config import JobConfig
     from isthmus.trainer.config.loading import load_config
     from isthmus.trainer.estimate.hardware import Cluster, find_gpu
 
-    paths = {"model.language.path": language, "model.vision.path": vision}
-    overrides = [f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path is not None]
-    config = load_config(recipe, overrides, JobConfig)
-    checks, text = ModelChecks(), config.model.language
-    assert text is not None
-    checks.add_language(language, text, config.model.qformer.num_queries)
-    if vision is not None:
-        checks.add_vision(vision, config.model.vision.image_size_pixels)
-    if bert is not None:
-        tokens = config.stage1.loss.max_text_tokens if config.stage1 else text.max_text_tokens
-        checks.add_bert(bert, config.model.qformer, tokens)
-    checks.add_memory(config, Cluster(find_gpu(gpu), gpus))
+    store = open_store(endpoint_url, region)
+    found = {"language": open_headers(language, store)}
+    if vision:
+        found["vision"] = open_headers(vision, store, "vision")
+    overrides = [f"model.{part}.path={json.dumps(str(headers.folder))}" for part, headers in found.items()]
+    checks = ModelChecks(load_config(recipe, overrides, JobConfig))
+    checks.add_language(found["language"])
+    if vision:
+        checks.add_vision(found["vision"])
+    if bert:
+        checks.add_bert(open_headers(bert, store))
+    checks.add_steps()
+    checks.add_memory(Cluster(find_gpu(gpu), gpus))
     table = Table("part", "", "found", title=f"for {recipe.name}", title_justify="left")
     for row in checks.rows:
         table.add_row(*row)

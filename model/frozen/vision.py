@@ -23,6 +23,7 @@ from isthmus.model.frozen.efficientnet_lite import LITE0_STAGES, EfficientNetLit
 from isthmus.model.safetensors_io import read_json, tensor_files
 
 Features = Callable[[nn.Module, Tensor], Tensor]
+EFFICIENTNET = "efficientnet-lite"
 # Folders that hold more than the image encoder, and encoders that AutoModel does not know.
 VISION_CLASSES: dict[str, Any] = {
     "blip-2": Blip2VisionModel,
@@ -107,16 +108,53 @@ def load_vision(config: VisionConfig, folder: Path) -> VisionEncoder:
     Raises:
         ModelError: a file is absent, weights are missing or of another shape, or the image size does not fit.
     """
-    description = read_json(folder / "config.json")
-    kind = str(description.get("model_type"))
-    if kind == "efficientnet-lite":
-        network: nn.Module = _load_efficientnet(folder, description)
-        features: Features = _feature_map
-    else:
-        network = _load_transformers(folder, kind)
-        features = _features_of(network, config)
-    mean, std = image_statistics(folder)
-    return VisionEncoder(network, features, config, mean, std)
+    network = empty_network(folder) if _kind(folder).startswith((EFFICIENTNET, "blip")) else _load_transformers(folder)
+    if isinstance(network, EfficientNetLite):
+        _load_strictly(network, folder, "")
+        network.eval().fold_norms()
+    elif isinstance(network, Blip2VisionModel):
+        _load_strictly(network, folder, "vision_model.")
+    return _encoder(network, config, folder)
+
+
+def build_vision(config: VisionConfig, folder: Path) -> VisionEncoder:
+    """Build the encoder of a local folder without its weights, for shapes; to be called under `torch.device("meta")`.
+
+    Raises:
+        ModelError: as `load_vision`, except for weights.
+    """
+    return _encoder(empty_network(folder), config, folder)
+
+
+def empty_network(folder: Path) -> nn.Module:
+    """Return the network that the folder's config.json describes, not loaded."""
+    kind = _kind(folder)
+    if kind == EFFICIENTNET:
+        description = read_json(folder / "config.json")
+        stages = tuple(tuple(stage) for stage in cast("list[list[int]]", description.get("stages", LITE0_STAGES)))
+        return EfficientNetLite(cast("Any", stages), int(cast("int", description.get("hidden_size", 1280))))
+    config = AutoConfig.from_pretrained(folder)
+    vision_class: Any = VISION_CLASSES.get(kind)
+    if vision_class is None:
+        return cast("nn.Module", AutoModel.from_config(config))
+    return cast("nn.Module", vision_class(getattr(config, "vision_config", config)))
+
+
+def _kind(folder: Path) -> str:
+    return str(read_json(folder / "config.json").get("model_type"))
+
+
+def _encoder(network: nn.Module, config: VisionConfig, folder: Path) -> VisionEncoder:
+    """Return the network as BLIP-2 reads it."""
+    network = getattr(network, "vision_model", network)
+    if isinstance(network, Blip2VisionModel):
+        network.post_layernorm = nn.Identity()  # what BLIP-2 trains as ln_vision stands here
+    if _kind(folder).startswith("clip"):
+        clip: Any = network
+        clip.encoder.layers = clip.encoder.layers[:-1]
+        clip.post_layernorm = nn.Identity()
+    features = _feature_map if isinstance(network, EfficientNetLite) else _features_of(network, config)
+    return VisionEncoder(network, features, config, *image_statistics(folder))
 
 
 def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -143,26 +181,11 @@ def _image_part(folder: Path) -> object:
     return read_json(folder / "processor_config.json").get("image_processor", {})
 
 
-def _load_transformers(folder: Path, kind: str) -> nn.Module:
-    description = AutoConfig.from_pretrained(folder)
-    description = getattr(description, "vision_config", description)
-    network: Any
-    if kind.startswith("blip"):
-        network = Blip2VisionModel(description)
-        _load_strictly(network, folder, "vision_model.")
-    else:
-        vision_class: Any = VISION_CLASSES.get(kind, AutoModel)
-        with silent_transformers():
-            network, report = vision_class.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        _check_report(report, folder)
-    network = getattr(network, "vision_model", network)
-    if isinstance(network, Blip2VisionModel):
-        network.post_layernorm = nn.Identity()  # what BLIP-2 trains as ln_vision stands here
-    if kind.startswith("clip"):
-        network.encoder.layers = network.encoder.layers[:-1]
-        network.post_layernorm = nn.Identity()
+def _load_transformers(folder: Path) -> nn.Module:
+    vision_class: Any = VISION_CLASSES.get(_kind(folder), AutoModel)
+    with silent_transformers():
+        network, report = vision_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    _check_report(report, folder)
     return cast("nn.Module", network)
 
 
@@ -227,15 +250,6 @@ def _patchified(network: nn.Module, images_BCHW: Tensor) -> Tensor:
 def _feature_map(network: nn.Module, images_BCHW: Tensor) -> Tensor:
     features_BCHW: Tensor = network(images_BCHW)
     return features_BCHW.flatten(2).transpose(1, 2)
-
-
-def _load_efficientnet(folder: Path, description: dict[str, object]) -> EfficientNetLite:
-    stages = tuple(tuple(stage) for stage in cast("list[list[int]]", description.get("stages", LITE0_STAGES)))
-    hidden_size = int(cast("int", description.get("hidden_size", 1280)))
-    network = EfficientNetLite(cast("Any", stages), hidden_size)
-    _load_strictly(network, folder, "")
-    network.eval().fold_norms()
-    return network
 
 
 def _load_strictly(network: nn.Module, folder: Path, prefix: str) -> None:

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from isthmus.model.config import LanguageConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import build_language
-from isthmus.model.frozen.vision import VISION_CLASSES
+from isthmus.model.frozen.vision import empty_network
 from isthmus.model.imports.published import Published
-from isthmus.model.imports.tensors import Tensors
+from isthmus.model.imports.tensors import Tensors, shape_only
+from isthmus.model.qformer.bert_init import modern_name
 
 VISION_PREFIX = "vision_model."
-# Parts of image encoders that BLIP-2 does not read: pooling and classification heads, index buffers.
+# Parts of encoders that BLIP-2 does not read: pooling and classification heads, index buffers.
 _UNREAD = ("pooler", "head", "position_ids", "classifier")
 
 
@@ -36,9 +37,30 @@ def check_architecture(model: Published, place: str) -> None:
         folder = Path(scratch)
         (folder / "config.json").write_text(json.dumps(model.config))
         if model.is_vision:
-            _check_vision(folder, model.tensors, place)
+            _check_encoder(empty_network(folder), model.tensors, place)
+        elif model.config["model_type"] == "bert":
+            tensors = {modern_name(name): tensor for name, tensor in model.tensors.items()}
+            _check_encoder(BertModel(AutoConfig.from_pretrained(folder)), tensors, place)
         else:
             _check_language(folder, model.tensors, place)
+
+
+def shapes_by_config(folder: Path) -> Tensors:
+    """Return the tensors that a language model has by its config.json alone; what is tied is there once.
+
+    Raises:
+        ModelError: it is no language model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    factory: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            parameters = factory.from_config(config).named_parameters()
+    except ValueError as error:
+        raise ModelError(
+            f"{config.model_type}: published as PyTorch files, which have no headers; get it, then check the folder"
+        ) from error
+    return {name: shape_only(tuple(parameter.shape), parameter.dtype) for name, parameter in parameters}
 
 
 def _check_language(folder: Path, tensors: Tensors, place: str) -> None:
@@ -51,10 +73,7 @@ def _check_language(folder: Path, tensors: Tensors, place: str) -> None:
         _check_shape(theirs, tensors[theirs].shape, parameters[name], place)
 
 
-def _check_vision(folder: Path, tensors: Tensors, place: str) -> None:
-    config = AutoConfig.from_pretrained(folder)
-    vision_class: Any = VISION_CLASSES.get(config.model_type)
-    network = vision_class(config) if vision_class else AutoModel.from_config(config)
+def _check_encoder(network: Any, tensors: Tensors, place: str) -> None:
     missing = []
     needed: Mapping[str, Tensor] = network.state_dict()
     renamings = get_model_conversion_mapping(network)

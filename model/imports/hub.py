@@ -1,5 +1,7 @@
 """Models by name from the Hugging Face Hub: its cache, mirror (HF_ENDPOINT) and offline mode are huggingface_hub's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,22 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError: 
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from isthmus.model.errors import ModelError
 from isthmus.model.imports.published import SIDE_FILES
-from isthmus.model.imports.tensors import PYTORCH, PYTORCH_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+from isthmus.model.imports.tensors import (
+    PYTORCH,
+    PYTORCH_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_DTYPES,
+    SAFETENSORS_INDEX,
+    Tensors,
+    shape_only,
+)
 
+CONFIG = "config.json"
 _SAFETENSORS_FILES = [SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors"]
 _PYTORCH_FILES = [PYTORCH, PYTORCH_INDEX, "pytorch_model-*.bin"]
 
@@ -43,11 +55,40 @@ def download(name: str, revision: str | None = None) -> Snapshot:
     Raises:
         ModelError: no such model or revision, no access, or no network and nothing in the cache.
     """
-    try:
+    with _one_line(name, revision):
         files = _published_files(name, revision)
         folder = Path(
             snapshot_download(name, revision=revision, allow_patterns=_wanted(files), local_files_only=files is None)
         )
+    return Snapshot(folder, folder.name)
+
+
+def read_headers(name: str) -> tuple[Path, Tensors | None]:
+    """Fetch what is beside a model's weights, and the headers of its safetensors files; no weights.
+
+    Returns:
+        The folder, and the shapes of the tensors; none where the model is published as PyTorch files only.
+
+    Raises:
+        ModelError: as `download`, or the headers are damaged.
+    """
+    with _one_line(name, None):
+        files = HfApi().list_repo_files(name)
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, *SIDE_FILES]))
+        if not {SAFETENSORS, SAFETENSORS_INDEX} & set(files):
+            return folder, None
+        found = HfApi().get_safetensors_metadata(name, revision=folder.name).files_metadata.values()
+        tensors = {key: info for file in found for key, info in file.tensors.items()}
+        return folder, {
+            key: shape_only(tuple(info.shape), SAFETENSORS_DTYPES[info.dtype]) for key, info in tensors.items()
+        }
+
+
+@contextmanager
+def _one_line(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what can go wrong on the way to the Hub into one line."""
+    try:
+        yield
     except GatedRepoError as error:
         raise ModelError(f"{name}: ask for access on its page, then set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -56,12 +97,13 @@ def download(name: str, revision: str | None = None) -> Snapshot:
         raise ModelError(f"{name}: no such model on the Hub, or it is private: then set HF_TOKEN") from error
     except HFValidationError as error:
         raise ModelError(f"{name}: neither a file or folder here nor a name on the Hub (owner/name)") from error
+    except (SafetensorsParsingError, KeyError) as error:
+        raise ModelError(f"{name}: its safetensors headers cannot be read ({_first_line(error)})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
         raise ModelError(
             f"{name}: the Hub cannot be reached and the cache does not hold it ({type(error).__name__}); "
             "set HF_ENDPOINT to a mirror, or give a local folder"
         ) from error
-    return Snapshot(folder, folder.name)
 
 
 def _published_files(name: str, revision: str | None) -> list[str] | None:
@@ -80,7 +122,7 @@ def _wanted(files: list[str] | None) -> list[str]:
         weights = [*_SAFETENSORS_FILES, *_PYTORCH_FILES]
     else:
         weights = _SAFETENSORS_FILES if any(file.endswith(".safetensors") for file in files) else _PYTORCH_FILES
-    return ["config.json", *SIDE_FILES, *weights]
+    return [CONFIG, *SIDE_FILES, *weights]
 
 
 def upload(folder: Path, name: str, *, private: bool = True) -> str:

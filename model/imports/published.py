@@ -59,9 +59,15 @@ def open_published(place: Path, part: Part = "auto") -> Published:
         return Published(config, tensors, extra={"preprocessor_config.json": preprocessor(config["image_size"])})
     if not place.is_dir():
         raise ModelError(f"{place}: no such file or folder")
-    config = _read_config(place)
+    config = read_config(place)
     files = tuple(place / name for name in SIDE_FILES if (place / name).exists())
-    tensors = open_tensors(place)
+    return choose_part(config, open_tensors(place), part, str(place), files)
+
+
+def choose_part(
+    config: dict[str, Any], tensors: Tensors, part: Part, place: str, files: tuple[Path, ...] = ()
+) -> Published:
+    """Return the part that is wanted of a model in transformers' format; see `open_published`."""
     kind = config.get("model_type")
     if kind == "blip-2" and part == "auto":
         raise ModelError(
@@ -76,7 +82,7 @@ def open_published(place: Path, part: Part = "auto") -> Published:
     return found
 
 
-def _language_of(config: dict[str, Any], tensors: Tensors, files: tuple[Path, ...], place: Path) -> Published:
+def _language_of(config: dict[str, Any], tensors: Tensors, files: tuple[Path, ...], place: str) -> Published:
     if config.get("model_type") == "blip-2":
         kept = {
             name.removeprefix(LANGUAGE_PREFIX): t for name, t in tensors.items() if name.startswith(LANGUAGE_PREFIX)
@@ -90,7 +96,12 @@ def _language_of(config: dict[str, Any], tensors: Tensors, files: tuple[Path, ..
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's config.json.
+
+    Raises:
+        ModelError: it is missing, damaged or has no model_type.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{path}: not there; a folder in transformers' format is needed")

@@ -22,7 +22,7 @@ from isthmus.model.errors import ModelError
 SAFETENSORS_INDEX, SAFETENSORS = "model.safetensors.index.json", "model.safetensors"
 PYTORCH_INDEX, PYTORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -49,6 +49,11 @@ class LazyTensor:
 
 
 Tensors = Mapping[str, LazyTensor]
+
+
+def shape_only(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """Return a tensor of which only the header is known: it reads as a meta tensor."""
+    return LazyTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def constant(value: float, *shape: int) -> LazyTensor:
@@ -123,7 +128,7 @@ def _open_safetensors(path: Path) -> Tensors:
         with safe_open(str(path), "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise ModelError(f"{path}: {name} has type {part.get_dtype()}, which cannot be converted")
                 found[name] = LazyTensor(tuple(part.get_shape()), dtype, lambda name=name: read(name))  # type: ignore[misc]

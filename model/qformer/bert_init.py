@@ -48,10 +48,11 @@ def load_bert(qformer: QFormer, folder: Path) -> list[str]:
     """
     check_dimensions(qformer.config, folder)
     files = tensor_files(folder)
+    held = {modern_name(name): name for name in files}
     random = []
     for name, parameter in qformer.named_parameters():
         theirs = _bert_name(name)
-        found = next((x for x in (theirs, f"bert.{theirs}") if x in files), None) if theirs else None
+        found = next((held[x] for x in (theirs, f"bert.{theirs}") if x in held), None) if theirs else None
         if found is None:
             if theirs is not None and not theirs.startswith("cls."):
                 raise ModelError(f"{folder}: no weight {theirs} for {name}; is it a BERT with as many layers?")
@@ -72,6 +73,11 @@ def _copy_rows(parameter: nn.Parameter, value: torch.Tensor, theirs: str, ours: 
         )
     with torch.no_grad():
         parameter[:rows].copy_(value)
+
+
+def modern_name(name: str) -> str:
+    """Return a published tensor's name as it is today: bert-base-uncased's LayerNorms have gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _bert_name(name: str) -> str | None:

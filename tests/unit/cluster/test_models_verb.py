@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
 from isthmus.model.tiny import write_tiny_language
 
@@ -24,6 +26,7 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the Hub's interface that huggingface_hub uses to fetch a model."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012 - set by the fixture
+    sent: dict[str, int] = {}  # noqa: RUF012 - bytes by file
     gated = False
 
     def log_message(self, *_: Any) -> None:
@@ -53,8 +56,12 @@ class Hub(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body=body)
         if self.gated:
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body=body)
-        data = self.files[name]
-        return self._send(200, data, {**headers, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, body=body)
+        whole = self.files[name]
+        data, status = whole, 200
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            data, status = whole[int(asked[1]) : int(asked[2]) + 1], 206
+        self.sent[name] = self.sent.get(name, 0) + len(data) * body
+        return self._send(status, data, {**headers, "ETag": f'"{hashlib.sha1(whole).hexdigest()}"'}, body=body)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], *, body: bool) -> None:
         self.send_response(status)
@@ -67,8 +74,10 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    folder = write_tiny_language(tmp_path / "opt", "opt")
-    handler = type("Handler", (Hub,), {"files": {path.name: path.read_bytes() for path in folder.iterdir()}})
+    folder = write_tiny_language(tmp_path / "opt", "opt", width=128)
+    handler = type(
+        "Handler", (Hub,), {"files": {path.name: path.read_bytes() for path in folder.iterdir()}, "sent": {}}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     yield server, handler
@@ -77,9 +86,13 @@ def hub(tmp_path):
 
 
 def get(tmp_path: Path, target: str, endpoint: str, name: str = NAME, **variables: str) -> Any:
+    return models(tmp_path, endpoint, "get", name, str(tmp_path / target), **variables)
+
+
+def models(tmp_path: Path, endpoint: str, *arguments: str, **variables: str) -> Any:
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "isthmus.cluster.cli.main", "models", "get", name, str(tmp_path / target)],
+        [sys.executable, "-m", "isthmus.cluster.cli.main", "models", *arguments],
         env=environment | variables, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -96,6 +109,24 @@ def test_a_name_of_the_hub_is_fetched_recorded_and_then_found_offline(hub, tmp_p
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "made" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("published", ["safetensors", "PyTorch files"])
+def test_a_name_of_the_hub_is_checked_without_its_weights(hub, tmp_path, published):
+    server, handler = hub
+    weights = "model.safetensors"
+    num_parameters = sum(tensor.numel() for tensor in load(handler.files[weights]).values())
+    assert len(handler.files[weights]) > 400_000
+    if published == "PyTorch files":
+        weights = "pytorch_model.bin"
+        handler.files[weights] = handler.files.pop("model.safetensors")
+    done = models(tmp_path, f"http://127.0.0.1:{server.server_port}", "check", NAME, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "lm: forward and backward, all shapes agree" in done.stdout
+    known = "float32" if published == "safetensors" else "PyTorch files, not compared"
+    assert f"{num_parameters:,} as {known}" in done.stdout
+    assert handler.sent.get(weights, 0) <= 100_001
+    assert list((tmp_path / "hf").rglob(weights)) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForPreTraining,
     Blip2VisionConfig,
     Blip2VisionModel,
     CLIPConfig,
@@ -21,7 +23,7 @@ from transformers import (
 
 from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.model.config import LanguageConfig, VisionConfig
+from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import load_language
 from isthmus.model.frozen.vision import load_vision
@@ -29,6 +31,8 @@ from isthmus.model.imports.architecture import check_architecture
 from isthmus.model.imports.published import open_published
 from isthmus.model.imports.tensors import open_tensors
 from isthmus.model.imports.towers import CLIP_MEAN
+from isthmus.model.qformer.bert_init import load_bert
+from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_language, write_tiny_vision
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen.model_folder import ModelWriter, plan_files, read_record, verify
@@ -113,29 +117,6 @@ def test_an_interrupted_conversion_resumes_with_the_same_bytes(safetensors_opt, 
     for path in whole.iterdir():
         if path.name != "isthmus-model.json":
             assert (tmp_path / "made" / path.name).read_bytes() == path.read_bytes()
-
-
-def test_memory_stays_under_two_files(tmp_path):
-    """Every tensor that is read for a file is gone before the next file is begun."""
-    folder = tmp_path / "wide"
-    folder.mkdir()
-    save_file({f"w{i}": torch.full((1000,), float(i)) for i in range(20)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "opt"}')
-    model = open_published(folder)
-    alive: list[set[str]] = []
-    reading: set[str] = set()
-
-    class Watching(ModelWriter):
-        def _read(self, tensor: Any) -> Tensor:
-            reading.add(str(id(tensor)))
-            return super()._read(tensor)
-
-    def on_file(_done: int, _of: int) -> None:
-        alive.append(set(reading))
-        reading.clear()
-
-    Watching(ObjectStore(), str(tmp_path / "made"), file_bytes=8_000, on_file=on_file).write(model, "wide")
-    assert [len(names) for names in alive] == [2] * 10
 
 
 def test_another_model_in_the_destination_is_refused(safetensors_opt, tmp_path):
@@ -298,6 +279,24 @@ def broken(folder: Path, kind: str) -> str:
         return r"config\.json: not there"
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size"', '"x"'))
     return r"config\.json makes it|do not match"
+
+
+def test_a_bert_keeps_the_names_of_its_layer_norms(tmp_path):
+    """bert-base-uncased: gamma and beta, a pooler and heads that the Q-Former does not take."""
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    network = randomised(BertForPreTraining(config))
+    network.save_pretrained(tmp_path / "bert")
+    named = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in load_file(tmp_path / "bert" / "model.safetensors").items()
+    }
+    save_file(named, tmp_path / "bert" / "model.safetensors")
+    made = get(tmp_path / "bert", tmp_path / "made")
+    qformer = QFormer(QFormerConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, vocab_size=51), 8)
+    load_bert(qformer, made)
+    theirs = network.bert.encoder.layer[1].output.LayerNorm.weight
+    assert torch.equal(qformer.layers[1].query_ffn.layer_norm.weight, theirs)
+    assert torch.equal(qformer.layer_norm.bias, network.bert.embeddings.LayerNorm.bias)
 
 
 @pytest.mark.parametrize("kind", ["code", "truncated", "two sets", "no weights", "no config", "other config"])
