@@ -161,20 +161,18 @@ def _what_is_there(
 
 def _evaluate(subject: Subject, task: EvalTask, weights: str, work: _Work, rank: Rank) -> tuple[TaskResult, list[Row]]:
     """Return a task's result and the generated texts. Collective."""
-    model = subject.task.model
+    model, precision, rows = subject.task.model, subject.precision, []
     data = Benchmark(join(work.data, task.name), work.store, subject.side, rank)
     with work.progress(task.name, -(-data.num_units // rank.world_size)) as on_unit:
         if task.kind == "retrieval":
-            encoder = cast(QFormerEncoder, subject.encoder)
-            ranking = Ranking(model, encoder, subject.precision, make_communicator(rank.world_size), data, on_unit)
-            (figures, count), rows = ranking.figures(), []
+            words, communicator = cast(QFormerEncoder, subject.encoder), make_communicator(rank.world_size)
+            figures, count = Ranking(model, words, precision, communicator, data, on_unit).figures()
+        elif task.kind == "caption":
+            rows = caption_images(model, cast(LanguageEncoder, subject.encoder), precision, data, on_unit)
+            figures, count = caption_figures(rows, data.url), len(rows)
         else:
-            write = caption_images if task.kind == "caption" else answer_questions
-            rows = write(model, cast(LanguageEncoder, subject.encoder), subject.precision, data, on_unit)
-            figures = (
-                caption_figures(rows, data.url) if task.kind == "caption" else question_figures(rows, task, data.url)
-            )
-            count = len(rows)
+            rows = answer_questions(model, cast(LanguageEncoder, subject.encoder), precision, data, on_unit)
+            figures, count = question_figures(rows, task, data.url), len(rows)
     return TaskResult(task.name, weights, data.hash, task.settings(), model_names(model), figures, count), rows
 
 

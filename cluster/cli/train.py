@@ -71,7 +71,9 @@ def evaluate(
     ],
     suite: Annotated[str | None, typer.Option("--suite", help="Published protocol: blip2.")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Of the suite, only this (repeatable).")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Local folder for report.json and gallery.png.")] = Path("eval"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Local folder for report.json and gallery.png (default: eval).")
+    ] = None,
     stage: Annotated[
         Literal["stage1", "stage2"] | None,
         typer.Option("--stage", help="stage1 or stage2 (default: the last with any)"),
@@ -82,21 +84,27 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure retrieval (stage 1), captions and answers (stage 2) of a run's newest checkpoint, or of an export."""
+    from isthmus.cluster.evaluate import Report
     from isthmus.cluster.evaluate import evaluate as measure
-    from isthmus.cluster.suite import evaluate_suite
+    from isthmus.cluster.suite import SuiteReport, evaluate_suite
 
+    if (suite and (out or stage or num_samples)) or (tasks and not suite):
+        raise typer.BadParameter("--task goes with --suite; --out, --stage and --samples go without: a suite is fixed")
     log_to_terminal(logging.WARNING)
     target, store = _target(
         run.rstrip("/"), open_store(endpoint_url, region), is_store_given=bool(endpoint_url or region)
     )
-    if suite is not None:
-        results = evaluate_suite(target, suite, data.rstrip("/"), store, tasks or [], _progress(target.rank.is_main))
-        if target.rank.is_main:
-            typer.echo(json.dumps(results.as_json(), indent=2) if as_json else results.table())
+    report: SuiteReport | Report
+    out = out or Path("eval")
+    if suite:
+        report = evaluate_suite(target, suite, data.rstrip("/"), store, tasks or [], _progress(target.rank.is_main))
+    else:
+        report = measure(target, data, out, store, stage=stage, num_samples=num_samples)
+    if not target.rank.is_main:
         return
-    report = measure(target, data, out, store, stage=stage, num_samples=num_samples)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
-    typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
+    if not suite:
+        typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
 
 
 @assets_app.command()

@@ -1,6 +1,7 @@
 """The suite on published models: figures by hand, what is kept, the paper's rows, and one line for what is wrong."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetriev
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
+from isthmus.cluster.suite import evaluate_suite
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.decoding import Decoding
 from isthmus.model.formats.captioner import load_captioner
@@ -25,9 +27,10 @@ from isthmus.trainer.evaluation.protocol import CAPTION_DECODING, CAPTION_PROMPT
 from isthmus.trainer.evaluation.ranking import Ranking, best_pairs
 from isthmus.trainer.evaluation.retrieval_metrics import direction_recalls
 from isthmus.trainer.evaluation.text_tasks import caption_figures, plain_question, question_figures
-from isthmus.trainer.subject import ExportTarget
+from isthmus.trainer.subject import ExportTarget, RunTarget
 from tests.benchmark_files import INGEST, prepare, write_published
 from tests.corpus import picture
+from tests.unit.cluster.configs import job_config
 from tests.unit.model.test_import_round_trip import published
 
 pytestmark = pytest.mark.unit
@@ -224,6 +227,18 @@ def test_one_line_says_what_is_wrong(captioner, retriever, files, tmp_path):
         suite(captioner, tmp_path / "unanswered", "--task", "gqa")
     result = CliRunner().invoke(app, ["eval", str(captioner), str(sets), "--suite", "other"])
     assert str(result.exception) == "--suite other is unknown; choose one of blip2"
+    result = CliRunner().invoke(app, ["eval", str(captioner), str(sets), "--suite", "blip2", "--samples", "4"])
+    assert result.exit_code == 2
+    assert "a suite is fixed" in result.output
+
+
+def test_a_run_without_stage_2_is_not_asked_for_captions(files, tmp_path):
+    store, target = ObjectStore(), RunTarget(job_config(), str(tmp_path / "run"), ObjectStore(), Rank(0, 1))
+    with pytest.raises(TrainerError, match="coco: not evaluated: there are no weights of stage2"):
+        evaluate_suite(target, "blip2", str(files / "sets"), store, ["coco"], lambda *_: nullcontext(lambda: None))
+    assert evaluate_suite(target, "blip2", str(files / "sets"), store, [], lambda *_: nullcontext()).results == []
+    with pytest.raises(TrainerError, match="no committed checkpoint of any stage"):
+        target.newest(None)
 
 
 # The paper's tables.
