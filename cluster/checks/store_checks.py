@@ -6,12 +6,13 @@ import uuid
 from dataclasses import dataclass
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.submission.published_models import get_command
 from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.load_plan import excluded_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import ChangedError, DataError
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
 PROBE_BYTES = 16 << 20
 MEGA = 1e6
@@ -54,25 +55,37 @@ def check_store(config: JobConfig) -> StoreSpeed:
 
 
 def check_weights(config: JobConfig) -> str:
-    """Read config.json and the head of every weight file of the frozen parts; return what was found.
+    """Read the head of every weight file of the models that the run reads; return what was found.
 
     Raises:
-        DataError: a folder has no weights, or a file cannot be read.
+        DataError: a model is missing, with the command that brings it; or a folder has no weights, or a file cannot be
+            read.
     """
     store = ObjectStore(config.store)
-    parts = {"vision": config.model.vision.path, "language": config.model.language and config.model.language.path}
+    bridge, language = config.model.qformer, config.model.language
+    parts = {"vision": config.model.vision.path, "Q-Former": bridge.init_from, "language": language and language.path}
+    folders = {name: folder for name, folder in parts.items() if folder}
+    missing = [folder for folder in folders.values() if not _is_there(folder, store)]
+    if missing:
+        raise DataError(f"{len(missing)} models are missing: {'; '.join(get_command(folder) for folder in missing)}")
     found = []
-    for name, folder in parts.items():
-        if not folder:
-            continue
-        store.get(join(folder, "config.json"))
+    for name, folder in folders.items():
         files = [info for info in store.list(folder) if info.url.endswith(".safetensors")]
         if not files:
-            raise DataError(f"{folder}: no *.safetensors for model.{name}.path; convert the weights first")
+            raise DataError(f"{folder}: no *.safetensors ({name}); make the folder with isthmus models get")
         for info in files:
             store.get_range(info.url, 0, MIN_HEAD_BYTES, etag=info.etag)
         found.append(f"{name} {sum(info.size for info in files) / 1e9:.2f} GB in {len(files)} files")
     return ", ".join(found)
+
+
+def _is_there(folder: str, store: ObjectStore) -> bool:
+    """Tell whether a folder holds a finished model: `isthmus models get` writes config.json last."""
+    try:
+        store.head(join(folder, "config.json"))
+    except NotFoundError:
+        return False
+    return True
 
 
 def check_data(config: JobConfig) -> str:

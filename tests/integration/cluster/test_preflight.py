@@ -63,3 +63,4 @@ def test_what_is_missing_is_named_with_its_remedy(raylets, assets, tmp_path, mon
     assert "MY_KEY" in failed["secrets"].remedy
     assert "only here" not in repr(failed)
     assert "needs 4 x {CPU: 1}" in failed["world size"].found
+    assert f"isthmus models get NAME_OR_FOLDER {tmp_path}/nothing" in failed["frozen weights"].found

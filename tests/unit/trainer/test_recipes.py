@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from isthmus.cluster.config import JobConfig
+from isthmus.cluster.submission.published_models import get_command
 from isthmus.model.frozen.language import build_language
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage2 import Stage2Model
@@ -39,6 +40,15 @@ def meta_language(name: str, folder: Path, *, tied_head: bool):
         names = set(factory.from_config(config).state_dict())
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} if config.is_encoder_decoder else set()
     return folder, names - shared - ({"lm_head.weight"} if tied_head else set())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_names_the_commands_that_bring_its_models(name):
+    text, model = (BUNDLED.parent / f"{name}.yaml").read_text(), recipe(name).model
+    for folder in (model.vision.path, model.qformer.init_from, model.language.path):
+        assert f"#   {get_command(folder)}\n" in text
+        assert "NAME_OR_FOLDER" not in get_command(folder)
+    assert f"#   isthmus preflight recipes/{name}.yaml\n#   isthmus submit recipes/{name}.yaml\n" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
