@@ -5,7 +5,6 @@ grows and shrinks the pool with the cluster. Its own job checkpoint is not used:
 """
 
 import logging
-import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -37,11 +36,11 @@ def run_in_actors(
     """
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        rows = [{"item": pickle.dumps(item)} for item in items]
+        rows = [{"item": item} for item in items]
         _keep_quiet()
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Worker,
-            fn_constructor_args=[pickle.dumps(function)],
+            fn_constructor_args=[function],
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(workers[0], len(rows)),
                 max_size=min(workers[1], len(rows)),
@@ -51,10 +50,9 @@ def run_in_actors(
             num_gpus=gpus,
         )
         for row in done.iter_rows():
-            result = pickle.loads(row["done"])  # noqa: S301 - what our own actors have sent
-            if isinstance(result, Exception):
-                raise result
-            yield result
+            if isinstance(row["done"], Exception):
+                raise row["done"]
+            yield row["done"]
 
     return run
 
@@ -62,24 +60,24 @@ def run_in_actors(
 class _Worker:
     """An actor of the pool."""
 
-    def __init__(self, function: bytes) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        self._function: Callable[[Any], Any] = pickle.loads(function)  # noqa: S301 - sent by our own driver
+        self._function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the result, or the error as a value: Ray Data would wrap it, log it and try again."""
         try:
-            result = self._function(pickle.loads(row["item"]))  # noqa: S301 - sent by our own driver
+            return {"done": self._function(row["item"])}
         except EXPECTED_ERRORS as error:
-            result = error
+            return {"done": error}
         except Exception as error:  # noqa: BLE001 - a defect is raised in the driver, with where it was
-            result = RuntimeError("".join(traceback.format_exception(error)))
-        return {"done": pickle.dumps(result)}
+            return {"done": RuntimeError("".join(traceback.format_exception(error)))}
 
 
 def _keep_quiet() -> None:
-    """Leave progress to us: Ray's bars would draw over a terminal and fill a job's log."""
+    """Leave progress to us: Ray's bars would draw over a terminal and fill a job's log. Items are objects of ours."""
     context = ray.data.DataContext.get_current()
+    context.enable_fallback_to_arrow_object_ext_type = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
