@@ -22,8 +22,8 @@ from isthmus.data_pipeline.dataset.tables import read_table
 from isthmus.data_pipeline.layers.layer import Layer, LayerWriter
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
-ROWS_IN_MEMORY = 32_000_000
-"""Hashes that a process compares at once: about 1 GiB."""
+ROWS_IN_MEMORY = 8_000_000
+"""Hashes that a process compares at once: 93 bytes each, about 0.8 GiB."""
 SCHEMA = pa.schema({"key": pa.string(), "leak_of": pa.string(), "duplicate_of": pa.string(), "is_exact": pa.bool_()})
 
 
