@@ -1,8 +1,11 @@
 """Errors of the data pipeline that an operator can fix."""
 
 
-class DataError(ValueError):
-    """Data, manifest or object store are not usable as asked; the message names the URL and the next action."""
+class DataError(Exception):
+    """Data, manifest or object store are not usable as asked; the message names the URL and the next action.
+
+    It is no ValueError: whoever catches that around a parser must not take a store's silence for damaged content.
+    """
 
     retryable = False
     """Whether the same may succeed later without any change; then it is not the user's error."""

@@ -103,9 +103,9 @@ class Manifest:
             raise NotFoundError(f"there is no manifest at {file_url}; make it with `isthmus data index`") from error
         try:
             return _parse(data, file_url.rpartition("/")[0])
+        except DataError as error:
+            raise DataError(f"{file_url}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise DataError(f"{file_url}: {error}") from error
             raise DataError(f"{file_url} is damaged ({error!r}); run `isthmus data index` again") from error
 
     def save(self, folder_url: str, store: ObjectStore) -> None:

@@ -92,7 +92,7 @@ class BackgroundSaver:
         if self._thread is not None:
             self._thread.join(self._timeout_seconds + CLOSE_SECONDS)
             if self._thread.is_alive():
-                raise CheckpointError(f"{self._url}: a save still hangs after its limit; check the object store")
+                raise SaveFailedError(f"{self._url}: a save still hangs after its limit; check the object store")
             self._thread = None
         self.raise_error()
 

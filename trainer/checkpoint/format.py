@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.data_pipeline.store.object_store import ChangedError, NotFoundError, ObjectStore
 from isthmus.trainer.errors import CheckpointError
 from isthmus.trainer.safetensors_header import LENGTH_BYTES, HeaderError, TensorSpan, read_header
 
@@ -23,6 +23,7 @@ BYTES_PER_ELEMENT = 4
 HASH_BLOCK_BYTES = 8 << 20
 _STEP = re.compile(r"^step-(\d{9,})$")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
+_DAMAGED_HEADER = (HeaderError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class Piece(NamedTuple):
@@ -173,7 +174,7 @@ def read_pieces(url: str, size: int, store: ObjectStore) -> tuple[list[Piece], d
             [_piece(key, span) for key, span in header.tensors.items()],
             {name: tuple(int(side) for side in shape) for name, shape in shapes.items()},
         )
-    except (HeaderError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (ChangedError, NotFoundError, *_DAMAGED_HEADER) as error:
         raise CheckpointError(f"{url}: the header of this part is damaged ({error})") from error
 
 

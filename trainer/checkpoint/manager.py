@@ -21,7 +21,7 @@ from isthmus.trainer.config.schema import CheckpointConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
 from isthmus.trainer.engine.state_shards import Fragment
-from isthmus.trainer.errors import CheckpointError, UnreadableCheckpointError
+from isthmus.trainer.errors import CheckpointError, TrainerError, UnreadableCheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class CheckpointManager:
     ) -> None:
         self.last_committed: Committed | None = None
         self._url, self._store, self._config, self._rank = folder_url, store, config, rank
+        self._assert_owner = assert_owner
         session, between = from_main_rank(lambda: (uuid.uuid4().hex[:12], seconds_between_failures))
         self._interval = Interval(config, between)
         self._saver = BackgroundSaver(
@@ -210,6 +211,6 @@ class CheckpointManager:
         self.last_committed = Committed(step, time.time(), seconds)
         logger.info("checkpoint of step %d committed after %.1f s", step, seconds)
         try:
-            prune(self._url, self._store, self._config)
-        except (CheckpointError, DataError, OSError) as error:
+            prune(self._url, self._store, self._config, assert_owner=self._assert_owner)
+        except (TrainerError, DataError, OSError) as error:
             logger.warning("old checkpoints were not deleted, the next save tries again: %s", error)

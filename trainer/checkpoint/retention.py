@@ -1,9 +1,9 @@
 """Which checkpoints are kept, and which files of crashed saves are deleted."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, join
 from isthmus.trainer.checkpoint.format import MANIFEST
 from isthmus.trainer.checkpoint.reader import IN_USE, SavedCheckpoint, list_checkpoints, list_step_dirs
 from isthmus.trainer.config.schema import CheckpointConfig
@@ -38,20 +38,25 @@ def prune(
     *,
     protected: Collection[int] = (),
     dry_run: bool = False,
+    assert_owner: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[str]]:
     """Delete checkpoints that are neither kept nor in use, and leftovers older than the newest committed one.
 
     A folder of a later step may be a save in progress, so it is never touched; steps in `protected` are kept as well.
     Returns the deleted steps and leftovers, or with `dry_run` those that would be deleted.
+
+    `assert_owner` is called between listing and deleting: while the run is still ours then, no later owner has written
+    anything that was listed. A writer that lost the run without noticing must not collect its successor's uploads.
     """
-    saved = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder_url, store)}
-    if not saved:
+    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder_url, store)}
+    if not found:
         return [], []
+    newest, folders = max(found), list_step_dirs(folder_url, store)
+    saved = {step: checkpoint for step, checkpoint in found.items() if step == newest or _is_whole(checkpoint, folders)}
     kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config)
     kept |= set(protected)
-    newest = max(saved)
-    steps, leftovers = [], []
-    for step, files in list_step_dirs(folder_url, store).items():
+    steps, leftovers, unwanted = [], [], []
+    for step, files in folders.items():
         urls = [info.url for info in files]
         in_use = any(f"/{IN_USE}/" in url for url in urls)
         if step > newest or in_use:
@@ -60,16 +65,16 @@ def prune(
             leftovers += _leftovers(urls, saved[step])
         elif step in saved:
             steps.append(step)
-            if not dry_run:
-                delete_checkpoint(urls, store)
+            unwanted.append(urls)
         else:
             leftovers += urls
-    if not dry_run:
-        for url in sorted(leftovers, key=lambda url: not url.endswith(MANIFEST)):
-            store.delete(url)
+    if not dry_run and (steps or leftovers):
+        assert_owner()
+        for urls in (*unwanted, leftovers):
+            delete_checkpoint(urls, store)
     if leftovers or steps:
         logger.info("%s: deleted checkpoints %s and %d leftovers", folder_url, steps or "none", len(leftovers))
-    for checkpoint in saved.values():
+    for checkpoint in found.values():
         checkpoint.close()
     return steps, leftovers
 
@@ -95,6 +100,12 @@ def delete_checkpoint(urls: list[str], store: ObjectStore) -> None:
     """Delete a checkpoint's files, the manifest first: one that is half deleted no longer counts."""
     for url in sorted(urls, key=lambda url: not url.endswith(f"/{MANIFEST}")):
         store.delete(url)
+
+
+def _is_whole(saved: SavedCheckpoint, folders: dict[int, list[ObjectInfo]]) -> bool:
+    """Return whether all files are there: a manifest whose put arrives late may follow the deletion of its files."""
+    names = {info.url for info in folders.get(saved.step, ())}
+    return all(join(saved.url, entry.name) in names for entry in saved.manifest.files)
 
 
 def _leftovers(urls: list[str], saved: SavedCheckpoint) -> list[str]:

@@ -2,6 +2,8 @@
 
 It is uploaded to a folder of its own, `<run>/export/<stage>-step-NNNNNNNNN/`, and counts once `run.json` names it; then
 earlier exports are deleted. So files of two exports never mix, and one that was interrupted is never taken for whole.
+A process that has lost the run without noticing may upload the same bytes again; what it deletes and records, it has
+listed and read before it proved its ownership, so nothing of its successor is touched.
 """
 
 import logging
@@ -47,20 +49,28 @@ def export_run(config: TrainConfig, store: ObjectStore, run: RunStore) -> str:
     fact = {"stage": stage, "step": saved.step, "url": url}
     if run.facts().get(EXPORT) == fact:
         logger.info("%s: exported already", url)
-        return url
-    with tempfile.TemporaryDirectory(prefix="isthmus-export-") as temporary:
-        folder = Path(temporary) / EXPORT
-        with saved.in_use():
-            _write(config, store, saved, folder, stage)
-        run.assert_owner()
-        for info in list(store.list(url)):  # of an export that was interrupted
-            store.delete(info.url)
-        _upload(folder, url, store)
+    else:
+        with tempfile.TemporaryDirectory(prefix="isthmus-export-") as temporary:
+            folder = Path(temporary) / EXPORT
+            with saved.in_use():
+                _write(config, store, saved, folder, stage)
+            _upload_over(folder, url, store, run)
+    earlier = [info.url for info in store.list(join(run.url, EXPORT)) if not info.url.startswith(f"{url}/")]
     run.record(**{EXPORT: fact})
-    for earlier in {info.url for info in store.list(join(run.url, EXPORT))} - {info.url for info in store.list(url)}:
-        store.delete(earlier)
+    for other in earlier:
+        store.delete(other)
     logger.info("%s: exported %s, step %d", url, stage, saved.step)
     return url
+
+
+def _upload_over(folder: Path, url: str, store: ObjectStore, run: RunStore) -> None:
+    """Upload a folder to where an export of the same step may have been interrupted, or may be whole already."""
+    names = {join(url, *path.relative_to(folder).parts) for path in folder.rglob("*")}
+    strays = [info.url for info in store.list(url) if info.url not in names]
+    run.assert_owner()
+    for stray in strays:
+        store.delete(stray)
+    _upload(folder, url, store)
 
 
 def export_checkpoint(

@@ -80,14 +80,18 @@ class RunStore:
         return read_run(self.url, self._store)
 
     def record(self, **facts: Any) -> None:
-        """Set top-level facts in `run.json`; a value that is a mapping is merged into the one there."""
+        """Set top-level facts in `run.json`; a value that is a mapping is merged into the one there.
+
+        Raises:
+            LeaseError: the run is not ours any more; nothing is changed.
+        """
 
         def merge(run: dict[str, Any]) -> None:
             for key, value in facts.items():
                 both = isinstance(value, dict) and isinstance(run.get(key), dict)
                 run[key] = {**run[key], **value} if both else value
 
-        _update(self.url, self._store, merge)
+        _update(self.url, self._store, merge, self.assert_owner)
 
     def assert_owner(self) -> None:
         """Make sure that the run is still ours, before a commit.
@@ -112,8 +116,7 @@ class RunStore:
                     attempt["ended"] = _now()
 
         try:
-            self._lease.assert_owner()
-            _update(self.url, self._store, end)
+            _update(self.url, self._store, end, self.assert_owner)
         except (TrainerError, DataError) as error:
             logger.warning("the end of this attempt was not recorded: %s", error)
         self._lease.release()
@@ -140,10 +143,16 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
     """
     run_file = join(url, RUN)
     try:
-        run = json.loads(store.get(run_file))
-        version = run["version"]
+        data = store.get(run_file)
     except NotFoundError as error:
         raise TrainerError(f"{run_file}: absent, so this is not the folder of a run; see isthmus runs ls") from error
+    return _parsed(data, run_file)
+
+
+def _parsed(data: bytes, run_file: str) -> dict[str, Any]:
+    try:
+        run = json.loads(data)
+        version = run["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainerError(f"{run_file}: is damaged ({error}); restore it from a copy") from error
     if version > VERSION:
@@ -160,7 +169,8 @@ def _open(
     try:
         changes = check_config_of_run(config, store, allow_change)
         _clear(url, store)
-        store.put(join(url, CONFIG), to_yaml(config).encode())
+        new_config = to_yaml(config).encode()
+        _swap(join(url, CONFIG), store, lambda _: new_config, lease.assert_owner)
         attempt = {
             "token": lease.token,
             "owner": owner,
@@ -169,7 +179,7 @@ def _open(
             "changes": [{"key": key, "old": old, "new": new} for key, old, new in changes],
         }
         fresh = {"format": FORMAT, "version": VERSION, "name": config.run.name, "created": _now(), "attempts": []}
-        _update(url, store, lambda run: run["attempts"].append(attempt), fresh)
+        _update(url, store, lambda run: run["attempts"].append(attempt), lease.assert_owner, fresh)
     except BaseException:
         lease.release()
         raise
@@ -214,30 +224,50 @@ def _completed(stored: dict[str, Any], kind: type[TrainConfig], url: str) -> dic
 
 
 def _update(
-    url: str, store: ObjectStore, change: Callable[[dict[str, Any]], None], fresh: dict[str, Any] | None = None
+    url: str,
+    store: ObjectStore,
+    change: Callable[[dict[str, Any]], None],
+    assert_owner: Callable[[], None],
+    fresh: dict[str, Any] | None = None,
 ) -> None:
-    """Change `run.json` by compare-and-swap, so that no process of a run overwrites what another wrote."""
+    """Change `run.json`, which is `fresh` where there is none."""
     run_file = join(url, RUN)
+
+    def changed(data: bytes | None) -> bytes:
+        if data is None and fresh is None:
+            raise TrainerError(f"{run_file}: was deleted while the run was active; restore it from a copy")
+        run = json.loads(json.dumps(fresh)) if data is None else _parsed(data, run_file)
+        change(run)
+        return json.dumps(run, indent=1).encode()
+
+    _swap(run_file, store, changed, assert_owner)
+
+
+def _swap(
+    url: str, store: ObjectStore, changed: Callable[[bytes | None], bytes], assert_owner: Callable[[], None]
+) -> None:
+    """Change a file of the run by compare-and-swap, so that no process overwrites what another one wrote.
+
+    Ownership is proved between reading and writing. A later owner writes each of these files when it begins, so what
+    an earlier one has read before that is then another version, and what it would read after that it may not change.
+    """
     for _ in range(_SWAP_ATTEMPTS):
         try:
-            version = store.head(run_file).etag
-            run = read_run(url, store)
+            version, data = store.head(url).etag, store.get(url)
         except NotFoundError:
-            if fresh is None:
-                raise
-            version, run = "", json.loads(json.dumps(fresh))
-        change(run)
-        data = json.dumps(run, indent=1).encode()
+            version, data = "", None
+        new = changed(data)
+        assert_owner()
         try:
             if version:
-                store.compare_and_swap(run_file, data, version)
+                store.compare_and_swap(url, new, version)
             else:
-                store.put_if_absent(run_file, data)
+                store.put_if_absent(url, new)
         except (ChangedError, AlreadyExistsError):
             continue
         return
     raise TrainerError(
-        f"{run_file}: changed {_SWAP_ATTEMPTS} times meanwhile; look for a second process that writes to the run"
+        f"{url}: changed {_SWAP_ATTEMPTS} times meanwhile; look for a second process that writes to the run"
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableError, join
+from isthmus.trainer.checkpoint import commit
 from isthmus.trainer.checkpoint.format import MANIFEST, Manifest, hash_file, step_name
 from isthmus.trainer.checkpoint.interval import Interval, young_daly_seconds
 from isthmus.trainer.checkpoint.reader import _BLOCKS_AHEAD, BlockReader, SavedCheckpoint, list_checkpoints
@@ -301,6 +303,67 @@ def test_leftovers_are_collected_but_never_those_of_a_later_step(tmp_path):
     prune(folder, store, CheckpointConfig())
     assert [Path(url).exists() for url in crashed] == [False, False, True]
     assert holds(newest(folder), 4)
+
+
+def test_a_writer_that_lost_the_run_collects_nothing_of_its_successor(tmp_path, caplog):
+    """Found by the simulator: it commits late, and took the parts of its successor's save for leftovers."""
+    folder, calls = str(tmp_path), []
+    save(folder, 2)
+    part = tmp_path / step_name(4) / "part-00000-of-00001-of-the-successor.safetensors"
+
+    def assert_owner() -> None:
+        calls.append(part.exists())
+        if len(calls) > 1:
+            raise LeaseError("held by another")
+        part.parent.mkdir()
+        part.write_text("uploaded, to be committed next")
+
+    checkpoints = manager(folder, assert_owner=assert_owner, keep_last=2)
+    checkpoints.save(6, fragments_of(6), state_of(6))
+    checkpoints.wait()
+    checkpoints.close()
+    assert part.exists()
+    assert calls == [False, True]
+    assert "held by another" in caplog.text
+
+
+def test_a_manifest_that_arrives_after_its_files_were_deleted_does_not_end_retention(tmp_path):
+    """Found by the simulator: its state cannot be read, and then nothing was deleted any more."""
+    folder = str(tmp_path)
+    save(folder, 1, 2)
+    late = (tmp_path / step_name(1) / MANIFEST).read_bytes()
+    save(folder, 3, 4)
+    (tmp_path / step_name(1) / MANIFEST).write_bytes(late)
+    save(folder, 5, 6)
+    assert [saved.step for saved in list_checkpoints(folder, ObjectStore())] == [6, 5]
+    assert not (tmp_path / step_name(1) / MANIFEST).exists()
+
+
+def test_a_save_that_hangs_is_tried_again_by_the_next_attempt(tmp_path, monkeypatch):
+    """As after a machine was suspended for longer than the limit: nothing for the operator to correct."""
+    monkeypatch.setattr(commit, "CLOSE_SECONDS", 0.0)
+    checkpoints = manager(str(tmp_path), save_timeout_seconds=0.01)
+    hanging = threading.Event()
+    checkpoints._saver._thread = threading.Thread(target=hanging.wait)
+    checkpoints._saver._thread.start()
+    with pytest.raises(CheckpointError, match="still hangs") as caught:
+        checkpoints.wait()
+    assert caught.value.retryable
+    hanging.set()
+    checkpoints.close()
+
+
+def test_an_outage_while_a_header_is_read_is_no_damage(tmp_path, monkeypatch):
+    save(str(tmp_path), 1)
+    saved = newest(str(tmp_path))
+
+    def refuse(url, *_args, **_kwargs):
+        raise UnavailableError(f"{url}: 503 on purpose")
+
+    monkeypatch.setattr(saved._store, "get_range", refuse)
+    with pytest.raises(UnavailableError):
+        saved.shapes()
+    saved.close()
 
 
 def test_interval():

@@ -339,3 +339,92 @@ def test_export_appears_whole_and_never_mixes_with_an_earlier_one(tmp_path, monk
 @pytest.mark.parametrize("fact", [{}, {"url": "s3://b/night/export"}, None, 3])
 def test_exports_of_earlier_releases_are_found(fact):
     assert export_folder({"export": fact}) == "export"
+
+
+def test_an_outage_is_no_damage_of_the_record(tmp_path, monkeypatch):
+    """Which the simulator found: the store's error was a ValueError, and so "restore run.json from a copy"."""
+    open_run(tmp_path).close()
+
+    def refuse(url):
+        raise UnavailableError(f"{url}: 503 on purpose")
+
+    store = ObjectStore()
+    monkeypatch.setattr(store, "get", refuse)
+    with pytest.raises(UnavailableError):
+        read_run(join(str(tmp_path), "night"), store)
+
+
+def test_an_earlier_owner_changes_neither_record_nor_configuration(tmp_path):
+    zombie = open_run(tmp_path, "ann")
+    abandon(zombie)
+    attached = RunStore.attach(config(tmp_path), STORE, zombie.token)
+    run = open_run(tmp_path, "bob")
+    for earlier in (zombie, attached):
+        with pytest.raises(LeaseError, match="bob"):
+            earlier.record(handoffs={"stage2": "of ann"})
+    assert "handoffs" not in run.facts()
+    run.close()
+
+
+def test_an_owner_that_is_overtaken_between_reading_and_writing_changes_nothing(tmp_path):
+    """The proof of ownership lies between the two, so what a new owner writes in its first moment is not undone."""
+    zombie = open_run(tmp_path, "ann")
+    prove = zombie.assert_owner
+    overtaking: list[RunStore] = []
+
+    def prove_then_freeze() -> None:
+        prove()
+        zombie.assert_owner = prove
+        abandon(zombie)
+        overtaking.append(open_run(tmp_path, "bob"))
+
+    zombie.assert_owner = prove_then_freeze
+    with pytest.raises(LeaseError, match="bob"):
+        zombie.record(stages={"stage1": "finished"})
+    (run,) = overtaking
+    assert [attempt["owner"] for attempt in run.facts()["attempts"]] == ["ann", "bob"]
+    assert "stages" not in run.facts()
+    run.close()
+
+
+def test_a_late_export_of_an_earlier_owner_leaves_the_published_one_whole(tmp_path, monkeypatch):
+    def write(_config, _store, saved, folder, *_others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(str(saved.step))
+
+    monkeypatch.setattr(export, "_write", write)
+    run = open_run(tmp_path)
+    checkpoints = manager(run.checkpoints_url("stage2"), token=run.token)
+    checkpoints.save(2, fragments_of(2), state_of(2))
+    checkpoints.wait()
+    checkpoints.close()
+
+    class Late(ObjectStore):
+        """Has answered before the owner's export and deletes after it."""
+
+        def delete(self, url: str) -> None:
+            assert "export" not in url or Path(url).name != "model.safetensors"
+            super().delete(url)
+
+    late = RunStore.attach(config(tmp_path), STORE, run.token)
+    monkeypatch.setattr(late, "facts", dict)
+    published = Path(export_run(config(tmp_path), STORE, run))
+    assert export_run(config(tmp_path), Late(), late) == str(published)
+    assert (published / "model.safetensors").read_text() == "2"
+    run.close()
+
+
+def test_an_export_that_was_killed_before_it_tidied_up_is_tidied_by_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_write", lambda *args: (args[3].mkdir(), (args[3] / "weights").write_text("x")))
+    run = open_run(tmp_path)
+    checkpoints = manager(run.checkpoints_url("stage2"), token=run.token)
+    checkpoints.save(2, fragments_of(2), state_of(2))
+    checkpoints.wait()
+    checkpoints.close()
+    export_run(config(tmp_path), STORE, run)
+    earlier = tmp_path / "night/export/stage2-step-000000001/weights"
+    earlier.parent.mkdir()
+    earlier.write_text("its deletion was cut short")
+    export_run(config(tmp_path), STORE, run)
+    assert not earlier.exists()
+    run.close()
