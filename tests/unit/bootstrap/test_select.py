@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from isthmus.bootstrap.select import SUMMARY, select
 from isthmus.bootstrap.select_rule import SelectRule, choose
+from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import AlreadyExistsError, DataError, NotFoundError
 from isthmus.data_pipeline.layers.candidates import WEB, add_scores
@@ -152,6 +153,17 @@ def test_the_same_rule_gives_the_same_files_in_any_number_of_processes(data, lay
     files.pop(Path("manifest.jsonl"))
     assert len(files) == 7
     assert all((tmp_path / "two" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_the_web_share_is_what_readers_draw(data, layer, tmp_path):
+    rule = SelectRule(method="match", min_score=0.0, web_share=0.2)
+    found = select(data, layer, rule, str(tmp_path), STORE, RUN)
+    lists = [texts for shard in found.manifest.shards for texts in load_captions(STORE, shard)]
+    assert [[text.split()[0] for text in texts] for texts in lists] == [
+        ["web"] + ["one"] * 2 + ["two"] * 2
+    ] * NUM_SAMPLES
+    words = Counter(text.split()[0] for batch in take(loader(str(tmp_path)), 0, 200) for text in batch.captions)
+    assert words["web"] / words.total() == pytest.approx(0.2, abs=0.04)  # 1,600 draws: four standard deviations
 
 
 def test_a_selection_that_was_killed_comes_to_the_same_manifest(data, layer, tmp_path):

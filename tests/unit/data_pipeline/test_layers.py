@@ -4,10 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
+from hypothesis import given, settings
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.data import app
@@ -18,6 +20,7 @@ from isthmus.data_pipeline.dataset.verify import VerifyShard, verify
 from isthmus.data_pipeline.errors import AlreadyExistsError, DataError, NotFoundError
 from isthmus.data_pipeline.layers.candidates import add_scores, candidate_table
 from isthmus.data_pipeline.layers.layer import Layer, LayerWriter
+from isthmus.data_pipeline.order.plan import Plan
 from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.sample.captions import choose_caption
 from tests.unit.data_pipeline.layered import STORE, layered, shard_candidates, write_layer
@@ -81,6 +84,29 @@ def test_the_order_is_that_of_a_run_that_excludes_the_samples_which_a_layer_leav
         same = {"captions": [], "tokens": {}}
         assert_equal(one._replace(**same), other._replace(**same))
         assert one.valid_B.all()
+
+
+@given(data=st.data(), seed=st.integers(0, 9), shuffle_chunks=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_smaller_chunks_give_the_order_of_excluded_samples_whatever_is_left_out(data, seed, shuffle_chunks):
+    chunks = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4))
+    sizes = [size for shard in chunks for size in shard]
+    is_kept = data.draw(st.lists(st.booleans(), min_size=sum(sizes), max_size=sum(sizes)).filter(any))
+    kept_of_chunk = [np.flatnonzero(one) for one in np.split(np.array(is_kept), np.cumsum(sizes)[:-1])]
+    counts = iter(len(kept) for kept in kept_of_chunk)
+    shards = [Shard(f"{number}", 1, "", sum(shard), "", "") for number, shard in enumerate(chunks)]
+    base = Manifest(shards, chunks, 1)
+    smaller = Manifest(shards, [[next(counts) for _ in shard] for shard in chunks], 1, LayerRef("", "", "", ""))
+    options = {"seed": seed, "global_batch_size": 4, "lanes": 2, "shuffle_chunks": shuffle_chunks}
+    excluding = Plan([(base, 1.0)], excluded={0: np.flatnonzero(~np.array(is_kept))}, **options)
+    layered_plan = Plan([(smaller, 1.0)], **options)
+    for step in range(2 * len(is_kept) // 4 + 1):
+        for lane in range(2):
+            for one, other in zip(
+                excluding.lane_samples(step, lane), layered_plan.lane_samples(step, lane), strict=True
+            ):
+                chunk = int(base.shard_chunk_starts[one.shard]) + one.chunk
+                assert one == dataclasses.replace(other, sample=int(kept_of_chunk[chunk][other.sample]))
 
 
 def test_captions_are_drawn_as_among_several_of_the_shard(data, selected):
