@@ -16,12 +16,18 @@ def convert_gguf(file: Path, folder: Path) -> None:
     it (it keeps its quantiser), so its weights move into a plain model of the same configuration.
 
     Raises:
-        ModelError: the file holds another architecture.
+        ModelError: the file is damaged or holds another architecture, or the packages are not installed.
     """
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    try:
+        source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise ModelError(f"{file}: reading GGUF needs gguf and accelerate: pip install 'isthmus[demo]'") from error
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file}: cannot be read as GGUF ({cause:.160}); download the file again") from error
     if source.config.model_type != "llama":
         raise ModelError(f"{file}: architecture {source.config.model_type}; only llama files can be converted")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     fields = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(source.state_dict())

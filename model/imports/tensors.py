@@ -105,6 +105,9 @@ def _open_indexed(folder: Path, files: dict[str, list[str]]) -> Tensors:
         lost = [name for name in names if name not in held]
         if lost:
             raise ModelError(f"{folder / file}: {lost[0]} is in the index but not in the file; download both again")
+        twice = sorted(held.keys() & found.keys())
+        if twice:
+            raise ModelError(f"{folder / file}: {twice[0]} is in another weight file too; download all files again")
         found.update(held)
     return found
 

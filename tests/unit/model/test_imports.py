@@ -25,6 +25,7 @@ from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
+from isthmus.model.formats.gguf_import import convert_gguf
 from isthmus.model.frozen.language import load_language
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.imports.architecture import check_architecture
@@ -281,6 +282,33 @@ def broken(folder: Path, kind: str) -> str:
     return r"config\.json makes it|do not match"
 
 
+@pytest.mark.parametrize("kept", [100, -500])
+def test_a_truncated_safetensors_file_is_one_line(safetensors_opt, kept):
+    weights = safetensors_opt / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged or truncated .*; download the file again$"):
+        open_published(safetensors_opt)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("vision", "opt has no image encoder"), ("auto", r"\.txt: a single file can be LAVIS' encoder")],
+)
+def test_a_source_of_the_wrong_kind_is_one_line(safetensors_opt, tmp_path, part, message):
+    (tmp_path / "notes.txt").write_text("weights are elsewhere")
+    with pytest.raises(ModelError, match=message) as caught:
+        open_published(tmp_path / "notes.txt" if part == "auto" else safetensors_opt, part)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_gguf_file_is_one_line(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelError, match=r"model\.gguf: cannot be read as GGUF") as caught:
+        convert_gguf(tmp_path / "model.gguf", tmp_path / "made")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_bert_keeps_the_names_of_its_layer_norms(tmp_path):
     """bert-base-uncased: gamma and beta, a pooler and heads that the Q-Former does not take."""
     config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
@@ -317,7 +345,17 @@ def test_a_missing_shard_and_a_missing_entry_are_named(safetensors_opt, tmp_path
     (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"absent\.weight is in the index but not in the file"):
         open_published(source)
-    (source / "pytorch_model-00002-of-00002.bin").unlink()
+    twice = torch.load(source / "pytorch_model-00001-of-00002.bin")
+    name = next(iter(twice))
+    del index["weight_map"]["absent.weight"]
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    second = source / "pytorch_model-00002-of-00002.bin"
+    torch.save(torch.load(second) | {name: twice[name] + 1}, second)
+    with pytest.raises(
+        ModelError, match=rf"pytorch_model-0000[12]-of-00002\.bin: {name} is in another weight file too"
+    ):
+        open_published(source)
+    second.unlink()
     with pytest.raises(ModelError, match=r"1 weight files are missing, the first is pytorch_model-00002"):
         open_published(source)
 
