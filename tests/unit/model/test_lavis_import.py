@@ -5,15 +5,20 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Blip2ForImageTextRetrieval
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.model import app
 from isthmus.model.config import QFormerConfig
 from isthmus.model.errors import ModelError
+from isthmus.model.formats.captioner import load_captioner
+from isthmus.model.formats.hf_export import export_native
 from isthmus.model.formats.hf_import import HEADS, PROJECTION, trained_names
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.lavis_import import import_lavis
-from tests.stage2_parts import write_blip2_vision
+from isthmus.model.generate import Decoding, caption
+from isthmus.model.tiny import write_tiny_language, write_tiny_vocabulary
+from tests.stage2_parts import picture, write_blip2_vision
 
 pytestmark = pytest.mark.unit
 IMAGE_WIDTH = 24
@@ -75,3 +80,27 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     with pytest.raises(ModelError, match=r"no Q-Former in it"):
         import_lavis(tmp_path / "other.pth", tmp_path / "own", vision)
     assert not (tmp_path / "own").exists()
+
+
+def test_with_its_language_model_it_writes_captions(tmp_path):
+    ours = write_checkpoint(tmp_path / "blip2.pth", 2)
+    vision = write_blip2_vision(tmp_path / "encoder")
+    language = write_tiny_language(tmp_path / "opt", "opt", width=32)
+    import_lavis(tmp_path / "blip2.pth", tmp_path / "own", vision, language)
+    model, encoder = load_captioner(tmp_path / "own")
+    assert all(torch.equal(parameter, ours[name]) for name, parameter in model.trainable_parameters().items())
+    images = torch.stack([picture(row) for row in range(2)])
+    texts = caption(model, encoder, images, decoding=Decoding(max_new_tokens=4, num_beams=1))
+    assert len(texts) == 2
+
+
+def test_with_a_vocabulary_stage_1_is_exported_for_transformers(tmp_path):
+    ours = write_checkpoint(tmp_path / "blip2.pth", 1)
+    vision = write_blip2_vision(tmp_path / "encoder")
+    write_tiny_vocabulary(tmp_path / "bert", ["a red dog"])
+    import_lavis(tmp_path / "blip2.pth", tmp_path / "own", vision, tokenizer=tmp_path / "bert")
+    export_native(tmp_path / "own", tmp_path / "retriever")
+    model, report = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "retriever", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(model.query_tokens, ours["qformer.query_tokens"])
+    assert torch.equal(model.vision_projection.weight, ours["image_projection.weight"])
