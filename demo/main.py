@@ -48,11 +48,12 @@ PHASES = {
     "report": "report",
 }
 EXPECTED_SECONDS = {
-    TINY_RECIPE: (1, 3, 25, 10, 35, 10, 15, 3),
-    RECIPE: (60, 60, 40, 15, 420, 420, 60, 5),
+    TINY_RECIPE: (1, 3, 15, 10, 32, 10, 8, 3),
+    RECIPE: (60, 70, 25, 15, 330, 400, 25, 5),
     LONG_RECIPE: (60, 60, 40, 15, 2000, 3600, 90, 5),
 }
-"""Of each phase on two cores of 2026-11; other machines and recipes are scaled by the pace seen."""
+"""Of each phase on two cores of 2026-11; those of `demo` are computed from CPU seconds (docs/decisions.md). Other
+machines and recipes are scaled by the pace seen."""
 TINY_NOTE = """Generated scenes and random frozen models: this shows that everything works, not what the method learns.
 `make demo` takes real pictures and pretrained models."""
 FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and random models instead of real pictures and pretrained ones.
