@@ -5,8 +5,8 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from isthmus.cluster.checks.published_models import get_command
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.submission.published_models import get_command
 from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.load_plan import excluded_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from isthmus.cluster.checks.published_models import get_command
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.submission.published_models import get_command
 from isthmus.model.frozen.language import build_language
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage2 import Stage2Model
