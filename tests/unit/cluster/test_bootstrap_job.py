@@ -50,7 +50,7 @@ def test_what_travels_to_a_cluster_comes_back(tmp_path):
         ("training=null", "train_again: needs training"),
         ("training.stage1.stepps=3", "training.stage1.stepps: unknown key; did you mean stage1.steps?"),
         ("select.min_score=null", "select: method web_or_best needs min_score"),
-        ("caption.methodes=beam", "caption.methodes: unknown key; did you mean caption.method?"),
+        ("caption.methodx=beam", "caption.methodx: unknown key; did you mean caption.method?"),
     ],
 )
 def test_problems_of_a_recipe_are_named(override, problem):
