@@ -125,8 +125,7 @@ def select(
         shards.append(selected)
         on_shard()
     shards.sort(key=lambda one: one.number)
-    described = rule.model_dump(mode="json", exclude_defaults=True)
-    described |= {"duplicates": duplicates.hash} if duplicates else {}
+    described = rule.describe() | ({"duplicates": duplicates.hash} if duplicates else {})
     ref = LayerRef(layer.url, layer.hash, base_url, base.hash, described)
     lines, chunks = [one.shard for one in shards], [one.chunk_samples for one in shards]
     manifest = save_manifest(out, lines, chunks, base.chunk_bytes, ref, store)

@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,12 @@ class SelectRule(Config):
     web_share: float | None = Field(None, gt=0, lt=1)
     """Probability that a caption of the data set is drawn where it and generated ones are kept, in steps of 0.05; none:
     every kept caption is drawn alike."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides, defaults included, as JSON values."""
+        bounds = {name: one.model_dump(exclude_defaults=True) for name, one in self.bounds.items()}
+        unused = set() if self.method == "top" else {"keep"}
+        return self.model_dump(exclude_none=True, exclude={"bounds", *unused}) | ({"bounds": bounds} if bounds else {})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

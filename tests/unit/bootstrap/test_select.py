@@ -141,7 +141,15 @@ def test_the_manifest_states_exactly_which_samples_and_captions_are_kept(data, l
     assert len(seen) == 3
     summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
     assert summary["counts"] == found.counts
-    assert found.manifest.layer.rule == {"method": "match", "min_score": 0.75}
+    assert found.manifest.layer.rule == {"method": "match", "score": "itm", "min_score": 0.75}
+
+
+def test_a_rule_is_recorded_with_its_defaults_and_without_infinities():
+    rule = SelectRule(method="top", bounds={"length": {"min": 3}}, web_share=0.2)
+    assert rule.describe() == {
+        "method": "top", "score": "itm", "keep": 2, "web_share": 0.2, "bounds": {"length": {"min": 3.0}},
+    }  # fmt: skip
+    assert SelectRule(**rule.describe()) == rule
 
 
 def test_the_same_rule_gives_the_same_files_in_any_number_of_processes(data, layer, tmp_path):
