@@ -16,7 +16,8 @@ from isthmus.model.qformer.qformer import QFormer
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.config.schema import TrainConfig
 from tests.integration.cluster.raylets import ROOT
-from tests.unit.model.test_imports import as_pickle, lavis_eva
+from tests.unit.model.test_import_towers import lavis_eva
+from tests.unit.model.test_imports import as_pickle
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 IMAGE_WIDTH = 176  # two heads of EVA-CLIP's 88
