@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from isthmus.cluster.cli.options import EndpointOption, OverridesArg, RecipeArg, RegionOption, open_store
+from isthmus.cluster.cli.options import EndpointOption, OverridesArg, RecipeArg, RegionOption, open_runner, open_store
 from isthmus.cluster.cli.output import progress
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def duplicates(
     max_distance: Annotated[
         int, typer.Option("--max-distance", min=0, max=7, help="Bits of 64 by which hashes of alike images differ.")
     ] = 3,
-    workers: WorkersOption = os.cpu_count() or 1,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Local processes.")] = os.cpu_count() or 1,
     address: AddressOption = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
@@ -158,7 +158,7 @@ def duplicates(
 
     store = open_store(endpoint_url, region)
     sources, evaluation = ([Manifest.load(url, store) for url in urls] for urls in (manifests, against or []))
-    run = _pool(workers, address, 0.0, 0.0).run
+    run = open_runner(processes, address)
     with progress("shards", sum(len(one.shards) for one in (*sources, *evaluation))) as advance:
         layers = mark_duplicates(
             sources, out, store, run, against=evaluation, max_distance=max_distance, on_shard=advance

@@ -2,13 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from isthmus.cluster.cli.options import AddressOption, EndpointOption, JsonOption, RegionOption, open_store
+from isthmus.cluster.cli.options import (
+    AddressOption,
+    EndpointOption,
+    JsonOption,
+    RegionOption,
+    open_runner,
+    open_store,
+)
 from isthmus.cluster.cli.output import data_size, print_json, print_rich, progress, table
 
 app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help=True)
@@ -47,7 +54,7 @@ def index(
     shards = expand(urls, store)
     with progress("shards", len(shards)) as advance:
         manifest, dropped = build_manifest(
-            shards, out, store, options, _runner(processes, address), on_shard=lambda _: advance()
+            shards, out, store, options, open_runner(processes, address), on_shard=lambda _: advance()
         )
     facts: dict[str, Any] = {
         "manifest": out,
@@ -81,7 +88,7 @@ def verify(
     store = open_store(endpoint_url, region)
     loaded = Manifest.load(manifest, store)
     with progress("shards", len(loaded.shards)) as advance:
-        problems = check(loaded, store, _runner(processes, address), deep=deep, on_shard=advance)
+        problems = check(loaded, store, open_runner(processes, address), deep=deep, on_shard=advance)
     if as_json:
         typer.echo(json.dumps({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems}, indent=2))
     if problems:
@@ -237,7 +244,7 @@ def ingest(
             opened,
             absolute(dest.rstrip("/")),
             open_store(endpoint_url, region),
-            _runner(processes, address),
+            open_runner(processes, address),
             samples_per_shard=samples_per_shard,
             allow_private=allow_private_addresses,
             on_shard=lambda _: advance(),
@@ -245,16 +252,6 @@ def ingest(
     _print_facts(vars(summary) | {"dropped": dict(summary.dropped)}, as_json=as_json)
     if summary.dropped and not as_json:
         typer.echo(f"what was dropped, and why: {join(summary.folder, DROPPED)}; it can be ingested like any .jsonl")
-
-
-def _runner(processes: int, address: str | None) -> Callable[..., Iterator[Any]]:
-    if address is None:
-        from isthmus.data_pipeline.process_pool import run_in_processes
-
-        return run_in_processes(processes)
-    from isthmus.cluster.ray_nodes.ray_map import run_in_ray
-
-    return run_in_ray(address)
 
 
 def _number(value: int | None) -> str:

@@ -1,10 +1,12 @@
 """Arguments and options that several verbs share, and the object store that they describe."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from isthmus.data_pipeline.config import StoreConfig
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
@@ -44,3 +46,14 @@ def open_store(endpoint_url: str | None, region: str | None) -> "ObjectStore":
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
     return ObjectStore(store_config(endpoint_url, region))
+
+
+def open_runner(processes: int, address: str | None) -> "Callable[..., Iterator[Any]]":
+    """Return what works on shards: tasks of the Ray cluster at the address, or processes of this machine."""
+    if address is None:
+        from isthmus.data_pipeline.process_pool import run_in_processes
+
+        return run_in_processes(processes)
+    from isthmus.cluster.ray_nodes.ray_map import run_in_ray
+
+    return run_in_ray(address)

@@ -194,10 +194,8 @@ def test_select_leaves_marked_samples_out_and_counts_them(sets, manifests, marke
 
 def test_the_verbs_mark_and_leave_out(sets, manifests, marked, tmp_path):
     out, base = tmp_path / "out", manifests["first"]
-    sources = [sets["first"], sets["second"]]
-    said = CliRunner().invoke(
-        app, ["duplicates", *sources, "--against", sets["held_out"], "--out", str(tmp_path / "marks"), "--workers", "1"]
-    )
+    options = ["--against", sets["held_out"], "--out", str(tmp_path / "marks"), "--processes", "1"]
+    said = CliRunner().invoke(app, ["duplicates", sets["first"], sets["second"], *options])
     assert said.exit_code == 0, said.output
     assert f"{tmp_path}/marks/duplicates-{base.hash[:12]}: 2 duplicates, 1 leaks of 9 images" in said.stdout
     writer = LayerWriter(str(out / "scores"), base.hash, {}, STORE)
