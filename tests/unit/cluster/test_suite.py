@@ -26,7 +26,7 @@ from isthmus.trainer.evaluation.paper import TABLES, beside_paper, model_names, 
 from isthmus.trainer.evaluation.protocol import CAPTION_DECODING, CAPTION_PROMPT, SUITES, EvalTask
 from isthmus.trainer.evaluation.ranking import Ranking, best_pairs
 from isthmus.trainer.evaluation.retrieval_metrics import direction_recalls
-from isthmus.trainer.evaluation.text_tasks import caption_figures, plain_question, question_figures
+from isthmus.trainer.evaluation.text_tasks import answer_questions, caption_figures, plain_question, question_figures
 from isthmus.trainer.subject import ExportTarget, RunTarget
 from tests.benchmark_files import INGEST, prepare, write_published
 from tests.corpus import picture
@@ -181,6 +181,25 @@ def test_reranking_is_the_sum_of_cosine_and_match_for_the_best_of_each(retriever
                 expected = match if is_best else float(cosine) + ranking.NOT_A_CANDIDATE
                 assert float(scores[i, t]) == pytest.approx(expected, abs=2e-3)
         assert [int((scores > -1000).sum()) for scores in (image_IT, text_IT)] == [18 * 3, 36 * 3]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_texts_do_not_depend_on_the_number_of_ranks(captioner, files, world_size):
+    """The parts of all ranks, one after the other in this process, put together as they are when they are gathered."""
+
+    def answered(model, subject, rank, size):
+        data = Benchmark(str(files / "sets/vqav2"), ObjectStore(), subject.side, Rank(rank, size))
+        seen = []
+        rows = answer_questions(model, subject.encoder, subject.precision, data, lambda: seen.append(rank))
+        return rows, len(seen)
+
+    target = ExportTarget(str(captioner), ObjectStore(), Rank(0, 1))
+    with target.open("stage2") as subject:
+        alone, units = answered(subject.task.model, subject, 0, 1)
+        found = [answered(subject.task.model, subject, rank, world_size) for rank in range(world_size)]
+    assert units == 2
+    assert {passes for _, passes in found} == {1}
+    assert [row for rows, _ in found for row in rows] == alone
 
 
 def test_a_result_is_kept_until_weights_or_data_change(captioner, files, tmp_path):
