@@ -91,7 +91,7 @@ WITHOUT_A_STORE = {"train", "submit", "ls", "logs", "stop", "import", "push", "p
 """Verbs whose store is that of the recipe or of the job, or that read local files only."""
 
 
-WITHOUT_A_STORE_OF_THEIRS = {"config show", "config schema", "assets tiny", "models check", "bootstrap run"}
+WITHOUT_A_STORE_OF_THEIRS = {"config show", "config schema", "assets tiny", "bootstrap run"}
 """The same of groups of verbs."""
 
 
