@@ -14,7 +14,7 @@ from isthmus.cluster.cli.options import (
     RecipeArg,
     RegionOption,
     RunArg,
-    open_store,
+    find_run,
 )
 from isthmus.cluster.cli.output import print_json, print_rich
 from isthmus.cluster.config import JobConfig
@@ -63,16 +63,12 @@ def doctor(
     from isthmus.cluster.checks.doctor import collect, write_private
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_folder import is_url, stored_config
-    from isthmus.data_pipeline.store.object_store import ObjectStore
 
     facts: dict[str, Any] = {}
     logs: dict[str, str] = {}
-    if is_url(run):
-        url, store = run.rstrip("/"), open_store(endpoint_url, region)
-    else:
+    url, store = find_run(run, address, endpoint_url, region)
+    if not is_url(run):
         jobs = Jobs(address)
-        job = jobs.latest(run)
-        url, store = job.run_url, ObjectStore(job.store)
         known = jobs.of_run(run)
         logs = {job.id: jobs.logs(job) for job in known[:MAX_JOBS]}
         facts = {"address": jobs.address, "jobs": [asdict(job) for job in known], "nodes": jobs.nodes()}

@@ -13,6 +13,7 @@ from isthmus.cluster.cli.options import (
     EndpointOption,
     JsonOption,
     RegionOption,
+    find_run,
     open_runner,
     open_store,
 )
@@ -174,16 +175,10 @@ def where(
     """Show at which steps of a run samples were used, and at which they will be used next; steps count from 0."""
     from dataclasses import asdict
 
-    from isthmus.cluster.submission.jobs import Jobs
-    from isthmus.cluster.submission.run_folder import is_url, stored_config
+    from isthmus.cluster.submission.run_folder import stored_config
     from isthmus.cluster.submission.sample_uses import sample_uses
-    from isthmus.data_pipeline.store.object_store import ObjectStore
 
-    if is_url(run):
-        url, store = run.rstrip("/"), open_store(endpoint_url, region)
-    else:
-        job = Jobs(address).latest(run)
-        url, store = job.run_url, ObjectStore(job.store)
+    url, store = find_run(run, address, endpoint_url, region)
     uses = sample_uses(stored_config(url, store), store, keys, url)
     if as_json:
         print_json([asdict(use) for use in uses])

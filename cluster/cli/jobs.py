@@ -20,7 +20,7 @@ from isthmus.cluster.cli.options import (
     RunArg,
     SkipStepsOption,
     WatchOption,
-    open_store,
+    find_run,
     store_config,
 )
 from isthmus.cluster.cli.output import print_json, print_rich
@@ -68,16 +68,10 @@ def resume(
     skip_steps: SkipStepsOption = None,
 ) -> None:
     """Resume a run from its last committed checkpoint; by URL also on another cluster."""
-    from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_folder import is_url, stored_config
     from isthmus.cluster.submission.skip_steps import with_skipped
-    from isthmus.data_pipeline.store.object_store import ObjectStore
 
-    if is_url(run):
-        url, store = run.rstrip("/"), open_store(endpoint_url, region)
-    else:
-        job = Jobs(address).latest(run)
-        url, store = job.run_url, ObjectStore(job.store)
+    url, store = find_run(run, address, endpoint_url, region)
     resolved = stored_config(url, store)
     if is_url(run):
         address = address or resolved.cluster.address

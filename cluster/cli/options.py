@@ -57,3 +57,15 @@ def open_runner(processes: int, address: str | None) -> "Callable[..., Iterator[
     from isthmus.cluster.ray_nodes.ray_map import run_in_ray
 
     return run_in_ray(address)
+
+
+def find_run(run: str, address: str | None, endpoint_url: str | None, region: str | None) -> "tuple[str, ObjectStore]":
+    """Return the URL of a run's folder and the store that holds it: that of the options, or that of the run's job."""
+    from isthmus.cluster.submission.jobs import Jobs
+    from isthmus.cluster.submission.run_folder import is_url
+    from isthmus.data_pipeline.store.object_store import ObjectStore
+
+    if is_url(run):
+        return run.rstrip("/"), open_store(endpoint_url, region)
+    job = Jobs(address).latest(run)
+    return job.run_url, ObjectStore(job.store)
