@@ -130,11 +130,14 @@ def export_(
 ) -> None:
     """Export a checkpoint of a run, finished or training, as a model folder; or an own export for transformers."""
     from isthmus.cluster.submission.run_folder import stored_config
+    from isthmus.model.errors import ModelError
     from isthmus.model.formats.hf_export import export_native
     from isthmus.model.formats.native import DESCRIPTION
     from isthmus.trainer.runs.export import export_checkpoint
 
-    if (Path(run) / DESCRIPTION).exists() and to in ("auto", "hf"):
+    if (Path(run) / DESCRIPTION).exists():
+        if to not in ("auto", "hf"):
+            raise ModelError(f"{run}: an own export, not a run; it can be exported with --to hf")
         export_native(Path(run), Path(destination))
         typer.echo(f"{destination}: {run}")
         return

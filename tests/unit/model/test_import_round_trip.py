@@ -88,6 +88,8 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
     assert exported.exit_code == 0
     assert_same_tensors(folder, tmp_path / "back")
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == dtype
+    with pytest.raises(ModelError, match="own: an own export, not a run; it can be exported with --to hf"):
+        run.invoke(app, ["export", str(tmp_path / "own"), str(tmp_path / "x"), "--to", "lavis"], catch_exceptions=False)
     with pytest.raises(ModelError, match="back: exists; give a new folder"):
         export_native(tmp_path / "own", tmp_path / "back")
 
