@@ -1,6 +1,7 @@
 """The demo without its packages: it says so, and what it generates fits its recipe."""
 
 import json
+import tarfile
 
 import pytest
 
@@ -10,6 +11,7 @@ from isthmus.demo import main
 from isthmus.demo.emoji import SPLITS
 from isthmus.demo.timeline import Timeline
 from isthmus.demo.tiny.generated import generate_corpus, generate_models
+from isthmus.demo.tiny.scenes import exchanged_captions, make_scene, write_shards
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.trainer.config.loading import load_config
@@ -48,3 +50,16 @@ def test_what_is_generated_fits_its_recipe(tmp_path):
     assert all((models[path.rpartition("/")[2]] / "config.json").exists() for path in paths)
     assert QFormerEncoder(models["words"], 24).vocab_size == config.model.qformer.vocab_size
     assert load_vision(config.model.vision, models["random-vit"]).width == 64
+
+
+def test_a_share_of_the_scenes_carries_the_caption_of_another_one(tmp_path):
+    told = exchanged_captions(range(200), 0.3)
+    assert len(told) == 60
+    assert sorted(told) == sorted(told.values())
+    assert all(number != other for number, other in told.items())
+    assert told == exchanged_captions(range(200), 0.3)
+    (tar,) = write_shards(tmp_path, "noisy", 200, exchanged=0.3)
+    with tarfile.open(tar) as members:
+        texts = {int(m.name[6:13]): members.extractfile(m).read().decode() for m in members if m.name.endswith(".txt")}
+    for number, text in texts.items():
+        assert text == make_scene(0, "noisy", told.get(number, number))[0].caption
