@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from isthmus.model.config import Dtype, LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
-from isthmus.model.formats.native import export_bridge, read_trained
+from isthmus.model.formats.native import DESCRIPTION, export_bridge, read_trained
 from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.safetensors_io import read_json, refuse_existing, write_tensors
@@ -77,6 +77,8 @@ def import_blip2(source: Path, target: Path) -> Imported:
             missing.
     """
     refuse_existing(target)
+    if (source / DESCRIPTION).exists():
+        raise ModelError(f"{source}: an own export already; stage2.init_from, caption, ask, serve and export read it")
     if read_json(source / "config.json").get("model_type") != "blip-2":
         raise ModelError(f"{source}: not a BLIP-2 folder of transformers; give one with config.json and weights")
     config: Any = AutoConfig.from_pretrained(source)

@@ -90,6 +90,8 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == dtype
     with pytest.raises(ModelError, match="own: an own export, not a run; it can be exported with --to hf"):
         run.invoke(app, ["export", str(tmp_path / "own"), str(tmp_path / "x"), "--to", "lavis"], catch_exceptions=False)
+    with pytest.raises(ModelError, match=r"own: an own export already; stage2\.init_from"):
+        import_blip2(tmp_path / "own", tmp_path / "x")
     with pytest.raises(ModelError, match="back: exists; give a new folder"):
         export_native(tmp_path / "own", tmp_path / "back")
 
