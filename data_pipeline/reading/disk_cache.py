@@ -51,6 +51,10 @@ class DiskCache:
             os.utime(path)
         return data if len(data) == chunk.length else None
 
+    def has(self, chunk: ChunkId) -> bool:
+        """Return whether there is a file of the chunk, whole or not."""
+        return (self._folder / chunk.file_name).exists()
+
     def put(self, chunk: ChunkId, data: bytes | memoryview) -> bool:
         """Keep the bytes if they fit, dropping older chunks; return whether they are kept."""
         if len(data) > self._max_bytes:

@@ -25,6 +25,7 @@ from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import frozen_config
 from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed, parameters_on_meta
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
+from isthmus.trainer.frozen.range_cache import RangeCache
 from isthmus.trainer.frozen.safetensors_index import FrozenWeightsError, TensorEntry, read_entries
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class LoadReport:
     """What loading cost this rank."""
 
     bytes_read: int
+    bytes_cached: int
+    """Of these, how many came from this node's cache."""
     bytes_total: int
     """Bytes of all tensors of the model in its files."""
     seconds: float
@@ -73,8 +76,9 @@ def load_frozen_lm(
     dtype = getattr(torch, config.torch_dtype)
     module, report = shard(language, language.weight_names, entries, store, dtype, frozen_config(deepspeed))
     logger.info(
-        "rank %d read %.1f of %.1f MB of %s in %.1f s",
+        "rank %d read %.1f of %.1f MB of %s in %.1f s, %.1f MB of them from this node's cache",
         rank.rank, report.bytes_read / 1e6, report.bytes_total / 1e6, folder_url, report.seconds,
+        report.bytes_cached / 1e6,
     )  # fmt: skip
     return module
 
@@ -128,7 +132,8 @@ def shard(
     _partition(skeleton, deepspeed, _kept_in_fp32(skeleton, dtype), dtype)
     partitions = {name: cast(Any, parameter) for name, parameter in skeleton.named_parameters()}
     jobs = [piece for name, entry in chosen.items() for piece in _pieces(partitions[name], entry)]
-    bytes_read = _fill(jobs, store)
+    cache = RangeCache(store)
+    bytes_read = _fill(jobs, cache)
     for module in skeleton.modules():
         if isinstance(module, nn.Linear):
             _save_no_weights(module)
@@ -138,7 +143,7 @@ def shard(
     object.__setattr__(skeleton, "partitioning_engine", engine)
     skeleton.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     total = sum(entry.num_bytes for entry in chosen.values())
-    return skeleton, LoadReport(bytes_read, total, time.monotonic() - began)
+    return skeleton, LoadReport(bytes_read, cache.num_cached_bytes, total, time.monotonic() - began)
 
 
 def return_freed_memory() -> None:
@@ -228,15 +233,15 @@ def _pieces(parameter: Any, entry: TensorEntry) -> Iterator[_Piece]:
         yield _Piece(entry, begin + first, target)
 
 
-def _fill(pieces: list[_Piece], store: ObjectStore) -> int:
+def _fill(pieces: list[_Piece], cache: RangeCache) -> int:
     """Read all pieces, a few at a time; return the bytes read."""
     if sys.byteorder != "little":
         raise FrozenWeightsError("safetensors files are little-endian and this machine is not")
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="frozen") as pool:
-        return sum(pool.map(lambda piece: _read(piece, store), pieces))
+        return sum(pool.map(lambda piece: _read(piece, cache), pieces))
 
 
-def _read(piece: _Piece, store: ObjectStore) -> int:
+def _read(piece: _Piece, cache: RangeCache) -> int:
     """Read one piece into its place, by way of a buffer only where type or device differ."""
     entry, target = piece.entry, piece.target
     in_place = target.dtype == entry.dtype and target.device.type == "cpu"
@@ -244,7 +249,7 @@ def _read(piece: _Piece, store: ObjectStore) -> int:
     num_bytes = buffer.numel() * entry.dtype.itemsize
     start = entry.start + piece.first * entry.dtype.itemsize
     view = memoryview(buffer.view(torch.uint8).numpy().data)
-    store.get_range(entry.url, start, num_bytes, etag=entry.etag, into=view)
+    cache.read(entry.url, entry.etag, start, view)
     if not in_place:
         target.copy_(buffer)
     return num_bytes

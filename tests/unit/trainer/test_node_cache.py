@@ -11,7 +11,7 @@ import pytest
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen import node_cache
-from isthmus.trainer.frozen.node_cache import CACHE_VARIABLE, local_folder
+from isthmus.trainer.frozen.node_cache import BLOCK_BYTES, CACHE_VARIABLE, local_folder
 
 pytestmark = pytest.mark.unit
 URL = "s3://bucket/model"
@@ -113,3 +113,51 @@ def test_a_local_folder_is_used_in_place_and_must_exist(tmp_path):
     assert local_folder(str(tmp_path), ObjectStore()) == tmp_path
     with pytest.raises(TrainerError, match="no such folder"):
         local_folder(str(tmp_path / "absent"), ObjectStore())
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "cut", "remove", "add", "lose the checksums"])
+def test_a_damaged_copy_is_made_again_and_counted(log, damage):
+    store = Remote(log)
+    folder = fetch(store)
+    before, weights = node_cache.CACHE_USE.num_damaged, folder / "model.safetensors"
+    if damage == "flip a bit":
+        weights.write_bytes(b"weightS")
+    elif damage == "cut":
+        weights.write_bytes(b"weight")
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "add":
+        (folder / "stray.json").write_text("{}")
+    else:
+        folder.with_suffix(node_cache.CHECKSUMS).unlink()
+    assert fetch(store) == folder
+    assert weights.read_bytes() == b"weights"
+    assert not (folder / "stray.json").exists()
+    assert node_cache.CACHE_USE.num_damaged == before + 1
+    assert len(downloads(log)) == 2 * len(FILES)
+    assert fetch(store) == folder
+    assert len(downloads(log)) == 2 * len(FILES)
+
+
+def test_the_folder_that_was_unused_for_longest_makes_room_and_one_in_use_never(log, monkeypatch):
+    size = sum(map(len, FILES.values()))
+    monkeypatch.setenv(node_cache.SIZE_VARIABLE, str(2.5 * size / 1e9))
+    first, second = (fetch(Remote(log, version=version)) for version in "12")
+    for folder, days in ((first, 2), (second, 3)):
+        unused_since = time.time() - days * 86400
+        os.utime(folder, (unused_since, unused_since))
+    third = fetch(Remote(log, version="3"))
+    assert [folder.exists() for folder in (first, second, third)] == [True, False, True]
+    os.utime(first)
+    fetch(Remote(log, version="4"))
+    assert first.exists()
+    assert third.exists()
+
+
+@pytest.mark.parametrize("size", [BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 0])
+def test_a_change_of_any_block_changes_the_checksum(tmp_path, size):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    before = node_cache._checksums(tmp_path)
+    file.write_bytes(bytes(size - 1) + b"\1" if size else b"\1")
+    assert node_cache._checksums(tmp_path) != before
