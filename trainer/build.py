@@ -40,24 +40,44 @@ class Parts:
 
 
 def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
-    """Build a stage's model with frozen parts loaded and trainable parts initialised from the run's seed.
-
-    Collective where there are several ranks. Trainable parts are equal on all ranks.
-    """
-    return _build_stage1(config, rank, store) if stage == "stage1" else _build_stage2(config, rank, store)
+    """Build a stage's encoder and its task. Collective where there are several ranks."""
+    encoder = build_encoder(config, stage, store)
+    return Parts(build_task(config, stage, rank, store, encoder), encoder)
 
 
-def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+def build_encoder(config: TrainConfig, stage: StageName, store: ObjectStore) -> TextEncoder:
+    """Build what turns captions into a stage's tokens; no weights are read."""
+    model_config = config.model_at(stage)
+    if stage == "stage2":
+        assert model_config.language is not None
+        folder = local_folder(model_config.language.path, store, leave_out=WEIGHT_FILES)
+        return LanguageEncoder(folder, model_config.language)
     assert config.stage1 is not None
-    if "stage2" in config.stages:
-        from_main_rank(lambda: check_language(config, store))
-    model_config = config.model_at("stage1")
     bridge = model_config.qformer
     tokenizer = bridge.tokenizer or bridge.init_from
     if tokenizer is None:
         raise ConfigError("model.qformer: set tokenizer or init_from, a folder with vocab.txt; stage 1 reads captions")
     encoder = QFormerEncoder(local_folder(tokenizer, store, leave_out=WEIGHT_FILES), config.stage1.loss.max_text_tokens)
     encoder.check(bridge)
+    return encoder
+
+
+def build_task(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore, encoder: TextEncoder) -> Task:
+    """Build a stage's model with frozen parts loaded and trainable parts initialised from the run's seed.
+
+    `encoder` is that of `build_encoder`. Collective where there are several ranks; trainable parts are equal on all.
+    """
+    if stage == "stage1":
+        return _build_stage1(config, rank, store)
+    return _build_stage2(config, rank, store, encoder)
+
+
+def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Stage1Task:
+    assert config.stage1 is not None
+    if "stage2" in config.stages:
+        from_main_rank(lambda: check_language(config, store))
+    model_config = config.model_at("stage1")
+    bridge = model_config.qformer
     vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
     with _seeded_by(config.run.seed):
         qformer = QFormer(bridge, vision.width)
@@ -65,14 +85,13 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     compile_parts(model, model_config.compile)
-    task = Stage1Task(
+    return Stage1Task(
         model,
         make_communicator(rank.world_size),
         run_seed=config.run.seed,
         micro_batch_size=config.stage1.micro_batch_size,
         virtual_ranks=own_virtual_ranks(config, rank),
     )
-    return Parts(task, encoder)
 
 
 def check_language(config: TrainConfig, store: ObjectStore) -> None:
@@ -88,19 +107,19 @@ def check_language(config: TrainConfig, store: ObjectStore) -> None:
     check_frozen_lm(language, language.path, store)
 
 
-def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
+def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore, encoder: TextEncoder) -> Stage2Task:
     assert config.stage2 is not None
     model_config = config.model_at("stage2")
     assert model_config.language is not None
+    assert isinstance(encoder, LanguageEncoder)
     language_config = model_config.language
-    encoder = LanguageEncoder(local_folder(language_config.path, store, leave_out=WEIGHT_FILES), language_config)
     vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
     language = load_frozen_lm(language_config, language_config.path, store, rank, config.stage2.deepspeed)
     with _seeded_by(config.run.seed):
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     compile_parts(model, model_config.compile)
-    task = Stage2Task(
+    return Stage2Task(
         model,
         encoder,
         make_communicator(rank.world_size),
@@ -108,7 +127,6 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore) -> Parts:
         micro_batch_size=config.stage2.micro_batch_size,
         virtual_ranks=own_virtual_ranks(config, rank),
     )
-    return Parts(task, encoder)
 
 
 def own_virtual_ranks(config: TrainConfig, rank: Rank) -> Sequence[int]:

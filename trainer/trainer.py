@@ -11,7 +11,7 @@ from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader, open_loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.build import build_parts
+from isthmus.trainer.build import build_encoder, build_task
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
@@ -34,6 +34,7 @@ from isthmus.trainer.monitoring.goodput import Activity
 from isthmus.trainer.monitoring.hardware import peak_memory_bytes
 from isthmus.trainer.monitoring.monitor import Monitor
 from isthmus.trainer.runs.identities import frozen_identities
+from isthmus.trainer.runs.probe_record import probed_work
 from isthmus.trainer.runs.stage2_init import init_from_stage1
 from isthmus.trainer.runs.store import RunStore
 
@@ -95,7 +96,7 @@ class Trainer:
             return Outcome.FINISHED
         self.monitor.start()
         self.context.begin_phase("weights")
-        self.build(initialize=saved is None)
+        self.build(saved.step if saved else 0, initialize=saved is None)
         if saved is not None:
             self.context.begin_phase("restore")
             with closing(saved):
@@ -108,13 +109,16 @@ class Trainer:
         self.verify(outcome)
         return outcome
 
-    def build(self, *, initialize: bool) -> None:
-        """Build model, engine and loaders. Collective.
+    def build(self, first_step: int, *, initialize: bool) -> None:
+        """Build loaders, model and engine; readers start, and read from `first_step` on, meanwhile. Collective.
 
         `initialize`: the stage begins here, so its trainable part gets the values of the stage before it, if any.
         """
-        parts = build_parts(self.config, self.name, self.rank, self.store)
-        self.task, self.encoder = parts.task, parts.encoder
+        self.encoder = build_encoder(self.config, self.name, self.store)
+        self.loader = self._stack.enter_context(closing(self._open_loader()))
+        if not initialize:  # a stage that begins takes one batch by itself first, for the memory probe
+            self.loader.ask(first_step, self.stage.steps - first_step)
+        self.task = build_task(self.config, self.name, self.rank, self.store, self.encoder)
         self.frozen_identity = frozen_identities(self.config, self.name, self.run_store, self.store, self.rank)
         if initialize and self.name == "stage2":
             init_from_stage1(self.config, self.run_store, self.store, self.task.model.trainable_parameters())
@@ -123,7 +127,6 @@ class Trainer:
         in_tree = self.config.run.virtual_ranks if self.config.same_bits == "world_size" else None
         self.engine = build_engine(self.task.model, self.stage, self.rank, in_tree)
         self._stack.callback(self.engine.close)
-        self.loader = self._stack.enter_context(closing(self._open_loader()))
         self.evaluator = Evaluator(self.task, self.engine.precision, self.config.evaluation, self._held_out_loader())
         self.nonfinite_guard = NonFiniteGuard(self.config.safety.max_nonfinite_steps)
 
@@ -151,11 +154,16 @@ class Trainer:
             for warning in self.config.slow_frozen_parts(self.name):
                 logger.warning("%s", warning)
         self.checkpoints.prepare(self.engine.fragments())
-        batch = next(iter(self.loader.batches(self.step, 1)))
-        executed = probe_memory(self.task, self.engine, batch, self.encoder)
-        self.monitor.expect_work(executed, model_flops(self.config, self.name, batch))
+        work = probed_work(self.run_store, self.name, self.rank, self.engine.device, self.probe)
+        self.monitor.expect_work(*work)
         if self.step == 0 and self.config.evaluation.before_training:
             self.evaluate()
+
+    def probe(self) -> tuple[float, float | None]:
+        """Probe the memory of a step; return its work per sample, executed and needed. Collective."""
+        batch = next(iter(self.loader.batches(self.step, 1)))
+        executed = probe_memory(self.task, self.engine, batch, self.encoder)
+        return executed, model_flops(self.config, self.name, batch)
 
     def train(self) -> Outcome:
         """Train from the present step to the last one, or to the step at which any rank is asked to stop."""

@@ -77,6 +77,19 @@ class Loader:
         self._budget = Budget(config.budget)
         self._metrics = LoaderMetrics()
         self._step = 0
+        self._asked: range | None = None
+        """Steps that `ask` has requested and `batches` has not begun."""
+
+    def ask(self, start_step: int, num_steps: int) -> None:
+        """Request the first of these batches, so that they are on their way when `batches` begins with them.
+
+        Readers of the calling process read nothing before.
+        """
+        if self._backend.is_async:
+            next_step = self._begin(start_step, start_step)
+            self._asked = range(next_step, min(start_step + num_steps, start_step + 1 + self._ahead_steps))
+            for step in self._asked:
+                self._request_step(step, is_first=step == start_step)
 
     def batches(self, start_step: int, num_steps: int) -> Iterator[Batch]:
         """Yield the batches of steps start_step .. start_step + num_steps - 1.
@@ -86,13 +99,11 @@ class Loader:
             DataError: the store cannot be read, or readers are unavailable or die of the same samples (PartQueue.take).
         """
         end_step = start_step + num_steps
-        next_step = start_step
-        self._samples.clear()
-        self._parts.clear()
+        next_step = self._begin(start_step, end_step)
         for step in range(start_step, end_step):
             begin = time.perf_counter()
             while next_step < min(end_step, step + 1 + self._ahead_steps):
-                self._parts.request([self._request(next_step, lane, next_step == start_step) for lane in self.lanes])
+                self._request_step(next_step, is_first=next_step == start_step)
                 next_step += 1
             parts = self._parts.take()
             self._metrics.wait_seconds += time.perf_counter() - begin
@@ -113,6 +124,18 @@ class Loader:
     def close(self) -> None:
         """Stop the readers."""
         self._backend.close()
+
+    def _begin(self, start_step: int, end_step: int) -> int:
+        """Forget what was requested, except by `ask` for just these steps; return the first step to request."""
+        asked, self._asked = self._asked, None
+        if asked and asked.start == start_step and asked.stop <= end_step:
+            return asked.stop
+        self._samples.clear()
+        self._parts.clear()
+        return start_step
+
+    def _request_step(self, step: int, *, is_first: bool) -> None:
+        self._parts.request([self._request(step, lane, is_first) for lane in self.lanes])
 
     def _request(self, step: int, lane: int, is_first: bool) -> PartRequest:
         """Describe a lane's step; the first request also expects the chunks of all steps up to the lookahead."""

@@ -183,7 +183,7 @@ def install(points: Points) -> None:
     from isthmus.trainer.engine import engine
     from isthmus.trainer.monitoring import loggers as metrics
 
-    _before(stage, "build_parts", points, "build")
+    _before(stage, "build_task", points, "build")
     _before(checkpoint.CheckpointManager, "latest", points, "resume")
     _after(engine.Engine, "restore", points, "restored")
     _before(reader.Reader, "_fetch", points, "fetch")

@@ -300,6 +300,26 @@ class Watched(InProcessBackend):
         return super().submit(request)
 
 
+def test_what_was_asked_for_ahead_is_not_requested_again(manifest, monkeypatch):
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Watched(make))
+    plain, made = (loader(manifest, prefetch_steps=2) for _ in range(2))
+    made.ask(3, 5)
+    assert sorted(set(made._backend.steps)) == [3, 4, 5]
+    expected, got = (take(batches, 3, 5) for batches in (plain, made))
+    assert [batch.keys for batch in got] == [batch.keys for batch in expected]
+    assert sorted(made._backend.steps) == sorted(plain._backend.steps)
+
+
+@pytest.mark.parametrize("begin", [(4, 4), (3, 1)])
+def test_what_was_asked_for_ahead_is_forgotten_where_other_batches_are_read(manifest, monkeypatch, begin):
+    monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Watched(make))
+    made = loader(manifest, prefetch_steps=2)
+    made.ask(3, 5)
+    expected, got = (take(batches, *begin) for batches in (loader(manifest), made))
+    assert [batch.step for batch in got] == list(range(begin[0], begin[0] + begin[1]))
+    assert [batch.keys for batch in got] == [batch.keys for batch in expected]
+
+
 def test_no_more_requests_are_in_flight_than_steps_are_prefetched(manifest, monkeypatch):
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Watched(make))
     made = loader(manifest, prefetch_steps=2)
