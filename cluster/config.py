@@ -86,6 +86,8 @@ class ClusterConfig(Config):
     """Training group."""
     restart: RestartConfig = RestartConfig()
     """Restart budget."""
+    spares: int = Field(0, ge=0)
+    """Warm processes on each node that take the place of lost ones; each needs 0.5 GB of host memory and no GPU."""
     wait_seconds: float = Field(3600.0, gt=0)
     """A run that finds no free resources, or no object store that responds, for this long fails."""
     start_wait_seconds: float = Field(0.0, ge=0)

@@ -67,7 +67,9 @@ class Restart(BaseModel):
     recovery_seconds: float | None = None
     """From the moment the driver saw the failure to the first step after it."""
     phases: dict[str, float] = {}
-    """Where that time went: clear, pause, place, start."""
+    """Where that time went: clear, pause, place, launch, and the phases of rank 0's start up to its first step."""
+    processes: dict[str, int] = {}
+    """How many processes were kept, spares or new; empty: all were new."""
 
 
 class RunStatus(BaseModel):
@@ -78,7 +80,7 @@ class RunStatus(BaseModel):
     message: str = ""
     """Why the run waits, stopped or failed."""
     phase: str = ""
-    """While a group starts: imports, weights, restore, memory probe, first batch."""
+    """While a group starts: imports, process group, checkpoint, weights, restore, memory probe, first batch."""
     phase_began_at: float = 0.0
     """Unix time."""
     job: str | None = None
@@ -100,6 +102,12 @@ class RunStatus(BaseModel):
     """Of the whole run, whatever the cause."""
     lost_steps: int = 0
     """Steps trained again after restarts, of the whole run."""
+    spares: int = 0
+    """Warm processes that stand by."""
+    lost_spares: int = 0
+    """Spares that died unused, in this stage and driver."""
+    damaged_copies: int = 0
+    """Entries of the nodes' caches that the present processes found damaged and read from the store again."""
 
     @model_validator(mode="after")
     def _count_listed(self) -> Self:
@@ -134,6 +142,7 @@ class StatusBoard:
         known = _known(url, store) or RunStatus(run=run, started_at=time.time())
         fresh: dict[str, object] = {"state": RunState.STARTING, "job": job, "message": ""}
         fresh |= {"metrics": {}, "phase": "", "world_size": 0, "attempt": 0}
+        fresh |= {"spares": 0, "lost_spares": 0, "damaged_copies": 0}
         self.status = known.model_copy(update=fresh)
 
     def begin_stage(self, stage: str, num_steps: int) -> None:
@@ -164,10 +173,13 @@ class StatusBoard:
 
     def complete_restart(self, lost_steps: int, recovery_seconds: float, phases: dict[str, float]) -> None:
         """Record what the newest restart cost, at the first step after it."""
+        self.describe_restart(lost_steps=lost_steps, recovery_seconds=recovery_seconds, phases=phases)
+        self.update(now=True, lost_steps=self.status.lost_steps + lost_steps)
+
+    def describe_restart(self, **facts: object) -> None:
+        """Set fields of the newest restart."""
         *earlier, last = self.status.restarts
-        figures = {"lost_steps": lost_steps, "recovery_seconds": recovery_seconds, "phases": phases}
-        restarts = [*earlier, last.model_copy(update=figures)]
-        self.update(now=True, restarts=restarts, lost_steps=self.status.lost_steps + lost_steps)
+        self.update(restarts=[*earlier, last.model_copy(update=facts)])
 
     def _write(self) -> None:
         self.status = self.status.model_copy(update={"updated_at": time.time()})

@@ -65,7 +65,7 @@ class RunContext(Protocol):
         ...
 
     def begin_phase(self, phase: str) -> None:
-        """Note which phase of the start begins: weights, restore, memory probe, first batch."""
+        """Note which phase of the start begins: process group, checkpoint, weights, ..., first batch."""
         ...
 
     def begin_step(self, step: int) -> None:

@@ -17,7 +17,8 @@ import ray
 
 from isthmus.cluster.metrics import DRIVER_METRICS, WORKER_GAUGES
 from isthmus.cluster.supervision.attempt import POLL_SECONDS
-from isthmus.cluster.supervision.group import Member, WorkerGroup
+from isthmus.cluster.supervision.group import WorkerGroup
+from isthmus.cluster.supervision.processes import Member
 from isthmus.cluster.workers.actor import Progress, WorkerAddress
 from isthmus.trainer.context import Rank
 

@@ -190,6 +190,7 @@ class SimGroup:
             for rank, node in enumerate(nodes)
         ]
         self._work: float | None = None
+        self._restored: float | None = None
         self._trains_at = world.now + world.weather.restart - PLACE_SECONDS
         self._trained = 0.0
         self._blocked_until = 0.0
@@ -215,9 +216,13 @@ class SimGroup:
         return None if self._work is None else self._plan.step(self._work)
 
     @property
-    def start_phase(self) -> tuple[str, float]:
-        """Phase of the start, and for how many seconds."""
-        return "weights", 0.0
+    def progress(self) -> Progress:
+        """What rank 0 is doing."""
+        step = self.step
+        if step is None:
+            return Progress("weights")
+        trained = None if self._work == self._restored else 0.0
+        return Progress("training", step, metrics=self.metrics, trained_seconds=trained)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -266,9 +271,9 @@ class SimGroup:
 
     def _restore(self) -> None:
         try:
-            self._committed = self._work = float(self._store.get(self._url))
+            self._committed = self._work = self._restored = float(self._store.get(self._url))
         except NotFoundError:
-            self._committed = self._work = 0.0
+            self._committed = self._work = self._restored = 0.0
         except StoreError as error:
             self._fail(_kind_of(error), str(error))
 
@@ -309,28 +314,24 @@ class SimGroup:
             return  # retried every second
         self._committed, self._commit = self._commit[1], None
         if self._committed >= self._plan.work:
-            self._end(WorkerResult(outcome="finished", progress=self._progress()))
+            self._end(WorkerResult(outcome="finished", progress=self.progress))
         elif self._stop and self._committed == self._work:
-            self._end(WorkerResult(outcome="stopped", stop=self._stop, progress=self._progress()))
+            self._end(WorkerResult(outcome="stopped", stop=self._stop, progress=self.progress))
 
     def _lose(self, member: SimMember) -> None:
         self._fail(FailureKind.ERROR, "Connection closed by peer")
         if self._world.rng.random() < DEFECT_SHARE:
             echo = Failure(FailureKind.DEFECT, "TypeError: 'NoneType' object is not callable", rank=0)
-            self.members[0].result = WorkerResult(failure=echo, progress=self._progress())
+            self.members[0].result = WorkerResult(failure=echo, progress=self.progress)
         lost = Failure(FailureKind.LOST, f"{member.name} died", "", member.rank.rank, member.address.node)
-        member.result = WorkerResult(failure=lost, progress=self._progress())
+        member.result = WorkerResult(failure=lost, progress=self.progress)
 
     def _fail(self, kind: FailureKind, cause: str) -> None:
-        self._end(WorkerResult(failure=Failure(kind, cause, rank=0), progress=self._progress()))
+        self._end(WorkerResult(failure=Failure(kind, cause, rank=0), progress=self.progress))
 
     def _end(self, result: WorkerResult) -> None:
         for member in self.members:
             member.result = result
-
-    def _progress(self) -> Progress:
-        step = self.step
-        return Progress() if step is None else Progress("training", step, metrics=self.metrics)
 
 
 def _kind_of(error: StoreError) -> FailureKind:

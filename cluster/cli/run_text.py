@@ -12,6 +12,8 @@ from isthmus.cluster.status import Restart, RunState, RunStatus
 from isthmus.cluster.submission.run_view import RunView
 
 RESTARTS_SHOWN = 10
+TIMED_RESTARTS = 6
+"""As many columns fit."""
 COLUMNS = ("run", "state", "progress", "left>", "workers>", "img/s>", "restarts>", "saved>")
 COLOURS = {"running": "green", "finished": "green", "failed": "red", "lost contact": "red", "waiting": "yellow"}
 STARTING = (RunState.STARTING, RunState.RESTARTING)
@@ -41,8 +43,8 @@ def overview(views: list[RunView]) -> Group:
     return Group(table(COLUMNS, map(_row, views)), *notes)
 
 
-def details(view: RunView) -> Table:
-    """Return everything that is known of one run, one thing a line."""
+def details(view: RunView) -> Group:
+    """Return everything that is known of one run, one thing a line, and where the time of its restarts went."""
     rows: list[tuple[str, str | Text]] = [(view.run, _state(view)), ("folder", view.url)]
     if view.job:
         rows.append(("job", view.job.id))
@@ -53,7 +55,9 @@ def details(view: RunView) -> Table:
     if view.status:
         rows += _facts(view.status, is_over=view.is_over)
         rows += [("", _restart(restart)) for restart in view.status.restarts[-RESTARTS_SHOWN:]]
-    return table(None, rows)
+    timed = [restart for restart in view.status.restarts if restart.phases] if view.status else []
+    facts = table(None, rows)
+    return Group(facts, Text(), _phases(timed[-TIMED_RESTARTS:])) if timed else Group(facts)
 
 
 def _facts(status: RunStatus, *, is_over: bool) -> Iterator[tuple[str, str]]:
@@ -78,6 +82,10 @@ def _facts(status: RunStatus, *, is_over: bool) -> Iterator[tuple[str, str]]:
     if age is not None and is_training:
         saved += f", {duration(age + time.time() - status.updated_at)} ago"
     yield "checkpoint", saved
+    if status.spares or status.lost_spares:
+        yield "spares", f"{status.spares} ready" + (f", {status.lost_spares} lost" if status.lost_spares else "")
+    if status.damaged_copies:
+        yield "node caches", f"{_count(status.damaged_copies, 'damaged entry')}, read from the store again"
     lost = status.lost_steps
     yield "restarts", f"{status.num_restarts}" + (f", {_count(lost, 'step')} repeated in all" if lost else "")
 
@@ -104,9 +112,23 @@ def _restart(restart: Restart) -> str:
     text = f"{when} {restart.stage} step {restart.step}, {_count(restart.world_size, 'worker')}: {restart.cause}"
     if restart.recovery_seconds is None:
         return text
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in restart.phases.items())
     repeated = _count(restart.lost_steps or 0, "step")
-    return f"{text}; {repeated} repeated, trained again after {restart.recovery_seconds:.1f} s ({phases})"
+    return f"{text}; {repeated} repeated, trained again after {restart.recovery_seconds:.1f} s"
+
+
+def _phases(restarts: list[Restart]) -> Table:
+    """Return where the time of restarts went: a column each, in seconds, and where its processes came from."""
+    names = list(dict.fromkeys(name for restart in restarts for name in restart.phases))
+    rows = [[name, *(_seconds(restart.phases.get(name)) for restart in restarts)] for name in names]
+    rows.append(["all", *(_seconds(sum(restart.phases.values())) for restart in restarts)])
+    sources = dict.fromkeys(name for restart in restarts for name in restart.processes)
+    rows += [[f"{name} processes", *(str(restart.processes.get(name, "")) for restart in restarts)] for name in sources]
+    at = [time.strftime("%H:%M:%S", time.gmtime(restart.at)) for restart in restarts]
+    return table(["restart", *(f"{text}>" for text in at)], rows)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"
 
 
 def _state(view: RunView) -> Text:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from isthmus.cluster.failures import Failure, FailureKind, root_cause
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
 from isthmus.cluster.supervision.group import WorkerGroup
+from isthmus.cluster.workers.actor import Progress
 from isthmus.trainer.context import StopReason
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+START_POLL_SECONDS = 0.1
+"""Until the first step is done: as precise is the time of a restart."""
 ECHO_SECONDS = 3.0
 """After the first failure, time for the one that caused it to be seen."""
 FINISHED = "finished"
@@ -37,8 +40,8 @@ class Attempt:
     stop_grace_seconds: float
     unresponsive_seconds: float
     wanted_stop: Callable[[], StopReason | None]
-    on_progress: Callable[[int, dict[str, float]], None]
-    on_start: Callable[[str, float], None]
+    on_start: Callable[[Progress], None]
+    on_progress: Callable[[Progress], None]
     step: int | None = None
     stop: StopReason | None = None
     stop_deadline: float = float("inf")
@@ -46,12 +49,11 @@ class Attempt:
     def run(self) -> AttemptEnd:
         """Return how the attempt ended; the group is left for the caller to clear."""
         while True:
-            self.group.update(POLL_SECONDS)
+            progress = self.group.progress
+            self.group.update(POLL_SECONDS if progress.trained_seconds is not None else START_POLL_SECONDS)
             self.step = self.group.step if self.group.step is not None else self.step
-            if self.step is None:
-                self.on_start(*self.group.start_phase)
-            else:
-                self.on_progress(self.step, self.group.metrics)
+            report = self.on_start if self.step is None else self.on_progress
+            report(self.group.progress)
             end = self._end()
             if end:
                 return end

@@ -5,64 +5,37 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
-from isthmus.cluster.failures import Failure, FailureKind
-from isthmus.cluster.ray_nodes.nodes import draining_nodes
+from isthmus.cluster.failures import Failure
+from isthmus.cluster.supervision.processes import Member, end_processes, start_process
 from isthmus.cluster.supervision.resource_request import ResourceRequest
-from isthmus.cluster.workers.actor import (
-    CONCURRENT_CALLS,
-    Assignment,
-    Progress,
-    TrainWorker,
-    WorkerAddress,
-    WorkerResult,
-)
+from isthmus.cluster.supervision.spares import Spares
+from isthmus.cluster.workers.actor import Assignment, Progress, WorkerAddress
 from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import Rank, StopReason
 
 logger = logging.getLogger(__name__)
 
-CLEAR_TIMEOUT_SECONDS = 10.0
+RETURN_SECONDS = 3.0
+"""Time for the processes that were not lost to end a failed attempt by themselves, and for each to say what it left."""
 START_SECONDS_PER_WORKER = 0.1
 STACKS_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 5.0
 """Between two polls of a rank other than 0: they only show that it is alive."""
 POLLS_BEFORE_UNRESPONSIVE = 4
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_ARENA_MAX": "1"}
-"""For glibc, on CPU: what a step frees the next takes again, without page faults (docs/decisions.md, 2026-11-25)."""
 
 
 class PlacementError(RuntimeError):
     """The group did not start; another placement may."""
-
-
-@dataclass
-class Member:
-    """One process of the group."""
-
-    name: str
-    actor: Any
-    address: WorkerAddress
-    rank: Rank
-    running: Any = None
-    """Future of the stage's WorkerResult."""
-    poll: Any = None
-    """Future of the poll under way."""
-    poll_at: float = 0.0
-    """When it is polled next."""
-    progress: Progress = field(default_factory=Progress)
-    responded_at: float = 0.0
-    result: WorkerResult | None = None
 
 
 class WorkerGroup:
@@ -74,6 +47,7 @@ class WorkerGroup:
         self._rendezvous = rendezvous
         self._poll_seconds = POLL_SECONDS
         self._one_ended = threading.Event()
+        self._vacant: list[Member] = []
         self.members = members
 
     @staticmethod
@@ -126,7 +100,10 @@ class WorkerGroup:
         for member in self.members:
             rank = member.rank
             memory = replicas[rank.rank] if replicas else None
-            self.start_member(member, member.actor.run.remote(assignment, rank, memory))
+            run = member.actor.run.options(
+                name=f"{member.name}.run"
+            )  # Ray titles the process so, whatever it was before
+            self.start_member(member, run.remote(assignment, rank, memory))
             member.responded_at = now
             member.poll_at = now + self._poll_seconds * rank.rank / rank.world_size  # spread over the interval
 
@@ -147,9 +124,9 @@ class WorkerGroup:
             if member.result is not None:
                 continue
             if member.poll is not None and member.poll.done():
-                _note_poll(member, now)
+                member.note_poll(now)
             if member.running.done():
-                _note_result(member)
+                member.note_result()
             elif member.poll is None and now >= member.poll_at:
                 member.poll = member.actor.poll.remote().future()
                 member.poll_at = now + (0.0 if member.rank.is_main else self._poll_seconds)
@@ -173,15 +150,14 @@ class WorkerGroup:
         return progress.stop is not None and progress.phase != "training"
 
     @property
-    def start_phase(self) -> tuple[str, float]:
-        """Phase of the start in which rank 0 is, and for how many seconds."""
-        progress = self.members[0].progress
-        return progress.phase, progress.age_seconds
+    def progress(self) -> Progress:
+        """What rank 0 is doing."""
+        return self.members[0].progress
 
     @property
     def metrics(self) -> dict[str, float]:
         """Newest figures of rank 0."""
-        return self.members[0].progress.metrics
+        return self.progress.metrics
 
     def stop(self, reason: StopReason) -> None:
         """Ask every process to save and end at the next step boundary."""
@@ -199,111 +175,91 @@ class WorkerGroup:
                 found[calls[reference]] = ray.get(reference)
         return found
 
+    def release(self, failure: Failure) -> None:
+        """End each process that cannot run another attempt: lost, hung, or not left clean by the one that failed.
+
+        The others keep their imports, connections and device context. `renew` fills the places of the rest.
+        """
+        end_processes(member.actor for member in self.members if member.rank.rank == failure.rank)
+        deadline = time.monotonic() + RETURN_SECONDS  # without their peer, collectives of the others end
+        while any(member.result is None for member in self.members) and time.monotonic() < deadline:
+            self.update(0.1)
+        clean = self._clean_ranks()
+        self._vacant = [member for member in self.members if member.rank.rank not in clean]
+        end_processes(member.actor for member in self._vacant)
+
+    def renew(self, config: JobConfig, spares: Spares) -> dict[str, int]:
+        """Complete the group for another attempt in the same places; return how many processes come from where.
+
+        Spares take over the empty places, new processes those for which there is none.
+
+        Raises:
+            PlacementError: a process died or did not respond; the group is to be killed.
+        """
+        new = []
+        limit = _start_limit(config, self.world_size)
+        try:
+            for member in self._vacant:
+                spare = spares.take(member.address.node, member.name, member.address.devices)
+                if spare:
+                    member.actor, member.address = spare
+                else:
+                    member.actor = _start_process(config, self._placement, member.rank.rank, member.bundle)
+                    new.append(member)
+            addresses = ray.get([member.actor.address.remote() for member in new], timeout=limit)
+            self._rendezvous = ray.get(self.members[0].actor.open_rendezvous.remote(), timeout=limit)
+        except (RayError, ValueError) as error:
+            raise PlacementError(f"a worker did not start: {first_line(error)}") from error
+        for member, address in zip(new, addresses, strict=True):
+            member.address = address
+        self.members = [Member(old.name, old.actor, old.address, old.rank, old.bundle) for old in self.members]
+        num_vacant, self._vacant = len(self._vacant), []
+        return {"kept": self.world_size - num_vacant, "spare": num_vacant - len(new), "new": len(new)}
+
     def kill(self) -> None:
         """End all processes and free their resources; returns when they are gone, or after a limit."""
-        for member in self.members:
-            with contextlib.suppress(RayError):
-                ray.kill(member.actor, no_restart=True)
-        _wait_until_dead([member.actor for member in self.members])
+        end_processes(member.actor for member in self.members)
         remove_placement_group(self._placement)
+
+    def _clean_ranks(self) -> set[int]:
+        """Return the ranks of the processes that have ended their attempt and kept nothing of it."""
+        calls = {member.actor.release.remote(): member for member in self.members if member.returned}
+        if calls:
+            ray.wait(list(calls), num_returns=len(calls), timeout=RETURN_SECONDS)
+        clean = set()
+        for reference, member in calls.items():
+            try:
+                left = ray.get(reference, timeout=0)
+            except RayError as error:
+                left = [first_line(error)]
+            if left:
+                logger.warning("%s is replaced, the last attempt left in it: %s", member.name, ", ".join(left))
+            else:
+                clean.add(member.rank.rank)
+        return clean
 
 
 def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> tuple[list[Member], tuple[str, int]]:
     """Start the actors with ranks grouped by node and wait until each has responded; return where they meet as well."""
     nodes: dict[int, str] = placement_group_table(placement)["bundles_to_node_id"]
     order = sorted(range(world_size), key=lambda bundle: (nodes[bundle], bundle))
-    actors = [
-        _start_actor(config, rank, PlacementGroupSchedulingStrategy(placement, bundle))
-        for rank, bundle in enumerate(order)
-    ]
-    limit = config.cluster.start_timeout_seconds + world_size * START_SECONDS_PER_WORKER
+    actors = [_start_process(config, placement, rank, bundle) for rank, bundle in enumerate(order)]
+    limit = _start_limit(config, world_size)
     addresses: list[WorkerAddress] = ray.get([actor.address.remote() for actor in actors], timeout=limit)
     rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=limit)
     local: dict[str, int] = {}
     members = []
-    for rank, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
+    for rank, (actor, address, bundle) in enumerate(zip(actors, addresses, order, strict=True)):
         local_rank = local[address.node] = local.get(address.node, -1) + 1
-        members.append(Member(f"train-{rank}", actor, address, Rank(rank, world_size, local_rank)))
+        members.append(Member(f"train-{rank}", actor, address, Rank(rank, world_size, local_rank), bundle))
     return members, rendezvous
 
 
-def _start_actor(config: JobConfig, rank: int, strategy: PlacementGroupSchedulingStrategy) -> Any:
+def _start_process(config: JobConfig, placement: PlacementGroup, rank: int, bundle: int) -> Any:
     worker = config.cluster.workers
-    options: dict[str, Any] = {
-        "name": f"train-{rank}",
-        "num_cpus": worker.cpus,
-        "num_gpus": worker.gpus,
-        "max_concurrency": CONCURRENT_CALLS,
-        "max_restarts": 0,
-        "enable_task_events": False,  # else each poll of each worker is an event that the head stores
-        "scheduling_strategy": strategy,
-        "runtime_env": {} if worker.gpus else {"env_vars": KEEP_FREED_MEMORY},
-    }
-    # Ray names processes by class, so that ps and the dashboard show `ray::train-3`.
-    named_class = type(f"train-{rank}", (TrainWorker,), {})
-    actor = ray.remote(named_class).options(**options)
-    return actor.remote(f"train-{rank}", config.run.name, on_cpu=not worker.gpus)
+    strategy = PlacementGroupSchedulingStrategy(placement, bundle)
+    return start_process(config, f"train-{rank}", strategy, cpus=worker.cpus, gpus=worker.gpus)
 
 
-def _note_poll(member: Member, now: float) -> None:
-    poll, member.poll = member.poll, None
-    error = poll.exception()
-    if error is None:
-        member.progress, member.responded_at = poll.result(), now
-    else:
-        logger.debug("%s did not respond: %s", member.name, first_line(error))
-
-
-def _note_result(member: Member) -> None:
-    """Note how a process ended, and what it was doing then."""
-    error = member.running.exception()
-    if error is None:
-        member.result = member.running.result()
-        member.progress = member.result.progress
-    elif isinstance(error, RayActorError):
-        member.result = WorkerResult(failure=_lost(member, error))
-    else:
-        failure = Failure(FailureKind.ERROR, first_line(error), str(error), member.rank.rank, member.address.node)
-        member.result = WorkerResult(failure=failure)
-
-
-def _lost(member: Member, error: RayActorError) -> Failure:
-    """Return the failure of a process that died: a preemption where its node was being drained."""
-    preempted = isinstance(error, ActorDiedError) and error.preempted
-    kind = FailureKind.PREEMPTION if preempted or member.address.node in draining_nodes() else FailureKind.LOST
-    cause = f"{member.name} (pid {member.address.pid} on {member.address.host}) died: {_why(error)}"
-    return Failure(kind, cause, str(error), member.rank.rank, member.address.node)
-
-
-def _why(error: RayActorError) -> str:
-    """Return the sentence of Ray's message that names the cause."""
-    text = str(error)
-    if isinstance(error, ActorUnavailableError):
-        return "its process or node is gone (connection lost)"
-    if "connection error code" in text:
-        return "killed or crashed; the kernel's log on that host shows whether it ran out of memory"
-    for marker in ("Worker exit detail:", "The actor is dead because"):
-        if marker in text:
-            return text.split(marker, 1)[1].strip().splitlines()[0].split(". ")[0]
-    return first_line(error)
-
-
-def _wait_until_dead(actors: list[Any]) -> None:
-    """Wait until killed actors fail a call: only then are their names and resources free."""
-    deadline = time.monotonic() + CLEAR_TIMEOUT_SECONDS
-    while actors and time.monotonic() < deadline:
-        calls = [actor.poll.remote() for actor in actors]
-        ray.wait(calls, num_returns=len(calls), timeout=deadline - time.monotonic())
-        actors = [actor for actor, reference in zip(actors, calls, strict=True) if not _is_dead(reference)]
-        if actors:
-            time.sleep(0.05)
-
-
-def _is_dead(reference: Any) -> bool:
-    try:
-        ray.get(reference, timeout=0)
-    except ActorDiedError:
-        return True
-    except RayError:
-        return False
-    return False
+def _start_limit(config: JobConfig, world_size: int) -> float:
+    return config.cluster.start_timeout_seconds + world_size * START_SECONDS_PER_WORKER

@@ -49,7 +49,7 @@ class GroupPlacer:
         self._nodes.withdraw()  # it would compete for what the last group has just freed
         while not stopped():
             self._nodes.withdraw_if_met()
-            nodes = self._usable(excluded_nodes)
+            nodes = self.usable_nodes(excluded_nodes)
             waited = time.monotonic() - began
             try:
                 group = self._try(nodes, only_largest=waited < self._config.cluster.start_wait_seconds)
@@ -76,6 +76,14 @@ class GroupPlacer:
             self._ask_for_the_rest(0)
             time.sleep(WAIT_SECONDS)
         return None
+
+    def usable_nodes(self, excluded_nodes: frozenset[str]) -> list[Node]:
+        """Return the live nodes without the excluded ones; with them where the others do not suffice."""
+        nodes = live_nodes(excluded_nodes)
+        if excluded_nodes and self._largest([node.total for node in nodes]) is None:
+            logger.warning("nodes that failed repeatedly are used again: the others do not suffice")
+            return live_nodes()
+        return nodes
 
     def can_grow(self, group: WorkerGroup, excluded_nodes: frozenset[str]) -> bool:
         """Return whether a larger allowed group would fit, as two checks in a row have found.
@@ -109,14 +117,6 @@ class GroupPlacer:
         present = world_size or self._sizes[0]
         first = [] if world_size else self._request.bundles(present)
         self._nodes.ask(first, self._request.bundles(self._sizes[-1], present))
-
-    def _usable(self, excluded_nodes: frozenset[str]) -> list[Node]:
-        """Return the live nodes without the excluded ones; with them where the others do not suffice."""
-        nodes = live_nodes(excluded_nodes)
-        if excluded_nodes and self._largest([node.total for node in nodes]) is None:
-            logger.warning("nodes that failed repeatedly are used again: the others do not suffice")
-            return live_nodes()
-        return nodes
 
     def _try(self, nodes: list[Node], *, only_largest: bool) -> WorkerGroup | None:
         """Try the size that the nodes' totals allow, then the one that their free resources allow."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+from isthmus.cluster.workers.actor import Progress
+
 
 class Recovery:
-    """Measures the time from a failure to the first step that is done after it."""
+    """Measures the time from a failure to the end of the first step after it."""
 
     def __init__(self, failed_step: int, failed_at: float, clock: Callable[[], float]) -> None:
         """Start at the moment at which the failure was seen."""
@@ -15,18 +17,21 @@ class Recovery:
 
     def mark(self, phase: str) -> None:
         """Attribute the time since the last mark to a phase."""
-        now = self._clock()
-        self.phases[phase] = round(self.phases.get(phase, 0.0) + now - self._marked_at, 2)
-        self._marked_at = now
+        self._mark(phase, self._clock())
 
-    def reached(self, step: int) -> bool:
-        """Note the step that is being trained; True once one step is done after the failure."""
+    def reached(self, progress: Progress) -> bool:
+        """Note what rank 0, which trains again, is doing; True once it has done a step.
+
+        It measured the phases of its start itself. What they do not cover, until its first step was done, is `launch`:
+        the call that started it.
+        """
         if self._first_step is None:
-            self._first_step = step
-            self.mark("start")
-        if step == self._first_step:
+            self._first_step = progress.step
+        if progress.trained_seconds is None:
             return False
-        self.mark("step")
+        self._mark("launch", self._clock() - progress.trained_seconds)
+        self.phases["launch"] = round(max(0.0, self.phases["launch"] - sum(progress.start_seconds.values())), 2)
+        self.phases |= {phase: round(seconds, 2) for phase, seconds in progress.start_seconds.items()}
         return True
 
     @property
@@ -38,3 +43,7 @@ class Recovery:
     def seconds(self) -> float:
         """Time from the failure to the last mark."""
         return round(self._marked_at - self._failed_at, 2)
+
+    def _mark(self, phase: str, now: float) -> None:
+        self.phases[phase] = round(self.phases.get(phase, 0.0) + now - self._marked_at, 2)
+        self._marked_at = now

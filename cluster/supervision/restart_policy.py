@@ -83,6 +83,11 @@ class RestartPolicy:
         return self._after_infrastructure_failure(failure, (stage, step), now)
 
     @property
+    def has_progressed(self) -> bool:
+        """Whether a checkpoint was committed since the last restart, or there was no restart yet."""
+        return self._restarts_in_a_row == 0
+
+    @property
     def excluded_nodes(self) -> frozenset[str]:
         """Nodes on which processes failed repeatedly of late; unused while the others suffice."""
         self._drop_before(time.monotonic() - self.config.restart.window_seconds)

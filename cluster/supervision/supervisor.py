@@ -12,15 +12,19 @@ from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.logs import bind_context
 from isthmus.cluster.metrics import DriverMetrics
+from isthmus.cluster.ray_nodes.nodes import draining_nodes
 from isthmus.cluster.status import Restart, RunState, StatusBoard
 from isthmus.cluster.supervision.attempt import Attempt, AttemptEnd
-from isthmus.cluster.supervision.group import WorkerGroup
+from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
 from isthmus.cluster.supervision.placer import GroupPlacer
 from isthmus.cluster.supervision.recovery import Recovery
 from isthmus.cluster.supervision.replica_store import ReplicaStore
 from isthmus.cluster.supervision.restart_policy import RestartPolicy
+from isthmus.cluster.supervision.restart_spans import RestartSpans
 from isthmus.cluster.supervision.sample_keys import sample_keys
+from isthmus.cluster.supervision.spares import Spares
 from isthmus.cluster.supervision.store_outage import await_store
+from isthmus.cluster.workers.actor import Progress
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import StageName
@@ -46,11 +50,16 @@ class Supervisor:
         committed = None if known.stage is None or known.committed_step is None else (known.stage, known.committed_step)
         self._policy = RestartPolicy(config.cluster, committed, trained=known.step > 0 or committed is not None)
         self._placer = GroupPlacer(config)
+        self._spares = Spares(config, entry)
+        self._kept: WorkerGroup | None = None
+        """What is left of the last attempt's group, for the next attempt."""
         self._recovery: Recovery | None = None
         self._replica_store: ReplicaStore | None = None
         self._stop = False
         self._metrics = DriverMetrics(config.run.name)
         self._num_attempts = 0
+        self._ended_at = 0.0
+        """Unix time at which the last attempt ended."""
 
     def request_stop(self) -> None:
         """Ask for a last checkpoint and the end of the run; safe in a signal handler."""
@@ -68,12 +77,18 @@ class Supervisor:
             ClusterError: starting again cannot help, or a restart budget is used up.
         """
         bind_context(stage=stage)
+        self._spans = RestartSpans(self._config.run.name)
         self._board.begin_stage(stage, self._config.stage(stage).steps)
         if self._config.checkpoint.peer_memory_every_steps:
             self._replica_store = ReplicaStore()
         try:
             return self._attempts(stage)
         finally:
+            self._spans.close()
+            if self._kept:
+                self._kept.kill()
+                self._kept = None
+            self._spares.close()
             self._placer.close()
             if self._replica_store:
                 self._replica_store.close()
@@ -81,7 +96,9 @@ class Supervisor:
 
     def _attempts(self, stage: StageName) -> bool:
         while not self._stop:
-            group = self._placer.place(self._policy.excluded_nodes, self._on_waiting, lambda: self._stop)
+            group = self._renewed() or self._placer.place(
+                self._policy.excluded_nodes, self._on_waiting, lambda: self._stop
+            )
             if group is None:
                 break
             end = self._attempt(group, stage)
@@ -95,8 +112,21 @@ class Supervisor:
             self._prepare_next(end, stage, group.world_size)
         return False
 
+    def _renewed(self) -> WorkerGroup | None:
+        """Return the last attempt's group with its lost processes replaced, where it was kept."""
+        group, self._kept = self._kept, None
+        if group is None:
+            return None
+        try:
+            self._board.describe_restart(processes=group.renew(self._config, self._spares))
+        except PlacementError as error:
+            logger.warning("%s; all processes are started anew", error)
+            group.kill()
+            return None
+        return group
+
     def _attempt(self, group: WorkerGroup, stage: StageName) -> AttemptEnd:
-        """Let a placed group train, and end it."""
+        """Let a placed group train, and clear it."""
         self._num_attempts += 1
         placed_at = time.monotonic()
         self._board.update(RunState.STARTING, world_size=group.world_size, attempt=self._num_attempts, message="")
@@ -109,21 +139,36 @@ class Supervisor:
             cluster.stop_grace_seconds,
             cluster.unresponsive_seconds,
             wanted_stop=lambda: self._wanted_stop(group, placed_at),
-            on_progress=self._on_progress,
             on_start=self._on_start,
+            on_progress=lambda progress: self._on_progress(progress, group),
         )
+        end = None
         try:
             nodes = [member.address.node for member in group.members]
             replicas = self._replica_store.for_group(nodes) if self._replica_store else None
             group.launch(self._config, stage, self._run_token, self._entry, replicas)
             end = attempt.run()
         finally:
-            ended_at = time.monotonic()
-            group.kill()
+            ended_at, self._ended_at = time.monotonic(), time.time()
+            self._clear(group, end.failure if end else None)
         if not end.finished and end.stop is not StopReason.OPERATOR:
             self._recovery = Recovery(end.step or 0, ended_at, time.monotonic)
             self._recovery.mark("clear")
         return end
+
+    def _clear(self, group: WorkerGroup, failure: Failure | None) -> None:
+        """End a group, or only what cannot run another attempt in the same places."""
+        if failure is not None and self._may_keep(group, failure):
+            group.release(failure)
+            self._kept = group
+        else:
+            group.kill()
+
+    def _may_keep(self, group: WorkerGroup, failure: Failure) -> bool:
+        """Whether just a process was lost, and not for the second time without a checkpoint in between."""
+        if failure.kind is not FailureKind.LOST or not self._policy.has_progressed:
+            return False
+        return group.node_ids <= {node.id for node in self._placer.usable_nodes(self._policy.excluded_nodes)}
 
     def _wanted_stop(self, group: WorkerGroup, placed_at: float) -> StopReason | None:
         if self._stop:
@@ -134,27 +179,36 @@ class Supervisor:
             return StopReason.RESIZE
         return None
 
-    def _on_start(self, phase: str, seconds: float) -> None:
+    def _on_start(self, progress: Progress) -> None:
         """Record how far the group's start is."""
-        changed = phase != self._board.status.phase
-        self._board.update(phase=phase, phase_began_at=time.time() - seconds, now=changed)
+        changed = progress.phase != self._board.status.phase
+        self._board.update(phase=progress.phase, phase_began_at=time.time() - progress.age_seconds, now=changed)
 
-    def _on_progress(self, step: int, metrics: dict[str, float]) -> None:
-        board = self._board
+    def _on_progress(self, progress: Progress, group: WorkerGroup) -> None:
+        board, step, metrics = self._board, progress.step, progress.metrics
         state = None if board.status.state is RunState.STOPPING else RunState.RUNNING
         if "committed_step" in metrics:
             saved = int(metrics["committed_step"])
             board.update(committed_step=saved)
             self._policy.commit(str(board.status.stage), saved)
         self._policy.trained |= step > 0
-        board.update(state, step=step, metrics=metrics, message="", phase="")
-        if self._recovery and self._recovery.reached(step):
+        self._keep_spares(group)
+        damaged = sum(member.progress.damaged_copies for member in group.members)
+        board.update(state, step=step, metrics=metrics, message="", phase="", damaged_copies=damaged)
+        if self._recovery and self._recovery.reached(progress):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
             logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)
             board.complete_restart(lost, seconds, self._recovery.phases)
+            self._spans.send(board.status.restarts[-1])
             self._metrics.recovered(lost, seconds)
             self._recovery = None
         self._metrics.world_size(board.status.world_size)
+
+    def _keep_spares(self, group: WorkerGroup) -> None:
+        """Keep spares on the nodes of a group that has done a step: before, they would compete with its start."""
+        if self._config.cluster.spares and group.progress.trained_seconds is not None:
+            self._spares.keep(group.node_ids - set(draining_nodes()))
+            self._board.update(spares=self._spares.num_ready, lost_spares=self._spares.num_lost)
 
     def _prepare_next(self, end: AttemptEnd, stage: StageName, world_size: int) -> None:
         """Record how the attempt ended, and pause; raises where nothing may follow."""
@@ -167,7 +221,7 @@ class Supervisor:
         logger.warning("attempt %d ended at step %d: %s", self._num_attempts, step, cause)
         if failure:
             self._follow(failure, stage, step)
-        restart = Restart(at=time.time(), kind=kind, cause=cause, stage=stage, step=step, world_size=world_size)
+        restart = Restart(at=self._ended_at, kind=kind, cause=cause, stage=stage, step=step, world_size=world_size)
         self._board.add_restart(restart)
         self._metrics.restarted()
 

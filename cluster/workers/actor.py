@@ -4,6 +4,7 @@ The actor's method `run` holds one thread for the whole stage; the others serve 
 """
 
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -23,15 +24,20 @@ from isthmus.cluster.errors import EXPECTED_ERRORS, first_line
 from isthmus.cluster.failures import Failure, classify, on_rank
 from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.metrics import Gauges
+from isthmus.cluster.ray_nodes.actor_name import show_actor_name
+from isthmus.cluster.workers.leftovers import Baseline
 from isthmus.cluster.workers.rendezvous import Rendezvous, set_environment
 from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import Rank, StopReason
+from isthmus.trainer.frozen.node_cache import CACHE_USE
 
 logger = logging.getLogger(__name__)
 
 CONCURRENT_CALLS = 4
 """One for `run`, the rest for short calls."""
+TRAINING, FIRST_STEP = "training", "first step"
+DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class WorkerAddress:
     """Ray's hexadecimal node id."""
     host: str
     pid: int
+    devices: str | None = None
+    """GPUs that it uses, as CUDA_VISIBLE_DEVICES names them; none: that is not set."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,12 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     """Newest figures; of rank 0 only."""
     stop: StopReason | None = None
+    start_seconds: dict[str, float] = field(default_factory=dict)
+    """Duration of each finished phase of the start, the first step included."""
+    trained_seconds: float | None = None
+    """Time since the first step was done; none: it is not."""
+    damaged_copies: int = 0
+    """Entries of the node's cache that this process found damaged."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class WorkerResult:
     @property
     def step(self) -> int | None:
         """Step that was being trained; none: training had not begun."""
-        return self.progress.step if self.progress.phase == "training" else None
+        return self.progress.step if self.progress.phase == TRAINING else None
 
 
 class RayContext:
@@ -107,8 +121,12 @@ class RayContext:
         self._rendezvous = rendezvous
         self._gauges = gauges
         self._stop: StopReason | None = None
-        self._progress = Progress()
-        self._step_began = time.monotonic()
+        self._phase, self._step = "imports", 0
+        self._began = time.monotonic()
+        """When the phase or the step began."""
+        self._start_seconds: dict[str, float] = {}
+        self._first_step_done: float | None = None
+        self._metrics: dict[str, float] = {}
 
     @property
     def rank(self) -> Rank:
@@ -126,19 +144,23 @@ class RayContext:
 
     def begin_phase(self, phase: str) -> None:
         """Note which phase of the start begins."""
-        self._step_began = time.monotonic()
-        self._progress = Progress(phase, metrics=self._progress.metrics)
+        self._end_phase(self._phase)
+        self._phase = phase
 
     def begin_step(self, step: int) -> None:
         """Note that `step` is being trained."""
         bind_context(step=step)
-        self._step_began = time.monotonic()
-        self._progress = Progress("training", step, metrics=self._progress.metrics)
+        if self._phase != TRAINING:
+            self.begin_phase(TRAINING)
+        elif self._first_step_done is None:
+            self._end_phase(FIRST_STEP)
+            self._first_step_done = self._began
+        self._began, self._step = time.monotonic(), step
 
     def report(self, metrics: dict[str, float]) -> None:
         """Keep the newest figures for the driver and for Prometheus."""
         if self._rank.is_main:
-            self._progress = Progress(self._progress.phase, self._progress.step, metrics=dict(metrics))
+            self._metrics = dict(metrics)
             self._gauges.set(metrics)
 
     def request_stop(self, reason: StopReason) -> None:
@@ -147,12 +169,27 @@ class RayContext:
 
     def progress(self) -> Progress:
         """Return what this process is doing."""
-        now = self._progress
-        return Progress(now.phase, now.step, time.monotonic() - self._step_began, now.metrics, self._stop)
+        now = time.monotonic()
+        done = self._first_step_done
+        return Progress(
+            self._phase,
+            self._step,
+            now - self._began,
+            self._metrics,
+            self._stop,
+            dict(self._start_seconds),
+            None if done is None else now - done,
+            CACHE_USE.num_damaged,
+        )
+
+    def _end_phase(self, phase: str) -> None:
+        now = time.monotonic()
+        self._start_seconds[phase] = self._start_seconds.get(phase, 0.0) + now - self._began
+        self._began = now
 
 
 class TrainWorker:
-    """The actor around one training process."""
+    """The actor around one training process, which runs one attempt after another as long as each leaves it clean."""
 
     def __init__(self, name: str, run: str, *, on_cpu: bool) -> None:
         """Catch SIGTERM and start logging; runs on the main thread of the actor's process."""
@@ -160,8 +197,10 @@ class TrainWorker:
         self._context: RayContext | None = None
         self._early_stop: StopReason | None = None
         self._rendezvous: Rendezvous | None = None
-        if on_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self._baseline: Baseline | None = None
+        self._taken = threading.Event()
+        # Named here, because asking torch would start CUDA, which then sees the present devices for ever.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         faulthandler.enable()
         configure_logging(run=run)
@@ -173,7 +212,27 @@ class TrainWorker:
 
     def address(self) -> WorkerAddress:
         """Return where this process lives."""
-        return WorkerAddress(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        context, devices = ray.get_runtime_context(), os.environ.get(DEVICES_VARIABLE)
+        return WorkerAddress(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), devices)
+
+    def warm_up(self, config: JobConfig, entry: str) -> None:
+        """Do what every attempt does first, without an attempt and without a GPU: import and open clients."""
+        warm_up = getattr(importlib.import_module(entry), "warm_up", None)
+        if warm_up:
+            warm_up(config)
+
+    def wait_until_taken(self) -> None:
+        """Return when this spare is taken over; the call fails when it dies, which shows the driver that it did."""
+        self._taken.wait()
+
+    def take_over(self, name: str, devices: str | None) -> WorkerAddress:
+        """Become the process `name` in place of one that used these GPUs; return where this process lives."""
+        self._name = type(self).__name__ = name  # Ray names processes by class
+        show_actor_name(name)
+        if devices is not None:
+            os.environ[DEVICES_VARIABLE] = devices
+        self._taken.set()
+        return self.address()
 
     def open_rendezvous(self) -> tuple[str, int]:
         """Open the port at which the ranks meet, on rank 0; return its address."""
@@ -189,15 +248,27 @@ class TrainWorker:
         logger.info("starts as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
         if self._early_stop:
             context.request_stop(self._early_stop)
-        set_environment(rank.rank, rank.world_size, rank.local_rank, assignment.rendezvous)
+        failure = None
         try:
-            outcome = str(importlib.import_module(assignment.entry).train(assignment, context))
+            entry = importlib.import_module(assignment.entry)
+            self._baseline = self._baseline or Baseline.now()
+            set_environment(rank.rank, rank.world_size, rank.local_rank, assignment.rendezvous)
+            outcome = str(entry.train(assignment, context))
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver decides
             step, expected = context.progress().step, isinstance(error, EXPECTED_ERRORS)
             log = logger.error if expected else logger.exception  # a line for the operator, the stack of a defect
             log("%s failed at step %d: %s", self._name, step, first_line(error))
-            return WorkerResult(failure=on_rank(classify(error), rank.rank, None), progress=context.progress())
+            failure = on_rank(classify(error), rank.rank, None)
+        if failure:
+            gc.collect()  # what the stack still held: connections on which the other ranks wait
+            return WorkerResult(failure=failure, progress=context.progress())
         return WorkerResult(outcome=outcome, stop=context.stop_request(), progress=context.progress())
+
+    def release(self) -> list[str]:
+        """Forget the attempt that has ended; return what it left behind. Nothing: this process may run another one."""
+        stopped = ["a stop request"] if self._early_stop else []
+        self._context = self._rendezvous = None
+        return stopped + (self._baseline.leftovers() if self._baseline else [])
 
     def poll(self) -> Progress:
         """Return what this process is doing."""

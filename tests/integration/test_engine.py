@@ -1,5 +1,6 @@
 """The engine on gloo ranks: contributions add up, steps agree, state moves between world sizes bit by bit."""
 
+import gc
 import json
 import os
 import subprocess
@@ -329,3 +330,22 @@ def test_single_process_needs_no_launcher(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def close_in_mid_step(_rank: int, _world_size: int, templates: list[str]) -> list[str]:
+    """Return which collectives engines start that are closed, and freed, between backward and step."""
+    started: list[str] = []
+    for template in templates:
+        engine = make_engine(template)
+        accumulate(engine, 0)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast"):
+                monkeypatch.setattr(dist, name, lambda *_, name=name, **__: started.append(name))
+            engine.close()
+            del engine
+            gc.collect()
+    return started
+
+
+def test_an_engine_that_is_closed_in_mid_step_starts_no_collective(templates: list[str]) -> None:
+    assert run_ranks(close_in_mid_step, 1, templates) == [[]]

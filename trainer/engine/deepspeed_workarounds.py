@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def load_deepspeed() -> Any:
     only inference calls: a minute or more, and a compilation that is killed leaves a lock file at which all later ones
     wait for ever.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if "DS_ACCELERATOR" not in os.environ:  # asking starts CUDA, which a process without a GPU yet must not
+        os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR while it is imported, and that takes seconds
@@ -65,6 +66,15 @@ def broadcast_scalars(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.dim() == 0:
             dist.broadcast(parameter.data, src=0)
             parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
+
+
+def drop_accumulation(engine: Any, accumulation: ExitStack) -> None:
+    """End `coalesce_grad_reduction` without its reduction: the peers may be gone, or already be in another group.
+
+    It reduces however it ends, even when it is garbage-collected much later.
+    """
+    engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda _optimizer: None
+    accumulation.close()
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class Engine:
         refresh_working_copies(self._zero)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds."""
+        """Free what DeepSpeed holds; a step under way is dropped without a collective."""
+        self._update.close()
         self._wrapped.destroy()
 
     def _gradient_factor(self) -> Tensor | float:

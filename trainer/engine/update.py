@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from isthmus.model.objectives.tree_sum import TreeSum, tree_reduce_scatter
+from isthmus.trainer.engine.deepspeed_workarounds import drop_accumulation
 from isthmus.trainer.engine.optimizer import ClippedAdamW
 from isthmus.trainer.engine.state_shards import flat_tensors, refresh_working_copies
 
@@ -49,6 +50,12 @@ class DeepSpeedUpdate:
         self._accumulation = None
         self._wrapped.step()
         return bool(self._wrapped.was_step_applied())
+
+    def close(self) -> None:
+        """Drop a step under way without a collective."""
+        if self._accumulation is not None:
+            drop_accumulation(self._wrapped, self._accumulation)
+            self._accumulation = None
 
     def _add_missing_gradients(self) -> None:
         """Give parameters that no loss of this rank reached a zero gradient, so that all ranks reduce the same ones."""
@@ -99,6 +106,9 @@ class TreeUpdate:
         for segment in chain.from_iterable(self._groups):
             segment.grad = None
         return applied
+
+    def close(self) -> None:
+        """Nothing to do: gradients of a step under way go with the parameters."""
 
     def _split(self, group: dict[str, Any], flat: nn.Parameter) -> list[Tensor]:
         """Let the optimizer update the segments of this rank's part of a group, as views of it and of its moments."""

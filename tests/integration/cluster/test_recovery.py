@@ -3,23 +3,19 @@
 The training code is a stand-in that counts steps (toy_rank.py); everything else is real.
 """
 
-import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from isthmus.cluster.errors import ClusterError
-from isthmus.cluster.status import RunState, StatusBoard
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.cluster.status import RunState
 from tests.integration.cluster.raylets import Raylets, wait_for
-from tests.unit.cluster.configs import job_config
+from tests.integration.cluster.supervised import LIMIT, Supervised
 
 pytestmark = pytest.mark.integration
-LIMIT = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -28,72 +24,6 @@ def raylets():
     raylets.connect("demo")
     yield raylets
     raylets.close()
-
-
-class Supervised:
-    """A supervisor that runs in a thread."""
-
-    def __init__(self, folder: Path, **cluster):
-        from isthmus.cluster.supervision.supervisor import Supervisor
-
-        self.folder = folder
-        workers = {"min": 1, "max": 2}
-        steps = cluster.pop("steps", 60)
-        stage = {"steps": steps, "global_batch_size": 8, "micro_batch_size": 4, "deepspeed": "zero1"}
-        self.config = job_config(
-            str(folder), stage1=stage, cluster={"workers": workers, "grow_after_seconds": 1, **cluster}
-        )
-        self.board = StatusBoard(str(folder / "demo"), ObjectStore(), "demo", "job-1")
-        self.supervisor = Supervisor(self.config, None, self.board, entry="tests.integration.cluster.toy_rank")
-        self.finished: bool | None = None
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        try:
-            self.finished = self.supervisor.run_stage("stage1")
-        except Exception as error:  # noqa: BLE001 - the test checks it
-            self.error = error
-
-    def join(self):
-        self._thread.join(LIMIT)
-        assert not self._thread.is_alive(), self.board.status
-        return self
-
-    def stop(self):
-        self.supervisor.request_stop()
-        self.join()
-
-    def log(self):
-        path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def wait_for_step(self, step, *, world=None, after=0.0):
-        def reached():
-            lines = (x for x in self.log() if x["step"] >= step and x["time"] > after)
-            return next((x for x in lines if world in (None, x["world"])), None)
-
-        return wait_for(reached, LIMIT, f"step {step} in a world of {world}: {self.board.status}")
-
-    def wait_until_recovered(self, num_restarts):
-        def recovered():
-            restarts = self.board.status.restarts
-            return len(restarts) == num_restarts and restarts[-1].recovery_seconds is not None
-
-        wait_for(recovered, LIMIT, f"recovery {num_restarts}: {self.board.status}")
-
-    def pid(self, rank):
-        return int((self.folder / f"pid-{rank}").read_text())
-
-    def node_of(self, raylets, rank):
-        """Return the raylet on which a rank lives, by its log files' session and node id."""
-        import ray
-
-        actor = ray.get_actor(f"train-{rank}")
-        address = ray.get(actor.address.remote())
-        return next(node for node in raylets.nodes if node.node_id == address.node)
 
 
 @pytest.fixture
@@ -129,7 +59,8 @@ def test_a_killed_worker_is_replaced_and_the_stage_ends(raylets, supervise):
     assert "train-1" in restart.cause
     assert restart.lost_steps is not None
     assert restart.lost_steps <= 5 + 2 * 5  # checkpoints are 5 steps apart; the figure is polled twice a second
-    assert set(restart.phases) == {"clear", "pause", "place", "start", "step"}
+    assert list(restart.phases) == ["clear", "pause", "place", "launch", "imports", "first step"]
+    assert restart.recovery_seconds == pytest.approx(sum(restart.phases.values()), abs=0.05)
     assert {x["step"] for x in run.log()} == set(range(60))
     assert min(x["time"] for x in run.log() if x["time"] > killed_at + 0.5) - killed_at < LIMIT
 

@@ -186,7 +186,11 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator, undi
     lost = next(restart for restart in view["restarts"] if restart["kind"] == "lost process")
     assert lost["lost_steps"] is not None
     assert lost["recovery_seconds"] < LIMIT
-    assert set(lost["phases"]) == {"clear", "pause", "place", "start", "step"}
+    driver, start = (
+        {"clear", "pause", "place", "launch"},
+        {"imports", "weights", "restore", "first batch", "first step"},
+    )
+    assert driver | start <= set(lost["phases"])
     assert_same_bits(max(operator.checkpoints("disturbed"), key=lambda saved: saved.step), undisturbed)
 
 

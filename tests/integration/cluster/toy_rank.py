@@ -2,8 +2,11 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 SAVE_EVERY = 5
 
@@ -14,7 +17,11 @@ def train(assignment, context):
     rank = context.rank
     save = folder / f"{assignment.stage}.save"
     step = int(save.read_text()) if save.exists() else 0
-    (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
+    peer = f"peer-{assignment.rendezvous[1]}"  # differs between attempts
+    for name in (f"pid-{rank.rank}", f"{peer}-{rank.rank}"):
+        (folder / name).write_text(str(os.getpid()))
+    if (folder / "leave-a-thread").exists():
+        threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
     while (folder / "hold").exists():  # it loads weights, say
         time.sleep(0.05)
     while step < assignment.config.stage(assignment.stage).steps:
@@ -24,6 +31,7 @@ def train(assignment, context):
             return "stopped"
         context.begin_step(step)
         _obey(folder, rank, step)
+        _notice_lost_peers(folder.glob(f"{peer}-*"))
         time.sleep(float(os.environ.get("TOY_STEP_SECONDS", "0.05")))
         line = {
             "rank": rank.rank,
@@ -35,9 +43,8 @@ def train(assignment, context):
         with (folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         step += 1
-        context.report(
-            {"step": float(step), "seconds_per_step": 0.05, "committed_step": float(step // SAVE_EVERY * SAVE_EVERY)}
-        )
+        committed = 0 if (folder / "no-commits").exists() else step // SAVE_EVERY * SAVE_EVERY
+        context.report({"step": float(step), "seconds_per_step": 0.05, "committed_step": float(committed)})
         if step % SAVE_EVERY == 0:
             _save(save, step, rank)
     _save(save, step, rank)
@@ -59,3 +66,13 @@ def _obey(folder, rank, step):
 
         place, name, message = order.read_text().split(" ", 2)
         raise getattr(importlib.import_module(place), name)(message)
+
+
+def _notice_lost_peers(files):
+    """Fail as a collective does once a rank of this attempt has died."""
+    if not all(_lives(int(file.read_text() or os.getpid())) for file in files):
+        raise RuntimeError("Connection closed by peer")
+
+
+def _lives(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -6,7 +6,8 @@ from concurrent.futures import Future
 import pytest
 
 from isthmus.cluster.supervision import group as module
-from isthmus.cluster.supervision.group import POLL_SECONDS, Member, WorkerGroup
+from isthmus.cluster.supervision.group import POLL_SECONDS, WorkerGroup
+from isthmus.cluster.supervision.processes import Member
 from isthmus.cluster.workers.actor import Progress, WorkerAddress
 from isthmus.trainer.context import Rank
 from tests.unit.cluster.configs import job_config
@@ -54,6 +55,10 @@ class Run:
 
     def __init__(self, actor):
         self.actor = actor
+
+    def options(self, *, name):
+        assert name == f"train-{self.actor.number}.run"
+        return self
 
     def remote(self, assignment, *_):
         self.actor.assignments.append(assignment)

@@ -173,7 +173,13 @@ def test_details_show_progress_and_what_restarts_cost():
     known = status(
         committed_step=18,
         metrics={"seconds_per_step": 0.5, "goodput": 0.9, "samples_per_second": 32.0, "data_wait_fraction": 0.04},
-        restarts=[restart(lost_steps=3, recovery_seconds=12.5, phases={"place": 2.5, "start": 10})],
+        restarts=[
+            restart(lost_steps=3, recovery_seconds=12.5, phases={"place": 2.5, "start": 10}),
+            restart(lost_steps=0, recovery_seconds=2.0, phases={"place": 0.5, "weights": 1.5}, processes={"kept": 1}),
+        ],
+        spares=2,
+        lost_spares=1,
+        damaged_copies=1,
     )
     text = re.sub("  +", "  ", rendered(details(view(known, job()))))
     for words in (
@@ -184,9 +190,16 @@ def test_details_show_progress_and_what_restarts_cost():
         "32.0 images/s, 0.50 s a step, 4% waiting for data",
         "90.0%",
         "step 18",
-        "1, 3 steps repeated in all",
-        "1970-01-01 00:00:00 UTC stage1 step 7, 2 workers: train-1 died; 3 steps repeated, trained again after 12.5 s"
-        " (place 2.5, start 10.0)",
+        "2, 3 steps repeated in all",
+        "spares  2 ready, 1 lost",
+        "node caches  1 damaged entry, read from the store again",
+        "1970-01-01 00:00:00 UTC stage1 step 7, 2 workers: train-1 died; 3 steps repeated, trained again after 12.5 s",
+        "restart  00:00:00  00:00:00",
+        "place  2.50  0.50",
+        "start  10.00",
+        "weights  1.50",
+        "all  12.50  2.00",
+        "kept processes  1",
     ):
         assert words in text
 
