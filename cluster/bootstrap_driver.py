@@ -78,7 +78,9 @@ class Bootstrap:
         score = job.score.model_copy(update={"models": judges})
         self._stage(score_work(manifest, job.url, score, store), manifest)
         scores = Layer.load(join(job.url, SCORED), store)
-        select(job.manifest, scores, job.select, job.selected_url, store, run_in_processes(1))
+        marks = Layer.load(job.duplicates, store) if job.duplicates else None
+        run = run_in_processes(1)
+        select(job.manifest, scores, job.select, job.selected_url, store, run, duplicates=marks)
         write_bootstrap_report(job.url, store, join(job.url, REPORT))
         return self._trains(again[0]) if again else Outcome.FINISHED
 

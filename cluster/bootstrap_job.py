@@ -38,6 +38,8 @@ class BootstrapJob(Config):
     """The scores; `trained` among its models is stage 1 of `training`."""
     select: SelectRule
     """Which texts and images are kept."""
+    duplicates: str | None = None
+    """URL of a layer that `isthmus bootstrap duplicates` wrote for the manifest; what it marks is left out."""
     price_per_worker_hour: float = Field(0.0, ge=0)
     """For the estimate of the cost, in any currency."""
 

@@ -58,9 +58,9 @@ def inputs(config: Submitted) -> Iterator[Place]:
 def _bootstrap_inputs(job: BootstrapJob) -> Iterator[Place]:
     """Yield the data set, the models that exist already, and what the first training reads."""
     yield Place("manifest", job.manifest)
-    models = {"caption.model": job.caption.model}
-    models |= {f"score.models.{number}": url for number, url in enumerate(job.score.models)}
-    yield from (Place(key, url) for key, url in models.items() if url != TRAINED)
+    named = {"duplicates": job.duplicates, "caption.model": job.caption.model}
+    named |= {f"score.models.{number}": url for number, url in enumerate(job.score.models)}
+    yield from (Place(key, url) for key, url in named.items() if url and url != TRAINED)
     for first in job.trainings[:1]:
         yield from (Place(f"training.{place.key}", place.url) for place in inputs(first))
 

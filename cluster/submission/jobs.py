@@ -29,7 +29,10 @@ from isthmus.cluster.submission.job import FINAL, Job, Submitted, as_job, job_en
 
 logger = logging.getLogger(__name__)
 
-DRIVERS = {JobConfig: "isthmus.cluster.driver", BootstrapJob: "isthmus.cluster.bootstrap_driver"}
+DRIVERS: dict[type[Submitted], str] = {
+    JobConfig: "isthmus.cluster.driver",
+    BootstrapJob: "isthmus.cluster.bootstrap_driver",
+}
 SUBMIT_TRIES = 3
 """Somebody else may submit at the same moment."""
 RUN_TO_END_SECONDS = 300.0

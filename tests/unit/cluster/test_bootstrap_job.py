@@ -60,9 +60,9 @@ def test_problems_of_a_recipe_are_named(override, problem):
 
 
 def test_places_are_checked_before_anything_is_paid_for():
-    asked = job("score.models=[trained, models/clip]")
+    asked = job("score.models=[trained, models/clip]", "duplicates=marks/layer")
     keys = [place.key for place in inputs(asked)]
-    assert keys[:2] == ["manifest", "score.models.1"]
+    assert keys[:3] == ["manifest", "duplicates", "score.models.1"]
     assert "training.data.sources.0.manifest" in keys
     with pytest.raises(ClusterError, match="manifest: assets/tiny/noisy"):
         check_travels(asked, same_machine=False)
