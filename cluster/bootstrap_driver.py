@@ -21,7 +21,7 @@ from isthmus.cluster.bootstrap_job import TRAINED, BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.driver import drive, drive_job
 from isthmus.cluster.embedded import embedded_ray
-from isthmus.cluster.logs import configure_logging
+from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.ray_nodes.jobs_api import submission_id
 from isthmus.cluster.report.bootstrap_page import REPORT, write_bootstrap_report
 from isthmus.cluster.status import RunState, StatusBoard
@@ -113,6 +113,7 @@ class Bootstrap:
         return url
 
     def _stage(self, work: ShardWork, manifest: Manifest) -> None:
+        bind_context(stage=None)  # that of a training before it
         self._board.begin_stage(work.stage, manifest.num_samples)
         run_stage(work, manifest, self._job.url, self._store, self._pool, self._show)
 
