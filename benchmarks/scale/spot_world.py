@@ -225,6 +225,11 @@ class SimGroup:
         return Progress("training", step, metrics=self.metrics, trained_seconds=trained)
 
     @property
+    def damaged_copies(self) -> int:
+        """No cache is damaged here."""
+        return 0
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Figures of rank 0."""
         return {"committed_step": float(self._plan.step(self._committed))} if self._work is not None else {}

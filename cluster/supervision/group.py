@@ -159,6 +159,11 @@ class WorkerGroup:
         """Newest figures of rank 0."""
         return self.progress.metrics
 
+    @property
+    def damaged_copies(self) -> int:
+        """Entries of the nodes' caches that the processes found damaged."""
+        return sum(member.progress.damaged_copies for member in self.members)
+
     def stop(self, reason: StopReason) -> None:
         """Ask every process to save and end at the next step boundary."""
         for member in self.members:

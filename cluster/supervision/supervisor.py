@@ -193,8 +193,7 @@ class Supervisor:
             self._policy.commit(str(board.status.stage), saved)
         self._policy.trained |= step > 0
         self._keep_spares(group)
-        damaged = sum(member.progress.damaged_copies for member in group.members)
-        board.update(state, step=step, metrics=metrics, message="", phase="", damaged_copies=damaged)
+        board.update(state, step=step, metrics=metrics, message="", phase="", damaged_copies=group.damaged_copies)
         if self._recovery and self._recovery.reached(progress):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
             logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)
