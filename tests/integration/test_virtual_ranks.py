@@ -107,9 +107,9 @@ def run_everything(rank, _world_size, assets, runs, ports):
     at(1, "planted")
 
 
-def go_on(_rank, _world_size, assets, folder, steps):
+def go_on(_rank, _world_size, assets, folder, steps, *overrides):
     logging.disable(logging.INFO)
-    train_here(configure(assets, folder), StopAfter(steps))
+    train_here(configure(assets, folder, *overrides), StopAfter(steps))
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,14 @@ def test_a_run_that_changes_its_workers_ends_with_the_same_bits(assets, runs):
     for world_size, steps in ((1, 3), (2, 100)):
         run_ranks(go_on, world_size, assets, runs / "changed", steps, timeout_seconds=300)
     assert states(runs / "changed") == states(runs / "whole1")
+
+
+@pytest.mark.slow
+def test_eight_processes_end_with_the_bits_of_one(assets, tmp_path):
+    for world_size in (8, 1):
+        overrides = ("data.lanes=8", "run.virtual_ranks=8", "stage1.steps=2", "stage2.steps=2")
+        run_ranks(go_on, world_size, assets, tmp_path / f"{world_size}", 100, *overrides, timeout_seconds=600)
+    assert states(tmp_path / "8") == states(tmp_path / "1")
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
