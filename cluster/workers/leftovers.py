@@ -40,11 +40,16 @@ class Baseline:
         for name in os.environ.keys() - self.environment.keys():
             del os.environ[name]
         os.environ.update(self.environment)
-        deadline = time.monotonic() + END_SECONDS
-        while (found := self._running() + self._memory()) and time.monotonic() < deadline:
+        found = self._found()
+        deadline = time.monotonic() + END_SECONDS  # from here: looking takes long in a large process
+        while found and time.monotonic() < deadline:
             gc.collect()
             time.sleep(0.02)
+            found = self._found()
         return found
+
+    def _found(self) -> list[str]:
+        return self._running() + self._memory()
 
     def _running(self) -> list[str]:
         threads = [f"thread {thread.name}" for thread in _threads() - self.threads]

@@ -39,7 +39,7 @@ def test_a_thread_that_is_about_to_end_is_waited_for_and_one_that_is_not_is_name
     hold = threading.Event()
     threads = [
         threading.Thread(target=hold.wait, args=(seconds,), name=name, daemon=True)
-        for name, seconds in (("brief", 0.05), ("endless", 60.0))
+        for name, seconds in (("brief", 0.01), ("endless", 60.0))
     ]
     for thread in threads:
         thread.start()
