@@ -38,8 +38,11 @@ def _live_nodes() -> list[Any]:
 def simulated() -> Iterator[None]:
     """Let the product's modules live in the simulated world."""
     gc.freeze()  # the product's modules stay; what a schedule leaves is small
-    with environment(_live_nodes):
-        yield
+    try:
+        with environment(_live_nodes):
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def run(seed: int, plan: Plan, faults: tuple[Fault, ...]) -> Verdict:

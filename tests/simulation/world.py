@@ -9,9 +9,11 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from datetime import datetime, tzinfo
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 
 EPOCH = 1_700_000_000.0
@@ -92,6 +94,8 @@ class Thread:
         self.process, self.name, self.wake, self.is_done = process, name, 0, False
         self.listed_at = -1.0
         """When the store last listed something for it."""
+        self.has_grad = True
+        """Whether torch records gradients, which each thread decides for itself."""
         self.greenlet = greenlet(self._main, process.world.hub)
         self._target, self._joining = target, SimEvent()
 
@@ -209,8 +213,13 @@ class World:
         if action is not None:
             action()
         elif thread is not None:
-            thread.greenlet.switch()
+            self._resume(thread, thread.greenlet.switch)
         self._bury()
+
+    def _resume(self, thread: Thread, switch: Callable[[], Any]) -> None:
+        with torch.set_grad_enabled(thread.has_grad):
+            switch()
+            thread.has_grad = torch.is_grad_enabled()
 
     def _bury(self) -> None:
         """Unwind the threads of processes that died; whatever they do on the way, they are dead."""
@@ -218,7 +227,8 @@ class World:
             for thread in self.dying.pop().threads:
                 if not thread.is_done:
                     self.thread = thread
-                    thread.greenlet.throw(Killed) if thread.greenlet else thread.greenlet.switch()
+                    started = bool(thread.greenlet)
+                    self._resume(thread, partial(thread.greenlet.throw, Killed) if started else thread.greenlet.switch)
         self.thread = None
 
 
