@@ -136,5 +136,4 @@ def test_a_node_that_the_group_leaves_gives_up_its_spares(raylets):
 def test_a_group_of_which_nothing_is_lost_ends_without_a_trace(raylets, run):
     time.sleep(0.1)
     run.stop()
-    assert not pids("train-")
-    assert not pids("spare-")
+    wait_for(lambda: not pids("train-") and not pids("spare-"), 20, "the end of the group and its spares")
