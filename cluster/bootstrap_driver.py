@@ -5,10 +5,8 @@ state of its own: every step finds in the folder what is done, so a new driver r
 """
 
 import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
 from isthmus.bootstrap.caption import caption_work
@@ -19,7 +17,7 @@ from isthmus.bootstrap.select import select
 from isthmus.bootstrap.stage import Pool, ShardWork, run_stage
 from isthmus.cluster.bootstrap_job import TRAINED, BootstrapJob
 from isthmus.cluster.config import JobConfig
-from isthmus.cluster.driver import drive, drive_job
+from isthmus.cluster.driver import drive, drive_job, handling_stop_signals
 from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.logs import bind_context, configure_logging
 from isthmus.cluster.ray_nodes.jobs_api import submission_id
@@ -140,7 +138,7 @@ def drive_bootstrap(
     """
     board = StatusBoard(job.url, ObjectStore(job.store), job.run.name, job_id)
     try:
-        with _stop_on_signals():
+        with handling_stop_signals(_stop_at_once):
             outcome = Bootstrap(job, pool, train, board).run()
     except _Stopped:
         outcome = Outcome.STOPPED
@@ -177,19 +175,9 @@ def _actors(job: BootstrapJob) -> Pool:
     return Pool(run, workers.max, job.price_per_worker_hour)
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into an end at once: what is committed stays, and nothing else is worth saving."""
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        raise _Stopped
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop_at_once(_number: int, _frame: FrameType | None) -> None:
+    """End at a signal: what is committed stays, and nothing else is worth saving."""
+    raise _Stopped
 
 
 if __name__ == "__main__":

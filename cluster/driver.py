@@ -137,12 +137,19 @@ def _stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
             raise KeyboardInterrupt
         supervisor.request_stop()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    with handling_stop_signals(on_signal):
+        yield
+
+
+@contextmanager
+def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handler` receive SIGTERM and SIGINT inside the block."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
 if __name__ == "__main__":

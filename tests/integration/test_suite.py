@@ -5,18 +5,15 @@ import json
 import logging
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
-from isthmus.cluster.config import JobConfig
 from isthmus.cluster.suite import evaluate_suite
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_tiny_assets
 from isthmus.demo.tiny.scenes import draw_scene, make_scene
-from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.evaluation.protocol import SUITES
 from isthmus.trainer.run_local import train_here
@@ -24,9 +21,9 @@ from isthmus.trainer.runs.export import export_checkpoint
 from isthmus.trainer.subject import RunTarget
 from tests.benchmark_files import INGEST, prepare, write_published
 from tests.ranks import run_ranks
+from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 NUM_IMAGES = 33  # three units, so that one of two ranks has one less
 TASKS = [task.name for task in SUITES["blip2"]]
 ON_PAIRS = ["nocaps", "flickr30k", "vqav2"]
@@ -37,14 +34,7 @@ SHORT = [
 
 
 def configure(assets, runs, *overrides):
-    places = {
-        "run.url": runs,
-        "data.sources": f"[{{manifest: {assets / 'train'}}}]",
-        "model.vision.path": assets / "vision",
-        "model.qformer.tokenizer": assets / "bert",
-        "model.language.path": assets / "opt",
-    }
-    return load_config(RECIPE, [*(f"{key}={value}" for key, value in places.items()), *SHORT, *overrides], JobConfig)
+    return tiny_config(assets, runs, *SHORT, *overrides)
 
 
 def suite_of(subject, assets, *options):

@@ -7,21 +7,18 @@ import json
 import logging
 import re
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from isthmus.cluster.cli.main import app
-from isthmus.cluster.config import JobConfig
 from isthmus.cluster.evaluate import evaluate
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus, write_tiny_assets
 from isthmus.demo.tiny.scenes import draw_scene, make_scene
 from isthmus.model.formats.native import read_trained
 from isthmus.trainer.checkpoint.reader import list_checkpoints
-from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, Outcome, StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError
 from isthmus.trainer.monitoring.segments import read_records
@@ -31,9 +28,9 @@ from isthmus.trainer.runs.store import RunStore
 from isthmus.trainer.stage1_task import Stage1Task
 from isthmus.trainer.subject import RunTarget
 from tests.ranks import run_ranks
+from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 SHORT = [
     "stage1.steps=4", "stage1.global_batch_size=16", "stage1.micro_batch_size=8",
     "stage2.steps=3", "stage2.global_batch_size=16", "stage2.micro_batch_size=8",
@@ -45,15 +42,7 @@ BEST = "eval/itc_i2t_r10"
 
 
 def configure(assets, runs, *overrides):
-    places = {
-        "run.url": runs,
-        "data.sources": f"[{{manifest: {assets / 'train'}}}]",
-        "evaluation.manifest": assets / "held-out",
-        "model.vision.path": assets / "vision",
-        "model.qformer.tokenizer": assets / "bert",
-        "model.language.path": assets / "opt",
-    }
-    return load_config(RECIPE, [*(f"{key}={value}" for key, value in places.items()), *SHORT, *overrides], JobConfig)
+    return tiny_config(assets, runs, *SHORT, *overrides)
 
 
 class StopAt(LocalContext):

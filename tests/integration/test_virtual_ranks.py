@@ -5,25 +5,22 @@ Starting ranks costs more than these runs, so four processes run all of them, on
 
 import logging
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
-from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_tiny_assets
 from isthmus.model.objectives import tree_sum
 from isthmus.trainer.checkpoint.reader import list_checkpoints
-from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext, StopReason
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.monitoring.segments import read_records
 from isthmus.trainer.run_local import train_here
 from tests.ranks import free_port, run_ranks
+from tests.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1000)]
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 STEPS = {"stage1": 4, "stage2": 3}
 OPTIONS = [
     "run.virtual_ranks=4", "model.qformer.dropout=0.1", "model.language.dropout=true", "stage1.loss.itc_grad=full",
@@ -36,14 +33,7 @@ WORLD_SIZES = (4, 2, 1)
 
 
 def configure(assets, runs, *overrides):
-    places = {
-        "run.url": runs,
-        "data.sources": f"[{{manifest: {assets / 'train'}}}]",
-        "model.vision.path": assets / "vision",
-        "model.qformer.tokenizer": assets / "bert",
-        "model.language.path": assets / "opt",
-    }
-    return load_config(RECIPE, [*(f"{key}={value}" for key, value in places.items()), *OPTIONS, *overrides], JobConfig)
+    return tiny_config(assets, runs, *OPTIONS, *overrides)
 
 
 class StopAfter(LocalContext):

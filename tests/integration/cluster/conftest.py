@@ -3,6 +3,7 @@
 import pytest
 
 from isthmus.demo.tiny.assets import write_tiny_assets
+from tests.integration.cluster.raylets import Raylets
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,12 @@ def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
     write_tiny_assets(folder, 200, 8)
     return folder
+
+
+@pytest.fixture(scope="module")
+def raylets():
+    """Ray of two nodes, for the tests of one file."""
+    raylets = Raylets(2)
+    raylets.connect("demo")
+    yield raylets
+    raylets.close()

@@ -12,18 +12,10 @@ import pytest
 
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.status import RunState
-from tests.integration.cluster.raylets import Raylets, wait_for
+from tests.integration.cluster.raylets import wait_for
 from tests.integration.cluster.supervised import LIMIT, Supervised
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def raylets():
-    raylets = Raylets(2)
-    raylets.connect("demo")
-    yield raylets
-    raylets.close()
 
 
 @pytest.fixture

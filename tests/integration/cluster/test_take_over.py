@@ -9,20 +9,12 @@ import pytest
 
 from isthmus.cluster.supervision.processes import end_processes
 from isthmus.cluster.supervision.spares import Spares
-from tests.integration.cluster.raylets import Raylets, wait_for
+from tests.integration.cluster.raylets import wait_for
 from tests.integration.cluster.supervised import LIMIT, Supervised
 from tests.unit.cluster.configs import job_config
 
 pytestmark = pytest.mark.integration
 ENTRY = "tests.integration.cluster.toy_rank"
-
-
-@pytest.fixture(scope="module")
-def raylets():
-    raylets = Raylets(2)
-    raylets.connect("demo")
-    yield raylets
-    raylets.close()
 
 
 @pytest.fixture
