@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.packages import LANGUAGE_MODEL, QFORMER_INIT, VISION_MODEL
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ def _make_qformer_init(source: Path, folder: Path) -> None:
 
 
 def _make_language(file: Path, folder: Path) -> None:
-    from isthmus.model.formats.gguf_import import convert_gguf  # noqa: PLC0415 - imports transformers
+    from isthmus.model.imports.gguf import open_gguf  # noqa: PLC0415 - imports transformers
+    from isthmus.trainer.frozen.model_folder import ModelWriter  # noqa: PLC0415 - imports torch
 
-    convert_gguf(file, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        ModelWriter(ObjectStore(), str(folder)).write(open_gguf(file, Path(scratch)), file.name)

@@ -283,14 +283,13 @@ def check(
 
 def _open_source(source: str, revision: str | None, part: Part, scratch: Path) -> "tuple[Published, str | None]":
     """Open a local model, or fetch it from the Hub; return it and the commit it is of."""
-    from isthmus.model.formats.gguf_import import convert_gguf
+    from isthmus.model.imports.gguf import SUFFIX, open_gguf
     from isthmus.model.imports.hub import download
     from isthmus.model.imports.published import open_published
 
     place = Path(source)
-    if place.suffix == ".gguf":
-        convert_gguf(place, scratch / "model")
-        return open_published(scratch / "model"), None
+    if place.suffix == SUFFIX:
+        return open_gguf(place, scratch), None
     if place.exists() or source.startswith((".", "/")):
         return open_published(place, part), None
     snapshot = download(source, revision)

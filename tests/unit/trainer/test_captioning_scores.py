@@ -111,6 +111,18 @@ def test_published_examples():
     assert Bleu(4).compute_score(words, generated, verbose=0)[0][0] == pytest.approx(0.4278, abs=5e-5)
 
 
+def test_the_published_cider_of_nlg_eval():
+    """Its example of two captions with two references each; a letter stands for each of its words."""
+    generated = {"1": "a b c d e f g h i j", "2": "a b k g l m e n o d"}
+    references = {
+        "1": ["a b p q r s f", "a b p t q r s f"],
+        "2": ["a b u q r s k g v e n o d", "a b c w q r s k"],
+    }
+    scores = score_captions(generated, references)
+    assert scores["cider_d"] == pytest.approx(1.242192, abs=5e-7)
+    assert scores["bleu4"] == pytest.approx(0.201143, abs=5e-7)
+
+
 def test_case_and_punctuation_do_not_count():
     assert tokenize("A Small, red circle!  It's") == "a small red circle it 's"
     assert score_captions({"1": "A small RED circle, above a blue square."}, REFERENCES)["exact"] == 1.0
