@@ -54,9 +54,9 @@ EXPECTED_SECONDS = {
 }
 """Of each phase on two cores of 2026-11; those of `demo` are computed from CPU seconds (docs/decisions.md). Other
 machines and recipes are scaled by the pace seen."""
-TINY_NOTE = """Generated scenes and random frozen models: this shows that everything works, not what the method learns.
-`make demo` takes real pictures and pretrained models."""
-FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and random models instead of real pictures and pretrained ones.
+TINY_NOTE = """Generated scenes, a random image encoder and a tiny language model: this shows that everything works, not what
+the method learns. `make demo` takes real pictures and pretrained models."""
+FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and tiny models instead of real pictures and pretrained ones.
 {}
 Run `make demo` again when the package can be fetched: it takes the real ones then."""
 SAMPLES_PER_SHARD = 1000
@@ -163,7 +163,7 @@ def _prepare(recipe: str, timeline: Timeline) -> Inputs:
 def _generated(note: str, timeline: Timeline) -> Inputs:
     """Make what needs no package."""
     corpus = CACHE / "generated"
-    _enter("inputs", timeline, ": generated scenes, random models" + (" (cached)" if corpus.exists() else ""))
+    _enter("inputs", timeline, ": generated scenes, tiny models" + (" (cached)" if corpus.exists() else ""))
     with _progress("pictures", None) as advance:
         _print_counts(generate_corpus(corpus, advance))
     models = generate_models(corpus, CACHE / "models", lambda name: console.print(f"  making {name}"))

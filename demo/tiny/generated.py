@@ -1,6 +1,7 @@
-"""Generated scenes and random frozen models: what the demo runs on where nothing can be, or shall be, downloaded.
+"""What `make demo-tiny` runs on, without a download: generated scenes and tiny frozen models.
 
-It shows the same path, and of learning only what random models allow; the demo says so wherever it is used.
+The image encoder is random, the language model has seen the captions' grammar for seconds. This limits what can be
+learned, and the demo says so wherever it is used.
 """
 
 import json
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.demo.models import make_missing
+from isthmus.demo.tiny.language import write_trained_language
 from isthmus.demo.tiny.scenes import draw_scene, make_scene, unique_numbers
-from isthmus.model.tiny import write_tiny_language, write_tiny_vision, write_tiny_vocabulary
+from isthmus.model.tiny import write_tiny_vision, write_tiny_vocabulary
 
 SPLITS: dict[str, tuple[int, tuple[str, ...]]] = {
     "train": (2000, ("one", "count", "relation")),
@@ -52,6 +54,6 @@ def generate_models(corpus: Path, target: Path, report: Callable[[str], None]) -
     makers: dict[str, Callable[[Path], object]] = {
         "random-vit": write_tiny_vision,
         "words": lambda folder: write_tiny_vocabulary(folder, captions),
-        "random-opt": lambda folder: write_tiny_language(folder, "opt"),
+        "tiny-opt": lambda folder: write_trained_language(folder, "opt", steps=300, width=64, num_layers=2),
     }
     return make_missing(makers, target, report)

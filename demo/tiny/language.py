@@ -1,7 +1,7 @@
-"""Tiny language models that know the grammar of the generated scenes, from its text alone: the frozen LLM of the tests.
+"""Tiny language models that know the grammar of the generated scenes, from its text alone.
 
-Each is trained to write a caption after its words in a jumble: what a large language model can do with context anyway,
-and what a bridge needs of it. No picture is involved.
+Each is trained to write a caption after its shuffled words: large language models use context anyway, and a bridge
+needs just that. No picture is involved.
 """
 
 import random
@@ -49,7 +49,7 @@ def write_trained_language(
 
 
 def example(tokenizer: Any, kind: TinyLanguage, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Return context and target tokens: words of the caption, jumbled or not, then the caption as training shows it."""
+    """Return context and target tokens: words of the caption, shuffled or not, then the caption as training shows it."""
     words = caption.split()
     if rng.random() < 0.5:
         rng.shuffle(words)
