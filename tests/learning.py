@@ -12,11 +12,11 @@ from pathlib import Path
 from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import CAPTIONS_READ, write_corpus
+from isthmus.demo.tiny.language import write_trained_language
 from isthmus.demo.tiny.scenes import KINDS, make_scene
 from isthmus.model.tiny import TinyLanguage, write_tiny_vocabulary
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.monitoring.segments import read_records
-from isthmus.demo.tiny.language import write_trained_language
 from tests.trained_vision import write_trained_vision
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"

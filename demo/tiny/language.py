@@ -32,7 +32,7 @@ def write_trained_language(
         model = factory.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311 - no secret
     loss = torch.zeros(())
     for _ in range(steps):
         chosen = rng.choices(captions, k=BATCH)
@@ -49,7 +49,7 @@ def write_trained_language(
 
 
 def example(tokenizer: Any, kind: TinyLanguage, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Return context and target tokens: words of the caption, shuffled or not, then the caption as training shows it."""
+    """Return context and target tokens: the caption's words, shuffled or not; then the caption as training shows it."""
     words = caption.split()
     if rng.random() < 0.5:
         rng.shuffle(words)
