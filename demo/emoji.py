@@ -87,6 +87,15 @@ def build_corpus(folders: dict[str, Path], target: Path, progress: Callable[[int
     return counts
 
 
+def attributed_keys(corpus: Path) -> set[str]:
+    """Return the held-out samples' keys in their shards whose drawings may be shared with attribution only."""
+    attributed = tuple(
+        f"images/{icons.name.rpartition('/')[2]}-" for icons in ICON_SETS if icons.licence.startswith("CC-BY")
+    )
+    records = [json.loads(line) for line in (corpus / "val.jsonl").read_text().splitlines()]
+    return {f"{number:09d}" for number, record in enumerate(records) if record["path"].startswith(attributed)}
+
+
 def _all_drawings(folders: dict[str, Path]) -> list[Drawing]:
     """Return every drawing once, in an order that mixes sources."""
     names = _Names(folders[EMOJI_NAMES.name] / "package")

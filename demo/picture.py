@@ -1,6 +1,7 @@
 """One picture of what a run learned: held-out images, the captions found for them, and those generated for them."""
 
 import base64
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +16,14 @@ STYLE = """text { font: 13px system-ui, sans-serif; fill: #1d2329 } .soft { fill
 .paper { fill: #fbfbf9 } .head { font-weight: 600 }"""
 
 
-def draw_picture(facts: RunFacts) -> str | None:
-    """Return an SVG of the first held-out examples on file, right or wrong; none where the run has none."""
-    shown = list(islice(held_out(facts), COLUMNS))
+def draw_picture(facts: RunFacts, excluded: Collection[str] = ()) -> str | None:
+    """Return an SVG of the first held-out examples on file, right or wrong; none where the run has none.
+
+    Args:
+        facts: of the run.
+        excluded: keys, within their shards, of images that are not shown.
+    """
+    shown = list(islice((image for image in held_out(facts) if image.key.rpartition("#")[2] not in excluded), COLUMNS))
     if not shown:
         return None
     width = COLUMNS * CELL + CELL - IMAGE
@@ -52,7 +58,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}\u2026"
 
 
-def write_picture(facts: RunFacts, path: Path) -> None:
+def write_picture(facts: RunFacts, path: Path, excluded: Collection[str]) -> None:
     """Write the picture, if the run has one."""
-    if picture := draw_picture(facts):
+    if picture := draw_picture(facts, excluded):
         path.write_text(picture)

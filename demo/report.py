@@ -10,6 +10,7 @@ from isthmus.cluster.report.markup import Html, h, table
 from isthmus.cluster.report.page import ReportExtras, render
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.curves import load_band, verdict
+from isthmus.demo.emoji import attributed_keys
 from isthmus.demo.packages import EVERYTHING
 from isthmus.demo.picture import write_picture
 
@@ -40,7 +41,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
     store.put(join(url, REPORT), page)
     path = cache / REPORT
     ObjectStore().put(str(path), page)
-    write_picture(facts, cache / PICTURE)
+    write_picture(facts, cache / PICTURE, () if note else attributed_keys(cache / "corpus"))
     _fetch_curves(url, store, cache / "tensorboard" / config.run.name)
     return path
 

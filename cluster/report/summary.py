@@ -16,6 +16,7 @@ HEADLINES = ("image to text, recall@1", "image to text, recall@10", "captions, C
 class HeldOut(NamedTuple):
     """A held-out image with what the run makes of it."""
 
+    key: str
     thumbnail: bytes
     caption: str
     found: str
@@ -69,7 +70,8 @@ def held_out(facts: RunFacts) -> Iterator[HeldOut]:
         text, thumbnail = known.texts[example.index], known.thumbnail(example.index)
         if example.texts and thumbnail:
             found = known.texts[example.texts[0]].get("caption", "")
-            yield HeldOut(thumbnail, text.get("caption", ""), found, generated.get(text.get("key", "")))
+            key = text.get("key", "")
+            yield HeldOut(key, thumbnail, text.get("caption", ""), found, generated.get(key))
 
 
 def is_right(answer: str, caption: str) -> bool:

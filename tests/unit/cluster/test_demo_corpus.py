@@ -11,7 +11,7 @@ from PIL import Image
 
 from isthmus.cluster.errors import ClusterError
 from isthmus.demo import packages
-from isthmus.demo.emoji import SIDE_PIXELS, Drawing, build_corpus
+from isthmus.demo.emoji import SIDE_PIXELS, Drawing, attributed_keys, build_corpus
 from isthmus.demo.packages import EMOJI_NAMES, EVERYTHING, FLUENT_3D, ICON_SETS, fetch, unpack
 from isthmus.demo.report import credit_packages
 
@@ -80,6 +80,13 @@ def test_the_corpus_is_the_same_each_time_and_built_once(folders, tmp_path):
     num_calls = len(calls)
     build_corpus(folders, tmp_path / "one", lambda done, total: calls.append(done))
     assert len(calls) == num_calls
+
+
+def test_drawings_that_need_attribution_are_known_by_their_sample_keys(tmp_path):
+    stems = ("noto-fox", "twemoji-fox", "fluent3d-1f98a", "emojione-v1-fox", "openmoji-fox", "noto-v1-fox")
+    lines = [json.dumps({"path": f"images/{stem}.jpg", "caption": "fox", "image_id": "fox"}) for stem in stems]
+    (tmp_path / "val.jsonl").write_text("\n".join(lines))
+    assert attributed_keys(tmp_path) == {"000000001", "000000003", "000000004"}
 
 
 def test_all_drawings_of_a_held_out_concept_are_held_out():

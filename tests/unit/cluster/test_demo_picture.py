@@ -5,6 +5,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from isthmus.cluster.report.folder import read_folder
+from isthmus.cluster.report.summary import held_out
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.demo.picture import draw_picture
 from isthmus.demo.recording import animation
@@ -25,6 +26,15 @@ def test_the_picture_shows_each_image_with_its_captions(tmp_path):
     assert f"finds: {CAPTIONS[0]}" in texts
     assert any(text.startswith(f"true: {HOSTILE[:5]}") for text in texts), "markup of a caption is shown, not obeyed"
     assert tree.findall(f".//{SVG}script") == []
+
+
+def test_the_picture_leaves_out_what_it_is_told_to(tmp_path):
+    config = write_run(str(tmp_path), ObjectStore())
+    facts = read_folder(join(config.run.url, config.run.name), ObjectStore())
+    first = next(held_out(facts))
+    shown = draw_picture(facts, {first.key.rpartition("#")[2]})
+    assert f"true: {first.caption}" not in shown
+    assert shown.count("<image ") == draw_picture(facts).count("<image ") - 1
 
 
 def test_the_recording_shows_one_frame_after_the_other(tmp_path):

@@ -181,6 +181,8 @@ def test_the_demo_adds_unseen_concepts_credits_and_curves(tmp_path, monkeypatch)
     figures = {"checkpoint": "c", "data": "d", "figures": {"eval/i2t_r10": 0.5}}
     (tmp_path / "unseen").mkdir()
     (tmp_path / "unseen" / "report.json").write_text(json.dumps(figures))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "val.jsonl").write_text(json.dumps({"path": "images/noto-fox.jpg"}))
     with mock_aws():
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
         store = ObjectStore(StoreConfig(region="us-east-1"))
