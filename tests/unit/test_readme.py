@@ -1,4 +1,4 @@
-"""README and docs name tests, verbs, recipes, folders and pages that exist."""
+"""README and docs name tests, commands, options, keys, recipes, files and pages that exist."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import typer.main
 
 from isthmus.cluster.cli.main import app
+from isthmus.cluster.config import JobConfig
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -66,20 +67,58 @@ def test_recipes_and_benchmarks_exist():
     assert all((ROOT / path).exists() for path in re.findall(r"`(benchmarks/\w+\.py)`", README))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+def code_of(page):
+    """Return the code blocks and code spans of a page, continued lines joined."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^ {4}\S.*$", text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_verbs_and_options_exist(page):
     known = typer.main.get_command(app)
-    shown = re.findall(r"```\n.*?```|`[^`\n]+`", (ROOT / page).read_text(), re.DOTALL)
-    lines = re.findall(r"isthmus ([a-z][^`#&|\n]*)", "\n".join(shown))
-    assert len(lines) > 10
+    lines = re.findall(r"isthmus ([a-z][^`#&|;\n]*)", code_of(page))
+    assert len(lines) > 10 or page not in {"README.md", "docs/operators.md"}
     for line in lines:
         words, command = line.split(), known
         while words and hasattr(command, "commands"):
             assert words[0] in command.commands, f"{page}: isthmus {line}"
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts}
-        used = {word for word in words if word.startswith("-")}
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
         assert used <= options, f"{page}: isthmus {line}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_targets_and_modules_exist(page):
+    code = code_of(page)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) <= targets
+    for module in re.findall(r"python -m ((?:isthmus|benchmarks|tests)[\w.]*)", code):
+        path = ROOT / module.removeprefix("isthmus.").replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), f"{page}: {module}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if not page.endswith(("migrating-from-lavis.md", "decisions.md"))]
+)
+def test_configuration_keys_exist(page):
+    schema = JobConfig.model_json_schema()
+    sections = "|".join(schema["properties"])
+    for key in re.findall(rf"`((?:{sections})\.[a-z][a-z0-9_.]*[a-z0-9])\b", (ROOT / page).read_text()):
+        assert key == "run.json" or key_exists(schema, schema, key.split(".")), f"{page}: {key}"
+
+
+def key_exists(schema, node, parts):
+    """Return whether a key, given as its parts, lies below a node of a JSON schema."""
+    if not parts:
+        return True
+    if "$ref" in node:
+        return key_exists(schema, schema["$defs"][node["$ref"].rpartition("/")[2]], parts)
+    found = node.get("properties", {}).get(parts[0])
+    options = (*node.get("anyOf", ()), *node.get("oneOf", ()))
+    return any(key_exists(schema, option, parts) for option in options) or (
+        found is not None and key_exists(schema, found, parts[1:])
+    )
 
 
 def test_the_table_of_recipes_is_what_the_estimate_says():
