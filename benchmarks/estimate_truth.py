@@ -23,8 +23,9 @@ from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.frozen.language import load_language
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_language
 from isthmus.trainer.estimate.architectures import bundled_config
@@ -96,14 +97,7 @@ def steps(quick: bool) -> list[dict[str, Any]]:
     def compare(what: str, model: Any, inputs: Any, work: float, activations: float) -> None:
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            model.loss_and_backward(
-                inputs,
-                seed=0,
-                step=0,
-                micro_batch_size=ROWS,
-                communicator=LocalCommunicator(),
-                backward=Tensor.backward,
-            )
+            model.loss_and_backward(inputs, StepContext(LocalCommunicator(), ROWS, backward=Tensor.backward))
 
         trainable = sum(p.numel() for p in model.trainable_parameters().values())
         moved = ELEMENTWISE_PASSES * ROWS * activations + FP32 * trainable

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from tests.ranks import run_ranks
 from tests.stage2_parts import stage2_parts
@@ -93,12 +94,7 @@ def stage1_step(micro_batch_size: int, itm_rows: int | None = None) -> Callable[
         image_BPD=torch.randn(ROWS, PATCHES, IMAGE_WIDTH),
     ).packed(micro_batch_size)
     return lambda: model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=micro_batch_size,
-        communicator=communicator,
-        backward=torch.Tensor.backward,
+        inputs, StepContext(communicator, micro_batch_size, backward=torch.Tensor.backward)
     )
 
 
@@ -110,12 +106,7 @@ def stage2_step(micro_batch_size: int, folder: Path, kind: str) -> Callable[[], 
     inputs = parts.inputs(valid=[True, True, False, True])
     inputs = inputs.packed(micro_batch_size, is_encoder_decoder=parts.model.language.is_encoder_decoder)
     return lambda: parts.model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=micro_batch_size,
-        communicator=communicator,
-        backward=torch.Tensor.backward,
+        inputs, StepContext(communicator, micro_batch_size, backward=torch.Tensor.backward)
     )
 
 

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.model.config import QFormerConfig
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from tests.reference import stage1 as plain
 
@@ -69,12 +70,7 @@ def _step(path: str, model: Stage1Model, inputs: Stage1Inputs) -> dict[str, floa
         plain.total(model, parts).backward()
         return {name: float(value.detach()) for name, value in parts._asdict().items()}
     output = model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=len(LENGTHS),
-        communicator=LocalCommunicator(),
-        backward=torch.Tensor.backward,
+        inputs, StepContext(LocalCommunicator(), len(LENGTHS), backward=torch.Tensor.backward)
     )
     return {name: float(value) for name, value in output.parts.items()}
 

@@ -31,6 +31,7 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.frozen.language import load_language
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 
 BATCH, TEXT_TOKENS, PATCHES, IMAGE_WIDTH = 8, 32, 257, 1408
@@ -114,12 +115,7 @@ def our_step(model: Stage2Model, features: torch.Tensor, tokens: dict[str, torch
     """Run forward and backward; return the loss."""
     inputs = Stage2Inputs(tokens, torch.ones(BATCH, dtype=torch.bool), torch.arange(BATCH), image_BPD=features)
     output = model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=BATCH,
-        communicator=LocalCommunicator(),
-        backward=lambda loss: loss.backward(),
+        inputs, StepContext(LocalCommunicator(), BATCH, backward=lambda loss: loss.backward())
     )
     return float(output.total)
 

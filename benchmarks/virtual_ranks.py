@@ -26,7 +26,8 @@ from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import LocalContext
@@ -108,13 +109,14 @@ class Way:
     def _losses(self, number: int) -> None:
         self._model.loss_and_backward(
             self._inputs,
-            seed=0,
-            step=number,
-            micro_batch_size=self._micro,
-            communicator=self._communicator,
-            backward=self.engine.backward,
-            virtual_ranks=self._virtual,
-            end_micro_batch=self.engine.end_micro_batch,
+            StepContext(
+                self._communicator,
+                self._micro,
+                step=number,
+                backward=self.engine.backward,
+                virtual_ranks=self._virtual,
+                end_micro_batch=self.engine.end_micro_batch,
+            ),
         )
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from isthmus.model.config import QFormerConfig, Stage1LossConfig
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import load_trained
-from isthmus.model.objectives.attention_masks import matching_mask, unimodal_mask
 from isthmus.model.objectives.communicator import Communicator, LocalCommunicator, ProcessGroupCommunicator
-from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1 import Stage1Model, matching_mask, unimodal_mask
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.layers import Rows
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
@@ -114,11 +114,7 @@ def losses_and_gradients(
     calls = [] if calls is None else calls
     output = model.loss_and_backward(
         inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=size,
-        communicator=communicator or LocalCommunicator(),
-        backward=lambda loss: calls.append(loss.backward()),
+        StepContext(communicator or LocalCommunicator(), size, backward=lambda loss: calls.append(loss.backward())),
     )
     return {LOSSES[name]: float(value) for name, value in output.parts.items()}, _gradients(model)
 
@@ -182,12 +178,12 @@ def _fast_intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tenso
     """Return the reference's intermediate values with the given negatives, as the product computes them."""
     ids_BT, mask_BT, qformer = inputs.input_ids_BT, inputs.attention_mask_BT, model.qformer
     assert inputs.image_BPD is not None
-    image_kv, text = qformer.image_kv(inputs.image_BPD), pack_captions(ids_BT, mask_BT)
-    encoded = model.encode(text, image_kv, qformer.tied_embedding())
+    text = pack_captions(ids_BT, mask_BT)
+    encoded = model.encode(text, inputs.image_BPD)
     embedded = Rows(None, model.embed_text(text), text.packing)
     own_B = torch.arange(len(ids_BT))
     texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
-    pairs, seen = pack_captions(ids_BT[texts_M], mask_BT[texts_M]), image_kv.select(images_M).layers
+    pairs, seen = pack_captions(ids_BT[texts_M], mask_BT[texts_M]), encoded.image_kv.select(images_M).layers
     start = Rows(qformer.queries(len(texts_M)), model.embed_text(pairs), pairs.packing)
     return {
         "query_hidden": qformer.encode_images(inputs.image_BPD),

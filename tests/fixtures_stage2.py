@@ -18,6 +18,7 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.frozen.language import load_language
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.language_batch import pack_language_tokens
 
@@ -58,12 +59,7 @@ def check_stage2(folder: Path) -> Iterator[Deviation | str]:
     for size in (len(rows), 1):
         model.zero_grad()
         loss = model.loss_and_backward(
-            batch,
-            seed=0,
-            step=0,
-            micro_batch_size=size,
-            communicator=LocalCommunicator(),
-            backward=lambda x: x.backward(),
+            batch, StepContext(LocalCommunicator(), size, backward=lambda x: x.backward())
         ).total
         yield Deviation(f"loss, micro-batches of {size}", abs(float(loss) - results["loss"]), LOSS_TOLERANCE)
         if not (folder / "grads.safetensors").exists():

@@ -16,6 +16,7 @@ from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.stage2 import Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.bert_init import load_bert
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder, QFormerEncoder
@@ -25,7 +26,7 @@ from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.zero3 import check_frozen_lm, load_frozen_lm
-from isthmus.trainer.seeds import derive_seed
+from isthmus.trainer.seeds import derive_seed, stage_seed
 from isthmus.trainer.stage1_task import Stage1Task
 from isthmus.trainer.stage2_task import Stage2Task
 from isthmus.trainer.task import Task
@@ -85,13 +86,7 @@ def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Stage1
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     compile_parts(model, model_config.compile)
-    return Stage1Task(
-        model,
-        make_communicator(rank.world_size),
-        run_seed=config.run.seed,
-        micro_batch_size=config.stage1.micro_batch_size,
-        virtual_ranks=own_virtual_ranks(config, rank),
-    )
+    return Stage1Task(model, _step_context(config, "stage1", rank))
 
 
 def check_language(config: TrainConfig, store: ObjectStore) -> None:
@@ -119,12 +114,15 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore, encoder: 
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     compile_parts(model, model_config.compile)
-    return Stage2Task(
-        model,
-        encoder,
+    return Stage2Task(model, _step_context(config, "stage2", rank), encoder)
+
+
+def _step_context(config: TrainConfig, stage: StageName, rank: Rank) -> StepContext:
+    """Return what all steps of a stage have in common."""
+    return StepContext(
         make_communicator(rank.world_size),
-        run_seed=config.run.seed,
-        micro_batch_size=config.stage2.micro_batch_size,
+        config.stage(stage).micro_batch_size,
+        seed=stage_seed(config.run.seed, stage),
         virtual_ranks=own_virtual_ranks(config, rank),
     )
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.qformer.packing import pack_micro_batches
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
 from isthmus.trainer.device_batches import preprocess_images, to_device
@@ -40,6 +40,6 @@ class Stage1Task(Task):
         self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig, heartbeat: Callable[[], None]
     ) -> EvalResult:
         """Return recall at 1, 5 and 10 in both directions, before and after re-ranking. Collective."""
-        evaluation = RetrievalEvaluation(self.model, precision, self._communicator, config, heartbeat)
+        evaluation = RetrievalEvaluation(self.model, precision, self._context.communicator, config, heartbeat)
         with evaluating(self.model):
             return evaluation.run((batch, self.inputs(batch)) for batch in batches)

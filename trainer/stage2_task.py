@@ -1,12 +1,12 @@
 """Stage 2 as the trainer sees it: captions through the frozen language model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.generate import evaluating
-from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage2 import Stage2Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
@@ -22,20 +22,9 @@ class Stage2Task(Task):
 
     name: ClassVar[StageName] = "stage2"
 
-    def __init__(
-        self,
-        model: Any,
-        encoder: LanguageEncoder,
-        communicator: Communicator,
-        *,
-        run_seed: int,
-        micro_batch_size: int,
-        virtual_ranks: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, model: Any, context: StepContext, encoder: LanguageEncoder) -> None:
         """`encoder` turns generated tokens into text; the rest as in `Task`."""
-        super().__init__(
-            model, communicator, run_seed=run_seed, micro_batch_size=micro_batch_size, virtual_ranks=virtual_ranks
-        )
+        super().__init__(model, context)
         self._encoder = encoder
 
     def inputs(self, batch: Batch) -> Stage2Inputs:
@@ -62,12 +51,10 @@ class Stage2Task(Task):
         self, batches: Iterable[Batch], precision: Precision, config: EvaluationConfig, heartbeat: Callable[[], None]
     ) -> EvalResult:
         """Return CIDEr-D, BLEU-4, exact matches, and the loss with the right and with a wrong image. Collective."""
+        size = self._context.micro_batch_size
         evaluation = CaptionEvaluation(
-            self.model, precision, self._encoder, self._communicator, config, self._micro_batch_size, heartbeat
+            self.model, precision, self._encoder, self._context.communicator, config, size, heartbeat
         )
-        pairs = (
-            (batch, self._inputs(batch, len(batch.rows_B) if config.batch_size else self._micro_batch_size))
-            for batch in batches
-        )
+        pairs = ((batch, self._inputs(batch, len(batch.rows_B) if config.batch_size else size)) for batch in batches)
         with evaluating(self.model):
             return evaluation.run(pairs)

@@ -13,6 +13,7 @@ from isthmus.model.formats.captioner import load_export
 from isthmus.model.formats.native import DESCRIPTION
 from isthmus.model.objectives.communicator import make_communicator
 from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder
 from isthmus.trainer.build import build_parts
 from isthmus.trainer.checkpoint.format import step_name
@@ -172,14 +173,13 @@ class ExportTarget:
         del stage
         device = select_device(self.rank)
         model, encoder = load_export(local_folder(self._url, self._store, leave_out=(RESULT, TEXTS)))
-        arguments: dict[str, Any] = {"run_seed": 0, "micro_batch_size": EXPORT_BATCH_SIZE}
-        communicator = make_communicator(self.rank.world_size)
+        context = StepContext(make_communicator(self.rank.world_size), EXPORT_BATCH_SIZE)
         task: Task
         if isinstance(model, Stage1Model):
-            task = Stage1Task(model.to(device), communicator, **arguments)
+            task = Stage1Task(model.to(device), context)
         else:
             assert isinstance(encoder, LanguageEncoder)
-            task = Stage2Task(model.to(device), encoder, communicator, **arguments)
+            task = Stage2Task(model.to(device), context, encoder)
         plain = DataConfig(sources=(SourceConfig(manifest=self._url),), lanes=self.rank.world_size)
         yield Subject(self._url, task, encoder, Precision(device), plain, EvaluationConfig(), EXPORT_BATCH_SIZE)
 

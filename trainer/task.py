@@ -1,19 +1,17 @@
 """What is trained: a task joins batches of the data pipeline with a stage's model, losses and evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.losses import LossOutput
-from isthmus.model.objectives.micro_batches import MicroBatches
+from isthmus.model.objectives.step import LossOutput, StepContext
 from isthmus.trainer.config.schema import EvaluationConfig, StageName
 from isthmus.trainer.engine.engine import Engine, Precision
 from isthmus.trainer.evaluation.result import EvalResult
-from isthmus.trainer.seeds import stage_seed
 
 
 class Task(ABC):
@@ -21,29 +19,15 @@ class Task(ABC):
 
     name: ClassVar[StageName]
 
-    def __init__(
-        self,
-        model: Any,
-        communicator: Communicator,
-        *,
-        run_seed: int,
-        micro_batch_size: int,
-        virtual_ranks: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, model: Any, context: StepContext) -> None:
         """Join the parts.
 
         Args:
             model: a module with `trainable_parameters` and `loss_and_backward`.
-            communicator: connects the ranks.
-            run_seed: of everything random.
-            micro_batch_size: rows that hold activations at a time.
-            virtual_ranks: those that this rank computes, if the run has any, in the order of a batch's rows.
+            context: what all steps have in common.
         """
         self.model = model
-        self._communicator = communicator
-        self._run_seed = run_seed
-        self._micro_batch_size = micro_batch_size
-        self._virtual_ranks = virtual_ranks
+        self._context = context
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +37,7 @@ class Task(ABC):
 
     def rows_at_once(self, batch: Batch) -> int:
         """Return the rows of a micro-batch in training."""
-        cut = MicroBatches(self._communicator.rank, self._micro_batch_size, self._virtual_ranks)
-        return cut.rows(len(batch.rows_B))
+        return self._context.rows_at_once(len(batch.rows_B))
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Any:
@@ -83,15 +66,7 @@ class Task(ABC):
     ) -> LossOutput:
         """Compute the losses of the global batch and call `backward` for each part of them. Collective."""
         self.model.train()
+        context = replace(self._context, step=step, backward=backward, end_micro_batch=end_micro_batch)
         with precision.autocast():
-            output: LossOutput = self.model.loss_and_backward(
-                inputs,
-                seed=stage_seed(self._run_seed, self.name),
-                step=step,
-                micro_batch_size=self._micro_batch_size,
-                communicator=self._communicator,
-                backward=backward,
-                virtual_ranks=self._virtual_ranks,
-                end_micro_batch=end_micro_batch,
-            )
+            output: LossOutput = self.model.loss_and_backward(inputs, context)
         return output

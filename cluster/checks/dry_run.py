@@ -14,10 +14,10 @@ from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import VisionEncoder
 from isthmus.model.objectives.communicator import LocalCommunicator
-from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import LossOutput, StepContext
 from isthmus.model.qformer.packing import pack_micro_batches
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.language_batch import pack_language_tokens
@@ -109,11 +109,7 @@ def _plain(config: QFormerConfig) -> QFormerConfig:
 def _step(model: Stage1Model | Stage2Model, inputs: Stage1Inputs | Stage2Inputs) -> Step:
     output: LossOutput = model.loss_and_backward(
         inputs,  # type: ignore[arg-type] # of the same stage
-        seed=0,
-        step=0,
-        micro_batch_size=ROWS,
-        communicator=LocalCommunicator(),
-        backward=Tensor.backward,
+        StepContext(LocalCommunicator(), ROWS, backward=Tensor.backward),
     )
     trained = model.trainable_parameters()
     without = sorted(name for name, parameter in trained.items() if parameter.grad is None)

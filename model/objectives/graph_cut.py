@@ -6,34 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Part = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 
-class GraphCut:
-    """Detached copies of tensors: what reads them runs backward by itself and leaves their gradients here.
+
+def backward_first(
+    tensors: Sequence[Tensor], part: Part, backward: Callable[[Tensor], None] | None
+) -> tuple[Tensor, Tensor | float]:
+    """Run a part of a computation forward and backward by itself, on detached copies of what it reads.
 
     `backward` may scale (by the world size, by a loss scale) and will scale the remainder once more, so its factor is
     read from a probe whose gradient is otherwise 1, and divided out.
+
+    Args:
+        tensors: what the part reads of the rest.
+        part: returns its loss, and what it reports.
+        backward: None: no gradient.
+
+    Returns:
+        The report, and a zero whose gradient is that of the loss with respect to what `tensors` were computed from.
     """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self.leaves = [x.detach().requires_grad_() for x in tensors]
-        """What the early part reads in place of the tensors."""
-        self._factor = tensors[0].new_ones(())
-
-    def backward(self, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
-        """Run `loss`, which reads the leaves, backward."""
-        probe = torch.zeros_like(loss, requires_grad=True)
-        backward(loss + probe)
-        assert probe.grad is not None
-        self._factor = probe.grad
-
-    def remainder(self) -> Tensor:
-        """Return a zero whose gradient is that of `loss` with respect to what the tensors were computed from."""
-        pairs = [(x, leaf.grad) for x, leaf in zip(self._tensors, self.leaves, strict=True) if leaf.grad is not None]
-        for leaf in self.leaves:
-            leaf.grad = None
-        zero: Tensor = _WithGradient.apply(self._factor, [grad for _, grad in pairs], *(x for x, _ in pairs))  # type: ignore[no-untyped-call]
-        return zero
+    if backward is None:
+        return part(tensors)[1], 0.0
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    loss, report = part(leaves)
+    probe = torch.zeros_like(loss, requires_grad=True)
+    backward(loss + probe)
+    assert probe.grad is not None
+    pairs = [(x, leaf.grad) for x, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
+    zero: Tensor = _WithGradient.apply(probe.grad, [grad for _, grad in pairs], *(x for x, _ in pairs))  # type: ignore[no-untyped-call]
+    return report, zero
 
 
 class _WithGradient(torch.autograd.Function):

@@ -1,22 +1,20 @@
 """Stage 1: the Q-Former learns to see by contrast, matching and grounded generation (BLIP-2, section 3.2).
 
-The loss belongs to the global batch. Contrast and hard negatives need the features of all its rows, so a step has two
-passes (GradCache; Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
+From top to bottom: the three attention masks; the model, with a pass per objective; a step with the three losses. These
+belong to the global batch: contrast and hard negatives need the features of all its rows, so a step has two passes
+(GradCache; Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
 
 1. Features of every micro-batch without a graph. The contrast of all of them gives its loss, the gradient with respect
    to each feature (the cache), and the negatives.
 2. Each micro-batch again, with a graph: matching and generation, and backward from the cached gradients. Where all
    rows may hold activations at once, the graphs of the first pass are kept and nothing is computed twice.
 
-Dropout masks are a function of (seed, step, rank, micro-batch, pass): both passes draw the same, and a resumed run
-repeats its steps; another split into ranks or micro-batches draws other masks, but the same negatives. With virtual
-ranks, which are micro-batches of their own, masks, shapes and the order of all sums depend on these alone.
-
 Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, Q queries, P patches, C feature width,
 T text tokens, E projection width, M = 3b pairs, K tokens that predict the next one, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,47 +24,74 @@ from torch import Tensor, nn
 from isthmus.model.config import Stage1LossConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.vision import VisionEncoder
-from isthmus.model.objectives.attention_masks import contrast_and_generation_mask, matching_mask, unimodal_mask
-from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.contrastive import Contrast, GlobalBatch, contrast_step, gather_batch, row_slices
-from isthmus.model.objectives.graph_cut import GraphCut
-from isthmus.model.objectives.losses import (
-    LossOutput,
-    NegativeChooser,
-    draw_negatives,
-    generation_loss,
-    matching_loss,
-)
-from isthmus.model.objectives.matching_pairs import (
-    DrawnPairs,
-    MatchingPairs,
-    Negatives,
-    choose_negatives,
-    draw_rows,
-    fetch_drawn_pairs,
-    fetch_pairs,
-)
-from isthmus.model.objectives.micro_batches import MicroBatches
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives import negatives
+from isthmus.model.objectives.graph_cut import backward_first
+from isthmus.model.objectives.stage1_batch import GlobalBatch, Stage1Inputs, gather_batch
+from isthmus.model.objectives.step import LossOutput, StepContext
 from isthmus.model.qformer.layers import KV, ImageKV, PairKV, Rows
-from isthmus.model.qformer.packing import PackedCaptions, PackedText, Packing
+from isthmus.model.qformer.packing import PackedCaptions, PackedText
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.qformer.tied_embedding import TiedEmbedding
 
-Backward = Callable[[Tensor], None]
+# The masks of self-attention (figure 2); True: may attend. Queries come before text.
+
+
+def unimodal_mask(real_BT: Tensor) -> Tensor:
+    """Contrast: text sees real text only; queries see queries only. Returns B, 1, 1, T for the text rows."""
+    return real_BT[:, None, None, :]
+
+
+def matching_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Matching, bidirectional: every row sees all queries and all real text. Returns B, 1, 1, Q + T for any row."""
+    return F.pad(real_BT, (num_queries, 0), value=True)[:, None, None, :]
+
+
+def causal_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Generation: text sees all queries and the text up to itself. Returns B, 1, T, Q + T for the text rows."""
+    length = real_BT.shape[1]
+    earlier_TT = torch.ones(length, length, dtype=torch.bool, device=real_BT.device).tril()
+    return F.pad(earlier_TT & real_BT[:, None, :], (num_queries, 0), value=True)[:, None]
+
+
+def contrast_and_generation_mask(real_BT: Tensor, num_queries: int) -> Tensor:
+    """Contrast and generation at once: queries, text, decoder input. Returns B, 1, Q + 2T, Q + 2T."""
+    batch, length = real_BT.shape
+    queries, text, decoder = slice(num_queries), slice(num_queries, num_queries + length), slice(-length, None)
+    mask_BLL = real_BT.new_zeros(batch, num_queries + 2 * length, num_queries + 2 * length)
+    mask_BLL[:, queries, queries] = True
+    mask_BLL[:, text, text] = unimodal_mask(real_BT)[:, 0]
+    causal_BTL = causal_mask(real_BT, num_queries)[:, 0]
+    mask_BLL[:, decoder, queries], mask_BLL[:, decoder, decoder] = torch.split(causal_BTL, [num_queries, length], dim=2)
+    return mask_BLL[:, None]
+
+
+def contrastive_loss(
+    logits_BN: Tensor, positive_BN: Tensor, valid_B: Tensor, valid_N: Tensor, smoothing: float
+) -> Tensor:
+    """Return the summed cross-entropy of valid rows against targets spread evenly over their positives.
+
+    The targets are then smoothed over all valid columns; the others are no candidates.
+    """
+    positive_BN = positive_BN.to(logits_BN.dtype)
+    spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True).clamp_min(1)
+    uniform_N = valid_N.to(logits_BN.dtype) / valid_N.sum().clamp_min(1)
+    log_BN = F.log_softmax(logits_BN.masked_fill(~valid_N, -torch.inf), dim=1).masked_fill(~valid_N, 0.0)
+    loss_B = -(((1 - smoothing) * spread_BN + smoothing * uniform_N) * log_BN).sum(dim=1)
+    return loss_B.masked_fill(~valid_B, 0.0).sum()
 
 
 class Encoded(NamedTuple):
-    """What ITC and ITG read of a micro-batch."""
+    """A micro-batch after the pass of contrast and generation: unit vectors, in at least fp32, and what predicts."""
 
     image_BQE: Tensor
-    """Unit vectors, at least fp32."""
     text_BE: Tensor
-    """Unit vectors, at least fp32."""
     source_KD: Tensor
     """States that predict the next token."""
     target_K: Tensor
     """Those tokens."""
+    image_kv: ImageKV
+    """What the queries attended to; matching reads it again."""
+    words: TiedEmbedding
 
 
 class Stage1Model(nn.Module):
@@ -84,13 +109,9 @@ class Stage1Model(nn.Module):
         vision: VisionEncoder | None,
         qformer: QFormer,
         config: Stage1LossConfig | None = None,
-        choose_negatives: NegativeChooser = draw_negatives,
+        choose_negatives: negatives.NegativeChooser = negatives.draw_negatives,
     ) -> None:
         super().__init__()
-        if vision is not None and vision.width != qformer.image_width:
-            raise ModelError(
-                f"the vision encoder gives features of width {vision.width}, the Q-Former reads {qformer.image_width}"
-            )
         self.config = config or Stage1LossConfig()
         self.choose_negatives = choose_negatives
         self.vision = vision
@@ -110,34 +131,23 @@ class Stage1Model(nn.Module):
         if inputs.image_BPD is not None:
             return inputs.image_BPD
         if self.vision is None or inputs.images_BCHW is None:
-            raise ModelError(
-                "stage 1 got neither features nor images with an encoder; give image_BPD, or images_BCHW and vision"
-            )
+            raise ModelError("stage 1 got neither image_BPD nor images_BCHW with a vision encoder; give one of them")
         features: Tensor = self.vision(inputs.images_BCHW)
         return features
 
-    def encode(self, text: PackedCaptions, image_kv: ImageKV, words: TiedEmbedding) -> Encoded:
-        """Run the passes of contrast and generation as one sequence: queries, text, and the text as decoder input.
-
-        The decoder input begins with [DEC] and leaves out each text's last token, which is only a target. What is read
-        afterwards is each text's first token, and all of the decoder input.
-        """
-        qformer, length = self.qformer, text.length
-        ids, token_N, source_K = text.ids_BT.flatten(), text.token_N, text.source_K
-        decoder_ids_K = ids[source_K].masked_fill(source_K % length == 0, qformer.decoder_start_id)
-        ids_L, place_L = torch.cat([ids[token_N], decoder_ids_K]), torch.cat([token_N, source_K])
-        embedded_LD = qformer.embed(ids_L, place_L % length, words)
-        # Each row has 2T places: the text's, then the decoder input's.
-        index_L = place_L + place_L // length * length
-        index_L = index_L + length * (torch.arange(len(index_L), device=ids.device) >= len(token_N))
-        packing = Packing(index_L, text.batch, 2 * length)
+    def encode(self, text: PackedCaptions, image_BPC: Tensor) -> Encoded:
+        """Run the passes of contrast and generation as one sequence: queries, text, the text as decoder input."""
+        qformer = self.qformer
+        image_kv, words = qformer.image_kv(image_BPC), qformer.tied_embedding()
+        tokens = text.with_decoder_input(qformer.decoder_start_id)
+        embedded_LD = qformer.embed(tokens.ids_L, tokens.positions_L, words)
         mask = contrast_and_generation_mask(text.real_BT, qformer.config.num_queries)
-        kept = torch.cat([text.first_B, torch.arange(len(token_N), len(index_L), device=ids.device)])
-        start = Rows(qformer.queries(text.batch), qformer.drop(embedded_LD), packing)
-        end = qformer(start, mask, image_kv.layers, kept)
-        first_BD, source_KD = torch.split(end.text_ND, [text.batch, len(source_K)])
+        start = Rows(qformer.queries(text.batch), qformer.drop(embedded_LD), tokens.packing)
+        end = qformer(start, mask, image_kv.layers, tokens.read_K)
+        first_BD, source_KD = torch.split(end.text_ND, [text.batch, len(tokens.target_K)])
         image_BQE = _unit_vectors(self.image_projection(end.query_BQD))
-        return Encoded(image_BQE, _unit_vectors(self.text_projection(first_BD)), source_KD, ids[source_K + 1])
+        text_BE = _unit_vectors(self.text_projection(first_BD))
+        return Encoded(image_BQE, text_BE, source_KD, tokens.target_K, image_kv, words)
 
     def match(self, text: PackedText, embedded_ND: Tensor, image: Sequence[KV | PairKV]) -> Tensor:
         """Return matching logits (no match, match) of M pairs, M, 2: text m, and the image that row m attends to."""
@@ -163,206 +173,161 @@ class Stage1Model(nn.Module):
         end = self.qformer(start, unimodal_mask(text.real_BT), kept_K=text.first_B)
         return _unit_vectors(self.text_projection(end.text_ND))
 
-    def loss_and_backward(
-        self,
-        batch: Stage1Inputs,
-        *,
-        seed: int,
-        step: int,
-        micro_batch_size: int,
-        communicator: Communicator,
-        backward: Backward | None,
-        virtual_ranks: Sequence[int] = (),
-        end_micro_batch: Callable[[], None] = lambda: None,
-    ) -> LossOutput:
+    def loss_and_backward(self, inputs: Stage1Inputs, context: StepContext) -> LossOutput:
         """Compute the losses of the global batch and call `backward` twice per micro-batch. Collective.
 
-        Every rank must bring the same number of rows. Over all calls and ranks the gradients add up to that of the
-        global loss. Dropout masks and negatives depend on `seed`, `step` and the place in the batch alone; torch's
-        global generators are reseeded where dropout is active.
-
-        Args:
-            batch: this rank's rows.
-            seed: of the stage.
-            step: of the optimizer.
-            micro_batch_size: rows that hold activations at a time.
-            communicator: connects the ranks of the global batch.
-            backward: None: no gradient.
-            virtual_ranks: see `MicroBatches`.
-            end_micro_batch: called when a micro-batch has called `backward` for the last time.
+        Over all calls and ranks the gradients add up to that of the global loss. Dropout masks and negatives depend on
+        the seed, the step and the place in the batch alone; torch's global generators are reseeded where dropout is.
 
         Raises:
             ModelError: inputs that do not fit the model.
         """
-        cut = MicroBatches(communicator.rank, micro_batch_size, virtual_ranks)
-        batch = batch.packed(cut.rows(len(batch.valid_B)), self.qformer.config.max_positions)
-        return _Step(self, batch, communicator, cut, seed, step, backward, end_micro_batch).run()
+        rows_at_once = context.rows_at_once(len(inputs.valid_B))
+        return _Step(self, inputs.packed(rows_at_once, self.qformer.config.max_positions), context).run()
 
 
-class _Graph(NamedTuple):
-    """What `Stage1Model.encode` gave for a micro-batch, and what it read."""
+class Contrast(NamedTuple):
+    """A micro-batch's share of the contrast: the shares of all micro-batches of all ranks add up to ITC."""
 
-    encoded: Encoded
-    image_kv: ImageKV
-    words: TiedEmbedding
+    loss_and_hits: list[Tensor]
+    """The loss, and how many rows' largest logit is a match: image to text, text to image."""
+    logits_BN: tuple[Tensor, Tensor]
+    """Text to image, image to text; detached."""
+    grads: list[Tensor]
+    """With respect to image_BQE, text_BE and the temperature; with `itc_grad: full` also to image_NQE and text_NE."""
 
 
 class _Step:
-    """One step over the global batch; used once."""
+    """One step over the global batch; used once. Losses are sums over rows, divided by counts of the global batch."""
 
-    def __init__(
-        self,
-        model: Stage1Model,
-        batch: Stage1Inputs,
-        communicator: Communicator,
-        cut: MicroBatches,
-        seed: int,
-        step: int,
-        backward: Backward | None,
-        end_micro_batch: Callable[[], None],
-    ) -> None:
-        self._model, self._batch, self._texts, self._communicator = model, batch, batch.texts or (), communicator
-        self._cut, self._seed, self._step = cut, seed, step
-        self._backward, self._end_micro_batch = backward, end_micro_batch
-        self._rows = row_slices([text.batch for text in self._texts])
+    def __init__(self, model: Stage1Model, inputs: Stage1Inputs, context: StepContext) -> None:
+        self._model, self._config, self._inputs, self._context = model, model.config, inputs, context
+        self._texts, self._with_gradient = inputs.texts or (), context.backward is not None
+        ends = list(accumulate(text.batch for text in self._texts))
+        self._rows = [slice(end - text.batch, end) for end, text in zip(ends, self._texts, strict=True)]
 
     def run(self) -> LossOutput:
         """Run both passes; return the losses of the global batch."""
-        image_BPC = torch.cat([self._model.features(self._batch.at(rows)) for rows in self._rows])
-        image_BPC = image_BPC.masked_fill(~self._batch.valid_B[:, None, None], 0.0)
-        images, fit_at_once = [image_BPC[rows] for rows in self._rows], len(image_BPC) <= self._cut.max_rows
-        graphs: list[_Graph | None] = []
-        features = []
-        for i, image_bPC in enumerate(images):
-            graph = self._encode(i, image_bPC, grad=fit_at_once)
-            features.append((graph.encoded.image_BQE.detach(), graph.encoded.text_BE.detach()))
-            graphs.append(graph if fit_at_once else None)
-            del graph
-        everything, contrasts = self._contrast(features)
-        negatives = self._negatives(everything, contrasts)
-        counts = self._global_counts(negatives.counted_B3)
-        pairs, drawn = self._pairs(everything, negatives, image_BPC)
+        model, inputs, context = self._model, self._inputs, self._context
+        image_BPC = torch.cat([model.features(inputs.at(rows)) for rows in self._rows])
+        image_BPC = image_BPC.masked_fill(~inputs.valid_B[:, None, None], 0.0)
+        images, fit_at_once = [image_BPC[rows] for rows in self._rows], len(image_BPC) <= context.micro_batch_size
+        graphs = [self._encode(i, x, grad=True) for i, x in enumerate(images)] if fit_at_once else []
+        first_pass = graphs or (self._encode(i, x, grad=False) for i, x in enumerate(images))
+        features = [(encoded.image_BQE.detach(), encoded.text_BE.detach()) for encoded in first_pass]
+        batch = gather_batch(context.communicator, inputs, features, match_equal_texts=self._config.match_equal_texts)
+        contrasts = self._contrast(batch, features)
+        similarities = [part.logits_BN for part in contrasts]
+        chosen = negatives.choose_negatives(batch, similarities, model.choose_negatives, context)
+        pairs, drawn = negatives.fetch_pairs(batch, chosen, self._config.itm_rows, self._texts, image_BPC, context)
+        # Of all ranks: matching pairs, target tokens.
+        counts = torch.stack([chosen.counted_B3.sum(), inputs.num_targets()])
+        counts = context.communicator.all_reduce_sum(counts).clamp_min(1)
         parts = []
         for i, contrast in enumerate(contrasts):
-            itm_2 = self._drawn_matching(i, drawn[i], counts) if i < len(drawn) else counts.new_zeros(2).double()
-            with torch.set_grad_enabled(self._backward is not None):
-                graph, graphs[i] = graphs[i] or self._encode(i, images[i], grad=True), None
-                losses_4 = self._second_pass(i, graph, pairs, contrast, counts)
-                del graph  # it dies with its backward
-            itc = [contrast.loss.double(), *contrast.hits(everything.at(self._rows[i]))]
-            parts.append(torch.stack([*itc, *(itm_2 + losses_4[:2]), *losses_4[2:]]))
-            self._end_micro_batch()
-        return self._output(parts, everything, counts)
+            with torch.set_grad_enabled(self._with_gradient):
+                drawn_itm_2 = self._drawn_matching(i, drawn[i], counts) if i < len(drawn) else counts.new_zeros(2)
+                encoded = graphs.pop(0) if graphs else self._encode(i, images[i], grad=True)
+                itm_2, itg_2 = self._second_pass(i, encoded, pairs, contrast, counts)
+                del encoded  # its graph dies with its backward
+            parts.append(torch.stack([x.double() for x in (*contrast.loss_and_hits, *(drawn_itm_2 + itm_2), *itg_2)]))
+            context.end_micro_batch()
+        return self._output(parts, batch, counts)
 
-    def _contrast(self, features: list[tuple[Tensor, Tensor]]) -> tuple[GlobalBatch, list[Contrast]]:
-        """Bring the features of all ranks together and compare each micro-batch with them."""
-        config, temperature = self._model.config, self._model.temperature
-        own = [torch.cat(x) for x in zip(*features, strict=True)]
-        everything = gather_batch(self._communicator, self._batch, config, *own)
-        contrasts = contrast_step(
-            everything, features, temperature, config, self._communicator,
-            with_gradient=self._backward is not None, fixed_order=self._cut.fixed,
-        )  # fmt: skip
-        return everything, contrasts
+    def _encode(self, i: int, image_bPC: Tensor, *, grad: bool) -> Encoded:
+        self._seed_dropout(i, "encode")  # both passes draw the same masks
+        with torch.set_grad_enabled(grad and self._with_gradient):
+            return self._model.encode(self._texts[i], image_bPC)
 
-    def _negatives(self, everything: GlobalBatch, contrasts: list[Contrast]) -> Negatives:
-        choose = self._model.choose_negatives
-        parts = [
-            choose_negatives(everything.at(rows), contrast, choose, seed=self._seed, step=self._step)
-            for rows, contrast in zip(self._rows, contrasts, strict=True)
-        ]
-        return Negatives(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    def _contrast(self, batch: GlobalBatch, features: list[tuple[Tensor, Tensor]]) -> list[Contrast]:
+        """Compare the images and texts of each micro-batch with all texts and images. Collective.
 
-    def _pairs(
-        self, everything: GlobalBatch, negatives: Negatives, image_BPC: Tensor
-    ) -> tuple[MatchingPairs | None, list[DrawnPairs]]:
-        """Return the pairs of all rows, or those of some, of which at most as many micro-batches are made."""
-        num_rows, communicator, cut = self._model.config.itm_rows, self._communicator, self._cut
-        if num_rows is None or num_rows >= len(everything.rows_N):
-            return fetch_pairs(everything, negatives, self._texts, image_BPC, communicator, cut), []
-        rows_R = draw_rows(everything, num_rows, seed=self._seed, step=self._step)
-        drawn = fetch_drawn_pairs(everything, negatives, rows_R, self._texts, image_BPC, communicator, cut)
-        return None, drawn.split(cut.rows(len(drawn.weight_S3)))
+        With `itc_grad: anchor` the gradient flows to the anchors only, as in the original; with `full` to both sides.
+        """
+        parts = [self._itc(batch.at(rows), *pair) for rows, pair in zip(self._rows, features, strict=True)]
+        for i, grads_N in enumerate(zip(*(part.grads[3:] for part in parts), strict=True)):
+            total_N = self._context.communicator.sum_parts(grads_N, fixed_order=self._context.fixed_order)
+            for rows, part in zip(self._rows, parts, strict=True):
+                part.grads[i] += total_N[batch.own_B[rows]]
+        for part in parts:
+            del part.grads[3:]
+        return parts
 
-    def _encode(self, i: int, image_bPC: Tensor, *, grad: bool) -> _Graph:
-        self._seed_dropout(i, "encode")
-        with torch.set_grad_enabled(grad and self._backward is not None):
-            image_kv, words = self._model.qformer.image_kv(image_bPC), self._model.qformer.tied_embedding()
-            return _Graph(self._model.encode(self._texts[i], image_kv, words), image_kv, words)
-
-    def _global_counts(self, counted_B3: Tensor) -> Tensor:
-        """Return the numbers of matching pairs and of target tokens of all ranks."""
-        tokens = (self._batch.attention_mask_BT.sum(dim=1) - 1).clamp_min(0)
-        counts = torch.stack([counted_B3.sum(), (tokens * self._batch.valid_B).sum()])
-        return self._communicator.all_reduce_sum(counts).clamp_min(1)
+    def _itc(self, batch: GlobalBatch, image_BQE: Tensor, text_BE: Tensor) -> Contrast:
+        """Image-text contrast of a micro-batch's rows with the global batch: by the query that fits a text best."""
+        full = self._with_gradient and self._config.itc_grad == "full"
+        read, valid_N = (image_BQE, text_BE, self._model.temperature), batch.valid_N
+        leaves = [x.detach().requires_grad_(self._with_gradient) for x in read]
+        keys = [x.detach().requires_grad_(full) for x in (batch.image_NQE, batch.text_NE)]
+        with torch.set_grad_enabled(self._with_gradient), torch.autocast(image_BQE.device.type, enabled=False):
+            i2t_BN = (leaves[0] @ keys[1].T).amax(dim=1) / leaves[2]
+            t2i_BN = torch.einsum("be,nqe->bnq", leaves[1], keys[0]).amax(dim=-1) / leaves[2]
+            targets = (batch.positive_BN, valid_N[batch.own_B], valid_N, self._config.label_smoothing)
+            loss = contrastive_loss(i2t_BN, *targets) + contrastive_loss(t2i_BN, *targets)
+            loss = loss / (2 * valid_N.sum().clamp_min(1))
+        grads = torch.autograd.grad(loss, leaves + (keys if full else [])) if self._with_gradient else ()
+        scores = [loss.detach(), batch.hits(i2t_BN), batch.hits(t2i_BN)]
+        return Contrast(scores, (t2i_BN.detach(), i2t_BN.detach()), list(grads))
 
     def _second_pass(
-        self, i: int, graph: _Graph, pairs: MatchingPairs | None, contrast: Contrast, counts: Tensor
-    ) -> Tensor:
-        """Add the gradient of one micro-batch; return ITM and ITG, each with its hits."""
-        config, encoded = self._model.config, graph.encoded
-        itm_2, remainder = self._matching(i, graph, pairs, counts) if pairs else (counts.new_zeros(2), 0.0)
-        itg_logits_KV = self._model.qformer.language_head(encoded.source_KD, graph.words.weight_VD)
-        itg = generation_loss(itg_logits_KV, encoded.target_K, config.label_smoothing) / counts[1]
-        if self._backward:
-            itc = self._itc_surrogate(encoded, contrast)
-            self._backward(remainder + config.itg_weight * itg + config.itc_weight * itc)
-        itg_hits = (itg_logits_KV.argmax(dim=1) == encoded.target_K).sum()
-        return torch.stack([*itm_2.double(), itg.detach().double(), itg_hits.double()])
+        self, i: int, encoded: Encoded, pairs: negatives.MatchingPairs | None, contrast: Contrast, counts: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Add the gradient of one micro-batch; return ITM and its hits, ITG and its hits."""
+        config, smoothing = self._config, self._config.label_smoothing
+        itm_2, itm = self._matching(i, encoded, pairs, counts) if pairs else (counts.new_zeros(2), 0.0)
+        logits_KV = self._model.qformer.language_head(encoded.source_KD, encoded.words.weight_VD)
+        itg = F.cross_entropy(logits_KV, encoded.target_K, label_smoothing=smoothing, reduction="sum") / counts[1]
+        if self._context.backward:
+            # A scalar with the gradient of ITC with respect to this micro-batch's features: the cached one.
+            image_grad_BQE, text_grad_BE, temperature_grad = contrast.grads
+            itc = (encoded.image_BQE * image_grad_BQE).sum() + (encoded.text_BE * text_grad_BE).sum()
+            itc = itc + self._model.temperature * temperature_grad
+            self._context.backward(itm + config.itg_weight * itg + config.itc_weight * itc)
+        return itm_2, [itg.detach(), (logits_KV.argmax(dim=1) == encoded.target_K).sum()]
 
-    def _matching(self, i: int, graph: _Graph, pairs: MatchingPairs, counts: Tensor) -> tuple[Tensor, Tensor | float]:
+    def _matching(
+        self, i: int, encoded: Encoded, pairs: negatives.MatchingPairs, counts: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
         """Match a micro-batch's rows; return ITM and hits, and a zero through which the graph gets their gradient."""
-        rows = self._rows[i]
-        text = pairs.texts(self._texts[i], rows)
-        tensors = [self._model.embed_text(text, graph.words), *graph.image_kv.tensors()]
+        qformer, rows, text = self._model.qformer, self._rows[i], pairs.texts(self._texts[i], self._rows[i])
+        tensors = [self._model.embed_text(text, encoded.words), *encoded.image_kv.tensors()]
         known = len(tensors)
         if pairs.image_BPC is not None:
-            tensors += self._model.qformer.image_kv(pairs.image_BPC[rows]).tensors()
-        # Matching runs backward first: the activations of 3b pairs are freed before the other losses need memory.
-        cut = GraphCut(tensors) if self._backward else None
-        tensors = cut.leaves if cut else tensors
-        own = ImageKV.from_tensors(tensors[1:known])
-        negative = ImageKV.from_tensors(tensors[known:]) if len(tensors) > known else own.select(pairs.index_B)
-        itm, itm_2 = self._itm(i, text, tensors[0], (own, negative), pairs.counted_B3[rows], counts)
-        if cut and self._backward:
-            cut.backward(itm, self._backward)
-        return itm_2, cut.remainder() if cut else 0.0
+            tensors += qformer.image_kv(pairs.image_BPC[rows]).tensors()
 
-    def _drawn_matching(self, i: int, pairs: DrawnPairs, counts: Tensor) -> Tensor:
+        def match(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            own = ImageKV.from_tensors(tensors[1:known])
+            negative = ImageKV.from_tensors(tensors[known:]) if len(tensors) > known else own.select(pairs.index_B)
+            return self._itm(i, text, tensors[0], (own, negative), pairs.counted_B3[rows], counts)
+
+        # The activations of 3b pairs are freed before the other losses need memory.
+        return backward_first(tensors, match, self._context.backward)
+
+    def _drawn_matching(self, i: int, pairs: negatives.DrawnPairs, counts: Tensor) -> Tensor:
         """Add the gradient of some drawn rows' pairs; return ITM and hits."""
-        text = pairs.texts()
-        with torch.set_grad_enabled(self._backward is not None):
-            tensors = self._model.qformer.image_kv(torch.cat(pairs.image_S2PC.unbind(1))).tensors()
-            kv = [ImageKV.from_tensors(half) for half in zip(*(x.chunk(2) for x in tensors), strict=True)]
-            itm, itm_2 = self._itm(i, text, self._model.embed_text(text), kv, pairs.weight_S3, counts)
-            if self._backward:
-                self._backward(itm)
+        text, kv = pairs.texts(), self._model.qformer.image_kv(torch.cat(pairs.image_S2PC.unbind(1))).chunk(2)
+        itm, itm_2 = self._itm(i, text, self._model.embed_text(text), kv, pairs.weight_S3, counts)
+        if self._context.backward:
+            self._context.backward(itm)
         return itm_2
 
     def _itm(
         self, i: int, text: PackedText, embedded_ND: Tensor, kv: Sequence[ImageKV], weight_b3: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return what is differentiated of 3b pairs on their own and negative images, and ITM and hits, weighted."""
+        """Match 3b texts with their own and their negative images; return what is differentiated, and ITM and hits."""
         self._seed_dropout(i, "match")
         images = [PairKV(*pair) for pair in zip(*(x.layers for x in kv), strict=True)]
         logits_M2, weight_M = self._model.match(text, embedded_ND, images), weight_b3.T.flatten()
         matches_M = (torch.arange(text.batch, device=weight_M.device) < text.batch // 3).long()
-        itm = matching_loss(logits_M2, matches_M, weight_M) / counts[0]
+        itm = (F.cross_entropy(logits_M2, matches_M, reduction="none") * weight_M).sum() / counts[0]
         hits = ((logits_M2.argmax(dim=1) == matches_M) * weight_M).sum()
-        return self._model.config.itm_weight * itm, torch.stack([itm.detach().double(), hits.double()])
+        return self._config.itm_weight * itm, torch.stack([itm.detach().double(), hits.double()])
 
-    def _itc_surrogate(self, encoded: Encoded, contrast: Contrast) -> Tensor:
-        """Return a scalar whose gradient is that of ITC with respect to this micro-batch's features: the cached one."""
-        image_grad_BQE, text_grad_BE, temperature_grad = contrast.grads
-        scalar = (encoded.image_BQE * image_grad_BQE).sum() + (encoded.text_BE * text_grad_BE).sum()
-        return scalar + self._model.temperature * temperature_grad
-
-    def _output(self, parts: list[Tensor], everything: GlobalBatch, counts: Tensor) -> LossOutput:
+    def _output(self, parts: list[Tensor], batch: GlobalBatch, counts: Tensor) -> LossOutput:
         """Sum over micro-batches and ranks."""
-        config = self._model.config
-        totals = self._communicator.sum_parts(parts, fixed_order=self._cut.fixed).float()
+        config, num_valid = self._config, batch.valid_N.sum().float()
+        totals = self._context.communicator.sum_parts(parts, fixed_order=self._context.fixed_order).float()
         itc, i2t_hits, t2i_hits, itm, itm_hits, itg, itg_hits = totals
-        num_valid = everything.valid_N.sum().float()
         metrics = {
             "itm_accuracy": itm_hits / counts[0],
             "itg_accuracy": itg_hits / counts[1],
@@ -376,9 +341,8 @@ class _Step:
         return LossOutput(total, {"itc": itc, "itm": itm, "itg": itg}, metrics)
 
     def _seed_dropout(self, i: int, phase: str) -> None:
-        """Make dropout masks a function of the place in the run, so that both passes have the same."""
         if self._model.training and self._model.qformer.config.dropout:
-            self._cut.seed_dropout(self._seed, self._step, i, phase)
+            self._context.seed_dropout(i, phase)
 
 
 def _unit_vectors(x: Tensor) -> Tensor:

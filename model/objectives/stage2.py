@@ -6,7 +6,7 @@ The loss is the cross-entropy summed over all target tokens of the GLOBAL batch,
 micro-batches nor ranks change it. The original averages per rank, which weights short captions by their neighbours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import VisionEncoder
-from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.losses import LossOutput
-from isthmus.model.objectives.micro_batches import MicroBatches
+from isthmus.model.objectives.step import LossOutput, StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.language_batch import IGNORED, LanguageTokens, pack_language_tokens
 
@@ -104,39 +102,17 @@ class Stage2Model(nn.Module):
         projected: Tensor = self.projection(self.qformer.encode_images(image_BPD))
         return projected
 
-    def loss_and_backward(
-        self,
-        batch: Stage2Inputs,
-        *,
-        seed: int,
-        step: int,
-        micro_batch_size: int,
-        communicator: Communicator,
-        backward: Callable[[Tensor], None] | None,
-        virtual_ranks: Sequence[int] = (),
-        end_micro_batch: Callable[[], None] = lambda: None,
-    ) -> LossOutput:
+    def loss_and_backward(self, batch: Stage2Inputs, context: StepContext) -> LossOutput:
         """Compute the loss of the global batch and call `backward` once per micro-batch.
 
-        Every rank must bring the same number of rows. Over all calls and ranks the gradients add up to that of the
-        global loss. Dropout masks are a function of (seed, step, rank, micro-batch), or of the virtual rank; torch's
-        global generators are reseeded.
-
-        Args:
-            batch: This rank's rows.
-            seed: Of the stage.
-            step: Of the optimizer.
-            micro_batch_size: Rows per forward pass.
-            communicator: Sums over ranks.
-            backward: None: no gradient.
-            virtual_ranks: See `MicroBatches`.
-            end_micro_batch: Called when a micro-batch has called `backward`.
+        Over all calls and ranks the gradients add up to that of the global loss. Dropout masks are a function of (seed,
+        step, rank, micro-batch), or of the virtual rank; torch's global generators are reseeded.
 
         Raises:
             ModelError: shapes that do not fit, or a valid row without a target; on the rank that has it.
         """
-        cut = MicroBatches(communicator.rank, micro_batch_size, virtual_ranks)
-        rows = cut.rows(len(batch.valid_B))
+        communicator, backward = context.communicator, context.backward
+        rows = context.rows_at_once(len(batch.valid_B))
         batch = batch.packed(rows, is_encoder_decoder=self.language.is_encoder_decoder)
         assert batch.texts is not None
         image = batch.images_BCHW if batch.image_BPD is None else batch.image_BPD
@@ -147,13 +123,13 @@ class Stage2Model(nn.Module):
         losses = []
         for i, (text, part) in enumerate(zip(batch.texts, torch.split(image, rows), strict=True)):
             if self.training:
-                cut.seed_dropout(seed, step, i, "step")
+                context.seed_dropout(i, "step")
             with torch.set_grad_enabled(backward is not None):
                 image_BPD = self.encode(part) if batch.image_BPD is None else part
                 loss = self.language(self.visual(image_BPD), text) / counts[0].clamp_min(1)
             if backward is not None:
                 backward(loss)
-            end_micro_batch()
+            context.end_micro_batch()
             losses.append(loss.detach().double())
-        mean = communicator.sum_parts(losses, fixed_order=cut.fixed).float()
+        mean = communicator.sum_parts(losses, fixed_order=context.fixed_order).float()
         return LossOutput(mean, {"lm": mean}, {"target_tokens": counts[0], "valid": counts[1]})

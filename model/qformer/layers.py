@@ -42,6 +42,11 @@ class ImageKV(NamedTuple):
         """Return those of some of the images, in any order."""
         return ImageKV([layer.select(index_B) for layer in self.layers])
 
+    def chunk(self, count: int) -> "list[ImageKV]":
+        """Return them in `count` equal parts."""
+        parts = zip(*(x.chunk(count) for x in self.tensors()), strict=True)
+        return [ImageKV.from_tensors(tensors) for tensors in parts]
+
     def tensors(self) -> list[Tensor]:
         """Return keys and values of every layer."""
         return [part for layer in self.layers for part in layer]

@@ -8,6 +8,7 @@ Letters: B rows, T places of a row, N packed tokens, K packed tokens that predic
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,21 @@ class PackedCaptions(PackedText):
     first_B: Tensor
     """int64, which of the N packed tokens begin a text."""
 
+    def with_decoder_input(self, start_id: int) -> "DecoderInput":
+        """Append each text as decoder input: `start_id` first, and without its last token, which is only a target."""
+        ids, place_L = self.ids_BT.flatten(), torch.cat([self.token_N, self.source_K])
+        decoder_ids_K = ids[self.source_K].masked_fill(self.source_K % self.length == 0, start_id)
+        # Each row has 2T places: the text's, then the decoder input's.
+        is_decoder_L = torch.arange(len(place_L), device=ids.device) >= len(self.token_N)
+        index_L = place_L + place_L // self.length * self.length + self.length * is_decoder_L
+        return DecoderInput(
+            ids_L=torch.cat([ids[self.token_N], decoder_ids_K]),
+            positions_L=place_L % self.length,
+            packing=Packing(index_L, self.batch, 2 * self.length),
+            read_K=torch.cat([self.first_B, torch.arange(len(self.token_N), len(place_L), device=ids.device)]),
+            target_K=ids[self.source_K + 1],
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedCaptions":
         """Return the same texts on a device."""
         tensors: dict[str, Tensor] = vars(self)
@@ -84,6 +100,19 @@ class PackedCaptions(PackedText):
         """Return the same texts in page-locked memory, from which copies to the device do not block."""
         tensors: dict[str, Tensor] = vars(self)
         return PackedCaptions(**{name: x.pin_memory() for name, x in tensors.items()})
+
+
+class DecoderInput(NamedTuple):
+    """L packed tokens: those of texts, then those of the same texts as decoder input."""
+
+    ids_L: Tensor
+    positions_L: Tensor
+    packing: Packing
+    """Places in rows of 2T: the text's, then the decoder input's."""
+    read_K: Tensor
+    """Which tokens are read at the end: each text's first one, then all of the decoder input."""
+    target_K: Tensor
+    """What the tokens of the decoder input predict."""
 
 
 def pack_captions(ids_BT: Tensor, mask_BT: Tensor) -> PackedCaptions:

@@ -14,8 +14,9 @@ from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.config import LanguageConfig, QFormerConfig
 from isthmus.model.objectives.communicator import ProcessGroupCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_language
 from isthmus.trainer.context import LocalContext
@@ -85,10 +86,8 @@ def measure(make: Callable[[], Any], template: str, rank: int) -> dict[str, Any]
             if step == 2:
                 received, undo = count_received()
                 memory.peak = memory.live
-            model.loss_and_backward(
-                inputs_of(model, rank), seed=0, step=step, micro_batch_size=MICRO, communicator=communicator,
-                backward=engine.backward,
-            )  # fmt: skip
+            context = StepContext(communicator, MICRO, step=step, backward=engine.backward)
+            model.loss_and_backward(inputs_of(model, rank), context)
             engine.step(1e-4)
     undo()
     engine._wrapped.destroy()

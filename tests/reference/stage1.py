@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.model.objectives.losses import NegativeDraw
+from isthmus.model.objectives.negatives import NegativeDraw
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.qformer.layers import Attention, FeedForward, Layer
 from isthmus.model.qformer.qformer import QFormer
 

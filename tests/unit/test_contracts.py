@@ -28,7 +28,7 @@ LINT_IMPORTS = Path(sys.executable).parent / "lint-imports"
         ("trainer/errors.py", "import boto3", "boto3 only in"),
         ("cluster/status.py", "import isthmus.cluster.supervision.supervisor", "layers of cluster"),
         ("trainer/checkpoint/retention.py", "import isthmus.trainer.monitoring.goodput", "layers of trainer"),
-        ("model/qformer/qformer.py", "import isthmus.model.objectives.losses", "layers of model"),
+        ("model/qformer/qformer.py", "import isthmus.model.objectives.stage1", "layers of model"),
         ("data_pipeline/order/plan.py", "import isthmus.data_pipeline.store.s3", "layers of data_pipeline"),
         ("data_pipeline/dataset/manifest.py", "import isthmus.data_pipeline.reading.loader", "layers of data_pipeline"),
     ],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.step import LossOutput
 from isthmus.trainer.context import StopReason
 from isthmus.trainer.errors import TrainerError
 

@@ -12,8 +12,8 @@ from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.decoding import Decoding
 from isthmus.model.generate import caption
 from isthmus.model.objectives.communicator import Communicator
-from isthmus.model.objectives.losses import LossOutput
 from isthmus.model.objectives.stage2 import Stage2Inputs
+from isthmus.model.objectives.step import LossOutput, StepContext
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import from_main_rank, gather_lists
@@ -115,12 +115,7 @@ class CaptionEvaluation:
     def _loss(self, inputs: Stage2Inputs, micro_batch_size: int) -> LossOutput:
         with self._precision.autocast():
             output: LossOutput = self._model.loss_and_backward(
-                inputs,
-                seed=0,
-                step=0,
-                micro_batch_size=micro_batch_size,
-                communicator=self._communicator,
-                backward=None,
+                inputs, StepContext(self._communicator, micro_batch_size)
             )
         return output
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.objectives.communicator import Communicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.collectives import gather_lists

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
-from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.step import LossOutput
 from isthmus.trainer.checkpoint.manager import Committed
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import RunContext

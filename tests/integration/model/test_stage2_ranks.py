@@ -8,6 +8,7 @@ import torch
 from isthmus.model.decoding import Decoding
 from isthmus.model.generate import caption
 from isthmus.model.objectives.communicator import LocalCommunicator, ProcessGroupCommunicator
+from isthmus.model.objectives.step import StepContext
 from tests.ranks import run_ranks
 from tests.stage2_parts import CAPTIONS, picture, stage2_parts
 
@@ -18,12 +19,7 @@ KINDS = ("opt", "t5")
 def losses_and_gradients(model, inputs, micro_batch_size, communicator):
     model.zero_grad()
     output = model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=micro_batch_size,
-        communicator=communicator,
-        backward=lambda loss: loss.backward(),
+        inputs, StepContext(communicator, micro_batch_size, backward=lambda loss: loss.backward())
     )
     gradients = {name: communicator.all_reduce_sum(p.grad) for name, p in model.trainable_parameters().items()}
     return float(output.total), {name: gradient.numpy() for name, gradient in gradients.items()}

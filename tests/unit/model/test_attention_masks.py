@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.model.objectives.attention_masks import (
+from isthmus.model.objectives.stage1 import (
     causal_mask,
     contrast_and_generation_mask,
     matching_mask,

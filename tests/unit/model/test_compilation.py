@@ -9,7 +9,8 @@ from isthmus.model.config import VisionConfig
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_vision
 
@@ -28,14 +29,7 @@ def gradients(model, lengths):
         images_BCHW=torch.randn(ROWS, 3, SIDE, SIDE),
     )
     model.zero_grad()
-    model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=0,
-        micro_batch_size=ROWS,
-        communicator=LocalCommunicator(),
-        backward=torch.Tensor.backward,
-    )
+    model.loss_and_backward(inputs, StepContext(LocalCommunicator(), ROWS, backward=torch.Tensor.backward))
     return {name: p.grad.clone() for name, p in model.trainable_parameters().items()}
 
 

@@ -23,6 +23,7 @@ from isthmus.model.formats.native import bridge_configs, export_bridge, load_tra
 from isthmus.model.generate import answer, caption
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.safetensors_io import file_tensors, write_tensors
@@ -261,9 +262,7 @@ def test_evaluation_without_gradient_leaves_the_mode(root):
     parts.model.train()
     caption(parts.model, parts.encoder, parts.inputs().images_BCHW[:1], decoding=FEW)
     assert parts.model.training
-    output = parts.model.loss_and_backward(
-        parts.inputs(), seed=0, step=0, micro_batch_size=4, communicator=LocalCommunicator(), backward=None
-    )
+    output = parts.model.loss_and_backward(parts.inputs(), StepContext(LocalCommunicator(), 4))
     assert not output.total.requires_grad
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.model.objectives.losses import NegativeDraw, contrastive_loss, draw_negatives, text_identity
+from isthmus.model.objectives.negatives import NegativeDraw, draw_negatives
+from isthmus.model.objectives.stage1 import contrastive_loss
+from isthmus.model.objectives.stage1_batch import text_identity
 
 pytestmark = pytest.mark.unit
 
@@ -63,7 +65,7 @@ def test_draw_depends_on_global_rows_not_on_their_split_or_order():
 
 def test_the_largest_random_number_gives_a_finite_score(monkeypatch):
     # All bits set: with 53 of them the number would round to 1 and the noise to infinity, which beats -inf.
-    monkeypatch.setattr("isthmus.model.objectives.losses.mix", lambda x: torch.full_like(x, -1))
+    monkeypatch.setattr("isthmus.model.objectives.negatives.mix", lambda x: torch.full_like(x, -1))
     scores = torch.tensor([[-torch.inf, 0.0]])
     assert _draw(scores, torch.arange(1), torch.arange(2)).tolist() == [1]
 

@@ -14,7 +14,8 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import load_trained
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.bert_init import load_bert
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer, is_query_side
@@ -131,9 +132,7 @@ def small_inputs(width: int = IMAGE_WIDTH, length: int = 5) -> Stage1Inputs:
 
 def run(inputs: Stage1Inputs, model: Stage1Model | None = None) -> float:
     model = model or Stage1Model(None, QFormer(SMALL, IMAGE_WIDTH))
-    output = model.loss_and_backward(
-        inputs, seed=0, step=0, micro_batch_size=2, communicator=LocalCommunicator(), backward=torch.Tensor.backward
-    )
+    output = model.loss_and_backward(inputs, StepContext(LocalCommunicator(), 2, backward=torch.Tensor.backward))
     return float(output.total)
 
 
@@ -196,7 +195,7 @@ def test_queries_and_text_see_what_their_pass_allows():
 
     def passes(ids, images):
         text, image_kv = pack_captions(ids, mask), qformer.image_kv(images)
-        encoded = model.encode(text, image_kv, qformer.tied_embedding())
+        encoded = model.encode(text, images)
         matched = model.match(text, model.embed_text(text), image_kv.layers)
         return encoded.image_BQE, encoded.text_BE, matched, encoded.source_KD
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from isthmus.model.objectives.communicator import LocalCommunicator
-from isthmus.model.objectives.losses import draw_negatives
+from isthmus.model.objectives.negatives import draw_negatives
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import VOCABULARY_MULTIPLE
 from tests.fixtures_stage1 import (
     LOSSES,
@@ -79,11 +80,7 @@ def test_a_scaled_backward_scales_every_gradient(size):
         model = reference.model()
         model.loss_and_backward(
             reference.rows(),
-            seed=0,
-            step=0,
-            micro_batch_size=size,
-            communicator=LocalCommunicator(),
-            backward=lambda loss, factor=factor: (factor * loss).backward(),
+            StepContext(LocalCommunicator(), size, backward=lambda loss, factor=factor: (factor * loss).backward()),
         )
         gradients.append({name: p.grad / factor for name, p in model.trainable_parameters().items()})
     assert max(float((gradients[1][name] - x).abs().max()) for name, x in gradients[0].items()) < 1e-12

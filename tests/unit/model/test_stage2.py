@@ -8,6 +8,7 @@ import torch
 
 from isthmus.model.errors import ModelError
 from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.step import StepContext
 from tests.fixtures_stage2 import check_stage2
 from tests.stage2_parts import CAPTIONS, stage2_parts
 
@@ -29,12 +30,7 @@ def root(tmp_path_factory):
 def run(model, inputs, micro_batch_size=8, step=0):
     model.zero_grad()
     output = model.loss_and_backward(
-        inputs,
-        seed=0,
-        step=step,
-        micro_batch_size=micro_batch_size,
-        communicator=LocalCommunicator(),
-        backward=lambda loss: loss.backward(),
+        inputs, StepContext(LocalCommunicator(), micro_batch_size, step=step, backward=lambda loss: loss.backward())
     )
     return output, {name: p.grad.clone() for name, p in model.trainable_parameters().items()}
 
@@ -75,11 +71,11 @@ def test_the_number_of_backward_calls_depends_on_the_rows_alone(root):
         calls = []
         parts.model.loss_and_backward(
             parts.inputs(valid=valid),
-            seed=0,
-            step=0,
-            micro_batch_size=2,
-            communicator=LocalCommunicator(),
-            backward=lambda loss, calls=calls: (loss.backward(), calls.append(float(loss.detach()))),
+            StepContext(
+                LocalCommunicator(),
+                2,
+                backward=lambda loss, calls=calls: (loss.backward(), calls.append(float(loss.detach()))),
+            ),
         )
         assert len(calls) == 2
     assert calls == [0.0, 0.0]

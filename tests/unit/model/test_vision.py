@@ -31,7 +31,7 @@ from isthmus.model.errors import ModelError
 from isthmus.model.frozen.efficientnet_lite import EfficientNetLite
 from isthmus.model.frozen.vision import image_statistics, load_vision
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.qformer.qformer import QFormer
 
 pytestmark = pytest.mark.unit
@@ -267,13 +267,10 @@ def test_statistics_come_from_either_file(tmp_path):
         image_statistics(tmp_path)
 
 
-def test_encoder_and_qformer_must_fit(tmp_path):
-    encoder = load_vision(config(), write(tmp_path, vit()))
+def test_stage1_needs_images_or_their_features():
     sizes = QFormerConfig(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, num_queries=2, vocab_size=9)
-    with pytest.raises(ModelError, match=r"width 16.*reads 20"):
-        Stage1Model(encoder, QFormer(sizes, 20))
     model = Stage1Model(None, QFormer(sizes, 20))
     one = torch.ones(1, 2, dtype=torch.long)
     inputs = Stage1Inputs(one, one, torch.ones(1, dtype=torch.bool), torch.arange(1))
-    with pytest.raises(ModelError, match="neither features nor images"):
+    with pytest.raises(ModelError, match="neither image_BPD nor images_BCHW"):
         model.features(inputs)

@@ -14,8 +14,9 @@ from isthmus.model.config import LanguageConfig, QFormerConfig, Stage1LossConfig
 from isthmus.model.frozen.language import load_language
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.objectives.stage2 import Stage2Inputs, Stage2Model
+from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import TinyLanguage, write_tiny_language
 from isthmus.trainer.estimate.flops import Text, feature_pass_flops, foreign_image_flops, stage1_work, stage2_work
@@ -81,14 +82,7 @@ def step(
     model: Stage1Model | Stage2Model, inputs: Stage1Inputs | Stage2Inputs, micro: int = ROWS
 ) -> Callable[[], None]:
     def run() -> None:
-        model.loss_and_backward(
-            inputs,
-            seed=0,
-            step=0,
-            micro_batch_size=micro,
-            communicator=LocalCommunicator(),
-            backward=torch.Tensor.backward,
-        )
+        model.loss_and_backward(inputs, StepContext(LocalCommunicator(), micro, backward=torch.Tensor.backward))
 
     return run
 

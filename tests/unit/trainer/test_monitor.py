@@ -9,7 +9,7 @@ import torch
 
 from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.step import LossOutput
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.engine.step_status import StepStatus

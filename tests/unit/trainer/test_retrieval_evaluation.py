@@ -7,7 +7,7 @@ from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.model.config import QFormerConfig
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
-from isthmus.model.objectives.stage1_inputs import Stage1Inputs
+from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.engine.engine import Precision

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.model.objectives.losses import LossOutput
+from isthmus.model.objectives.step import LossOutput
 from isthmus.trainer.context import StopReason
 from isthmus.trainer.engine.step_status import NonFiniteError, NonFiniteGuard, StepStatus, all_reduce_status
 from isthmus.trainer.monitoring.console import console_line

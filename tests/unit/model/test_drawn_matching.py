@@ -6,9 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 
-from isthmus.model.objectives import stage1
-from isthmus.model.objectives.contrastive import GlobalBatch
-from isthmus.model.objectives.matching_pairs import draw_rows
+from isthmus.model.objectives import negatives
+from isthmus.model.objectives.communicator import LocalCommunicator
+from isthmus.model.objectives.negatives import draw_rows
+from isthmus.model.objectives.stage1_batch import GlobalBatch
+from isthmus.model.objectives.step import StepContext
 from tests.fixtures_stage1 import losses_and_gradients
 from tests.unit.model.test_stage1_reference import TOLERANCE, difference, reference
 
@@ -23,6 +25,10 @@ def batch_of(rows_N: list[int], holes: tuple[int, ...] = ()) -> GlobalBatch:
     return GlobalBatch(nothing, nothing, rows, valid, nothing, nothing, nothing, nothing, nothing)
 
 
+def place(seed: int, step: int) -> StepContext:
+    return StepContext(LocalCommunicator(), ROWS, seed=seed, step=step)
+
+
 @pytest.mark.parametrize("holes", [(), (1, 4)])
 @pytest.mark.parametrize("size", [ROWS, 2])
 def test_the_mean_over_all_draws_is_the_loss_and_gradient_of_all_rows(monkeypatch, holes, size):
@@ -32,7 +38,7 @@ def test_the_mean_over_all_draws_is_the_loss_and_gradient_of_all_rows(monkeypatc
     draws = list(combinations([row for row in range(ROWS) if row not in holes], 2))
     found = []
     for drawn in draws:
-        monkeypatch.setattr(stage1, "draw_rows", lambda *_, drawn=drawn, **__: torch.tensor(drawn))
+        monkeypatch.setattr(negatives, "draw_rows", lambda *_, drawn=drawn, **__: torch.tensor(drawn))
         found.append(losses_and_gradients(reference.model(itm_rows=2), inputs, size))
     losses = {name: sum(x[0][name] for x in found) / len(draws) for name in expected[0]}
     gradients = {name: sum(x[1][name] for x in found) / len(draws) for name in expected[1]}
@@ -68,7 +74,7 @@ def test_only_the_drawn_rows_are_matched():
 
 def test_every_row_is_drawn_as_often_as_any_other_and_holes_last():
     steps = 2000
-    drawn = [draw_rows(batch_of(list(range(16)), holes=(3, 7)), 4, seed=5, step=step).tolist() for step in range(steps)]
+    drawn = [draw_rows(batch_of(list(range(16)), holes=(3, 7)), 4, place(5, step)).tolist() for step in range(steps)]
     assert all(len(set(rows)) == 4 for rows in drawn)
     counts = Counter(row for rows in drawn for row in rows)
     expected, deviation = steps * 4 / 14, (steps * 4 / 14 * 10 / 14) ** 0.5
@@ -76,14 +82,14 @@ def test_every_row_is_drawn_as_often_as_any_other_and_holes_last():
     assert all(abs(count - expected) < 5 * deviation for count in counts.values())
     together = Counter(pair for rows in drawn for pair in combinations(sorted(rows), 2))
     assert len(together) == 14 * 13 // 2, "any two rows can be drawn together"
-    assert {3, 7} == set(draw_rows(batch_of(list(range(16)), holes=(3, 7)), 16, seed=5, step=0)[14:].tolist())
+    assert {3, 7} == set(draw_rows(batch_of(list(range(16)), holes=(3, 7)), 16, place(5, 0))[14:].tolist())
 
 
 def test_the_draw_is_a_function_of_seed_step_and_global_row():
     rows = list(range(0, 64, 2)) + list(range(1, 64, 2))
 
     def drawn(order: list[int], seed: int, step: int) -> set[int]:
-        return {order[column] for column in draw_rows(batch_of(order), 8, seed=seed, step=step).tolist()}
+        return {order[column] for column in draw_rows(batch_of(order), 8, place(seed, step)).tolist()}
 
     first = drawn(sorted(rows), 1, 2)
     assert first == drawn(rows, 1, 2)
