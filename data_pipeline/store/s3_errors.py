@@ -97,7 +97,7 @@ def classify(kind: str, url: str, error: Exception, config: StoreConfig) -> Exce
 
 def retries_exhausted(kind: str, url: str, error: TransientError, num_tries: int, config: StoreConfig) -> StoreError:
     """Return the error of a request that failed on every try."""
-    failed = f"failed {num_tries} times, at last with: {error}"
+    failed = f"failed {num_tries} times; last error: {error}"
     return error.final(f"{kind} {url} at {_place(config)} {failed}; {error.remedy}")
 
 
