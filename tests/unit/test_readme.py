@@ -30,6 +30,9 @@ def test_the_architecture_names_every_folder():
         section = page.split(f"\n## {package}: ")[1].split("\n## ")[0]
         folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert set(re.findall(r"^- `(\w+)/`", section, re.MULTILINE)) - {package} == folders
+    beside = re.findall(r"`([\w/]+)/`", page.split("\n## Beside the packages\n")[1].split("\n## ")[0])
+    assert {"demo", "recipes", "ds_configs", "src", "tests", "benchmarks", "docker"} <= set(beside)
+    assert [folder for folder in beside if not (ROOT / folder).is_dir()] == []
 
 
 def test_the_walks_lead_to_lines_that_exist():
