@@ -71,7 +71,7 @@ def section(found: list[Result]) -> str:
         for letter in ("", ELASTIC, RAY)
     ]
     lines = [
-        f"{found[-1]['date']}, {os.cpu_count()} cores ({platform.machine()}), shared; of each schedule its newest run.",
+        f"{found[-1]['date']}, {os.cpu_count()} cores ({platform.machine()}), shared; newest run of each schedule.",
         "",
         *_table(layers),
         "",
@@ -88,9 +88,9 @@ def _table(layers: list[list[Result]]) -> list[str]:
     rows: dict[str, Callable[[list[Result]], Any]] = {
         "schedules": len,
         "survived": lambda group: sum(r["survived"] for r in group),
-        "faults that happened": lambda group: sum(r["happened"] for r in group),
+        "faults injected": lambda group: sum(r["happened"] for r in group),
         "starts of the run": lambda group: sum(r["starts"] for r in group),
-        "steps repeated (of 14 a run)": lambda group: sum(r["lost_steps"] for r in group),
+        "steps repeated (of 14 per run)": lambda group: sum(r["lost_steps"] for r in group),
         "longest recovery, median / worst, s": _recovery,
         "goodput, median": lambda group: f"{statistics.median(r['goodput'] for r in group):.0%}",
         "wall time of a schedule, median, s": lambda group: (
@@ -121,11 +121,11 @@ def _drawn(group: list[Result]) -> list[str]:
 def _failures(found: list[Result], newest: dict[str, Result]) -> list[str]:
     failed = [result for result in found if not result["survived"]]
     if not failed:
-        return ["Not survived: none."]
-    lines = ["Not survived at first or at last:"]
+        return ["No failures."]
+    lines = ["Failures, including those that passed later:"]
     for result in failed:
         later = newest[result["name"]]
-        then = f"survived at {later['commit']}" if later["survived"] else "NOT survived since"
+        then = f"survived at {later['commit']}" if later["survived"] else "still fails"
         faults = ", ".join(result["faults"])
         lines.append(f"- `--seed {result['name']}` at {result['commit']} ({faults}): {result['problems'][0]}; {then}")
     return lines

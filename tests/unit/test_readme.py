@@ -73,7 +73,7 @@ def test_recipes_and_benchmarks_exist():
 def code_of(page):
     """Return the code blocks and code spans of a page, continued lines joined."""
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^ {4}\S.*$", text, re.DOTALL | re.MULTILINE))
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^ {4}[^\n]+$", text, re.DOTALL | re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES)
