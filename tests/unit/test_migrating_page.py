@@ -20,7 +20,7 @@ def section(title: str) -> str:
 
 def test_every_statement_names_a_test_that_exists():
     statements = [line for line in section("Weights").splitlines() if line.startswith("| ") and "`tests/" in line]
-    statements += [*section("Different on purpose").split("\n- ")[1:], section("The same")]
+    statements += [*section("Intentional differences").split("\n- ")[1:], section("What is the same")]
     assert len(statements) > 12
     named = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
     assert [statement for statement in statements if not named.search(statement)] == []
