@@ -14,8 +14,8 @@ from torch import Tensor
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.reading.reader import cut_members
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import Box, UInt8Array, decode_image, resize_square

@@ -18,10 +18,9 @@ from isthmus.bootstrap.select import SUMMARY
 from isthmus.bootstrap.stage import TIMES
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.tables import read_table
-from isthmus.data_pipeline.errors import NotFoundError
+from isthmus.data_pipeline.errors import BadSample, NotFoundError
 from isthmus.data_pipeline.layers.candidates import SCORE_PREFIX, score_names
 from isthmus.data_pipeline.layers.layer import Layer
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.images import UInt8Array
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.model.decoding import Decoding
 from isthmus.model.errors import ModelError
 from isthmus.model.generate import QUESTION

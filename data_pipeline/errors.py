@@ -1,4 +1,4 @@
-"""Errors of the data pipeline that an operator can fix."""
+"""Errors of the data pipeline: those that an operator can fix, and samples that cannot be used."""
 
 
 class DataError(Exception):
@@ -49,3 +49,11 @@ class ReadersUnavailable(DataError):
 
 class PoisonPartError(DataError):
     """The same samples ended several reader processes that were reading them."""
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; it is masked in its batch and recorded with its cause."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause, self.detail = cause, detail

@@ -1,16 +1,18 @@
 """The parts of a stage that do not depend on how it is run: model, tokenizer and task."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.model.compilation import compile_parts
+from isthmus.model.config import CompiledParts
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import make_communicator
@@ -26,7 +28,6 @@ from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import ConfigError
 from isthmus.trainer.frozen.node_cache import WEIGHT_FILES, local_folder
 from isthmus.trainer.frozen.zero3 import check_frozen_lm, load_frozen_lm
-from isthmus.trainer.seeds import derive_seed, stage_seed
 from isthmus.trainer.stage1_task import Stage1Task
 from isthmus.trainer.stage2_task import Stage2Task
 from isthmus.trainer.task import Task
@@ -139,3 +140,28 @@ def _seeded_by(run_seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("initial weights", run_seed))
         yield
+
+
+def derive_seed(*place: int | str) -> int:
+    """Return a 63-bit seed that depends on every part of the place and on their order."""
+    text = "/".join(f"{type(part).__name__}:{part}" for part in place)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def stage_seed(run_seed: int, stage: str) -> int:
+    """Return the seed that a stage's model functions get; they add the step and the row."""
+    return derive_seed("stage", run_seed, stage)
+
+
+def compile_parts(model: Any, parts: CompiledParts, backend: str = "inductor") -> None:
+    """Compile the frozen image encoder (`vision`), or the Q-Former's layers too (`all`), in place.
+
+    Parameter names stay as they are. Images come in one shape; the shapes of packed text change with every batch, so
+    the layers are compiled with sizes that vary, which torch does by itself at the second shape.
+    """
+    if parts != "none" and model.vision is not None:
+        model.vision.network.compile(backend=backend, dynamic=False)
+    if parts == "all":
+        for layer in model.qformer.layers:
+            assert isinstance(layer, nn.Module)
+            layer.compile(backend=backend)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from isthmus.bootstrap.samples import MAX_IMAGE_PIXELS, stored_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.layers.layer import Layer, LayerWriter
 from isthmus.data_pipeline.process_pool import Runner
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import decode_image
 from isthmus.data_pipeline.store.object_store import ObjectStore

@@ -7,8 +7,7 @@ import numpy as np
 from isthmus.bootstrap.caption import NOT_CAPTIONED
 from isthmus.bootstrap.summary import Shown, Summary, summarize
 from isthmus.cluster.report.charts import line_chart
-from isthmus.cluster.report.document import document
-from isthmus.cluster.report.markup import Html, h, join, picture, table
+from isthmus.cluster.report.markup import Html, document, h, join, picture, table
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.evaluation.result import thumbnail
 

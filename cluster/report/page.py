@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.cluster.report import sections
-from isthmus.cluster.report.document import document
 from isthmus.cluster.report.folder import RunFacts, read_folder
-from isthmus.cluster.report.markup import Html, h, join, table
+from isthmus.cluster.report.markup import Html, document, h, join, table
 from isthmus.cluster.report.summary import summary
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.runs.store import export_folder

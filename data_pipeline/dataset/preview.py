@@ -14,8 +14,7 @@ from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.dataset.stored_samples import read_range
-from isthmus.data_pipeline.errors import StoreError
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample, StoreError
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.questions import read_questions

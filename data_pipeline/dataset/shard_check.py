@@ -17,8 +17,7 @@ from PIL import Image
 
 from isthmus.data_pipeline.dataset.shard_index import Member, Sample
 from isthmus.data_pipeline.dataset.tar_walk import MAX_MEMBER_BYTES, ArchiveFault, ObjectStream, TarMember, walk
-from isthmus.data_pipeline.errors import DataError
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample, DataError
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, PILLOW_FORMATS, picture_extension
 from isthmus.data_pipeline.sample.questions import read_questions

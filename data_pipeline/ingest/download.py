@@ -13,7 +13,7 @@ from aiohttp.abc import ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 
 MAX_IMAGE_BYTES = 64 << 20
 USER_AGENT = "isthmus-ingest/1 (image-caption data sets)"

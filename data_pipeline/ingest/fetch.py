@@ -5,10 +5,10 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.ingest.download import Downloader
 from isthmus.data_pipeline.ingest.images import image_extension, read_image
 from isthmus.data_pipeline.ingest.records import Record
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 _WINDOW_RECORDS = 1000

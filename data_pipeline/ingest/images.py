@@ -7,9 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from isthmus.data_pipeline.errors import AccessError, ChangedError, NotFoundError
+from isthmus.data_pipeline.errors import AccessError, BadSample, ChangedError, NotFoundError
 from isthmus.data_pipeline.ingest.download import MAX_IMAGE_BYTES, Downloader
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS, usual_extension
 from isthmus.data_pipeline.store.object_store import ObjectStore
 

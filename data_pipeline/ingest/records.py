@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.captions import first_captions, image_id_of, read_captions
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS
 from isthmus.data_pipeline.sample.questions import FIELD as QUESTIONS

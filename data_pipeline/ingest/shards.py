@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from isthmus.data_pipeline.errors import DataError, NotFoundError
+from isthmus.data_pipeline.errors import BadSample, DataError, NotFoundError
 from isthmus.data_pipeline.ingest.fetch import fetch_samples
 from isthmus.data_pipeline.ingest.records import Record
 from isthmus.data_pipeline.ingest.sources import Part, Source
 from isthmus.data_pipeline.process_pool import Runner
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 SAMPLES_PER_SHARD = 10_000

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.errors import BadSample, DataError
 from isthmus.data_pipeline.ingest.benchmarks import Rows, gqa_rows, karpathy_rows, vqa_rows
 from isthmus.data_pipeline.ingest.records import Columns, Record, record_of_fields, record_of_file
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import parse_json
 from isthmus.data_pipeline.sample.image_formats import IMAGE_EXTENSIONS, picture_extension
 

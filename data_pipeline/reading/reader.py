@@ -21,14 +21,13 @@ from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, ShardIndex
-from isthmus.data_pipeline.errors import ChangedError, DataError, NotFoundError, UnavailableError
+from isthmus.data_pipeline.errors import BadSample, ChangedError, DataError, NotFoundError, UnavailableError
 from isthmus.data_pipeline.hashing import uniform_stream
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest, image_id_hash
 from isthmus.data_pipeline.reading.chunk_memory import ChunkMemory
 from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
 from isthmus.data_pipeline.reading.quarantine import BadRecord
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import UInt8Array, decode_image, random_resized_crop_box, resize_square

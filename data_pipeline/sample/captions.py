@@ -8,8 +8,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.hashing import stable_hash
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 
 Bytes = bytes | memoryview
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
 
 UInt8Array = NDArray[np.uint8]

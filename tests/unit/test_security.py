@@ -19,7 +19,7 @@ from PIL import Image
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.dataset.shard_check import check_shard
 from isthmus.data_pipeline.dataset.tar_walk import ObjectStream
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.sample.images import decode_image
 from isthmus.data_pipeline.store.object_store import ObjectStore

@@ -12,7 +12,6 @@ from torch._C import _distributed_c10d as c10d
 
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_workarounds import drain_gloo, limit_new_groups
-from isthmus.trainer.engine.determinism import set_determinism
 from isthmus.trainer.errors import TrainerError
 
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -135,3 +134,29 @@ def _destroy_group() -> None:
         deepspeed.comm.destroy_process_group()
     else:
         dist.destroy_process_group()
+
+
+ENVIRONMENT = {
+    # cuBLAS picks split-K reductions by free workspace unless it has one of fixed size.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # In-network reductions and NVLS sum in an order of their own; a ring sums in rank order.
+    "NCCL_ALGO": "Ring",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_COLLNET_ENABLE": "0",
+}
+
+
+def set_determinism(*, enabled: bool) -> None:
+    """Turn deterministic algorithms on or off for this process. Call it before CUDA and NCCL are initialised.
+
+    Attention then runs flash or memory-efficient kernels, whose backward is without atomics in this mode; cuDNN's is
+    switched off. An operation without a deterministic implementation raises RuntimeError.
+    """
+    if enabled:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass per tensor
+    torch.backends.cudnn.deterministic = enabled
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(not enabled)

@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.dataset.stored_samples import StoredSample, StoredSamples
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.captions import image_id_of, parse_json, read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import decode_image, resize_square

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.captions import choose_caption, clean_caption, read_captions
 
 pytestmark = pytest.mark.unit

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from isthmus.data_pipeline.dataset.shard_check import check_shard
 from isthmus.data_pipeline.dataset.tar_walk import ArchiveFault, ObjectStream, walk
-from isthmus.data_pipeline.sample.bad_sample import BadSample
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.image_formats import PILLOW_FORMATS
 from isthmus.data_pipeline.sample.images import decode_image
 from isthmus.data_pipeline.store.object_store import ObjectStore

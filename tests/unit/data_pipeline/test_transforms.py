@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.hashing import uniform_stream
-from isthmus.data_pipeline.sample.bad_sample import BadSample
 from isthmus.data_pipeline.sample.image_formats import picture_extension
 from isthmus.data_pipeline.sample.images import decode_image, random_resized_crop_box, resize_square
 

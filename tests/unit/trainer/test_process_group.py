@@ -8,8 +8,7 @@ import torch
 
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine import process_group as module
-from isthmus.trainer.engine.determinism import ENVIRONMENT, set_determinism
-from isthmus.trainer.engine.process_group import process_group, select_device
+from isthmus.trainer.engine.process_group import ENVIRONMENT, process_group, select_device, set_determinism
 from isthmus.trainer.errors import TrainerError
 
 pytestmark = pytest.mark.unit

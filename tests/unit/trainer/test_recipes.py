@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from isthmus.cluster.checks.published_models import get_command
+from isthmus.cluster.checks.store_checks import get_command
 from isthmus.cluster.config import JobConfig
 from isthmus.model.frozen.language import build_language
 from isthmus.model.objectives.stage1 import Stage1Model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.trainer.seeds import derive_seed, stage_seed
+from isthmus.trainer.build import derive_seed, stage_seed
 
 pytestmark = pytest.mark.unit
 
