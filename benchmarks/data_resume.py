@@ -19,8 +19,9 @@ from benchmarks.data_images import write_shards
 from benchmarks.data_throughput import encode
 from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.dataset.load_plan import load_plan
 from isthmus.data_pipeline.process_pool import run_in_processes
-from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 NUM_SAMPLES = 1280
@@ -30,16 +31,9 @@ ROUNDS, EPOCHS = 15, 20
 
 def open_one(manifest: str) -> Loader:
     """Open an in-process loader."""
-    return open_loader(
-        DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0),  # type: ignore[arg-type]
-        ObjectStore(),
-        encode,
-        image_size_pixels=224,
-        global_batch_size=BATCH,
-        seed=0,
-        rank=0,
-        world_size=1,
-    )
+    config, store = DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0), ObjectStore()  # type: ignore[arg-type]
+    plan = load_plan(config, store, seed=0, global_batch_size=BATCH)
+    return Loader(config, store, plan, encode, image_size_pixels=224, rank=0, world_size=1)
 
 
 def first_batch_seconds(manifest: str, step: int) -> tuple[float, float]:

@@ -25,8 +25,9 @@ from benchmarks import peers
 from benchmarks.data_images import jpeg, write_shards
 from isthmus.data_pipeline.config import DataConfig, StoreConfig
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
+from isthmus.data_pipeline.dataset.load_plan import load_plan
 from isthmus.data_pipeline.process_pool import run_in_processes
-from isthmus.data_pipeline.reading.loader import open_loader
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.sample.images import decode_image, resize_square
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
@@ -46,16 +47,9 @@ def measure_ours(manifest: str, num_samples: int, endpoint: str | None) -> dict[
     import pyarrow.parquet  # noqa: F401 - what a reader of a layered manifest imports once, in 0.14 CPU s
 
     config = DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0)  # type: ignore[arg-type]
-    loader = open_loader(
-        config,
-        ObjectStore(StoreConfig(endpoint_url=endpoint, region="us-east-1")),
-        encode,
-        image_size_pixels=224,
-        global_batch_size=BATCH,
-        seed=0,
-        rank=0,
-        world_size=1,
-    )
+    store = ObjectStore(StoreConfig(endpoint_url=endpoint, region="us-east-1"))
+    plan = load_plan(config, store, seed=0, global_batch_size=BATCH)
+    loader = Loader(config, store, plan, encode, image_size_pixels=224, rank=0, world_size=1)
     batches = loader.batches(0, num_samples // BATCH)
     before, wall = os.times(), time.perf_counter()
     taken = sum(len(batch.rows_B) for batch in batches)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from isthmus.data_pipeline.config import DataConfig, SourceConfig
+from isthmus.data_pipeline.dataset.load_plan import load_plan
 from isthmus.data_pipeline.reading.batch import TextEncoder
-from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import EvaluationConfig
 from isthmus.trainer.context import Rank
@@ -58,14 +59,8 @@ def held_out_loader(
             "exclude": None,
         }
     )  # fmt: skip
-    return open_loader(
-        plain,
-        store,
-        encoder,
-        image_size_pixels=image_size_pixels,
-        global_batch_size=global_batch_size,
-        seed=0,
-        rank=rank.rank,
-        world_size=rank.world_size,
-        train=False,
-    )
+    plan = load_plan(plain, store, seed=0, global_batch_size=global_batch_size)
+    return Loader(
+        plain, store, plan, encoder,
+        image_size_pixels=image_size_pixels, rank=rank.rank, world_size=rank.world_size, train=False,
+    )  # fmt: skip

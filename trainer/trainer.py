@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from isthmus.data_pipeline.dataset.load_plan import excluded_samples
+from isthmus.data_pipeline.dataset.load_plan import excluded_samples, load_plan
 from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.build import build_encoder, build_task
 from isthmus.trainer.checkpoint.manager import CheckpointManager
@@ -274,17 +274,23 @@ class Trainer:
         self.run_store.assert_owner()  # last: the wait may be long
 
     def _open_loader(self) -> Loader:
-        return open_loader(
-            self.config.data,
+        data = self.config.data
+        plan = load_plan(
+            data,
             self.store,
+            seed=self.config.run.seed,
+            global_batch_size=self.stage.global_batch_size,
+            skip_steps=self.stage.skip_steps,
+            excluded=from_main_rank(lambda: excluded_samples(data, self.store)),
+        )
+        return Loader(
+            data,
+            self.store,
+            plan,
             self.encoder,
             image_size_pixels=self.config.model.vision.image_size_pixels,
-            global_batch_size=self.stage.global_batch_size,
-            seed=self.config.run.seed,
             rank=self.rank.rank,
             world_size=self.rank.world_size,
-            skip_steps=self.stage.skip_steps,
-            excluded=from_main_rank(lambda: excluded_samples(self.config.data, self.store)),
             virtual_ranks=self.config.run.virtual_ranks,
         )
 

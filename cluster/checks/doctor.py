@@ -16,6 +16,7 @@ from pathlib import Path
 
 from isthmus.cluster.ray_nodes.auth import TOKEN_VARIABLE, read_token
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.local_store import local_path
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 
 MAX_FILE_BYTES = 1 << 20
@@ -123,7 +124,7 @@ def _listing(infos: list[ObjectInfo]) -> str:
 
 def _is_link(url: str) -> bool:
     """Whether a local file is a link: in a run folder of someone else it may lead to a private file of ours."""
-    return Path(url.removeprefix("file://")).is_symlink()
+    return local_path(url).is_symlink()
 
 
 def _content_of(info: ObjectInfo, store: ObjectStore) -> str | bytes:

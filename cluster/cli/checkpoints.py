@@ -157,7 +157,7 @@ def cp(
     with saved.in_use():
         copy_checkpoint(saved, target.rstrip("/"), store)
     answer = {"url": target.rstrip("/"), "bytes": saved.size_bytes}
-    typer.echo(json.dumps(answer) if as_json else f"{answer['url']}  {saved.size_bytes / 1e6:.1f} MB")
+    typer.echo(json.dumps(answer) if as_json else f"{answer['url']}  {data_size(saved.size_bytes)}")
 
 
 @app.command()

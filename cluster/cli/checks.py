@@ -16,7 +16,7 @@ from isthmus.cluster.cli.options import (
     RunArg,
     find_run,
 )
-from isthmus.cluster.cli.output import print_json, print_rich
+from isthmus.cluster.cli.output import data_size, print_json, print_rich
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.trainer.config.loading import load_config
@@ -78,7 +78,7 @@ def doctor(
         write_private(path, collect(url, store, logs, facts, config.cluster.secrets))
     except OSError as error:
         raise ClusterError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
-    typer.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB; look through it before you pass it on")
+    typer.echo(f"{path}: {data_size(path.stat().st_size)}; look through it before you pass it on")
 
 
 def _print(checks: "list[Check]") -> None:

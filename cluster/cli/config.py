@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.cluster.cli.options import EndpointOption, JsonOption, OverridesArg, RecipeArg, RegionOption, open_store
+from isthmus.cluster.cli.output import print_json
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import (
     Change,
@@ -28,7 +29,7 @@ def show(config: RecipeArg, overrides: OverridesArg = None, as_json: JsonOption 
     """Print the resolved configuration and its content hash."""
     resolved = load_config(config, overrides or [], JobConfig)
     if as_json:
-        typer.echo(json.dumps({"hash": config_hash(resolved), "config": resolved.model_dump(mode="json")}, indent=2))
+        print_json({"hash": config_hash(resolved), "config": resolved.model_dump(mode="json")})
     else:
         typer.echo(f"# sha256 {config_hash(resolved)}\n{to_yaml(resolved)}", nl=False)
 
@@ -36,7 +37,7 @@ def show(config: RecipeArg, overrides: OverridesArg = None, as_json: JsonOption 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    typer.echo(json.dumps(JobConfig.model_json_schema(), indent=2))
+    print_json(JobConfig.model_json_schema())
 
 
 @app.command()
@@ -51,7 +52,7 @@ def diff(
     store = open_store(endpoint_url, region)
     changes = diff_configs(_resolved(old, store), _resolved(new, store))
     if as_json:
-        typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
+        print_json([change._asdict() for change in changes])
         return
     for change in changes:
         typer.echo(_line(change))

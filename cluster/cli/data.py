@@ -91,7 +91,7 @@ def verify(
     with progress("shards", len(loaded.shards)) as advance:
         problems = check(loaded, store, open_runner(processes, address), deep=deep, on_shard=advance)
     if as_json:
-        typer.echo(json.dumps({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems}, indent=2))
+        print_json({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems})
     if problems:
         raise DataError(
             "\n".join([*problems[:20], f"{len(problems)} of {len(loaded.shards)} shards are not as indexed"])
@@ -156,7 +156,7 @@ def ls(
         if not rows:
             raise NotFoundError(f"there is nothing at {manifest}; check the URL and the endpoint") from None
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     for row in rows:
         samples = "" if row["samples"] is None else f"{row['samples']:>9} samples"

@@ -23,7 +23,7 @@ from isthmus.cluster.cli.options import (
     find_run,
     store_config,
 )
-from isthmus.cluster.cli.output import print_json, print_rich
+from isthmus.cluster.cli.output import data_size, print_json, print_rich
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.trainer.config.loading import load_config
@@ -229,7 +229,7 @@ def _show_dry_run(config: JobConfig, address: str | None) -> None:
         "stages": ", ".join(f"{stage} ({config.stage(stage).steps} steps)" for stage in config.stages),
         "asks for": request.describe(sizes[-1]),
         "at least": request.describe(sizes[0]),
-        "code": f"{count} files, {size / 1e3:.0f} kB",
+        "code": f"{count} files, {data_size(size)}",
         "environment": " ".join(f"{key}={value}" for key, value in job_environment(config).items()),
         "metadata": " ".join(f"{key}={value}" for key, value in job_metadata(config).items()),
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isthmus.cluster.cli.options import EndpointOption, RegionOption, RunFolderArg, open_store
+from isthmus.cluster.cli.output import data_size
 
 if TYPE_CHECKING:
     from isthmus.model.imports.published import Published
@@ -161,9 +162,7 @@ def push(
         typer.echo(f"{path.stat().st_size:>14,}  {path.relative_to(export)}")
     size = sum(path.stat().st_size for path in files)
     if dry_run:
-        typer.echo(
-            f"{name}: {len(files)} files, {size / 1e9:.2f} GB, {'public' if public else 'private'}; not uploaded"
-        )
+        typer.echo(f"{name}: {len(files)} files, {data_size(size)}, {'public' if public else 'private'}; not uploaded")
         return
     typer.echo(upload(export, name, private=not public))
 
@@ -207,7 +206,7 @@ def get(
             )
             record = writer.write(model, source, commit, part)
     size = sum(file.size for file in record.files.values())
-    typer.echo(f"{destination}: {record.num_parameters:,} parameters, {size / 1e9:.2f} GB, {len(record.files)} files")
+    typer.echo(f"{destination}: {record.num_parameters:,} parameters, {data_size(size)}, {len(record.files)} files")
 
 
 @models_app.command()

@@ -1,12 +1,12 @@
 """`isthmus estimate`: memory, time and cost before a run is started. `isthmus manifests`: its Kubernetes manifests."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from isthmus.cluster.cli.options import JsonOption, OverridesArg, RecipeArg
+from isthmus.cluster.cli.output import print_json
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.errors import ConfigError
@@ -102,7 +102,7 @@ def _print_estimates(
     hardware, assumed = f"{cluster.num_gpus} x {cluster.gpu.name}", {"assumptions": vars(assumptions)}
     if as_json:
         stages = {estimate.stage: report.as_json(estimate, price) for estimate in estimates}
-        typer.echo(json.dumps({"hardware": hardware, "gpu": vars(cluster.gpu), "stages": stages, **assumed}, indent=2))
+        print_json({"hardware": hardware, "gpu": vars(cluster.gpu), "stages": stages, **assumed})
         return
     console = Console()
     for estimate in estimates:
@@ -127,7 +127,7 @@ def _print_sweep(
     if as_json:
         stages = [{e.stage: report.as_json(e, None) for e in estimates} for estimates in by_size]
         sweep = [{"gpus": size, "stages": found} for size, found in zip(sizes, stages, strict=True)]
-        typer.echo(json.dumps({"gpu": vars(gpu), "sweep": sweep, "assumptions": vars(assumptions)}, indent=2))
+        print_json({"gpu": vars(gpu), "sweep": sweep, "assumptions": vars(assumptions)})
         return
     header, *lines = report.sweep_rows(sizes, by_size)
     table = Table(*header, title=f"{gpu.name}: the same run on more GPUs", title_justify="left")

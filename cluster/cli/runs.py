@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.cluster.cli.options import EndpointOption, JsonOption, RegionOption, open_store, store_config
-from isthmus.cluster.cli.output import print_json, print_rich, table
+from isthmus.cluster.cli.output import data_size, print_json, print_rich, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ def report(
     from isthmus.cluster.report import write_report
 
     path = write_report(run, open_store(endpoint_url, region), out)
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    typer.echo(f"{path}: {data_size(path.stat().st_size)}; open it in a browser")
 
 
 def _facts(found: dict[str, Any]) -> "Iterator[tuple[str, str]]":

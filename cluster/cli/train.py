@@ -1,7 +1,6 @@
 """`isthmus train`: a run on this machine. `isthmus eval`: measure it. `isthmus assets`: inputs without a download."""
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from isthmus.cluster.cli.options import (
     RegionOption,
     open_store,
 )
-from isthmus.cluster.cli.output import progress
+from isthmus.cluster.cli.output import print_json, progress
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 
@@ -102,7 +101,10 @@ def evaluate(
         report = measure(target, data, out, store, stage=stage, num_samples=num_samples)
     if not target.rank.is_main:
         return
-    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.table())
+    if as_json:
+        print_json(report.as_json())
+    else:
+        typer.echo(report.table())
     if not suite:
         typer.echo(f"{out / 'report.json'}  {out / 'gallery.png'}", err=True)
 

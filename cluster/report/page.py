@@ -11,6 +11,7 @@ from isthmus.cluster.report import sections
 from isthmus.cluster.report.folder import RunFacts, read_folder
 from isthmus.cluster.report.markup import Html, document, h, join, table
 from isthmus.cluster.report.summary import summary
+from isthmus.data_pipeline.store.local_store import is_local
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.runs.store import export_folder
 
@@ -102,7 +103,7 @@ def commands(facts: RunFacts) -> str:
     manifest = facts.setting("evaluation.manifest") or "MANIFEST"
     endpoint = facts.setting("store.endpoint_url")
     lines = [f"export AWS_ENDPOINT_URL={shlex.quote(str(endpoint))}   # and credentials"] if endpoint else []
-    if "://" in facts.url and not facts.url.startswith("file://"):
+    if not is_local(facts.url):
         lines.append(f"aws s3 cp --recursive {url}/{exported} export")
         export, curves = "export", "tensorboard"
         lines += [f"aws s3 cp --recursive {url}/{s}/tensorboard {curves}/{s}" for s in facts.stages]

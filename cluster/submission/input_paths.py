@@ -1,12 +1,12 @@
 """Every place that a configuration names: where a run reads and writes, by key."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from isthmus.cluster.bootstrap_job import TRAINED, BootstrapJob
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.submission.job import Submitted
+from isthmus.data_pipeline.store.local_store import is_local, local_path
 
 TINY_ASSETS = "assets/tiny"
 
@@ -20,7 +20,7 @@ class Place(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Whether it is a path of a file system, not of an object store."""
-        return "://" not in self.url or self.url.startswith("file://")
+        return is_local(self.url)
 
     @property
     def is_relative(self) -> bool:
@@ -94,7 +94,7 @@ def check_present(config: Submitted) -> None:
     Raises:
         ClusterError: names each key and how to get what is missing.
     """
-    missing = [place for place in inputs(config) if place.is_local and not _path(place.url).exists()]
+    missing = [place for place in inputs(config) if place.is_local and not local_path(place.url).exists()]
     if missing:
         tiny = any(place.url.startswith(TINY_ASSETS) for place in missing)
         advice = f"make them with: isthmus assets tiny {TINY_ASSETS}" if tiny else "check the paths"
@@ -102,7 +102,3 @@ def check_present(config: Submitted) -> None:
             f"{config.run.name}: inputs are missing; {advice}\n"
             + "\n".join(f"  {place.key}: {place.url}" for place in missing)
         )
-
-
-def _path(url: str) -> Path:
-    return Path(url.removeprefix("file://"))

@@ -2,12 +2,11 @@
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from isthmus.data_pipeline.config import DataConfig
-from isthmus.data_pipeline.dataset.load_plan import Excluded, load_plan
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
@@ -30,7 +29,7 @@ class Loader:
     Args:
         config: Reading, caching, prefetching, tolerance.
         store: Access to shards and indexes; readers get a copy.
-        plan: The order.
+        plan: The order, such as `load_plan` returns.
         encoder: Captions and seeds -> token tensors.
         image_size_pixels: Side of the square images.
         rank: This rank.
@@ -215,42 +214,6 @@ class Loader:
         self._bad_records.extend(records.values())
         bad = {place: records[sample.row] for place, sample in enumerate(samples) if sample.row in records}
         self._budget.add([sample.source for sample in samples], bad)
-
-
-def open_loader(
-    config: DataConfig,
-    store: ObjectStore,
-    encoder: TextEncoder,
-    *,
-    image_size_pixels: int,
-    global_batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    train: bool = True,
-    skip_steps: Sequence[tuple[int, int]] = (),
-    excluded: Excluded | None = None,
-    virtual_ranks: int | None = None,
-) -> Loader:
-    """Load the manifests, make the plan (see `load_plan`) and open the loader of one rank.
-
-    Raises:
-        DataError: a manifest is missing or unusable, or sizes do not divide.
-    """
-    plan = load_plan(
-        config, store, seed=seed, global_batch_size=global_batch_size, skip_steps=skip_steps, excluded=excluded
-    )
-    return Loader(
-        config,
-        store,
-        plan,
-        encoder,
-        image_size_pixels=image_size_pixels,
-        rank=rank,
-        world_size=world_size,
-        train=train,
-        virtual_ranks=virtual_ranks,
-    )
 
 
 def _open_backend(

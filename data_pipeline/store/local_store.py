@@ -27,7 +27,7 @@ class LocalBackend:
         self._metrics = metrics
 
     def head(self, url: str) -> ObjectInfo:
-        with _explained(url), _path(url).open("rb") as file:
+        with _explained(url), local_path(url).open("rb") as file:
             info = _info(url, file.fileno())
         self._metrics.count_request()
         return info
@@ -35,13 +35,13 @@ class LocalBackend:
     def get(self, url: str) -> bytes:
         started = time.monotonic()
         with _explained(url):
-            data = _path(url).read_bytes()
+            data = local_path(url).read_bytes()
         self._count_read(len(data), started)
         return data
 
     def read_into(self, url: str, start: int, etag: str | None, into: memoryview) -> None:
         started = time.monotonic()
-        with _explained(url), _path(url).open("rb", buffering=0) as file:
+        with _explained(url), local_path(url).open("rb", buffering=0) as file:
             if etag is not None and _info(url, file.fileno()).etag != etag:
                 raise ChangedError(f"{url} was changed since it was indexed; restore it or index it again")
             done = 0
@@ -55,7 +55,7 @@ class LocalBackend:
     def put(self, url: str, data: memoryview) -> ObjectInfo:
         with _explained(url), self._partial(url) as partial:
             info = _write(url, partial, data)
-            partial.replace(_path(url))
+            partial.replace(local_path(url))
         self._count_written(len(data))
         return info
 
@@ -65,7 +65,7 @@ class LocalBackend:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
                 info = _info(url, file.fileno())
-            partial.replace(_path(url))
+            partial.replace(local_path(url))
         self._count_written(info.size)
         return info
 
@@ -73,23 +73,23 @@ class LocalBackend:
         with _explained(url), self._partial(url) as partial:
             info = _write(url, partial, memoryview(data))
             try:
-                os.link(partial, _path(url))
+                os.link(partial, local_path(url))
             except FileExistsError:
                 raise AlreadyExistsError(f"{url} already exists") from None
         self._count_written(len(data))
         return info
 
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
-        with _explained(url), self._partial(url) as partial, _folder_lock(_path(url).parent):
-            if not _path(url).exists() or self.head(url).etag != etag:
+        with _explained(url), self._partial(url) as partial, _folder_lock(local_path(url).parent):
+            if not local_path(url).exists() or self.head(url).etag != etag:
                 raise ChangedError(f"{url} was changed by another writer")
             info = _write(url, partial, memoryview(data))
-            partial.replace(_path(url))
+            partial.replace(local_path(url))
         self._count_written(len(data))
         return info
 
     def list(self, folder_url: str, name_prefix: str) -> Iterator[ObjectInfo]:
-        folder = _path(folder_url)
+        folder = local_path(folder_url)
         with _explained(folder_url):
             paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_HIDDEN))
         self._metrics.count_request()
@@ -100,7 +100,7 @@ class LocalBackend:
                     yield self.head(f"{folder_url.rstrip('/')}/{name}")
 
     def list_folders(self, folder_url: str) -> Iterator[str]:
-        folder = _path(folder_url)
+        folder = local_path(folder_url)
         with _explained(folder_url):
             names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         self._metrics.count_request()
@@ -111,11 +111,11 @@ class LocalBackend:
 
     def delete(self, url: str) -> None:
         with _explained(url):
-            _path(url).unlink(missing_ok=True)
+            local_path(url).unlink(missing_ok=True)
         self._metrics.count_request()
 
     def remove_unfinished(self, url: str) -> int:
-        folder = _path(url)
+        folder = local_path(url)
         with _explained(url), _folder_lock(folder):  # a swap in this folder writes its partial file under the lock
             paths = list(folder.rglob(f"{_HIDDEN}*.partial"))
             for path in paths:
@@ -125,7 +125,7 @@ class LocalBackend:
 
     def make_bucket(self, url: str) -> None:
         with _explained(url):
-            _path(url).mkdir(parents=True, exist_ok=True)
+            local_path(url).mkdir(parents=True, exist_ok=True)
 
     def download(self, url: str, path: Path, etag: str | None) -> None:
         started = time.monotonic()
@@ -135,7 +135,7 @@ class LocalBackend:
         partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
         try:
             with _explained(url):
-                shutil.copyfile(_path(url), partial)
+                shutil.copyfile(local_path(url), partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -144,7 +144,7 @@ class LocalBackend:
     @contextlib.contextmanager
     def _partial(self, url: str) -> Iterator[Path]:
         """Yield the path of a temporary file beside the object's; it is gone at the end."""
-        path = _path(url)
+        path = local_path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
         try:
@@ -161,7 +161,13 @@ class LocalBackend:
         self._metrics.count_written(num_bytes)
 
 
-def _path(url: str) -> Path:
+def is_local(url: str) -> bool:
+    """Return whether a URL names a file or folder of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """Return the path of a local URL."""
     return Path(url.removeprefix("file://"))
 
 

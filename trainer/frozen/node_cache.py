@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from isthmus.data_pipeline.store.local_store import is_local, local_path
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from isthmus.trainer.errors import TrainerError
 
@@ -68,7 +69,7 @@ def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = (
         TrainerError: the folder does not exist or is empty, or another process does not finish copying it.
     """
     if is_local(url):
-        path = Path(url.removeprefix("file://"))
+        path = local_path(url)
         if not path.is_dir():
             raise TrainerError(f"{url}: no such folder; give the folder that holds config.json and the weights")
         return path
@@ -93,11 +94,6 @@ def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = (
             f"end the process that holds {lock}"
         ) from error
     return target
-
-
-def is_local(url: str) -> bool:
-    """Return whether a URL names a file or folder of this machine."""
-    return "://" not in url or url.startswith("file://")
 
 
 def cache_folder(kind: str) -> Path:

@@ -4,8 +4,9 @@ import hashlib
 import threading
 
 from isthmus.data_pipeline.reading.disk_cache import ChunkId, DiskCache
+from isthmus.data_pipeline.store.local_store import is_local
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.frozen.node_cache import CACHE_USE, cache_bytes, cache_folder, is_local
+from isthmus.trainer.frozen.node_cache import CACHE_USE, cache_bytes, cache_folder
 
 DIGEST_BYTES = 32
 

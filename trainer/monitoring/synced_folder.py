@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.store.local_store import is_local, local_path
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ class SyncedFolder:
     def __init__(self, url: str, store: ObjectStore) -> None:
         self.url = url
         self._store = store
-        self._remote = "://" in url and not url.startswith("file://")
-        self.path = Path(tempfile.mkdtemp(prefix="isthmus-")) if self._remote else Path(url.removeprefix("file://"))
+        self._remote = not is_local(url)
+        self.path = Path(tempfile.mkdtemp(prefix="isthmus-")) if self._remote else local_path(url)
         self.path.mkdir(parents=True, exist_ok=True)
         self._queue: dict[str, Path | bytes] = {}
         """What is to be sent, by URL."""

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
+from isthmus.data_pipeline.store.local_store import is_local, local_path
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.config import LanguageConfig
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
@@ -102,16 +103,15 @@ def export_checkpoint(
     saved, stage = _find(config, store, run_url, stage, step)
     if next(iter(store.list(destination)), None) is not None:
         raise CheckpointError(f"{destination}: is not empty; give a new folder")
-    is_local = "://" not in destination or destination.startswith("file://")
-    parent = Path(destination.removeprefix("file://")).resolve().parent if is_local else None
+    parent = local_path(destination).resolve().parent if is_local(destination) else None
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".isthmus-export-", dir=parent) as temporary:
         folder = Path(temporary) / EXPORT
         with closing(saved), saved.in_use():
             _write(config, store, saved, folder, stage, form)
-        if is_local:
-            folder.rename(destination.removeprefix("file://"))
+        if parent is not None:
+            folder.rename(local_path(destination))
         else:
             _upload(folder, destination, store)
     return saved.url

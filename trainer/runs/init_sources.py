@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from isthmus.data_pipeline.store.local_store import is_local, local_path
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.key_mapping import reference_name
@@ -134,8 +135,8 @@ def _read(entry: TensorEntry, store: ObjectStore) -> Tensor:
 
 def _read_lavis(url: str, store: ObjectStore, names: list[str]) -> Tensors:
     try:
-        if "://" not in url or url.startswith("file://"):
-            return _lavis_source(url, Path(url.removeprefix("file://")), names)
+        if is_local(url):
+            return _lavis_source(url, local_path(url), names)
         with tempfile.TemporaryDirectory(prefix="isthmus-init-") as folder:
             path = Path(folder) / f"checkpoint{LAVIS_SUFFIX}"
             store.download(url, path)

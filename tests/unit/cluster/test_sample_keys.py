@@ -3,7 +3,8 @@
 import pytest
 
 from isthmus.cluster.supervision.sample_keys import sample_keys
-from isthmus.data_pipeline.reading.loader import open_loader
+from isthmus.data_pipeline.dataset.load_plan import load_plan
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.tiny.assets import write_corpus
 
@@ -23,9 +24,8 @@ def test_keys_are_those_of_the_batch(tmp_path):
     data = {"sources": [{"manifest": manifest}], "lanes": 4, "readers": 0}
     config = job_config(str(tmp_path), data=data)
     store = ObjectStore()
-    loader = open_loader(
-        config.data, store, no_text, image_size_pixels=32, global_batch_size=8, seed=0, rank=0, world_size=1
-    )
+    plan = load_plan(config.data, store, seed=0, global_batch_size=8)
+    loader = Loader(config.data, store, plan, no_text, image_size_pixels=32, rank=0, world_size=1)
     try:
         for batch in loader.batches(2, 2):
             assert sample_keys(config, store, "stage1", batch.step) == batch.keys

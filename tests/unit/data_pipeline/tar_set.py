@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from isthmus.data_pipeline.config import DataConfig
+from isthmus.data_pipeline.dataset.load_plan import load_plan
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, Sample, ShardIndex, index_hash
 from isthmus.data_pipeline.reading.batch import Batch
-from isthmus.data_pipeline.reading.loader import Loader, open_loader
+from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 
@@ -90,17 +91,17 @@ def loader(
     weighted = [manifest if isinstance(manifest, tuple) else (manifest, 1.0) for manifest in manifests]
     sources = tuple({"manifest": url, "weight": weight} for url, weight in weighted)
     config = DataConfig(**({"lanes": 4, "readers": 0, "shuffle_chunks": 2} | options), sources=sources)
-    return open_loader(
+    store = store or ObjectStore()
+    plan = load_plan(config, store, seed=seed, global_batch_size=batch, skip_steps=skip_steps)
+    return Loader(
         config,
-        store or ObjectStore(),
+        store,
+        plan,
         encoder or Encoder(),
         image_size_pixels=size,
-        global_batch_size=batch,
-        seed=seed,
         rank=rank,
         world_size=world_size,
         train=train,
-        skip_steps=skip_steps,
         virtual_ranks=virtual_ranks,
     )
 
