@@ -11,8 +11,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from isthmus.bootstrap.config import CaptionConfig
-from isthmus.bootstrap.identity import folder_identity
-from isthmus.bootstrap.models import load_writer
+from isthmus.bootstrap.models import folder_identity, load_writer
 from isthmus.bootstrap.samples import ImageBatch, read_batches
 from isthmus.bootstrap.stage import ShardDone, ShardTask
 from isthmus.data_pipeline.dataset.manifest import Manifest

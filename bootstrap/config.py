@@ -2,15 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from isthmus.data_pipeline.config import Config
 from isthmus.model.decoding import Decoding
-
-
-class Config(BaseModel):
-    """Base of this package's configurations: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class CaptionConfig(Config):

@@ -1,10 +1,12 @@
-"""Models as the workers use them: each loaded once per process, on one thread."""
+"""Models as the workers use them: each loaded once per process, on one thread, and named by what its files hold."""
 
+import hashlib
 from functools import lru_cache
 
 import torch
 
 from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.captioning.judges import Judge, open_judge
 from isthmus.model.captioning.writers import Writer, open_writer
@@ -35,3 +37,24 @@ def load_judge(url: str, store: StoreConfig) -> Judge:
     """
     torch.set_num_threads(1)
     return open_judge(local_folder(url, ObjectStore(store)))
+
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".bin", ".pth")
+"""Endings of the files that make a model; a model card is none."""
+
+
+def folder_identity(url: str, store: ObjectStore) -> str:
+    """Return a SHA-256 over names and contents of a model's files.
+
+    Raises:
+        DataError: the folder holds no such file.
+    """
+    folder = url.rstrip("/")
+    infos = {info.url.removeprefix(folder).lstrip("/"): info for info in store.list(folder)}
+    files = {name: info for name, info in sorted(infos.items()) if name.endswith(MODEL_FILES)}
+    if not files:
+        raise DataError(f"{url}: holds no model; give the folder of an export or of a transformers model")
+    digest = hashlib.sha256()
+    for name, info in files.items():
+        digest.update(f"{name}\0".encode() + bytes.fromhex(store.sha256(info)))
+    return digest.hexdigest()

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from isthmus.bootstrap.caption import CAPTIONS
 from isthmus.bootstrap.config import ScoreConfig
-from isthmus.bootstrap.identity import folder_identity
-from isthmus.bootstrap.models import load_judge
+from isthmus.bootstrap.models import folder_identity, load_judge
 from isthmus.bootstrap.samples import ImageBatch, read_batches
 from isthmus.bootstrap.stage import ShardDone, ShardTask
 from isthmus.bootstrap.text_scores import SCORES, knows_language, text_scores

@@ -7,10 +7,10 @@ from pydantic import Field, ValidationError, model_validator
 from isthmus.bootstrap.config import CaptionConfig, ScoreConfig
 from isthmus.bootstrap.select_rule import SelectRule
 from isthmus.cluster.config import ClusterConfig, JobConfig
-from isthmus.data_pipeline.config import StoreConfig
+from isthmus.data_pipeline.config import Config, StoreConfig
 from isthmus.data_pipeline.store.object_store import join
 from isthmus.trainer.config.explain import explain
-from isthmus.trainer.config.schema import Config, RunConfig
+from isthmus.trainer.config.schema import RunConfig
 
 SELECTED = "selected"
 TRAINED = "trained"

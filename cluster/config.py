@@ -4,7 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.trainer.config.schema import Config, TrainConfig
+from isthmus.data_pipeline.config import Config
+from isthmus.trainer.config.schema import TrainConfig
 
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 

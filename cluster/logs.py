@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-CONTEXT_KEYS = ("run", "stage", "step", "rank", "node")
-"""Keys of the context; a line has those that are known."""
-
 FORMAT_VARIABLE, PLAIN = "ISTHMUS_LOGS", "plain"
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}

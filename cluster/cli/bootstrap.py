@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,10 @@ ADDRESS_HELP = "Work in actors of this Ray cluster ('auto': this node's). Local 
 AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each actor.")]
 PriceOption = Annotated[float, typer.Option("--price", min=0, help="Of one worker for an hour, for the estimate.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass; part of what decides bytes.")]
+SettingsArg = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of this stage in a recipe, such as batch_size=16."),
+]
 
 
 @app.command()
@@ -35,13 +38,7 @@ def caption(
     manifest: ManifestArg,
     out: OutArg,
     model: Annotated[str, typer.Option("--model", help="Folder of a captioning model.")],
-    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Captions per image.")] = 5,
-    method: Annotated[Literal["nucleus", "beam"], typer.Option("--method", help="How they are written.")] = "nucleus",
-    top_p: Annotated[float, typer.Option("--top-p", help="Probability mass of nucleus sampling.")] = 0.9,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest caption, in tokens.")] = 30,
-    name: Annotated[str, typer.Option("--name", help="Source of these captions in the layer.")] = "captioner",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sampling.")] = 0,
-    batch_size: BatchOption = 32,
+    settings: SettingsArg = None,
     workers: WorkersOption = 1,
     gpus: GpusOption = 0.0,
     price: PriceOption = 0.0,
@@ -49,14 +46,12 @@ def caption(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write candidate captions of every image beside the texts that it has."""
+    """Write candidate captions of every image beside the texts that it has: num_candidates=5, method=nucleus."""
     from isthmus.bootstrap.caption import caption_work
     from isthmus.bootstrap.config import CaptionConfig
+    from isthmus.trainer.config.loading import config_from
 
-    config = CaptionConfig(
-        model=model, name=name, num_candidates=candidates, method=method, top_p=top_p, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, seed=seed,
-    )  # fmt: skip
+    config = config_from({"model": model}, settings or [], CaptionConfig, "caption")
     store, loaded = _open(manifest, endpoint_url, region)
     _run(lambda: caption_work(loaded, out, config, store), loaded, out, store, _pool(workers, address, gpus, price))
 
@@ -65,11 +60,10 @@ def caption(
 def score(
     manifest: ManifestArg,
     out: OutArg,
+    settings: SettingsArg = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="Folder of an export of stage 1, or of CLIP or SigLIP.")
     ] = None,
-    language: Annotated[str, typer.Option("--language", help="ISO 639 code of the wanted language.")] = "en",
-    batch_size: BatchOption = 32,
     workers: WorkersOption = 1,
     gpus: GpusOption = 0.0,
     price: PriceOption = 0.0,
@@ -77,11 +71,12 @@ def score(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Score what `caption` wrote and the texts that the images had."""
+    """Score what `caption` wrote and the texts that the images had: language=en."""
     from isthmus.bootstrap.config import ScoreConfig
     from isthmus.bootstrap.score import score_work
+    from isthmus.trainer.config.loading import config_from
 
-    config = ScoreConfig(models=tuple(model or ()), language=language, batch_size=batch_size)
+    config = config_from({"models": model or []}, settings or [], ScoreConfig, "score")
     store, loaded = _open(manifest, endpoint_url, region)
     _run(lambda: score_work(loaded, out, config, store), loaded, out, store, _pool(workers, address, gpus, price))
 
@@ -90,19 +85,7 @@ def score(
 def select(
     manifest: ManifestArg,
     out: OutArg,
-    method: Annotated[
-        Literal["match", "top", "web_or_best"], typer.Option("--method", help="See docs/bootstrap.md.")
-    ] = "match",
-    by: Annotated[str, typer.Option("--score", help="Score that is compared.")] = "itm",
-    min_score: Annotated[float | None, typer.Option("--min-score", help="Least score.")] = None,
-    keep: Annotated[int, typer.Option("--keep", min=1, help="Captions per image that `top` keeps.")] = 2,
-    web_share: Annotated[float | None, typer.Option("--web-share", help="Probability of the web's own text.")] = None,
-    at_least: Annotated[
-        list[str] | None, typer.Option("--at-least", metavar="SCORE=VALUE", help="Every text's least, as length=3.")
-    ] = None,
-    at_most: Annotated[
-        list[str] | None, typer.Option("--at-most", metavar="SCORE=VALUE", help="Every text's most: repetition=0.3.")
-    ] = None,
+    settings: SettingsArg = None,
     duplicates: Annotated[
         str | None, typer.Option("--duplicates", metavar="LAYER", help="Leave out what `duplicates` marked.")
     ] = None,
@@ -111,17 +94,19 @@ def select(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write a manifest of the texts, and the images, that a rule keeps; reads no image and no model."""
+    """Write a manifest of the texts, and the images, that a rule keeps, such as method=top score=clip keep=2.
+
+    Reads no image and no model. The rules are in docs/bootstrap.md.
+    """
     from isthmus.bootstrap.score import SCORED
     from isthmus.bootstrap.select import select as choose
     from isthmus.bootstrap.select_rule import SelectRule
     from isthmus.data_pipeline.layers.layer import Layer
     from isthmus.data_pipeline.process_pool import run_in_processes
     from isthmus.data_pipeline.store.object_store import join
-    from isthmus.trainer.config.loading import check_config
+    from isthmus.trainer.config.loading import config_from
 
-    values = {"method": method, "score": by, "min_score": min_score, "keep": keep, "web_share": web_share}
-    rule = check_config({**values, "bounds": _bounds(at_least or [], at_most or [])}, SelectRule, "select")
+    rule = config_from({"method": "match"}, settings or [], SelectRule, "select")
     store, loaded = _open(manifest, endpoint_url, region)
     layer = Layer.load(join(out, SCORED), store)
     marks = Layer.load(duplicates, store) if duplicates else None
@@ -217,18 +202,6 @@ def run(
     check_present(job)
     log_to_terminal()
     raise typer.Exit(run_bootstrap_here(job, on_ray=not local).exit_code)
-
-
-def _bounds(at_least: list[str], at_most: list[str]) -> dict[str, dict[str, str]]:
-    """Return the bounds of scores from `SCORE=VALUE`."""
-    bounds: dict[str, dict[str, str]] = {}
-    for side, texts in (("min", at_least), ("max", at_most)):
-        for text in texts:
-            name, is_pair, value = text.partition("=")
-            if not (name and is_pair and value):
-                raise typer.BadParameter(f"{text!r} is not SCORE=VALUE, such as length=3")
-            bounds.setdefault(name, {})[side] = value
-    return bounds
 
 
 def _open(manifest: str, endpoint_url: str | None, region: str | None) -> "tuple[ObjectStore, Manifest]":

@@ -105,7 +105,7 @@ def import_(
     """Turn a published BLIP-2 of either stage into an own export; say what was taken, what is new, what was left."""
     from isthmus.model.formats.hf_import import import_blip2
     from isthmus.model.formats.key_mapping import by_layer
-    from isthmus.model.formats.lavis_import import import_lavis
+    from isthmus.model.formats.lavis import import_lavis
 
     if source.is_dir():
         imported = import_blip2(source, target)

@@ -1,7 +1,6 @@
 """Bad samples: the record that each leaves, and how many of them a run tolerates."""
 
 import dataclasses
-import json
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -27,10 +26,6 @@ class BadRecord:
     cause: str
     """Short name of the cause, for counting."""
     detail: str
-
-    def to_json(self) -> str:
-        """Return the record as one line."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=True, separators=(",", ":"))
 
 
 class BudgetExceeded(DataError):

@@ -5,6 +5,7 @@ winner; a read is of one version; what may succeed later is retried a limited nu
 (missing, forbidden, changed) is reported at once.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -36,6 +37,9 @@ __all__ = [
     "UnavailableError",
     "join",
 ]
+
+
+HASH_BLOCK_BYTES = 8 << 20
 
 
 class _Backend(Protocol):
@@ -173,6 +177,18 @@ class ObjectStore:
             ChangedError: the object is not the version `etag`, or changes while it is read.
         """
         self._backend(url).download(url, path, etag)
+
+    def sha256(self, info: ObjectInfo) -> str:
+        """Return the SHA-256 of an object's bytes.
+
+        Raises:
+            ChangedError: the object is no longer the version of `info`.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, info.size, HASH_BLOCK_BYTES):
+            length = min(HASH_BLOCK_BYTES, info.size - start)
+            digest.update(self.get_range(info.url, start, length, etag=info.etag))
+        return digest.hexdigest()
 
     def _backend(self, url: str) -> _Backend:
         if url.startswith("s3://"):

@@ -52,6 +52,17 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[ConfigT])
     return check_config(raw, kind, str(path))
 
 
+def config_from(values: dict[str, Any], overrides: Sequence[str], kind: type[ConfigT], source: str) -> ConfigT:
+    """Apply overrides to plain values, and return them as a checked configuration.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    for override in overrides:
+        _apply_override(values, override)
+    return check_config(values, kind, source)
+
+
 def _find_recipe(path: Path) -> Path:
     """Return the file; for a missing NAME.yaml or recipes/NAME.yaml, the packaged recipe of that name."""
     packaged = RECIPES / path.name

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from isthmus.data_pipeline.config import DataConfig, StoreConfig
+from isthmus.data_pipeline.config import Config, DataConfig, StoreConfig
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
 from isthmus.model.config import STORAGE_TYPES, ModelConfig, PrecisionName, Stage1LossConfig
@@ -13,12 +13,6 @@ StageName = Literal["stage1", "stage2"]
 SameBits = Literal["world_size", "run", "none"]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-
-
-class Config(BaseModel):
-    """Base of this package's configurations: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Config):
@@ -54,7 +48,7 @@ class OptimizerConfig(Config):
     """Term added to the denominator."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled decay of matrices; vectors and biases have none."""
-    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = Field({})
     """Factor of the learning rate of parameters whose names begin so, such as {projection: 10} in stage 2."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Global norm to which gradients are clipped; 0: no clipping."""

@@ -27,7 +27,6 @@ RECORD = "isthmus-model.json"
 CONFIG = "config.json"
 FILE_BYTES = 2 << 30
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_BLOCK_BYTES = 8 << 20
 
 
 class FileRecord(BaseModel):
@@ -191,7 +190,7 @@ def verify(folder: str, store: ObjectStore) -> ModelRecord:
         raise TrainerError(f"{folder}: unfinished; run the same `isthmus models get` again, it resumes")
     for name, expected in record.files.items():
         try:
-            found = _hash_object(join(folder, name), store)
+            found = store.sha256(store.head(join(folder, name)))
         except NotFoundError as error:
             raise TrainerError(f"{join(folder, name)}: missing; get the model again") from error
         if found != expected.sha256:
@@ -203,13 +202,6 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_object(url: str, store: ObjectStore) -> str:
-    info, digest = store.head(url), hashlib.sha256()
-    for start in range(0, info.size, _BLOCK_BYTES):
-        digest.update(store.get_range(url, start, min(_BLOCK_BYTES, info.size - start), etag=info.etag))
-    return digest.hexdigest()
 
 
 def _side_contents(model: Published, plan: dict[str, list[str]], dtype: Dtype) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from isthmus.data_pipeline.store.local_store import is_local, local_path
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.config import LanguageConfig
 from isthmus.model.formats.hf_export import export_captioner, export_retriever, hf_can_hold
-from isthmus.model.formats.lavis_export import export_lavis
+from isthmus.model.formats.lavis import export_lavis
 from isthmus.model.formats.native import export_bridge
 from isthmus.model.frozen.language import ENCODER_DECODER_TYPES
 from isthmus.model.safetensors_io import read_json

@@ -25,6 +25,7 @@ from isthmus.data_pipeline.errors import ChangedError, DataError
 from isthmus.data_pipeline.layers.candidates import add_scores
 from isthmus.data_pipeline.layers.layer import LayerWriter
 from isthmus.data_pipeline.process_pool import run_in_processes
+from isthmus.trainer.errors import ConfigError
 from tests.unit.data_pipeline.layered import STORE, shard_candidates, write_layer
 from tests.unit.data_pipeline.tar_set import write_set
 
@@ -204,14 +205,15 @@ def test_the_verbs_mark_and_leave_out(sets, manifests, marked, tmp_path):
         lengths = [[float(int(key) % 3)] for key in table["key"].to_pylist()]
         writer.write(number, shard, add_scores(table, {"length": lengths}))
     writer.commit(base)
-    options = ["--method", "top", "--score", "length", "--at-least", "length=1", "--processes", "1"]
+    options = ["method=top", "score=length", "bounds.length.min=1", "--processes", "1"]
     marks = f"{tmp_path}/marks/duplicates-{base.hash[:12]}"
     said = CliRunner().invoke(app, ["select", sets["first"], str(out), *options, "--duplicates", marks])
     assert said.exit_code == 0, said.output
     kept = Manifest.load(str(out / "selected"), STORE)
     assert kept.num_samples == len([key for key in range(9) if key % 3 >= 1 and key not in EXPECTED[0]])
-    said = CliRunner().invoke(app, ["select", sets["first"], str(out), "--at-most", "length"])
-    assert "'length' is not SCORE=VALUE, such as length=3" in " ".join(said.output.replace("\u2502", " ").split())
+    said = CliRunner().invoke(app, ["select", sets["first"], str(out), "bounds.length.most=3"])
+    assert isinstance(said.exception, ConfigError)
+    assert "bounds.length.most: unknown key" in str(said.exception)
 
 
 def test_marks_of_another_data_set_are_refused(sets, marked, tmp_path):

@@ -86,13 +86,13 @@ def isthmus(*arguments: object) -> str:
 
 def test_the_stages_run_one_by_one(folder):
     data, out = folder / "manifest", folder / "out"
-    few = ("--candidates", 2, "--max-new-tokens", 4, "--batch-size", 4)
+    few = ("num_candidates=2", "max_new_tokens=4", "batch_size=4")
     said = isthmus("bootstrap", "caption", data, out, "--model", folder / "captioner", *few, "--price", 2)
     assert f"{out}/captions: 9 images" in said
     isthmus("bootstrap", "score", data, out, "--model", folder / "filter")
-    said = isthmus("bootstrap", "select", data, out, "--method", "top", "--score", "itc", "--processes", 1)
+    said = isthmus("bootstrap", "select", data, out, "method=top", "score=itc", "--processes", 1)
     assert "8 of 9 images" in said  # the broken one has no score
-    isthmus("bootstrap", "select", data, out, "--method", "top", "--score", "length", "--to", "long", "--processes", 1)
+    isthmus("bootstrap", "select", data, out, "method=top", "score=length", "--to", "long", "--processes", 1)
     assert Manifest.load(str(out / "long"), ObjectStore()).num_samples == 9
     assert "report.html" in isthmus("bootstrap", "report", out)
     assert "9 samples" in isthmus("data", "verify", out / "long")
@@ -103,6 +103,6 @@ def test_a_rule_with_an_unknown_score_and_an_empty_selection_are_one_line(folder
     if not (out / "scores").exists():
         test_the_stages_run_one_by_one(folder)
     with pytest.raises(DataError, match=r"score 'beauty' that the layer .* does not have: it has "):
-        isthmus("bootstrap", "select", data, out, "--method", "top", "--score", "beauty", "--to", "b")
+        isthmus("bootstrap", "select", data, out, "method=top", "score=beauty", "--to", "b")
     with pytest.raises(DataError, match="nothing is selected"):
-        isthmus("bootstrap", "select", data, out, "--score", "itc", "--min-score", 2, "--to", "c", "--processes", 1)
+        isthmus("bootstrap", "select", data, out, "score=itc", "min_score=2", "--to", "c", "--processes", 1)

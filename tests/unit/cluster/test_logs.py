@@ -21,7 +21,7 @@ def stream():
     yield stream
     root.handlers[:] = handlers
     root.setLevel(level)
-    logs.bind_context(**dict.fromkeys(logs.CONTEXT_KEYS))
+    logs.bind_context(**dict.fromkeys(("run", "stage", "step", "rank", "node")))
 
 
 def test_a_line_names_run_stage_step_and_rank(stream):

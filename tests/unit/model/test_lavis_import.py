@@ -15,7 +15,7 @@ from isthmus.model.formats.captioner import load_captioner
 from isthmus.model.formats.hf_export import export_native
 from isthmus.model.formats.hf_import import HEADS, PROJECTION, trained_names
 from isthmus.model.formats.key_mapping import reference_name
-from isthmus.model.formats.lavis_import import import_lavis
+from isthmus.model.formats.lavis import import_lavis
 from isthmus.model.generate import Decoding, caption
 from isthmus.model.tiny import write_tiny_language, write_tiny_vocabulary
 from tests.stage2_parts import picture, write_blip2_vision

@@ -1,9 +1,13 @@
-"""From checkpoints of the original code (LAVIS .pth, either stage) to our own export; dimensions follow from shapes."""
+"""Checkpoints of the original code (LAVIS .pth, either stage), read into our own exports and written back."""
 
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
@@ -104,3 +108,26 @@ def _write_encoder(tensors: Tensors, source: Path, folder: Path) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(config["image_size"])))
     write_tensors(folder, ((name, tensor.read) for name, tensor in tower.items()))
     return folder
+
+
+WEIGHTS = "checkpoint.pth"
+# The original's language head has copies of its own of what is tied.
+_TIED = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+
+
+def export_lavis(folder: Path, trained: Mapping[str, Tensor], llm: str) -> None:
+    """Write `checkpoint.pth` into a new folder: {"model": tensors by LAVIS' names}.
+
+    Args:
+        folder: Target; made here.
+        trained: Tensors by the names of `trainable_parameters` of either stage.
+        llm: The original's prefix of the projection: opt or t5.
+    """
+    names = {name: reference_name(name, "lavis", llm) for name in trained}
+    state = {theirs: trained[ours].detach().cpu() for ours, theirs in names.items() if theirs}
+    state |= {copy: state[source] for copy, source in _TIED.items() if source in state}
+    folder.mkdir(parents=True)
+    torch.save({"model": state}, folder / WEIGHTS)
