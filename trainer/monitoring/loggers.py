@@ -5,8 +5,8 @@ are opened, because these steps are done again.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -18,69 +18,51 @@ from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 MAX_EVENT_FILE_BYTES = 8 << 20
 
 
-class MetricLogger(Protocol):
+class MetricLogger(ABC):
     """One place for metrics and pictures."""
 
+    @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics of a step."""
-        ...
 
-    def log_pictures(self, step: int, pictures: Pictures) -> None:
+    def log_pictures(self, step: int, pictures: Pictures) -> None:  # noqa: B027 - not every place shows pictures
         """Add pictures: name -> uint8 [height, width, 3]."""
-        ...
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - trackers send by themselves
         """Write everything added so far to disk; hand over what is complete."""
-        ...
 
-    def send(self) -> None:
+    def send(self) -> None:  # noqa: B027
         """Hand over everything added so far: the state of this step can be resumed from."""
-        ...
 
     def end_segment(self) -> None:
         """Hand over everything added so far, which is complete: a checkpoint is saved."""
-        ...
+        self.send()
 
+    @abstractmethod
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
-class JsonlLogger:
-    """`metrics/`: one JSON object per record: step, samples, time (Unix seconds), metrics; see `segments`."""
+class JsonlLogger(SegmentedLog, MetricLogger):
+    """`metrics/`: one JSON object per record: step, samples, time (Unix seconds), metrics."""
 
     NAME = "metrics"
 
     def __init__(self, synced: SyncedFolder, resumed_step: int, samples_per_step: int) -> None:
+        super().__init__(synced, self.NAME, resumed_step)
         self._samples_per_step = samples_per_step
-        self._log = SegmentedLog(synced, self.NAME, resumed_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a value that is not finite becomes null, as JSON knows no NaN."""
         values = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
-        self._log.append(step, {"samples": step * self._samples_per_step, "time": time.time(), **values})
-
-    def log_pictures(self, step: int, pictures: Pictures) -> None:
-        """Pictures have no place in JSON."""
-
-    def flush(self) -> None:
-        """Write the lines to disk."""
-        self._log.flush()
-
-    def send(self) -> None:
-        """Send the segment as it is."""
-        self._log.send()
-
-    def end_segment(self) -> None:
-        """Send the segment; the next record begins another one."""
-        self._log.end_segment()
+        self.append(step, {"samples": step * self._samples_per_step, "time": time.time(), **values})
 
     def close(self) -> None:
         """Send the segment."""
-        self._log.end_segment()
+        self.end_segment()
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(MetricLogger):
     """Event files in `tensorboard/`: a new one per checkpoint, and whenever one is large or old.
 
     A resumed run tells TensorBoard (`purge_step`) to hide what earlier files hold of the steps that are done again.

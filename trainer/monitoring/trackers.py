@@ -38,8 +38,8 @@ def open_trackers(
     return [_TRACKERS[name](config.project, f"{run_name}-{stage}", resolved) for name in config.trackers]
 
 
-class WandbLogger:
-    """Weights & Biases (extra `wandb`): a run is continued by its id."""
+class WandbLogger(MetricLogger):
+    """Weights & Biases (extra `wandb`): a run is continued by its id; what has not been sent is kept on disk."""
 
     def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
         self._wandb = _imported("wandb")
@@ -61,21 +61,12 @@ class WandbLogger:
         """Log pictures."""
         self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
 
-    def flush(self) -> None:
-        """W&B sends by itself."""
-
-    def send(self) -> None:
-        """W&B sends by itself, and keeps on disk what it has not sent."""
-
-    def end_segment(self) -> None:
-        """As `send`."""
-
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()
 
 
-class MlflowLogger:
+class MlflowLogger(MetricLogger):
     """MLflow (extra `mlflow`): the experiment is the project; a run is found again by its tag `isthmus.run`."""
 
     def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
@@ -109,9 +100,6 @@ class MlflowLogger:
         for name, picture in pictures.items():
             self._client.log_image(self._run_id, picture, key=name, step=step, synchronous=False)
 
-    def flush(self) -> None:
-        """Records are on their way already."""
-
     def send(self) -> None:
         """Wait for the metrics on their way, so that none is lost before a state that can be resumed from.
 
@@ -119,10 +107,6 @@ class MlflowLogger:
         """
         sending, self._sending = self._sending, []
         self._attempt(lambda: [operation.wait() for operation in sending])
-
-    def end_segment(self) -> None:
-        """As `send`."""
-        self.send()
 
     def close(self) -> None:
         """Send everything, and finish the MLflow run."""
@@ -149,7 +133,7 @@ class MlflowLogger:
         return {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
 
 
-class TrackioLogger:
+class TrackioLogger(MetricLogger):
     """trackio (extra `trackio`): on this machine, a Space (TRACKIO_SPACE_ID) or a server (TRACKIO_SERVER_URL)."""
 
     def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
@@ -169,9 +153,6 @@ class TrackioLogger:
         if step >= self._first_step:
             self._run.log({name: self._trackio.Image(picture) for name, picture in pictures.items()}, step=step)
 
-    def flush(self) -> None:
-        """Trackio sends by itself."""
-
     def send(self) -> None:
         """Finish the trackio run and continue it: there is no other way to wait for the records on their way."""
         with contextlib.redirect_stdout(io.StringIO()):  # it says that the run has ended
@@ -180,10 +161,6 @@ class TrackioLogger:
                 self._run = self._open()
             except TrainerError as error:
                 logger.warning("trackio: records may be missing there: %s", error)
-
-    def end_segment(self) -> None:
-        """As `send`."""
-        self.send()
 
     def close(self) -> None:
         """Send everything, and finish the trackio run."""
