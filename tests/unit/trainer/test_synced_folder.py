@@ -81,7 +81,7 @@ def test_bytes_of_a_run_of_250_000_steps_are_linear_in_its_length():
     store, clock = MemoryStore(), Clock()
     synced = SyncedFolder(URL, store)
     metrics, events = JsonlLogger(synced, -1, 8), TensorBoardLogger(synced, -1, clock)
-    metrics._log._clock = clock
+    metrics._clock = clock
     quarantine = QuarantineLog(synced, 0)
     ledger = GoodputLedger(None, lambda data: synced.put("s3://bucket/run/goodput.json", data), clock=clock)
     for step in range(10, 250_001, 10):
