@@ -100,7 +100,7 @@ class Server:
         writer: The model.
         name: What the interface calls it.
         token: What clients must send as their API key; none: anybody who reaches the port may ask.
-        max_batch: Requests that run as one batch.
+        max_batch: Largest number of requests in a batch.
         max_waiting: Requests that may wait; more are told to come back (429).
         timeout_seconds: Longest time from request to answer.
     """

@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
 app = typer.Typer(
-    help="Write, score and choose captions for a data set; images stay where they are.", no_args_is_help=True
+    help="Generate, score and select captions for a data set without copying images.", no_args_is_help=True
 )
 
-ManifestArg = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
-OutArg = Annotated[str, typer.Argument(metavar="OUT", help="Folder URL of all stages; run again to resume.")]
-WORKERS_HELP = "Processes here, or actors of --address; each holds the models."
+ManifestArg = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="URL of a manifest folder, as written by `isthmus data index`.")
+]
+OutArg = Annotated[str, typer.Argument(metavar="OUT", help="Folder URL for all stages; run again to resume.")]
+WORKERS_HELP = "Local processes, or actors with --address; each loads the models."
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help=WORKERS_HELP)]
-ADDRESS_HELP = "Work in actors of this Ray cluster ('auto': this node's). Local paths must be the same on all nodes."
+ADDRESS_HELP = "Run in actors on this Ray cluster ('auto': this node's). Local paths must exist on all nodes."
 AddressOption = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each actor.")]
-PriceOption = Annotated[float, typer.Option("--price", min=0, help="Of one worker for an hour, for the estimate.")]
+PriceOption = Annotated[
+    float, typer.Option("--price", min=0, help="Price of one worker per hour, for the cost estimate.")
+]
 SettingsArg = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Keys of this stage in a recipe, such as batch_size=16."),
@@ -46,7 +50,7 @@ def caption(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write candidate captions of every image beside the texts that it has: num_candidates=5, method=nucleus."""
+    """Generate candidate captions for every image, such as with num_candidates=5 method=nucleus."""
     from isthmus.bootstrap.caption import caption_work
     from isthmus.bootstrap.config import CaptionConfig
     from isthmus.trainer.config.loading import config_from
@@ -62,7 +66,7 @@ def score(
     out: OutArg,
     settings: SettingsArg = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="Folder of an export of stage 1, or of CLIP or SigLIP.")
+        list[str] | None, typer.Option("--model", help="Folder of a stage-1 export, CLIP or SigLIP.")
     ] = None,
     workers: WorkersOption = 1,
     gpus: GpusOption = 0.0,
@@ -71,7 +75,7 @@ def score(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Score what `caption` wrote and the texts that the images had: language=en."""
+    """Score the generated captions and the images' own texts, such as with language=en."""
     from isthmus.bootstrap.config import ScoreConfig
     from isthmus.bootstrap.score import score_work
     from isthmus.trainer.config.loading import config_from
@@ -87,7 +91,12 @@ def select(
     out: OutArg,
     settings: SettingsArg = None,
     duplicates: Annotated[
-        str | None, typer.Option("--duplicates", metavar="LAYER", help="Leave out what `duplicates` marked.")
+        str | None,
+        typer.Option(
+            "--duplicates",
+            metavar="LAYER",
+            help="Layer of `isthmus bootstrap duplicates`; its marked images are excluded.",
+        ),
     ] = None,
     to: Annotated[str, typer.Option("--to", help="Name of the selection's folder in OUT.")] = "selected",
     processes: Annotated[int, typer.Option("--processes", min=1, help="Local processes.")] = os.cpu_count() or 1,
@@ -121,21 +130,25 @@ def select(
 @app.command()
 def duplicates(
     manifests: Annotated[
-        list[str], typer.Argument(metavar="MANIFEST...", help="Data sets; of alike images the first stays.")
+        list[str], typer.Argument(metavar="MANIFEST...", help="Data sets; the first of similar images is kept.")
     ],
-    out: Annotated[str, typer.Option("--out", help="Folder URL of hashes and marks; run again to resume.")],
+    out: Annotated[str, typer.Option("--out", help="Folder URL for hashes and marks; run again to resume.")],
     against: Annotated[
-        list[str] | None, typer.Option("--against", metavar="MANIFEST", help="Evaluation set; again for more.")
+        list[str] | None,
+        typer.Option("--against", metavar="MANIFEST", help="Manifest of an evaluation set (repeatable)."),
     ] = None,
     max_distance: Annotated[
-        int, typer.Option("--max-distance", min=0, max=7, help="Bits of 64 by which hashes of alike images differ.")
+        int,
+        typer.Option(
+            "--max-distance", min=0, max=7, help="Largest difference between hashes of similar images, in bits of 64."
+        ),
     ] = 3,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Local processes.")] = os.cpu_count() or 1,
     address: AddressOption = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Mark images that occur again, there or in an earlier data set, or in an evaluation set; see `select`."""
+    """Mark images that are duplicates, across all given data sets, or occur in an evaluation set; for `select`."""
     from collections import Counter
 
     from isthmus.bootstrap.duplicates.marks import mark_duplicates
@@ -161,7 +174,7 @@ def report(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write a page about a bootstrap: acceptance, scores, pictures, time and cost; opens anywhere, offline."""
+    """Write a self-contained HTML report of a bootstrap: acceptance, scores, examples, time and cost."""
     from isthmus.cluster.report.bootstrap_page import REPORT, write_bootstrap_report
     from isthmus.data_pipeline.store.object_store import join
 
@@ -174,11 +187,12 @@ def run(
     recipe: RecipeArg,
     overrides: OverridesArg = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="Dashboard of a cluster: submit there, as `isthmus submit` does.")
+        str | None,
+        typer.Option("--address", help="Dashboard of a cluster to submit the job to, as with `isthmus submit`."),
     ] = None,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
 ) -> None:
-    """Do all stages of a recipe, training before and after them included; run again to resume."""
+    """Run all stages of a recipe, including training before and after; run again to resume."""
     from isthmus.cluster.bootstrap_job import BootstrapJob
     from isthmus.trainer.config.loading import load_config
 

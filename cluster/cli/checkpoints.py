@@ -89,7 +89,7 @@ def verify(
 @app.command()
 def prune(
     run: RunFolderArg,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=2, help="Newest checkpoints to keep.")] = 2,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=2, help="Number of newest checkpoints to keep.")] = 2,
     keep_every_steps: Annotated[int | None, typer.Option(help="Keep those at multiples of this.")] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
@@ -97,7 +97,7 @@ def prune(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete checkpoints beyond those to keep, and leftovers; never one in use, nor the one stage 2 began from."""
+    """Delete old checkpoints and leftovers; never one in use, or the one stage 2 was initialised from."""
     from isthmus.cluster.submission.checkpoint_folders import checkpoint_folders, steps_in_use_by_stage2
     from isthmus.trainer.checkpoint.retention import prune as prune_folder
     from isthmus.trainer.config.schema import CheckpointConfig
@@ -126,7 +126,7 @@ def rollback(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete all checkpoints after this one, so that its stage resumes from it; end the run first."""
+    """Delete all checkpoints after this one, so that its stage resumes from it; stop the run first."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint
     from isthmus.trainer.checkpoint.retention import delete_after
 
@@ -168,7 +168,7 @@ def diff(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor; exit code 1 where they differ."""
+    """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
     from isthmus.trainer.checkpoint.reader import SavedCheckpoint
     from isthmus.trainer.checkpoint.tools import differences
 

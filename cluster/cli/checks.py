@@ -37,7 +37,7 @@ def preflight(
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check nodes, network, object store, weights, data and versions, and say what to fix; exit code 2: not ready."""
+    """Check nodes, network, object store, weights, data and versions; exit code 2 if anything needs fixing."""
     from isthmus.cluster.checks.preflight import run_as_job, run_on_embedded_ray
 
     resolved = load_config(config, overrides or [], JobConfig)

@@ -19,11 +19,13 @@ from isthmus.cluster.cli.options import (
 )
 from isthmus.cluster.cli.output import data_size, print_json, print_rich, progress, table
 
-app = typer.Typer(help="Make shards, index them, inspect them.", no_args_is_help=True)
+app = typer.Typer(help="Create, index and inspect shards.", no_args_is_help=True)
 
-ManifestUrl = Annotated[str, typer.Argument(metavar="MANIFEST", help="URL of the folder that `data index` wrote.")]
+ManifestUrl = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="URL of a manifest folder, as written by `isthmus data index`.")
+]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Local processes.")]
-ADDRESS_HELP = "Work as tasks of this Ray cluster ('auto': this node's). Local paths must be the same on all nodes."
+ADDRESS_HELP = "Run as tasks on this Ray cluster ('auto': this node's). Local paths must exist on all nodes."
 Address = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 CPUS = os.cpu_count() or 1
 
@@ -34,9 +36,10 @@ def index(
         list[str], typer.Argument(metavar="URL...", help="Shards: {00000..09999}, globs, folders, prefixes.")
     ],
     out: Annotated[str, typer.Option("--out", help="Folder URL of the manifest; run again to resume.")],
-    chunk_mb: Annotated[float, typer.Option("--chunk-mb", help="Bytes read at once, in MiB.")] = 16.0,
+    chunk_mb: Annotated[float, typer.Option("--chunk-mb", help="Size of the chunks read at once, in MiB.")] = 16.0,
     on: Annotated[
-        list[str] | None, typer.Option("--on", metavar="FAULT=drop|fail", help="Policy of a fault, or of `all`.")
+        list[str] | None,
+        typer.Option("--on", metavar="FAULT=drop|fail", help="Policy for a fault, or for `all` of them."),
     ] = None,
     processes: Processes = CPUS,
     address: Address = None,
@@ -44,7 +47,7 @@ def index(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check shards and write the manifest by which runs read them. Samples with a fault are left out and recorded."""
+    """Check shards and write the manifest that runs read. Faulty samples are omitted and recorded."""
     from isthmus.data_pipeline.dataset.index_build import DROPPED, IndexOptions, build_manifest
     from isthmus.data_pipeline.dataset.shard_check import parse_policy
     from isthmus.data_pipeline.dataset.shard_urls import absolute, expand
@@ -81,7 +84,7 @@ def verify(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare shards and indexes with the manifest; exit code 2 when something differs."""
+    """Compare shards and indexes with the manifest; exit code 2 if anything differs."""
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.dataset.verify import verify as check
     from isthmus.data_pipeline.errors import DataError
@@ -104,16 +107,19 @@ def verify(
 def show(
     manifest: ManifestUrl,
     sheet: Annotated[
-        Path | None, typer.Option("--sheet", metavar="FILE.png", help="Also draw random samples with their captions.")
+        Path | None,
+        typer.Option("--sheet", metavar="FILE.png", help="Also write an image of random samples with their captions."),
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="Samples on the sheet.")] = 24,
-    captions: Annotated[int, typer.Option("--captions", min=1, help="Samples in the caption statistics.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="Which samples.")] = 0,
+    images: Annotated[int, typer.Option("--images", min=1, help="Number of samples on the sheet.")] = 24,
+    captions: Annotated[
+        int, typer.Option("--captions", min=1, help="Number of samples in the caption statistics.")
+    ] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="Seed for choosing samples.")] = 0,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show counts, sizes and caption lengths, and draw random samples."""
+    """Show counts, sizes and caption lengths, and optionally random samples."""
     from isthmus.data_pipeline.dataset.contact_sheet import contact_sheet
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.dataset.preview import preview_samples, summarize
@@ -138,7 +144,7 @@ def show(
 def ls(
     manifest: ManifestUrl, endpoint_url: EndpointOption = None, region: RegionOption = None, as_json: JsonOption = False
 ) -> None:
-    """List the shards of a manifest; of any other folder, its objects."""
+    """List the shards of a manifest, or the objects in any other folder."""
     from isthmus.data_pipeline.dataset.manifest import Manifest
     from isthmus.data_pipeline.errors import NotFoundError
 
@@ -172,7 +178,7 @@ def where(
     region: RegionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show at which steps of a run samples were used, and at which they will be used next; steps count from 0."""
+    """Show in which steps of a run samples were used and when they will be used next; steps count from 0."""
     from dataclasses import asdict
 
     from isthmus.cluster.submission.run_folder import stored_config
@@ -205,15 +211,17 @@ def ingest(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Folder of relative image paths; no path may lead out of it.")
+        Path | None, typer.Option("--images", help="Base folder of relative image paths; paths must not leave it.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Of --kind karpathy: train, restval, val or test.")] = "test",
+    split: Annotated[str, typer.Option("--split", help="With --kind karpathy: train, restval, val or test.")] = "test",
     annotations: Annotated[
-        Path | None, typer.Option("--annotations", help="Of --kind vqa: the file with the answers.", exists=True)
+        Path | None, typer.Option("--annotations", help="With --kind vqa: the file with the answers.", exists=True)
     ] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Field of bytes, path or URL.")] = None,
-    caption_column: Annotated[str | None, typer.Option("--caption-column", help="Field of the captions.")] = None,
-    id_column: Annotated[str | None, typer.Option("--id-column", help="Field of the image id.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", help="Column with image bytes, path or URL.")
+    ] = None,
+    caption_column: Annotated[str | None, typer.Option("--caption-column", help="Column with the captions.")] = None,
+    id_column: Annotated[str | None, typer.Option("--id-column", help="Column with the image id.")] = None,
     allow_private_addresses: Annotated[
         bool, typer.Option("--allow-private-addresses", help="Also download from addresses that are not public.")
     ] = False,

@@ -45,11 +45,11 @@ def submit(
     address: AddressOption = None,
     watch: WatchOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show what would be sent; send nothing.")
+        bool, typer.Option("--dry-run", help="Check and show what would be sent, without sending it.")
     ] = False,
     allow_change: AllowChangeOption = None,
 ) -> None:
-    """Submit a run to a Ray cluster; one that is already active is left as it is."""
+    """Submit a run to a Ray cluster; a run that is already active is not changed."""
     resolved = load_config(config, overrides or [], JobConfig)
     address = address or resolved.cluster.address
     if dry_run:
@@ -67,7 +67,7 @@ def resume(
     watch: WatchOption = False,
     skip_steps: SkipStepsOption = None,
 ) -> None:
-    """Resume a run from its last committed checkpoint; by URL also on another cluster."""
+    """Resume a run from its last committed checkpoint; with a URL, also on another cluster."""
     from isthmus.cluster.submission.run_folder import is_url, stored_config
     from isthmus.cluster.submission.skip_steps import with_skipped
 
@@ -84,7 +84,7 @@ def resume(
 @app.command()
 def status(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Run or URL of its folder; none: all runs.")
+        str | None, typer.Argument(metavar="[RUN]", help="Run name or URL of its folder (default: all runs).")
     ] = None,
     address: AddressOption = None,
     endpoint_url: EndpointOption = None,
@@ -104,7 +104,7 @@ def status(
 
 @app.command()
 def ls(address: AddressOption = None, as_json: JsonOption = False) -> None:
-    """List the runs that the cluster knows, newest first."""
+    """List the runs on the cluster, newest first."""
     from isthmus.cluster.submission.watch import known_runs
 
     _show(known_runs(None, address, store_config(None, None)), one=False, as_json=as_json)
@@ -115,7 +115,9 @@ def logs(
     run: RunArg,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="Only lines of this rank.")] = None,
-    tail: Annotated[int, typer.Option("--tail", min=1, help="Lines from the end of the log; at most 8 MiB.")] = 10_000,
+    tail: Annotated[
+        int, typer.Option("--tail", min=1, help="Number of lines from the end of the log; at most 8 MiB.")
+    ] = 10_000,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +151,7 @@ def stop(
 ) -> None:
     """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` continues it.
 
-    A bootstrap ends at once, since its finished shards are saved; `isthmus bootstrap run` continues it.
+    A bootstrap stops immediately, because its finished shards are saved; `isthmus bootstrap run` continues it.
     """
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView

@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a defect of isthmus, 2 an error for you to fix, 75 stopped early: start again.",
+    epilog="Exit codes: 0 done, 1 a bug in isthmus, 2 an error for you to fix, 75 stopped early: run it again.",
 )
 for verbs in (train.app, jobs.app, model.app, checks.app, planning.app, runs.report_app):
     app.add_typer(verbs)

@@ -18,23 +18,23 @@ app = typer.Typer()
 
 ExportFormat = Literal["auto", "hf", "own", "lavis"]
 Part = Literal["auto", "vision", "language"]
-EXPORT_HELP = "Folder of an own export or made by `isthmus import`, or a run's folder (local or s3://)."
+EXPORT_HELP = "Native export, output of `isthmus import`, or a run's folder (local or s3://)."
 ExportArg = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
-ImageArg = Annotated[Path, typer.Argument(help="Picture file.", exists=True, dir_okay=False)]
-BeamsOption = Annotated[int, typer.Option(help="Beams; 1: greedy.", min=1)]
+ImageArg = Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)]
+BeamsOption = Annotated[int, typer.Option(help="Number of beams; 1 is greedy search.", min=1)]
 
 
 @app.command()
 def caption(
     export: ExportArg,
-    images: Annotated[list[Path], typer.Argument(help="Picture files.", exists=True, dir_okay=False)],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; default: that of training.")] = None,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue (default: as in training).")] = None,
     beams: BeamsOption = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.", min=1)] = 30,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write one caption per picture."""
+    """Write one caption per image."""
     from isthmus.cluster.captioner import Captioner
     from isthmus.model.decoding import Decoding
 
@@ -53,7 +53,7 @@ def ask(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     from isthmus.cluster.captioner import Captioner
     from isthmus.model.generate import ANSWER_DECODING, QUESTION
 
@@ -66,11 +66,11 @@ def serve(
     export: ExportArg,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    max_batch: Annotated[int, typer.Option(help="Requests that run as one batch.", min=1)] = 8,
+    max_batch: Annotated[int, typer.Option(help="Largest number of requests in a batch.", min=1)] = 8,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Answer chat requests with pictures, as OpenAI's clients send them; the API key is ISTHMUS_SERVE_TOKEN."""
+    """Serve an OpenAI-compatible chat API with images; the API key is ISTHMUS_SERVE_TOKEN."""
     import os
     import secrets
 
@@ -90,19 +90,21 @@ def serve(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="BLIP-2 folder of transformers or LAVIS .pth file.", exists=True)],
+    source: Annotated[
+        Path, typer.Argument(help="BLIP-2 folder in transformers format, or LAVIS .pth file.", exists=True)
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     vision: Annotated[
         Path | None, typer.Option(help="LAVIS: folder of the encoder [default: the one in the file].", exists=True)
     ] = None,
     language: Annotated[
-        Path | None, typer.Option(help="LAVIS: folder of the language model, to caption with.", exists=True)
+        Path | None, typer.Option(help="LAVIS: folder of the language model, for captioning.", exists=True)
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="LAVIS: folder of BERT's vocabulary, to export for transformers.", exists=True)
+        Path | None, typer.Option(help="LAVIS: folder of BERT's vocabulary, for exports to transformers.", exists=True)
     ] = None,
 ) -> None:
-    """Turn a published BLIP-2 of either stage into an own export; say what was taken, what is new, what was left."""
+    """Convert a published BLIP-2 of either stage to a native export; list the tensors taken, new and ignored."""
     from isthmus.model.formats.hf_import import import_blip2
     from isthmus.model.formats.key_mapping import by_layer
     from isthmus.model.formats.lavis import import_lavis
@@ -123,13 +125,13 @@ def import_(
 def export_(
     run: RunFolderArg,
     destination: Annotated[str, typer.Argument(help="New folder: a local path or s3:// URL.")],
-    to: Annotated[ExportFormat, typer.Option(help="Format; auto: hf where transformers has the encoder.")] = "auto",
+    to: Annotated[ExportFormat, typer.Option(help="Format; auto: hf if transformers supports the encoder.")] = "auto",
     stage: Annotated[Literal["stage1", "stage2"] | None, typer.Option(help="Stage (default: the last one).")] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint (default: the newest).")] = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Export a checkpoint of a run, finished or training, as a model folder; or an own export for transformers."""
+    """Export a checkpoint of a finished or active run as a model folder, or a native export for transformers."""
     from isthmus.cluster.submission.run_folder import stored_config
     from isthmus.model.errors import ModelError
     from isthmus.model.formats.hf_export import export_native
@@ -151,8 +153,8 @@ def export_(
 def push(
     export: Annotated[Path, typer.Argument(help="Local folder of an export.", exists=True, file_okay=False)],
     name: Annotated[str, typer.Argument(help="Name on the Hugging Face Hub, owner/name.")],
-    public: Annotated[bool, typer.Option("--public", help="Anybody may see it; default: only you.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make it public (default: private).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
 ) -> None:
     """Upload an export with its model card to the Hugging Face Hub; the token is HF_TOKEN."""
     from isthmus.model.imports.hub import upload
@@ -167,9 +169,7 @@ def push(
     typer.echo(upload(export, name, private=not public))
 
 
-models_app = typer.Typer(
-    help="Bring published models to where runs read them, and check what is there.", no_args_is_help=True
-)
+models_app = typer.Typer(help="Convert and check published models.", no_args_is_help=True)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PLACE_HELP = "local folder, s3:// URL, or name on the Hugging Face Hub."
@@ -180,13 +180,13 @@ FolderArgument = Annotated[str, typer.Argument(metavar="FOLDER", help="Local fol
 def get(
     source: Annotated[str, typer.Argument(help="Name on the Hugging Face Hub, folder, .gguf file or LAVIS .pth file.")],
     destination: Annotated[str, typer.Argument(help="Folder to write: a local path or s3:// URL.")],
-    part: Annotated[Part, typer.Option(help="Which part of a model of several; auto: the only one.")] = "auto",
+    part: Annotated[Part, typer.Option(help="Part of a model that has several; auto: the only one.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as published.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Convert a published model to a checked safetensors folder; an interrupted call resumes."""
+    """Convert a published model to a verified safetensors folder; run again to resume."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from isthmus.model.imports.architecture import check_architecture
@@ -211,7 +211,7 @@ def get(
 
 @models_app.command()
 def show(folder: FolderArgument, endpoint_url: EndpointOption = None, region: RegionOption = None) -> None:
-    """Say what a model folder holds and where it came from."""
+    """Show what a model folder contains and where it came from."""
     from isthmus.trainer.errors import TrainerError
     from isthmus.trainer.frozen.model_folder import RECORD, read_record
 
@@ -241,13 +241,13 @@ def check(
     language: Annotated[str, typer.Argument(metavar="LLM", help=f"Language model: {PLACE_HELP}")],
     vision: Annotated[str | None, typer.Option(help=f"Image encoder: {PLACE_HELP}")] = None,
     bert: Annotated[str | None, typer.Option(help=f"BERT for the Q-Former: {PLACE_HELP}")] = None,
-    recipe: Annotated[Path, typer.Option(help="Recipe that they are to fit.")] = Path("blip2-vitg-opt2.7b.yaml"),
+    recipe: Annotated[Path, typer.Option(help="Recipe that they must fit.")] = Path("blip2-vitg-opt2.7b.yaml"),
     gpu: Annotated[str, typer.Option(help="Card, as for `isthmus estimate`.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Say whether models fit each other and a recipe, before anything is paid for; weights are not read; 2: no."""
+    """Check whether models fit each other and a recipe, without reading weights; exit code 2 if not."""
     from rich.console import Console
     from rich.table import Table
 

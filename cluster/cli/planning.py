@@ -27,10 +27,10 @@ def estimate(
     gpu: Annotated[str, typer.Option(help="Card, such as a100-40g, a100-80g, h100, h200, l40s.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
-    price: Annotated[float | None, typer.Option(help="Price of a GPU hour; adds the cost.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU hour; adds the cost to the output.")] = None,
     assume: Annotated[list[str] | None, typer.Option(help="Override an assumption: name=value.")] = None,
     sweep: Annotated[str | None, typer.Option(help="Scaling curve, such as gpus=8,16,32.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict memory per GPU, step time, days and cost of a run."""
@@ -65,7 +65,7 @@ def manifests(
     config: RecipeArg,
     overrides: OverridesArg = None,
     kind: Annotated[
-        Kind | None, typer.Option("--kind", help="Only this one (default: all that the run needs).")
+        Kind | None, typer.Option("--kind", help="Print only this kind (default: all that the run needs).")
     ] = None,
 ) -> None:
     """Print the KubeRay and Kueue manifests of a run, ready for `kubectl apply -f -`."""

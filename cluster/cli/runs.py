@@ -63,7 +63,7 @@ def report(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write a page about a run: results, curves, examples, goodput, restarts; opens anywhere, offline."""
+    """Write a self-contained HTML report of a run: results, curves, examples, goodput, restarts."""
     from isthmus.cluster.report import write_report
 
     path = write_report(run, open_store(endpoint_url, region), out)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from isthmus.trainer.subject import Target
 
 app = typer.Typer()
-assets_app = typer.Typer(help="Make inputs that need no download.", no_args_is_help=True)
+assets_app = typer.Typer(help="Generate inputs that need no download.", no_args_is_help=True)
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray: for debugging, or one GPU.")
@@ -69,7 +69,9 @@ def evaluate(
         ),
     ],
     suite: Annotated[str | None, typer.Option("--suite", help="Published protocol: blip2.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="Of the suite, only this (repeatable).")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Run only this task of the suite (repeatable).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Local folder for report.json and gallery.png (default: eval).")
     ] = None,
@@ -111,11 +113,11 @@ def evaluate(
 
 @assets_app.command()
 def tiny(
-    folder: Annotated[Path, typer.Argument(help="Local folder that is made.")] = Path("assets/tiny"),
+    folder: Annotated[Path, typer.Argument(help="Local folder to create.")] = Path("assets/tiny"),
     train: Annotated[int, typer.Option(help="Training pairs.")] = 2000,
     held_out: Annotated[int, typer.Option(help="Held-out pairs.")] = 96,
 ) -> None:
-    """Write generated scenes and tiny random frozen models: what recipes/tiny.yaml and bootstrap-demo.yaml read."""
+    """Generate scenes and tiny random frozen models, the inputs of recipes/tiny.yaml and bootstrap-demo.yaml."""
     from isthmus.demo.tiny.assets import write_tiny_assets
 
     write_tiny_assets(folder, train, held_out)
