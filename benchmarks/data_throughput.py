@@ -108,7 +108,7 @@ def contest(commands: dict[str, list[str]], rounds: int) -> dict[str, dict[str, 
 def main() -> None:
     """Write the pictures, let everyone read them, print a table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer-python", help="Python of an environment with the peers; none: one is made")
+    parser.add_argument("--peer-python", help="Python of an environment with the peers (default: one is created)")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true")

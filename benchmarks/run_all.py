@@ -60,7 +60,7 @@ class Benchmark:
     extract: Extract
     arguments: list[str] = field(default_factory=list)
     quick: list[str] | None = None
-    """Arguments of a small run; none: there is none."""
+    """Arguments of a small run; None if there is none."""
 
 
 def objects(text: str) -> list[Any]:

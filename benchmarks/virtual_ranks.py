@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, nargs="*", default=list(RECIPES))
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument(
-        "--virtual", type=int, nargs="*", default=[], help="virtual ranks; none: as many as ranks, and 4"
+        "--virtual", type=int, nargs="*", default=[], help="virtual ranks (default: as many as ranks, and 4)"
     )
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()

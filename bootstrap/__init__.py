@@ -1,1 +1,1 @@
-"""Captions written, scored and chosen for a data set, shard by shard, by reference: no image is copied."""
+"""Generates, scores and selects captions for a data set, shard by shard, without copying images."""

@@ -53,7 +53,7 @@ def folder_identity(url: str, store: ObjectStore) -> str:
     infos = {info.url.removeprefix(folder).lstrip("/"): info for info in store.list(folder)}
     files = {name: info for name, info in sorted(infos.items()) if name.endswith(MODEL_FILES)}
     if not files:
-        raise DataError(f"{url}: holds no model; give the folder of an export or of a transformers model")
+        raise DataError(f"{url}: contains no model; give the folder of an export or of a transformers model")
     digest = hashlib.sha256()
     for name, info in files.items():
         digest.update(f"{name}\0".encode() + bytes.fromhex(store.sha256(info)))

@@ -87,7 +87,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time to the end at this pace; none: nothing is done yet."""
+        """Time to the end at this pace; None if nothing is done yet."""
         return (self.plan.images - self.images) / self.images_per_second if self.images else None
 
     def line(self) -> str:

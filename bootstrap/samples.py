@@ -35,9 +35,9 @@ class ImageBatch:
     keys: list[str] = field(default_factory=list)
     """Of the samples; the batch has at least as many images."""
     texts: list[list[str]] = field(default_factory=list)
-    """What the data set says of each sample; none: it has no text, or none that can be read."""
+    """What the data set says of each sample; None if it has no text, or none that can be read."""
     errors: list[str | None] = field(default_factory=list)
-    """Why a sample's image cannot be used; None: it can."""
+    """Why a sample's image cannot be used; None if it can."""
 
 
 def read_batches(shard: Shard, store: ObjectStore, inputs: Sequence[ImageInput], size: int) -> Iterator[ImageBatch]:

@@ -79,7 +79,7 @@ def score_work(manifest: Manifest, out: str, config: ScoreConfig, store: ObjectS
             is unknown.
     """
     if not knows_language(config.language):
-        raise DataError(f"language {config.language!r} is not known; give its ISO 639 code, such as en, de or zh")
+        raise DataError(f"language {config.language!r} is unknown; give its ISO 639 code, such as en, de or zh")
     candidates = Layer.load(join(out, CAPTIONS), store)
     candidates.check_base(manifest)
     models = [folder_identity(url, store) for url in config.models]

@@ -146,7 +146,7 @@ def _check_scores(rule: SelectRule, layer: Layer) -> None:
     for name in rule.scores:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has no scores; run `isthmus bootstrap score`"
-            raise DataError(f"the rule asks for a score {name!r} that the layer {layer.url} does not have: {has}")
+            raise DataError(f"the rule needs the score {name!r}, which the layer {layer.url} does not have: {has}")
 
 
 def _counts(table: pa.Table, choice: Choice, marks: dict[str, BoolArray]) -> dict[str, int]:

@@ -62,7 +62,7 @@ class SelectRule(Config):
             self.web_share is not None
             and abs(self.web_share * _SHARE_STEPS - round(self.web_share * _SHARE_STEPS)) > 1e-9
         ):
-            raise ValueError(f"select: web_share {self.web_share} is no multiple of 0.05; round it")
+            raise ValueError(f"select: web_share {self.web_share} is not a multiple of 0.05; round it")
         return self
 
     @property

@@ -14,24 +14,24 @@ from isthmus.trainer.config.schema import RunConfig
 
 SELECTED = "selected"
 TRAINED = "trained"
-"""As a model: what this recipe's `training` has made."""
+"""Model name that refers to the result of this recipe's `training`."""
 
 
 class BootstrapJob(Config):
-    """The whole content of a bootstrap's recipe file."""
+    """The content of a bootstrap recipe."""
 
     run: RunConfig
     """Name and folder: everything is written to `<run.url>/<run.name>/`."""
     store: StoreConfig = StoreConfig()
     """Object-store access."""
     cluster: ClusterConfig = ClusterConfig()
-    """Where it runs; `cluster.workers` is the pool of captioning and scoring actors, of which any may be lost."""
+    """Cluster and resources; `cluster.workers` is the pool of captioning and scoring actors."""
     manifest: str
-    """URL of the manifest of the data set that gets captions."""
+    """URL of the manifest of the data set to caption."""
     training: dict[str, Any] | None = None
-    """What makes captioner and filter first: a training recipe without run, store and cluster; none: nothing."""
+    """Training of captioner and filter: a training recipe without run, store and cluster; None means no training."""
     train_again: bool = False
-    """Train the same recipe again from the beginning, on the selected pairs (BLIP's CapFilt)."""
+    """Train the same recipe again from scratch on the selected pairs (BLIP's CapFilt)."""
     caption: CaptionConfig
     """The captioner; `model: trained` is the language stage of `training`."""
     score: ScoreConfig = ScoreConfig()
@@ -39,9 +39,9 @@ class BootstrapJob(Config):
     select: SelectRule
     """Which texts and images are kept."""
     duplicates: str | None = None
-    """URL of a layer that `isthmus bootstrap duplicates` wrote for the manifest; what it marks is left out."""
+    """URL of a layer that `isthmus bootstrap duplicates` wrote for the manifest; marked images are excluded."""
     price_per_worker_hour: float = Field(0.0, ge=0)
-    """For the estimate of the cost, in any currency."""
+    """Price of one worker per hour, for the cost estimate, in any currency."""
 
     @property
     def url(self) -> str:

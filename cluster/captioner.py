@@ -23,7 +23,7 @@ class Captioner:
     """A captioning model with its tokenizer, on the GPU where there is one."""
 
     def __init__(self, folder: Path) -> None:
-        """Load an own export.
+        """Load a native export.
 
         Raises:
             ModelError: no export, or one of stage 1.
@@ -53,7 +53,7 @@ class Captioner:
         return vision.normalize(torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2))
 
     def write(self, images: Sequence[bytes], prompts: Sequence[str | None], decoding: Decoding) -> list[str]:
-        """Return one text per picture, continuing its prompt; none: the prompt of training."""
+        """Return one text per picture, continuing its prompt; None means the prompt of training."""
         texts = [self.encoder.config.prompt if prompt is None else prompt for prompt in prompts]
         return generate(self.model, self.encoder, self.pixels(images), texts, decoding)
 

@@ -24,14 +24,14 @@ class WorkersConfig(Config):
 
 
 class RestartConfig(Config):
-    """When a run that fails again and again stops; a run that commits checkpoints is restarted without end."""
+    """When a run that keeps failing stops; a run that commits checkpoints is restarted as often as necessary."""
 
     max_failures: int = Field(8, ge=0)
-    """Infrastructure failures within `window_seconds`, without a checkpoint committed in between, that are retried."""
+    """Infrastructure failures to retry within `window_seconds` without a checkpoint committed in between."""
     max_preemptions: int = Field(1000, ge=0)
-    """Preemptions within `window_seconds`, without a checkpoint committed in between, that are retried."""
+    """Preemptions to retry within `window_seconds` without a checkpoint committed in between."""
     window_seconds: float = Field(6 * 3600.0, gt=0)
-    """Failures longer ago than this are no longer counted."""
+    """Older failures are no longer counted."""
     max_failures_at_same_step: int = Field(3, gt=0)
     """Failures of the same rank at the same step before the run stops."""
     backoff_seconds: float = Field(2.0, ge=0)
@@ -39,7 +39,7 @@ class RestartConfig(Config):
 
 
 class NodeConfig(Config):
-    """Shape of the pods of one group; one pod is one Ray node."""
+    """Resources of the pods of one group; one pod is one Ray node."""
 
     cpus: int = Field(gt=0)
     """CPU cores."""
@@ -48,7 +48,7 @@ class NodeConfig(Config):
     gpus: int = Field(0, ge=0)
     """GPUs."""
     selector: dict[str, str] = Field({})
-    """Labels of the machines on which these pods run, such as {cloud.google.com/gke-spot: "true"}."""
+    """Node labels that these pods require, such as {cloud.google.com/gke-spot: "true"}."""
     tolerations: tuple[str, ...] = ()
     """Keys of the taints that these pods tolerate."""
 
@@ -57,58 +57,58 @@ class KubernetesConfig(Config):
     """How `isthmus manifests` renders a run for KubeRay and Kueue."""
 
     image: str = "isthmus:0.1.0"
-    """Image that the Dockerfile makes, with registry and tag."""
+    """Image built from the Dockerfile, with registry and tag."""
     namespace: str = "default"
-    """Namespace of everything."""
+    """Namespace of all objects."""
     service_account: str | None = None
     """Service account with access to the object store (IRSA, workload identity)."""
     secret: str | None = None
     """Secret whose keys become environment variables, such as AWS_ACCESS_KEY_ID."""
     queue: str | None = None
-    """Kueue LocalQueue in which the run waits; none: no queue."""
+    """Kueue LocalQueue in which the run waits; None means no queue."""
     head: NodeConfig = NodeConfig(cpus=4, memory="16Gi")
-    """Head: on-demand machines; nothing but the driver runs there."""
+    """Head: an on-demand machine that runs only the driver."""
     workers: NodeConfig = NodeConfig(cpus=32, memory="256Gi", gpus=8, tolerations=("nvidia.com/gpu", "spot"))
-    """GPU group, made for spot machines."""
+    """GPU group, suitable for spot machines."""
     readers: NodeConfig = NodeConfig(cpus=16, memory="64Gi")
-    """CPU group that feeds it."""
+    """CPU group of the readers."""
     ttl_seconds: int = Field(600, ge=0)
-    """Time for which the pods of a finished RayJob stay."""
+    """Time before the pods of a finished RayJob are deleted."""
     backoff_limit: int = Field(20, ge=0)
-    """How often KubeRay makes the cluster again after the head or the driver is lost; a user error is not retried."""
+    """How often KubeRay recreates the cluster after the head or the driver is lost; user errors are not retried."""
 
 
 class ClusterConfig(Config):
-    """Where a run runs."""
+    """The cluster and the resources of a run."""
 
     address: str | None = None
-    """Dashboard of the cluster for `isthmus submit` and `preflight`, such as http://HOST:8265; none: RAY_ADDRESS."""
+    """Dashboard for `isthmus submit` and `preflight`, such as http://HOST:8265; None means RAY_ADDRESS."""
     workers: WorkersConfig = WorkersConfig()
     """Training group."""
     restart: RestartConfig = RestartConfig()
     """Restart budget."""
     spares: int = Field(0, ge=0)
-    """Warm processes on each node that take the place of lost ones; each needs 0.5 GB of host memory and no GPU."""
+    """Warm processes per node that replace lost workers; each needs 0.5 GB of host memory and no GPU."""
     wait_seconds: float = Field(3600.0, gt=0)
-    """A run that finds no free resources, or no object store that responds, for this long fails."""
+    """A run fails if it finds no free resources, or the object store does not respond, for this long."""
     start_wait_seconds: float = Field(0.0, ge=0)
-    """Time given to the largest group before a smaller one is started, for clusters whose nodes arrive over minutes."""
+    """Time to wait for the largest group before starting a smaller one, for clusters whose nodes arrive slowly."""
     start_timeout_seconds: float = Field(120.0, gt=0)
-    """Time for the processes of a group to start, plus 0.1 s for each of them."""
+    """Time limit for starting the processes of a group, plus 0.1 s per process."""
     grow_after_seconds: float = Field(60.0, ge=0)
-    """An attempt trains at least this long before it is restarted with more workers."""
+    """An attempt runs at least this long before it is restarted with more workers."""
     unresponsive_seconds: float = Field(60.0, gt=0)
     """A worker that does not respond to the driver for this long counts as lost."""
     stop_grace_seconds: float = Field(120.0, gt=0)
-    """Time for a last checkpoint after a stop request or a drain notice."""
+    """Time limit for a last checkpoint after a stop request or a drain notice."""
     export_timeout_seconds: float = Field(3600.0, gt=0)
-    """Time for the export at the end of a run, including the wait for a free node."""
+    """Time limit for the export at the end of a run, including the wait for a free node."""
     secrets: tuple[str, ...] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    """Names of environment variables that the nodes must hold; values are never sent, stored or printed."""
+    """Names of environment variables that the nodes must provide; values are never sent, stored or printed."""
     environment: dict[EnvironmentName, str] = Field({})
-    """Variables of driver, workers and readers, such as NCCL_SOCKET_IFNAME. Stored with the run, so no secrets."""
+    """Variables for driver, workers and readers, such as NCCL_SOCKET_IFNAME. Stored with the run: no secrets."""
     kubernetes: KubernetesConfig = KubernetesConfig()
-    """Manifests."""
+    """Kubernetes manifests."""
 
     @model_validator(mode="after")
     def _check_environment(self) -> Self:
@@ -124,7 +124,7 @@ class JobConfig(TrainConfig):
     """The whole content of a recipe file."""
 
     cluster: ClusterConfig = ClusterConfig()
-    """Where the run runs."""
+    """Cluster and resources."""
 
     @property
     def world_sizes(self) -> tuple[int, ...]:

@@ -54,8 +54,8 @@ def evaluate(
         data: Manifest of held-out pairs, or a .jsonl with image, question and answers (stage 2).
         out: Local folder.
         store: Access to the data.
-        stage: Which stage; none: the last that has weights.
-        num_samples: Samples, in stage 2 all of them captioned; none: as configured.
+        stage: Which stage; None means the last that has weights.
+        num_samples: Samples, in stage 2 all of them captioned; None means the configured number.
 
     Raises:
         TrainerError: there are no such weights, or questions are asked of stage 1.
@@ -93,7 +93,7 @@ def _ask(subject: Subject, data: str, store: ObjectStore) -> EvalResult:
         raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
     lines = [json.loads(line) for line in store.get(data).decode().splitlines() if line.strip()]
     if not lines:
-        raise TrainerError(f"{data}: holds no question; write one object per line with image, question and answers")
+        raise TrainerError(f"{data}: contains no questions; write one object per line with image, question and answers")
     folder = data.rpartition("/")[0] or "."
     model, encoder = subject.task.model, cast(LanguageEncoder, subject.encoder)
     answers: list[str] = []

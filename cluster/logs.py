@@ -108,7 +108,7 @@ def drop_older_half(descriptor: int, max_bytes: int) -> None:
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
-    """Return the JSON object at the end of a log line (Ray puts the actor's name before it); None: plain text."""
+    """Return the JSON object at the end of a log line (after Ray's actor name); None if it is plain text."""
     start = text.find('{"time"')
     if start < 0:
         return None

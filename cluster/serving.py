@@ -99,7 +99,7 @@ class Server:
     Args:
         writer: The model.
         name: What the interface calls it.
-        token: What clients must send as their API key; none: anybody who reaches the port may ask.
+        token: What clients must send as their API key; None means no authentication.
         max_batch: Largest number of requests in a batch.
         max_waiting: Requests that may wait; more are told to come back (429).
         timeout_seconds: Longest time from request to answer.
@@ -174,7 +174,7 @@ class Server:
         try:
             return await asyncio.wait_for(job.answer, self._timeout)
         except TimeoutError as error:
-            raise Refused(504, f"no answer within {self._timeout:.0f} s") from error
+            raise Refused(504, f"no response within {self._timeout:.0f} s") from error
         except BadSample as error:
             raise Refused(400, f"the picture cannot be used: {error}") from error
         except ModelError as error:

@@ -63,7 +63,7 @@ class Restart(BaseModel):
     world_size: int
     """Before the restart."""
     lost_steps: int | None = None
-    """Steps that are trained again; none: the run has not reached a step since."""
+    """Steps that are trained again; None if the run has not reached a step since."""
     recovery_seconds: float | None = None
     """From the moment the driver saw the failure to the first step after it."""
     phases: dict[str, float] = {}
@@ -187,7 +187,7 @@ class StatusBoard:
         try:
             self._store.put(self.url, self.status.model_dump_json(indent=1).encode())
         except (DataError, OSError) as error:
-            logger.warning("the status was not written, the next write tries again: %s", error)
+            logger.warning("the status could not be written, the next write will retry: %s", error)
 
 
 def read_status(run_url: str, store: ObjectStore) -> RunStatus | None:

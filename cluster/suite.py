@@ -87,7 +87,7 @@ def evaluate_suite(
         suite: Name of the suite.
         data: Folder with one manifest per task, named as the task.
         store: Access to data and results.
-        names: Tasks; none: all that the target's stages can do and that have a manifest.
+        names: Tasks; None means all that the target's stages can do and that have a manifest.
         progress: Shows units of work on rank 0.
 
     Raises:

@@ -1,1 +1,1 @@
-"""From tar shards in object storage to batches: exactly once, at any world size, resumable from one integer."""
+"""From tar shards to batches: each sample exactly once, at any world size, resumable from a single step."""

@@ -1,1 +1,1 @@
-"""`make demo`: the whole system on real pictures with real pretrained frozen parts, from packages alone."""
+"""`make demo`: the whole system on real images with real pretrained models, all from package registries."""

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
-"""Compute type of a stage; tf32: fp32 whose products on CUDA are rounded to TensorFloat-32."""
+"""Compute type of a stage; tf32 is fp32 with products rounded to TensorFloat-32 on CUDA."""
 STORAGE_TYPES: dict[PrecisionName, Dtype] = {
     "fp32": "float32",
     "tf32": "float32",
@@ -25,7 +25,7 @@ class Config(BaseModel):
 
 
 class FrozenConfig(Config):
-    """What both frozen models have."""
+    """Settings that both frozen models share."""
 
     dtype: Dtype
 
@@ -43,9 +43,9 @@ class VisionConfig(FrozenConfig):
     image_size_pixels: int = Field(224, gt=0)
     """Side of the square input image."""
     dtype: Dtype = "auto"
-    """Storage and compute type of the frozen weights; auto: that of the stage's precision, float32 outside a stage."""
+    """Storage and compute type of the frozen weights; auto follows the stage's precision, float32 outside a stage."""
     micro_batch_size: int = Field(64, gt=0)
-    """Images encoded at a time; the encoder keeps no activations, so this only bounds memory."""
+    """Images encoded at a time. The encoder keeps no activations, so this only limits memory."""
 
 
 class QFormerConfig(Config):
@@ -76,9 +76,9 @@ class QFormerConfig(Config):
     projection_size: int = Field(256, gt=0)
     """Width of the ITC embedding space."""
     init_from: str | None = None
-    """BERT folder (local or URL) to initialise from; none: random."""
+    """BERT folder (local or URL) to initialise from; None means random."""
     tokenizer: str | None = None
-    """Folder with vocab.txt or tokenizer.json; none: init_from."""
+    """Folder with vocab.txt or tokenizer.json; None means init_from."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward: less memory, about a third more compute."""
 
@@ -89,15 +89,15 @@ class LanguageConfig(FrozenConfig):
     path: str
     """Hugging Face folder with config.json, tokenizer and *.safetensors: local path or object-store URL."""
     objective: Literal["auto", "lm", "prefix_lm"] = "auto"
-    """lm: the caption is the target. prefix_lm: the decoder writes what follows a prefix. auto: by architecture."""
+    """lm: the caption is the target. prefix_lm: the decoder continues a prefix. auto: by architecture."""
     prompt: str = ""
-    """Text put before every caption; never a target."""
+    """Text before every caption; never a target."""
     max_text_tokens: int = Field(32, gt=1)
-    """Captions are cut to this many tokens, special tokens included."""
+    """Captions are truncated to this many tokens, including special tokens."""
     dropout: bool = False
     """Keep the frozen model's dropout active, as the original code does."""
     dtype: Dtype = "auto"
-    """Storage and compute type of the frozen weights; auto: that of the stage's precision, float32 outside a stage."""
+    """Storage and compute type of the frozen weights; auto follows the stage's precision, float32 outside a stage."""
     activation_checkpointing: bool = False
     """Recompute the frozen model's layers in backward."""
 
@@ -110,20 +110,20 @@ class Stage1LossConfig(Config):
     itm_weight: float = Field(1.0, ge=0)
     """Weight of image-text matching."""
     itm_rows: int | None = Field(None, gt=0)
-    """Rows of the global batch whose matching pairs are run at each step, drawn anew; none: all. The expected loss and
-    gradient stay, their variance grows; matching is half of a step's trainable work and more."""
+    """Rows of the global batch, drawn at each step, whose matching pairs are run; None means all. The expected loss and
+    gradient do not change, but their variance grows. Matching is at least half of a step's trainable work."""
     itg_weight: float = Field(1.0, ge=0)
     """Weight of image-grounded text generation."""
     itc_grad: Literal["anchor", "full"] = "anchor"
     """anchor: the key side carries no gradient, as in the original code. full: both sides do."""
     match_equal_texts: bool = False
-    """Rows with equal texts match, as rows of one image do. Off, as in the original: they are negatives."""
+    """Treat rows with equal texts as matches, like rows of the same image. Off, as in the original: as negatives."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Smoothing of the ITC and ITG targets."""
     temperature_init: float = Field(0.07, gt=0)
     """Initial value of the learned ITC divisor."""
     max_text_tokens: int = Field(32, gt=1)
-    """Captions are cut to this many WordPiece tokens, special tokens included."""
+    """Captions are truncated to this many WordPiece tokens, including special tokens."""
 
 
 class ModelConfig(Config):
@@ -136,7 +136,7 @@ class ModelConfig(Config):
     language: LanguageConfig | None = None
     """Frozen language model; needed by stage 2."""
     compile: CompiledParts = "none"
-    """torch.compile of the image encoder (vision), or of the Q-Former's layers too (all); minutes at the first step."""
+    """torch.compile for the image encoder (vision) or also the Q-Former (all); the first step takes minutes."""
 
     def at(self, precision: PrecisionName) -> "ModelConfig":
         """Return the configuration of a stage of that precision: `auto` types are resolved."""

@@ -25,5 +25,5 @@ class Decoding:
     """Shortest text, in tokens, counted as the original counts: with a decoder's prompt, with T5's start token."""
 
     def min_new_tokens(self, num_given_tokens: int) -> int | None:
-        """Return how many tokens a text has at least after those that are given; none: any number."""
+        """Return how many tokens a text has at least after those that are given; None means any number."""
         return max(0, self.min_length - num_given_tokens) or None

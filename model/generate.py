@@ -37,7 +37,7 @@ def caption(
         model: Stage-2 model.
         encoder: Its tokeniser.
         images: Normalised images B, C, H, W or vision features B, P, D.
-        prompt: Text that the captions continue; none: the prompt of training.
+        prompt: Text that the captions continue; None means the prompt of training.
         decoding: Beams or sampling, and the longest text.
 
     Raises:

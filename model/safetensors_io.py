@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: no valid JSON ({error}); copy the file again") from error
+        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds {type(content).__name__} where an object is expected; copy the file again")
     return content

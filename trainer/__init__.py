@@ -1,1 +1,1 @@
-"""How a run is trained: stages in order, the loop, what a stage computes."""
+"""Training: the stages in order, the loop, and what one step computes."""

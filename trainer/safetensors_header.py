@@ -50,11 +50,13 @@ def read_header(url: str, size: int, store: ObjectStore, etag: str | None = None
         StoreError: the file cannot be read, or is not the version `etag`.
     """
     if size < LENGTH_BYTES:
-        raise HeaderError(f"{size} bytes are no safetensors file")
+        raise HeaderError(f"{size} bytes are too few for a safetensors file")
     data = bytes(store.get_range(url, 0, min(size, FIRST_READ_BYTES), etag=etag))
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     if length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-        raise HeaderError(f"header of {length} bytes in a file of {size}, limit {MAX_HEADER_BYTES}; cut short?")
+        raise HeaderError(
+            f"header of {length} bytes in a file of {size}, limit {MAX_HEADER_BYTES}; is the file truncated?"
+        )
     end = LENGTH_BYTES + length
     if end > len(data):
         data += bytes(store.get_range(url, len(data), end - len(data), etag=etag))

@@ -75,7 +75,7 @@ class Target(Protocol):
         ...
 
     def identity(self, stage: StageName) -> str | None:
-        """Return what changes when the stage's weights do; None: it has no such stage. Collective."""
+        """Return what changes when the stage's weights do; None if it has no such stage. Collective."""
         ...
 
     def results(self, stage: StageName) -> str:
@@ -185,7 +185,7 @@ class ExportTarget:
 
 
 def _stage_of(url: str, store: ObjectStore) -> StageName:
-    """Return the stage of an own export or of a BLIP-2 folder of transformers."""
+    """Return the stage of a native export or of a BLIP-2 folder of transformers."""
     for name, is_stage1 in (
         (DESCRIPTION, lambda facts: facts.get("language") is None),
         ("config.json", lambda facts: facts.get("architectures") == ["Blip2ForImageTextRetrieval"]),

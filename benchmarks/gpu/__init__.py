@@ -1,1 +1,1 @@
-"""Everything that only a GPU can show, in one prepared run of minutes: see README.md."""
+"""All measurements that need a GPU, in one run of minutes; see README.md."""

@@ -1,1 +1,1 @@
-"""How the parts behave at sizes that no machine here has: planned, counted and simulated."""
+"""How the system behaves at large scale: planned, counted and simulated."""

@@ -212,7 +212,7 @@ class SimGroup:
 
     @property
     def step(self) -> int | None:
-        """Step that is being trained; none: it starts."""
+        """Step that is being trained; None during the start."""
         return None if self._work is None else self._plan.step(self._work)
 
     @property

@@ -1,1 +1,1 @@
-"""Images that occur again, also in another data set or an evaluation set: found by hashes, marked in a layer."""
+"""Finds duplicate images within and across data sets by their hashes and marks them in a layer."""

@@ -1,1 +1,1 @@
-"""Before and after a run: preflight and doctor."""
+"""Checks before and after a run: preflight and doctor."""

@@ -88,7 +88,7 @@ def run_as_job(config: JobConfig, address: str) -> list[Check]:
     for line in Jobs(address).run_to_end(config, MODULE):
         if line.startswith(MARK):
             return [Check(**fields) for fields in json.loads(line.removeprefix(MARK))]
-    raise AssertionError("run_to_end raises where the job gives no answer")
+    raise AssertionError("run_to_end raises if the job gives no result")
 
 
 def _check_size(config: JobConfig, nodes: list[Node]) -> Check:

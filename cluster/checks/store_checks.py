@@ -42,7 +42,7 @@ def check_store(config: JobConfig) -> StoreSpeed:
         store.put(url, content)
         wrote = time.perf_counter()
         if store.get(url) != content:
-            raise DataError(f"{url}: other bytes were read than were written; this store cannot be used")
+            raise DataError(f"{url}: the bytes read back differ from those written; this store cannot be used")
         read = time.perf_counter()
         if [info.url for info in store.list(folder)] != [url]:
             raise DataError(f"{folder}: a written object is not listed; this store cannot be used")

@@ -50,7 +50,7 @@ def caption(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Generate candidate captions for every image, such as with num_candidates=5 method=nucleus."""
+    """Generate candidate captions for every image, for example with num_candidates=5 method=nucleus."""
     from isthmus.bootstrap.caption import caption_work
     from isthmus.bootstrap.config import CaptionConfig
     from isthmus.trainer.config.loading import config_from
@@ -75,7 +75,7 @@ def score(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Score the generated captions and the images' own texts, such as with language=en."""
+    """Score the generated captions and the images' own texts, for example with language=en."""
     from isthmus.bootstrap.config import ScoreConfig
     from isthmus.bootstrap.score import score_work
     from isthmus.trainer.config.loading import config_from
@@ -103,9 +103,9 @@ def select(
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
 ) -> None:
-    """Write a manifest of the texts, and the images, that a rule keeps, such as method=top score=clip keep=2.
+    """Write a manifest with the texts and images that a rule keeps, such as method=top score=clip keep=2.
 
-    Reads no image and no model. The rules are in docs/bootstrap.md.
+    It reads no images or models. The rules are in docs/bootstrap.md.
     """
     from isthmus.bootstrap.score import SCORED
     from isthmus.bootstrap.select import select as choose

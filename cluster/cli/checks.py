@@ -78,7 +78,7 @@ def doctor(
         write_private(path, collect(url, store, logs, facts, config.cluster.secrets))
     except OSError as error:
         raise ClusterError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
-    typer.echo(f"{path}: {data_size(path.stat().st_size)}; look through it before you pass it on")
+    typer.echo(f"{path}: {data_size(path.stat().st_size)}; review it before you share it")
 
 
 def _print(checks: "list[Check]") -> None:

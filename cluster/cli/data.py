@@ -97,10 +97,10 @@ def verify(
         print_json({"hash": loaded.hash, "shards": len(loaded.shards), "problems": problems})
     if problems:
         raise DataError(
-            "\n".join([*problems[:20], f"{len(problems)} of {len(loaded.shards)} shards are not as indexed"])
+            "\n".join([*problems[:20], f"{len(problems)} of {len(loaded.shards)} shards differ from the manifest"])
         )
     if not as_json:
-        typer.echo(f"{len(loaded.shards)} shards, {loaded.num_samples} samples are as indexed ({loaded.hash[:16]})")
+        typer.echo(f"{len(loaded.shards)} shards, {loaded.num_samples} samples match the manifest ({loaded.hash[:16]})")
 
 
 @app.command()

@@ -185,7 +185,7 @@ def _submit(
     name = config.run.name
     if must_be_new and not is_new:
         raise ClusterError(
-            f"{name}: active as job {job.id}, which cannot take {must_be_new}; end it first: isthmus stop {name}"
+            f"{name}: active as job {job.id}, which cannot take {must_be_new}; stop it first: isthmus stop {name}"
         )
     typer.echo(f"{name}: {'submitted' if is_new else 'already active'} as job {job.id} at {jobs.address}")
     if is_new and (missing := shortage(jobs, config)):

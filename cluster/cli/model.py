@@ -140,7 +140,7 @@ def export_(
 
     if (Path(run) / DESCRIPTION).exists():
         if to not in ("auto", "hf"):
-            raise ModelError(f"{run}: an own export, not a run; it can be exported with --to hf")
+            raise ModelError(f"{run}: a native export, not a run; it can be exported with --to hf")
         export_native(Path(run), Path(destination))
         typer.echo(f"{destination}: {run}")
         return
@@ -233,7 +233,7 @@ def verify(folder: FolderArgument, endpoint_url: EndpointOption = None, region: 
     from isthmus.trainer.frozen.model_folder import verify as verify_folder
 
     record = verify_folder(folder, open_store(endpoint_url, region))
-    typer.echo(f"{folder}: {len(record.files)} files are as recorded ({record.source})")
+    typer.echo(f"{folder}: {len(record.files)} files match the record ({record.source})")
 
 
 @models_app.command()

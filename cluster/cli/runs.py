@@ -30,7 +30,7 @@ def ls(
     if as_json:
         print_json(runs)
     elif not runs:
-        typer.echo(f"{folder}: holds no runs; give the folder that is run.url of a recipe")
+        typer.echo(f"{folder}: contains no runs; give the folder that a recipe names as run.url")
     else:
         rows = ((run["name"], _stages(run), str(run["attempts"]), run.get("problem") or run["holder"]) for run in runs)
         print_rich(table(("run", "checkpoints", "attempts>", "writer"), rows))

@@ -1,1 +1,1 @@
-"""What is deployed beside a run: KubeRay and Kueue templates, what fills them, the Grafana dashboard."""
+"""KubeRay and Kueue templates, the code that renders them, and the Grafana dashboard."""

@@ -1,1 +1,1 @@
-"""All that depends on Ray's internals."""
+"""Everything that depends on Ray's internals."""

@@ -24,7 +24,7 @@ def has_token() -> bool:
 
 
 def read_token() -> str | None:
-    """Return the token from where Ray looks for it, in Ray's order; none: there is none."""
+    """Return the token from where Ray looks for it, in Ray's order; None if there is none."""
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:
         return token

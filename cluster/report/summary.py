@@ -22,7 +22,7 @@ class HeldOut(NamedTuple):
     found: str
     """Caption that stage 1 ranks first among all held-out ones."""
     generated: str | None
-    """Caption of stage 2; none: it did not caption this image."""
+    """Caption of stage 2; None if it did not caption this image."""
 
 
 def summary(facts: RunFacts) -> Html:

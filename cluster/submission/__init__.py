@@ -1,1 +1,1 @@
-"""From the operator's machine: Jobs API, code package, what is known of a run."""
+"""Submission from the operator's machine: the Jobs API, the code package, the state of a run."""

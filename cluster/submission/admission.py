@@ -36,7 +36,7 @@ def check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
 
 
 def shortage(jobs: Jobs, config: JobConfig) -> str | None:
-    """Return what the cluster lacks for the smallest allowed group at the moment; None: a group fits."""
+    """Return what the cluster lacks for the smallest allowed group at the moment; None if a group fits."""
     request = ResourceRequest.of(config)
     free, total = jobs.resources()
     if largest_world_size(config.world_sizes, request, free) is not None:

@@ -55,7 +55,7 @@ def checkpoint_folders(run: str, store: ObjectStore) -> list[str]:
     found = [url for url in candidates if list_step_dirs(url, store)]
     if not found:
         raise ClusterError(
-            f"{root}: holds no checkpoints; give the folder of a run (isthmus runs ls) or of checkpoints"
+            f"{root}: contains no checkpoints; give the folder of a run (isthmus runs ls) or of checkpoints"
         )
     return found
 

@@ -42,7 +42,7 @@ def _sources(package: Path) -> list[Path]:
     found = [file for file in sorted(package.rglob("*")) if file.is_file() and file.suffix in SUFFIXES]
     files = [file for file in found if not _is_hidden(file.relative_to(package))]
     if not files:
-        raise ClusterError(f"{package}: holds no files, so a job would fail on the cluster; install isthmus again")
+        raise ClusterError(f"{package}: contains no files, so a job would fail on the cluster; install isthmus again")
     return files
 
 

@@ -64,7 +64,7 @@ def check_reachable(url: str) -> None:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ClusterError(
-            f"{url}: answers, but not as a Ray dashboard (HTTP {answer.status_code}); check --address"
+            f"{url}: responds, but not as a Ray dashboard (HTTP {answer.status_code}); check --address"
         ) from error
     if version != ray.__version__:
         raise ClusterError(

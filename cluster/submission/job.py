@@ -33,7 +33,7 @@ class Job:
     """Unix seconds; 0: not started."""
     message: str
     node_id: str | None = None
-    """Node of the driver; none: it has not started."""
+    """Node of the driver; None if it has not started."""
 
     @property
     def is_over(self) -> bool:

@@ -45,7 +45,7 @@ def follow(url: str, job_id: str, node_id: str, num_lines: int, is_over: Callabl
     reader.start()
     decode, rest = codecs.getincrementaldecoder("utf-8")(errors="replace").decode, ""
     part: bytes | Exception | None
-    part = _next(parts, TIMEOUT_SECONDS) or TimeoutError(f"no answer within {TIMEOUT_SECONDS} s")
+    part = _next(parts, TIMEOUT_SECONDS) or TimeoutError(f"no response within {TIMEOUT_SECONDS} s")
     over = False
     while part or not over:
         if isinstance(part, Exception):

@@ -35,7 +35,7 @@ def stored_config(run_url: str, store: ObjectStore) -> JobConfig:
         text = store.get(url).decode()
     except NotFoundError as error:
         raise ClusterError(
-            f"{url}: absent, so this is not a run's folder; give the folder that holds run.json"
+            f"{url}: not found, so this is not a run's folder; give the folder that holds run.json"
         ) from error
     return check_config(parse_yaml(text, url), JobConfig, url)
 

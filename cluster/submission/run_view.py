@@ -44,7 +44,7 @@ class RunView:
         """
         status = read_status(url, fail_fast_store(store))
         if status is None:
-            raise ClusterError(f"{join(url, FILE_NAME)}: absent, so no driver has run there; see isthmus runs ls")
+            raise ClusterError(f"{join(url, FILE_NAME)}: not found, so no driver has run there; see isthmus runs ls")
         return RunView(status.run, url, None, status)
 
     @property
@@ -76,7 +76,7 @@ class RunView:
 
     @property
     def failure(self) -> str | None:
-        """Why the run failed; none: it did not."""
+        """Why the run failed; None if it did not."""
         if self.state != str(RunState.FAILED):
             return None
         if self.current and self.current.state is RunState.FAILED:

@@ -18,8 +18,8 @@ def check_secrets() -> list[str]:
     missing = [name for name in named if not os.environ.get(name)]
     if missing:
         logger.warning(
-            "%s: set where the run was submitted, not on this node; if access is denied, give the nodes these "
-            "variables (on Kubernetes: cluster.kubernetes.secret), because values are never sent with a job",
+            "%s: set on the machine that submitted the run, but not on this node; if access is denied, give the nodes "
+            "these variables (on Kubernetes: cluster.kubernetes.secret), because values are never sent with a job",
             ", ".join(missing),
         )
     return missing

@@ -48,7 +48,7 @@ def until_over(look: Callable[[], list[RunView]]) -> Iterator[list[RunView]]:
             silence = time.monotonic() - answered_at
             if silence > SILENCE_SECONDS:
                 raise ClusterError(
-                    f"no answer for {silence:.0f} s, the run may still be running: {last_line(error)}"
+                    f"no response for {silence:.0f} s, the run may still be running: {last_line(error)}"
                 ) from error
             continue
         answered_at = time.monotonic()

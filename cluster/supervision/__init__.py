@@ -1,1 +1,1 @@
-"""On the head: which size fits where, attempt after attempt, what a failure means, what follows."""
+"""Supervision by the driver: placement, attempts, classification of failures, restarts."""

@@ -26,7 +26,7 @@ class AttemptEnd:
     """How an attempt ended: finished, stopped for a reason, or failed."""
 
     step: int | None
-    """Step that was being trained on all ranks, after a stop the saved one; none: training did not begin."""
+    """Step that was being trained on all ranks, after a stop the saved one; None if training did not begin."""
     finished: bool = False
     stop: StopReason | None = None
     failure: Failure | None = None
@@ -75,7 +75,7 @@ class Attempt:
             saved = self.group.metrics.get("committed_step")
             return AttemptEnd(self.step if saved is None else int(saved), stop=reason)
         if self.stop and self.group.stopped_before_training:
-            logger.info("the group is ended: it has trained nothing yet")
+            logger.info("stopping the group, which has not trained a step yet")
             return AttemptEnd(self.step, stop=self.stop)
         if time.monotonic() > self.stop_deadline:
             return self._out_of_time()

@@ -54,7 +54,7 @@ class WorkerGroup:
     def place(
         config: JobConfig, world_size: int, excluded_nodes: Iterable[str], timeout_seconds: float
     ) -> "WorkerGroup | None":
-        """Reserve resources for all processes and start them; none: the resources were not free in time.
+        """Reserve resources for all processes and start them; None if the resources were not free in time.
 
         Raises:
             PlacementError: a process died or did not respond while it started.
@@ -139,7 +139,7 @@ class WorkerGroup:
 
     @property
     def step(self) -> int | None:
-        """Step that rank 0, and with it every other rank, is training; none: it does not train yet."""
+        """Step that rank 0, and with it every other rank, is training; None if it does not train yet."""
         progress = self.members[0].progress
         return progress.step if progress.phase == "training" else None
 
@@ -238,7 +238,7 @@ class WorkerGroup:
             except RayError as error:
                 left = [first_line(error)]
             if left:
-                logger.warning("%s is replaced, the last attempt left in it: %s", member.name, ", ".join(left))
+                logger.warning("%s is replaced, because the last attempt left in it: %s", member.name, ", ".join(left))
             else:
                 clean.add(member.rank.rank)
         return clean

@@ -39,7 +39,7 @@ class GroupPlacer:
     def place(
         self, excluded_nodes: frozenset[str], on_waiting: Callable[[str], None], stopped: Callable[[], bool]
     ) -> WorkerGroup | None:
-        """Return the largest group that fits, waiting for resources if need be; none: stopped meanwhile.
+        """Return the largest group that fits, waiting for resources if need be; None if stopped meanwhile.
 
         Raises:
             ClusterError: no resources within cluster.wait_seconds, or processes do not start.
@@ -81,7 +81,7 @@ class GroupPlacer:
         """Return the live nodes without the excluded ones; with them where the others do not suffice."""
         nodes = live_nodes(excluded_nodes)
         if excluded_nodes and self._largest([node.total for node in nodes]) is None:
-            logger.warning("nodes that failed repeatedly are used again: the others do not suffice")
+            logger.warning("using nodes that failed repeatedly again, because the others do not suffice")
             return live_nodes()
         return nodes
 

@@ -19,7 +19,7 @@ class Decision:
     """What follows a failure: stop with a message, or start again after a pause."""
 
     stop: str | None = None
-    """Message with which the run stops; none: it starts again."""
+    """Message with which the run stops; None if it starts again."""
     pause_seconds: float = 0.0
     await_store: bool = False
     """Before it starts again, the object store has to respond."""

@@ -52,7 +52,7 @@ def _provider() -> Any:
         resources = importlib.import_module("opentelemetry.sdk.resources")
         exporter = importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter").OTLPSpanExporter
     except ImportError as error:
-        logger.warning("no spans: %s is set, but %s; pip install 'isthmus[otel]'", ENDPOINT_VARIABLES[0], error)
+        logger.warning("no traces: %s is set, but %s; pip install 'isthmus[otel]'", ENDPOINT_VARIABLES[0], error)
         return None
     service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "isthmus")}
     provider = trace.TracerProvider(resource=resources.Resource.create(service), shutdown_on_exit=False)

@@ -70,7 +70,7 @@ class Spares:
                 self._spares.append(self._start(node))
 
     def take(self, node: str, name: str, devices: str | None) -> tuple[Any, WorkerAddress] | None:
-        """Let a spare of the node become the process `name` on these GPUs; none: no spare of the node responds."""
+        """Let a spare of the node become the process `name` on these GPUs; None if no spare of the node responds."""
         present = [spare for spare in self._spares if spare.node == node]
         for spare in sorted(present, key=lambda spare: not spare.warm.done()):
             if spare.has_failed:

@@ -120,7 +120,7 @@ class Supervisor:
         try:
             self._board.describe_restart(processes=group.renew(self._config, self._spares))
         except PlacementError as error:
-            logger.warning("%s; all processes are started anew", error)
+            logger.warning("%s; starting all processes again", error)
             group.kill()
             return None
         return group
@@ -196,7 +196,7 @@ class Supervisor:
         board.update(state, step=step, metrics=metrics, message="", phase="", damaged_copies=group.damaged_copies)
         if self._recovery and self._recovery.reached(progress):
             lost, seconds = self._recovery.lost_steps, self._recovery.seconds
-            logger.info("trains again after %.1f s, %d steps are repeated: %s", seconds, lost, self._recovery.phases)
+            logger.info("training resumed after %.1f s, repeating %d steps: %s", seconds, lost, self._recovery.phases)
             board.complete_restart(lost, seconds, self._recovery.phases)
             self._spans.send(board.status.restarts[-1])
             self._metrics.recovered(lost, seconds)

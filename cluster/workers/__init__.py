@@ -1,1 +1,1 @@
-"""What runs inside a training or helper process."""
+"""Code that runs inside training and helper processes."""

@@ -63,7 +63,7 @@ class WorkerAddress:
     host: str
     pid: int
     devices: str | None = None
-    """GPUs that it uses, as CUDA_VISIBLE_DEVICES names them; none: that is not set."""
+    """GPUs that it uses, as CUDA_VISIBLE_DEVICES names them; None if that is not set."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Progress:
     start_seconds: dict[str, float] = field(default_factory=dict)
     """Duration of each finished phase of the start, the first step included."""
     trained_seconds: float | None = None
-    """Time since the first step was done; none: it is not."""
+    """Time since the first step was done; None if it is not."""
     damaged_copies: int = 0
     """Entries of the node's cache that this process found damaged."""
 
@@ -101,7 +101,7 @@ class WorkerResult:
 
     @property
     def step(self) -> int | None:
-        """Step that was being trained; none: training had not begun."""
+        """Step that was being trained; None if training had not begun."""
         return self.progress.step if self.progress.phase == TRAINING else None
 
 
@@ -245,7 +245,7 @@ class TrainWorker:
         gauges = Gauges(assignment.config.run.name, assignment.stage) if rank.is_main else Gauges.off()
         context = RayContext(rank, gauges, replicas, self._rendezvous)
         self._context = context
-        logger.info("starts as one of %d: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
+        logger.info("started as one of %d ranks: pid %d on %s", rank.world_size, os.getpid(), socket.gethostname())
         if self._early_stop:
             context.request_stop(self._early_stop)
         failure = None

@@ -17,7 +17,7 @@ POLL_SECONDS = 0.5
 
 
 def export_on_worker(config: JobConfig, token: int, stopped: Callable[[], bool]) -> str | None:
-    """Export a run under the driver's lease and return the folder's URL; none: `stopped()` meanwhile.
+    """Export a run under the driver's lease and return the folder's URL; None if `stopped()` meanwhile.
 
     A lost node is retried elsewhere.
 
@@ -33,9 +33,7 @@ def export_on_worker(config: JobConfig, token: int, stopped: Callable[[], bool])
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:
-        raise ClusterError(
-            f"{config.run.name}: the export was lost ({error}); isthmus resume tries it again"
-        ) from error
+        raise ClusterError(f"{config.run.name}: the export was lost ({error}); isthmus resume retries it") from error
 
 
 def _wait(task: Any, config: JobConfig, stopped: Callable[[], bool]) -> str | None:
@@ -51,7 +49,7 @@ def _wait(task: Any, config: JobConfig, stopped: Callable[[], bool]) -> str | No
         return None
     raise ClusterError(
         f"{config.run.name}: the export was not done within {limit:g} s (cluster.export_timeout_seconds); "
-        "isthmus resume tries it again"
+        "isthmus resume retries it"
     )
 
 

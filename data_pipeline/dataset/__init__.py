@@ -1,1 +1,1 @@
-"""What a data set is on disk: shards, their indexes, the manifest; built and checked once."""
+"""A data set on disk: shards, their indexes and the manifest; built and verified once."""

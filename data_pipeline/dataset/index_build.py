@@ -165,7 +165,7 @@ def _raise_failures(failures: Sequence[str]) -> None:
     if failures:
         rest = f"\n... and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
         raise DataError(
-            "\n".join(failures[:_SHOWN]) + f"{rest}\nfix these shards, leave them out, or index with --on FAULT=drop"
+            "\n".join(failures[:_SHOWN]) + f"{rest}\nfix these shards, exclude them, or index with --on FAULT=drop"
         )
 
 

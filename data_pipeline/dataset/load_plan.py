@@ -38,7 +38,7 @@ def load_plan(
         seed: Seed of the run.
         global_batch_size: Samples per step.
         skip_steps: Ranges of data steps that training skips.
-        excluded: What `excluded_samples` returned to another process; none: it is called here.
+        excluded: What `excluded_samples` returned to another process; None if it is called here.
 
     Raises:
         DataError: a manifest or the file of excluded keys is missing or unusable, or sizes do not divide.
@@ -72,7 +72,7 @@ def excluded_samples(config: DataConfig, store: ObjectStore) -> Excluded:
             "remove these lines, or check the order of data.sources"
         )
     samples = [sample for several in found.values() for sample in several]
-    logger.info("%s: %d samples are left out", config.exclude, len(set(samples)))
+    logger.info("%s: %d samples are excluded", config.exclude, len(set(samples)))
     return {
         source: np.unique(np.array([sample.number for sample in samples if sample.source == source], dtype=np.int64))
         for source in range(len(manifests))

@@ -35,7 +35,7 @@ class Shard:
     index_hash: str
     """Identity of the index: of the keys, offsets and checksums of all samples."""
     captions_url: str | None = None
-    """File of the captions that a layered manifest chose for the samples; none: the shard's own captions count."""
+    """File of the captions that a layered manifest chose for the samples; None means the shard's own captions."""
     captions_hash: str | None = None
     """SHA-256 of that file."""
 
@@ -100,7 +100,7 @@ class Manifest:
         try:
             data = store.get(file_url)
         except NotFoundError as error:
-            raise NotFoundError(f"there is no manifest at {file_url}; make it with `isthmus data index`") from error
+            raise NotFoundError(f"no manifest at {file_url}; create it with `isthmus data index`") from error
         try:
             return _parse(data, file_url.rpartition("/")[0])
         except DataError as error:
@@ -153,7 +153,7 @@ def _parse(data: bytes, folder_url: str) -> Manifest:
     lines = io.BytesIO(data)
     header = json.loads(next(lines, b"{}"))
     if header.get("format") != FORMAT:
-        raise DataError("this is no manifest; make one with `isthmus data index`")
+        raise DataError("not a manifest; create one with `isthmus data index`")
     if header["version"] not in (VERSION, LAYERED_VERSION):
         raise DataError(f"version {header['version']} is unknown here, expected {VERSION}; index again")
     layer = LayerRef(**header["layer"]) if header["version"] == LAYERED_VERSION else None
@@ -172,7 +172,7 @@ def _parse(data: bytes, folder_url: str) -> Manifest:
 
     manifest = Manifest(shards, chunk_samples(), header["chunk_bytes"], layer)
     if (len(shards), manifest.hash) != (header["num_shards"], header["hash"]):
-        raise DataError("its content does not have the hash in its first line; it was cut or edited, index again")
+        raise DataError("its content does not have the hash in its first line; it was truncated or edited, index again")
     if not manifest.num_samples:
-        raise DataError("the data set has no samples; look at dropped.jsonl beside it")
+        raise DataError("the data set has no samples; see dropped.jsonl in the same folder")
     return manifest

@@ -94,7 +94,7 @@ class ShardIndex:
             DataError: the file is damaged or of another version.
         """
         if data[: len(MAGIC)] != MAGIC or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise DataError(f"{url} is damaged or no index of this version; run `isthmus data index` again")
+            raise DataError(f"{url} is damaged or has another index version; run `isthmus data index` again")
         start = len(MAGIC) + 4
         header_end = start + int.from_bytes(data[len(MAGIC) : start], "little")
         header = json.loads(data[start:header_end])

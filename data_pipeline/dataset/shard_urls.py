@@ -90,9 +90,9 @@ def _braces(typed: str) -> list[str]:
     try:
         names = list(itertools.islice(braceexpand(typed, escape=False), _MAX_SHARDS + 1))
     except ValueError as error:
-        raise DataError(f"{typed}: a brace is not closed; write such as {{00000..09999}}") from error
+        raise DataError(f"{typed}: a brace is not closed; write, for example, {{00000..09999}}") from error
     if len(names) > _MAX_SHARDS:
-        raise DataError(f"{typed} stands for more than {_MAX_SHARDS} names; check its ranges")
+        raise DataError(f"{typed} expands to more than {_MAX_SHARDS} names; check its ranges")
     return names
 
 

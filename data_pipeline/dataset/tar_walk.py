@@ -111,7 +111,7 @@ def walk(stream: ObjectStream) -> Iterator[TarMember]:
             _skip_sparse_headers(stream, header)
         start = stream.position
         if length > stream.size - start:
-            raise ArchiveFault("truncated", start, f"a member of {length} bytes goes beyond the archive's end")
+            raise ArchiveFault("truncated", start, f"a member of {length} bytes extends beyond the end of the archive")
         if kind in _EXTENSIONS:
             pax |= _extension(stream, kind, length, at)
         else:
@@ -142,7 +142,7 @@ def _check_header(header: bytes, at: int) -> None:
 def _check_tail(stream: ObjectStream) -> None:
     while data := stream.read(1 << 20):
         if data.count(0) != len(data):
-            raise ArchiveFault("corrupt_archive", stream.position, "there are data after the end marker")
+            raise ArchiveFault("corrupt_archive", stream.position, "data follows the end marker")
 
 
 def _data_length(header: bytes, pax: dict[bytes, bytes], at: int) -> int:

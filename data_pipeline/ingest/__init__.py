@@ -1,1 +1,1 @@
-"""From folders, JSONL, Parquet and annotation files to shards."""
+"""Creates shards from folders, JSONL, Parquet and annotation files."""

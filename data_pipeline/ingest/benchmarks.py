@@ -50,7 +50,7 @@ def vqa_rows(questions: Any, annotations: Any) -> Rows:
         number = entry["question_id"]
         by_image[entry["image_id"]].append(_question(number, entry, answers.get(number, [])))
     if not any(question["answers"] for several in by_image.values() for question in several):
-        raise DataError("the file of --annotations answers none of the questions; give the annotations of this split")
+        raise DataError("the file of --annotations answers none of the questions; give the annotations for this split")
     name = f"COCO_{questions['data_subtype']}_{{:012d}}.jpg"
     return [_row(name.format(int(image)), image, several) for image, several in by_image.items()]
 

@@ -107,7 +107,7 @@ class Downloader:
     def _check(self, url: URL, named_host: str | None) -> None:
         """Refuse addresses that need no look-up; the resolver refuses the others."""
         if url.scheme not in ("http", "https") or not url.host:
-            raise BadSample("bad_url", f"{str(url)[:80]!a} is no http or https URL")
+            raise BadSample("bad_url", f"{str(url)[:80]!a} is not an http or https URL")
         address = _address(url.host)
         if url.host == "localhost" or (address and address.is_loopback):
             is_allowed = url.host == named_host
@@ -157,7 +157,7 @@ def _parsed(url: str, *, relative: bool = False) -> URL:
     except ValueError as error:
         raise BadSample("bad_url", f"{url[:80]!a}: {error}") from error
     if not relative and not parsed.host:
-        raise BadSample("bad_url", f"{url[:80]!a} names no host")
+        raise BadSample("bad_url", f"{url[:80]!a} has no host")
     return parsed
 
 
@@ -174,7 +174,7 @@ async def _body(answer: aiohttp.ClientResponse) -> bytes:
 
 
 def _address(host: str) -> Any:
-    """Return the IPv4 or IPv6 address that is written or embedded in a host; None: it is a name."""
+    """Return the IPv4 or IPv6 address that is written or embedded in a host; None if it is a name."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

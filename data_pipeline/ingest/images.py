@@ -61,7 +61,7 @@ def _from_file(path: Path) -> bytes:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise BadSample("image_missing", "it is no regular file")
+            raise BadSample("image_missing", "it is not a regular file")
         _check_size(about.st_size)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the path

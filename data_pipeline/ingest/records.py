@@ -19,7 +19,7 @@ _CAPTION_COLUMNS = ("captions", "caption", "txt", "text")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields; None: the usual names, in upper or lower case."""
+    """Names of the fields; None means the usual names, in upper or lower case."""
 
     image: str | None = None
     caption: str | None = None
@@ -107,10 +107,10 @@ def _location(location: str, base: Path) -> str:
     if scheme in ("http", "https", "s3"):
         return location
     if scheme not in ("", "file"):
-        raise BadSample("bad_url", f"{location[:80]!a} is of an unknown kind; use a path, s3, http or https")
+        raise BadSample("bad_url", f"{location[:80]!a} has an unknown scheme; use a path, s3, http or https")
     path = location if scheme else str(base / location)
     if not Path(os.path.normpath(path.removeprefix("file://"))).is_relative_to(os.path.normpath(base)):
         raise BadSample(
-            "outside_folder", f"{location[:80]!a} is not below {base}; name the images' folder with --images"
+            "outside_folder", f"{location[:80]!a} is not below {base}; give the images' folder with --images"
         )
     return path

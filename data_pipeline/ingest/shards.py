@@ -179,7 +179,7 @@ def ingest(
     stale = [url for url in tars if url not in written]
     if stale:
         raise DataError(
-            f"{stale[0]} and {len(stale) - 1} more are not of this source; delete them or use another folder"
+            f"{stale[0]} and {len(stale) - 1} more belong to another source; delete them or use another folder"
         )
     return summary
 
@@ -210,7 +210,7 @@ def _record_url(folder_url: str, number: int) -> str:
 
 
 def _known(url: str, store: ObjectStore) -> IngestedShard | None:
-    """Return the stored outcome of a shard; None: it is not finished, or by another version."""
+    """Return the stored outcome of a shard; None if it is not finished or from another version."""
     try:
         return IngestedShard(**json.loads(store.get(url)))
     except (NotFoundError, ValueError, TypeError):

@@ -32,7 +32,7 @@ class Source:
     path: Path
     kind: SourceKind
     images: Path | None = None
-    """Folder to which relative image paths refer; None: that of the file that names them."""
+    """Folder to which relative image paths refer; None means that of the file that names them."""
     columns: Columns = field(default_factory=Columns)
     split: str = "test"
     """Of --kind karpathy: which images."""
@@ -112,7 +112,7 @@ def guess_kind(path: Path) -> SourceKind:
         DataError: it is missing or of no known kind.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist; name a folder, or a .jsonl, .parquet or .json file")
+        raise DataError(f"{path} does not exist; give a folder, or a .jsonl, .parquet or .json file")
     if path.is_dir():
         return _guess_layout(path)
     kinds: dict[str, SourceKind] = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -120,7 +120,7 @@ def guess_kind(path: Path) -> SourceKind:
         with path.open("rb") as file:
             return "annotations" if file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "coco"
     if path.suffix not in kinds:
-        raise DataError(f"{path} is of no known kind; name it with --kind ({', '.join(KINDS)})")
+        raise DataError(f"{path} has an unknown type; set --kind ({', '.join(KINDS)})")
     return kinds[path.suffix]
 
 
@@ -279,7 +279,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file ({error}); write it again") from error
+        raise DataError(f"{path} is not a readable Parquet file ({error}); write it again") from error
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _coco_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{source.path} is no COCO caption file: {error!r} is missing; expected images, annotations, or name "
+            f"{source.path} is not a COCO caption file: {error!r} is missing; expected images, annotations, or name "
             "another --kind (karpathy, vqa, gqa)"
         ) from error
     for batch in _batched(rows, samples_per_shard):
@@ -336,7 +336,7 @@ def _benchmark_rows(source: Source, document: Any) -> Rows:
     if source.kind == "gqa":
         return gqa_rows(document)
     if source.annotations is None:
-        raise DataError(f"{source.path} holds questions only; name the file with the answers with --annotations")
+        raise DataError(f"{source.path} contains only questions; give the file with the answers as --annotations")
     return vqa_rows(document, _document(source.annotations))
 
 
@@ -344,7 +344,7 @@ def _annotation_parts(source: Source, samples_per_shard: int) -> Iterator[Part]:
     """The lists of BLIP and LAVIS: one record per annotation, so an image with five captions comes five times."""
     document = _document(source.path)
     if not isinstance(document, list):
-        raise DataError(f"{source.path} is no list of annotations; expected objects with image and caption")
+        raise DataError(f"{source.path} is not a list of annotations; expected objects with image and caption")
     for first, batch in zip(itertools.count(0, samples_per_shard), _batched(document, samples_per_shard), strict=False):
         yield _ListedRows(source.path, tuple(f"entry {first + i}" for i in range(len(batch))), batch)
 
@@ -353,7 +353,9 @@ def _document(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes())
     except BadSample as bad:
-        raise DataError(f"{path} is not JSON ({bad.detail}); fix it, or use --kind jsonl for an object a line") from bad
+        raise DataError(
+            f"{path} is not JSON ({bad.detail}); fix it, or use --kind jsonl for one object per line"
+        ) from bad
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

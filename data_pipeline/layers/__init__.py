@@ -1,1 +1,1 @@
-"""Layers over a data set: one Parquet file per shard with what was computed for its samples; no image is copied."""
+"""Layers over a data set: one Parquet file per shard with data computed for its samples; images are not copied."""

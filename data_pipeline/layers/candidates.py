@@ -76,7 +76,7 @@ def check_candidates(table: pa.Table) -> None:
     """
     missing = [name for name in ("key", *_LISTS) if name not in table.column_names]
     if missing:
-        raise DataError(f"no table of caption candidates: it has no column {missing[0]}")
+        raise DataError(f"not a table of caption candidates: it has no column {missing[0]}")
     lengths = _lengths(table["texts"])
     if (lengths < 0).any():
         raise DataError(f"sample {table['key'][int(lengths.argmin())].as_py()}: texts is null; write an empty list")

@@ -54,7 +54,7 @@ class LayerWriter:
         base_hash: Hash of the manifest whose samples the rows are.
         made_by: What decides the content: model, seed, rule. JSON values.
         store: Access to the folder.
-        parent_hash: Hash of the layer that this one was made from; none: it was made from the data set alone.
+        parent_hash: Hash of the layer that this one was made from; None if it was made from the data set alone.
     """
 
     def __init__(
@@ -181,7 +181,9 @@ class Layer:
                 raise
             raise DataError(f"{url} is damaged ({error!r}); make the layer again") from error
         if layer.hash != fields["hash"]:
-            raise DataError(f"{url} was cut or edited: it does not have the hash that it names; make the layer again")
+            raise DataError(
+                f"{url} was truncated or edited: its content does not have the recorded hash; make the layer again"
+            )
         return layer
 
     def to_bytes(self) -> bytes:

@@ -1,1 +1,1 @@
-"""Which sample comes when: pure functions, no I/O."""
+"""The sample order: pure functions without I/O."""

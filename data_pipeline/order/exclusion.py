@@ -34,7 +34,7 @@ class Exclusion:
         return kept + int(np.searchsorted(excluded - np.arange(len(excluded)), kept, side="right"))
 
     def kept(self, chunk: int, sample: int) -> int | None:
-        """Return the number of a sample among those of its chunk that are left; None: it is excluded."""
+        """Return the number of a sample among those of its chunk that are left; None if it is excluded."""
         excluded = self._of_chunk(chunk)
         before = int(np.searchsorted(excluded, sample))
         is_excluded = before < len(excluded) and excluded[before] == sample

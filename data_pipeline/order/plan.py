@@ -158,7 +158,7 @@ class Plan:
         return [ref for ref in refs if ref is not None]
 
     def find(self, source: int, epoch: int, number: int) -> tuple[int, int] | None:
-        """Return the data step and the row at which a sample comes in an epoch; None: it is excluded.
+        """Return the data step and the row at which a sample comes in an epoch; None if it is excluded.
 
         The inverse of `lane_samples`, but for skipped steps: `skipped.training_step` tells which step uses a data step.
 

@@ -58,7 +58,7 @@ class SkippedSteps:
         return step
 
     def training_step(self, data_step: int) -> int | None:
-        """Return the training step that uses a data step; None: it is skipped."""
+        """Return the training step that uses a data step; None if it is skipped."""
         num_skipped = 0
         for item in self.ranges:
             if data_step < item.first:

@@ -1,1 +1,1 @@
-"""Batches of one rank: loader, readers, where readers run, their caches."""
+"""Batches of one rank: the loader, readers and where they run, caches."""

@@ -35,7 +35,8 @@ class Loader:
         rank: This rank.
         world_size: Number of ranks; must divide the plan's lanes.
         train: False: whole images without augmentation, and rows beyond the first epoch are masked.
-        virtual_ranks: This rank has the lanes of its virtual ranks (`virtual_ranks_of`); none: every `world_size`-th.
+        virtual_ranks: This rank has the lanes of its virtual ranks (`virtual_ranks_of`); None means every
+            `world_size`-th lane.
 
     Raises:
         DataError: `world_size` does not divide the lanes or the virtual ranks.

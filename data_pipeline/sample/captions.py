@@ -71,7 +71,7 @@ def first_captions(values: Iterable[object]) -> list[str]:
 
 
 def image_id_of(value: object) -> str | None:
-    """Return an image id as text that can be encoded, whatever type it has; None: there is none."""
+    """Return an image id as text that can be encoded, whatever type it has; None if there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables mark a missing number
         return None
     return str(value).encode("utf-8", "backslashreplace").decode()

@@ -21,7 +21,7 @@ IMAGE_EXTENSIONS = tuple(extension for extensions in EXTENSIONS.values() for ext
 
 
 def picture_extension(extensions: Iterable[str]) -> str | None:
-    """Return which of a sample's extensions is its picture; None: it has none.
+    """Return which of a sample's extensions is its picture; None if it has none.
 
     A JPEG comes before a PNG, which may be a mask or a depth map of it.
     """
@@ -29,7 +29,7 @@ def picture_extension(extensions: Iterable[str]) -> str | None:
 
 
 def usual_extension(pillow_format: str | None) -> str | None:
-    """Return the file extension of a format as Pillow names it; None: it is not read."""
+    """Return the file extension of a format as Pillow names it; None if it is not read."""
     # A multi-picture JPEG, as cameras write it, is opened by Pillow's JPEG plugin and called MPO.
     known = EXTENSIONS.get("JPEG" if pillow_format == "MPO" else pillow_format or "")
     return known[0] if known else None

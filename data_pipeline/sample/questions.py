@@ -16,7 +16,7 @@ class Question:
     """Its id in the published file."""
     text: str
     answers: tuple[str, ...]
-    """What people answered, one each; none: unknown."""
+    """What people answered, one each; None if unknown."""
 
 
 def read_questions(members: Mapping[str, Bytes]) -> list[Question]:

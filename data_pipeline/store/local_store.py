@@ -130,7 +130,7 @@ class LocalBackend:
     def download(self, url: str, path: Path, etag: str | None) -> None:
         started = time.monotonic()
         if etag is not None and self.head(url).etag != etag:
-            raise ChangedError(f"{url} is not the version that was asked for; check who writes to it")
+            raise ChangedError(f"{url} is not the requested version; check who writes to it")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
         try:

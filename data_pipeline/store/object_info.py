@@ -19,7 +19,7 @@ class ObjectInfo:
     etag: str
     """Opaque; differs between versions of different content."""
     modified_at: float | None = field(default=None, compare=False)
-    """Unix seconds; none: the answer to a write does not say."""
+    """Unix seconds; None if the answer to a write does not say."""
 
 
 @dataclass

@@ -195,4 +195,4 @@ class ObjectStore:
             return self._s3
         if url.startswith("file:///") or (url and "://" not in url and not url.startswith("pipe:")):
             return self._local
-        raise StoreError(f"{url!r} is no URL of an object; write s3://bucket/key, file:///path or a local path")
+        raise StoreError(f"{url!r} is not an object URL; write s3://bucket/key, file:///path or a local path")

@@ -147,7 +147,7 @@ class S3Backend:
     def download(self, url: str, path: Path, etag: str | None) -> None:
         info = self.head(url)
         if etag is not None and info.etag != etag:
-            raise ChangedError(f"{url} is not the version that was asked for; check who writes to it")
+            raise ChangedError(f"{url} is not the requested version; check who writes to it")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".isthmus-{uuid.uuid4().hex}.partial")
         try:
@@ -200,7 +200,7 @@ class S3Backend:
                 body.target[body.done : body.done + len(data)] = data
                 body.done += len(data)
                 if time.monotonic() > deadline and body.done < len(body.target):
-                    raise TransientError("deadline", f"{body.done} of {len(body.target)} bytes came in time")
+                    raise TransientError("deadline", f"{body.done} of {len(body.target)} bytes arrived in time")
 
     @staticmethod
     def _check_length(url: str, answer: Any, expected: int) -> None:

@@ -102,7 +102,7 @@ def retries_exhausted(kind: str, url: str, error: TransientError, num_tries: int
 
 
 def _classify_credentials(asked: str, error: Exception) -> Exception | None:
-    """Explain why there are no credentials; None: it is something else."""
+    """Explain why there are no credentials; None if it is something else."""
     if isinstance(error, NoCredentialsError):  # also what a metadata service that is too busy looks like
         return TransientError("credentials", str(error), AccessError, _SET_CREDENTIALS, 2, renew_credentials=True)
     if isinstance(error, CredentialRetrievalError | MetadataRetrievalError | TokenRetrievalError):
@@ -113,7 +113,7 @@ def _classify_credentials(asked: str, error: Exception) -> Exception | None:
 
 
 def _classify_connection(error: Exception) -> TransientError | None:
-    """Explain a request that was not answered by an object store; None: it is something else."""
+    """Explain a request that was not answered by an object store; None if it is something else."""
     name = type(error).__name__
     message = f"{name}: {error}"
     if isinstance(error, NotS3Error | ResponseParserError):
@@ -164,14 +164,14 @@ def _classify_absence(kind: str, asked: str, code: str, text: str, *, is_bare: b
 def _classify_refusal(
     kind: str, asked: str, code: str, text: str, headers: dict[str, str], *, is_bare: bool
 ) -> Exception | None:
-    """Explain a request that was not accepted from this caller; None: it is something else."""
+    """Explain a request that was not accepted from this caller; None if it is something else."""
     if code in _CLOCK_CODES or (is_bare and abs(_clock_lag_seconds(headers)) > _CLOCK_TOLERANCE_SECONDS):
         message = f"{text}; this machine's clock is {_clock_lag_seconds(headers):.0f} s behind the store's"
         return TransientError("clock", message, AccessError, "set the clock (chrony, ntpd)", _FEW_TRIES)
     if code in _RENEWABLE_CODES:
         return TransientError("credentials", text, AccessError, _RENEW, _FEW_TRIES, renew_credentials=True)
     if code == "InvalidObjectState":
-        return StoreError(f"{asked}: the object is archived ({text}); restore it or copy it to a class for online use")
+        return StoreError(f"{asked}: the object is archived ({text}); restore it or copy it to an online storage class")
     denied = f"check the credentials and that they allow {kind} here"
     if is_bare:
         remedy = f"{denied} (without the right to list a bucket, an absent object looks like this too)"

@@ -1,1 +1,1 @@
-"""A complete input without any download: generated scenes, tiny frozen parts, and the recipe that trains on them."""
+"""Inputs that need no download: generated scenes, tiny frozen models, and the recipe that trains on them."""

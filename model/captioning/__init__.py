@@ -1,1 +1,1 @@
-"""Captioning models that write candidates, and models that score how well a text fits an image."""
+"""Models that generate captions, and models that score how well a text matches an image."""

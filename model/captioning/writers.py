@@ -69,7 +69,7 @@ def open_writer(folder: Path) -> Writer:
     if kind in IMAGES_ONLY and _generates(folder, kind):
         return _Published(folder)
     raise ModelError(
-        f"{folder}: cannot write captions ({kind or 'no config.json'}); give an export of stage 2, or a captioning "
+        f"{folder}: cannot generate captions ({kind or 'no config.json'}); give an export of stage 2, or a captioning "
         f"folder of transformers: blip-2, {', '.join(IMAGES_ONLY)}"
     )
 

@@ -1,1 +1,1 @@
-"""Other people's checkpoints and ours."""
+"""Reads and writes BLIP-2 models in the formats of Hugging Face and LAVIS and in our own."""

@@ -24,7 +24,7 @@ def load_captioner(folder: Path) -> tuple[Stage2Model, LanguageEncoder]:
     """Return the model, in eval mode, and its tokeniser.
 
     Args:
-        folder: own export, or a `Blip2ForConditionalGeneration` folder, which is what EVA-CLIP runs export.
+        folder: native export, or a `Blip2ForConditionalGeneration` folder, which is what EVA-CLIP runs export.
 
     Raises:
         ModelError: neither of them, or an export of stage 1.
@@ -39,7 +39,7 @@ def load_export(folder: Path) -> Loaded:
     """Return the model of either stage, in eval mode, and its tokeniser.
 
     Args:
-        folder: own export, or a folder of `Blip2ForConditionalGeneration` or `Blip2ForImageTextRetrieval`.
+        folder: native export, or a folder of `Blip2ForConditionalGeneration` or `Blip2ForImageTextRetrieval`.
 
     Raises:
         ModelError: none of them, or one of stage 1 without the Q-Former's vocabulary.
@@ -58,7 +58,7 @@ def _load_native(folder: Path) -> Loaded:
     vision = load_vision(vision_config, folder / "vision")
     if language_config is None:
         if not (folder / "tokenizer").is_dir():
-            raise ModelError(f"{folder}: holds no tokenizer of the Q-Former; import it again with --tokenizer")
+            raise ModelError(f"{folder}: contains no Q-Former tokenizer; import it again with --tokenizer")
         retriever = Stage1Model(vision, QFormer(qformer_config, vision.width))
         # transformers' retrieval model has no temperature and no language head: only training reads them.
         trained_only = [name for name in retriever.trainable_parameters() if reference_name(name, "hf") is None]

@@ -156,7 +156,7 @@ def _vision_config(folder: Path, qformer: QFormerConfig) -> dict[str, Any]:
     if content.get("model_type") not in HF_VISION_TYPES:
         raise ModelError(
             f"{folder}: transformers' BLIP-2 cannot hold an image encoder of type {content.get('model_type')} (only "
-            f"{', '.join(HF_VISION_TYPES)}); export in the own format instead (docs/export-format.md)"
+            f"{', '.join(HF_VISION_TYPES)}); use the native format instead (--to own) (docs/export-format.md)"
         )
     inner = content.get("vision_config", content)
     assert isinstance(inner, dict)

@@ -65,7 +65,7 @@ class Imported:
 
 
 def import_blip2(source: Path, target: Path) -> Imported:
-    """Turn a BLIP-2 folder of transformers into an own export with separate frozen folders, atomically.
+    """Turn a BLIP-2 folder of transformers into a native export with separate frozen folders, atomically.
 
     Args:
         source: What `Blip2ForConditionalGeneration`, `Blip2Model` (stage 2) or `Blip2ForImageTextRetrieval` (stage 1)
@@ -78,9 +78,9 @@ def import_blip2(source: Path, target: Path) -> Imported:
     """
     refuse_existing(target)
     if (source / DESCRIPTION).exists():
-        raise ModelError(f"{source}: an own export already; stage2.init_from, caption, ask, serve and export read it")
+        raise ModelError(f"{source}: already a native export; stage2.init_from, caption, ask, serve and export read it")
     if read_json(source / "config.json").get("model_type") != "blip-2":
-        raise ModelError(f"{source}: not a BLIP-2 folder of transformers; give one with config.json and weights")
+        raise ModelError(f"{source}: not a BLIP-2 folder in transformers format; give one with config.json and weights")
     config: Any = AutoConfig.from_pretrained(source)
     tensors = open_tensors(source)
     is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in tensors)

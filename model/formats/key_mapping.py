@@ -48,7 +48,7 @@ _LEAVES = (".weight", ".bias")
 
 
 def reference_name(name: str, reference: Reference, llm: str = "opt") -> str | None:
-    """Return the name of our parameter in a checkpoint of `reference`; none: that format does not hold it.
+    """Return the name of our parameter in a checkpoint of `reference`; None if that format does not hold it.
 
     Args:
         name: ours, such as `qformer.layers.0.query_ffn.up.weight`.

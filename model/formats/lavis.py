@@ -1,4 +1,4 @@
-"""Checkpoints of the original code (LAVIS .pth, either stage), read into our own exports and written back."""
+"""Checkpoints of the original code (LAVIS .pth, either stage), read into our native exports and written back."""
 
 import json
 import re
@@ -25,14 +25,14 @@ _LAYER = re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\.(crossattention)?")
 def import_lavis(
     source: Path, target: Path, vision: Path | None = None, language: Path | None = None, tokenizer: Path | None = None
 ) -> Imported:
-    """Turn a LAVIS checkpoint into an own export, atomically.
+    """Turn a LAVIS checkpoint into a native export, atomically.
 
     Args:
         source: `.pth` file, such as blip2_pretrained.pth or blip2_pretrained_opt2.7b.pth.
         target: Folder to write.
-        vision: Folder of the image encoder; none: the encoder that the file holds.
-        language: Folder of the language model; none: the export has no language model.
-        tokenizer: Folder of the Q-Former's vocabulary; none: the export has none.
+        vision: Folder of the image encoder; None means the encoder that the file holds.
+        language: Folder of the language model; None if the export has no language model.
+        tokenizer: Folder of the Q-Former's vocabulary; None if the export has none.
 
     Raises:
         ModelError: the target exists, the file is damaged, unsafe or no checkpoint of BLIP-2, or trained tensors or
@@ -49,7 +49,7 @@ def import_lavis(
     if missing:
         raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}")
     if language is not None and PROJECTION[0] not in trained:
-        raise ModelError(f"{source}: of stage 1, has no projection into a language model; leave out --language")
+        raise ModelError(f"{source}: a stage-1 checkpoint without a projection to a language model; remove --language")
     used = {theirs[name] for name in trained}
     left = sorted(n for n in tensors.keys() - used if vision is not None or not n.startswith(LAVIS_PREFIX))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _dimensions(tensors: Tensors, source: Path) -> tuple[QFormerConfig, int]:
 def _write_encoder(tensors: Tensors, source: Path, folder: Path) -> Path:
     if not any(name.startswith(LAVIS_PREFIX) for name in tensors):
         raise ModelError(
-            f"{source}: holds no image encoder; give its folder with --vision (isthmus models get makes it)"
+            f"{source}: contains no image encoder; give its folder with --vision (made by isthmus models get)"
         )
     config, tower = lavis_tower(tensors, str(source))
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Our own export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied.
+"""Our native export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied.
 
     bridge.json              format version, dimensions, configurations of the frozen parts
     bridge.safetensors       trained tensors under our names: fp32 from a run, the published type from an import
@@ -62,7 +62,7 @@ def export_bridge(
 
 
 def bridge_configs(folder: Path) -> tuple[QFormerConfig, VisionConfig, LanguageConfig | None]:
-    """Return the configurations of an own export, paths made absolute.
+    """Return the configurations of a native export, paths made absolute.
 
     Raises:
         ModelError: the folder is not one, or of another version.
@@ -116,7 +116,7 @@ def read_trained(source: Path, names: list[str]) -> dict[str, Tensor]:
         lavis = open_tensors(source)
         return {name: lavis[key].read() for name, key in lavis_names(lavis, names).items()}
     raise ModelError(
-        f"{source}: neither an export of ours ({DESCRIPTION}), nor a transformers BLIP-2 folder, nor a .pth checkpoint"
+        f"{source}: neither a native export ({DESCRIPTION}), nor a transformers BLIP-2 folder, nor a .pth checkpoint"
     )
 
 

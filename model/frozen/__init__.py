@@ -1,1 +1,1 @@
-"""Frozen encoders and language models behind one interface."""
+"""Frozen image encoders and language models, each behind one interface."""

@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
     @property
     def context_tokens(self) -> int | None:
-        """Longest input in positions, queries included; none: unlimited (relative positions)."""
+        """Longest input in positions, queries included; None means unlimited (relative positions)."""
         return None if self.is_encoder_decoder else getattr(self.model.config, "max_position_embeddings", None)
 
     @property
@@ -166,7 +166,7 @@ def _no_packed_sequences() -> Iterator[None]:
 def build_language(config: LanguageConfig, folder: Path, tensor_names: Collection[str] | None = None) -> LanguageModel:
     """Build the frozen model of `folder` (config.json) with weights tied but not yet loaded.
 
-    May run under `deepspeed.zero.Init`. `tensor_names` are the names in the weight files; none: those of `folder`.
+    May run under `deepspeed.zero.Init`. `tensor_names` are the names in the weight files; None means those of `folder`.
     Each entry of the result's `weight_names` (name in `named_parameters()` -> name in the files) is to be filled.
 
     Raises:

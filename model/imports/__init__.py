@@ -1,1 +1,1 @@
-"""Published weights of any format as named tensors that are read one at a time."""
+"""Published weights of any format as named tensors, read one at a time."""

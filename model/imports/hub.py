@@ -50,7 +50,7 @@ def download(name: str, revision: str | None = None) -> Snapshot:
 
     Args:
         name: `owner/name`.
-        revision: Branch, tag or commit; none: the default branch. The commit is returned.
+        revision: Branch, tag or commit; None means the default branch. The commit is returned.
 
     Raises:
         ModelError: no such model or revision, no access, or no network and nothing in the cache.

@@ -88,7 +88,7 @@ def _language_of(config: dict[str, Any], tensors: Tensors, files: tuple[Path, ..
             name.removeprefix(LANGUAGE_PREFIX): t for name, t in tensors.items() if name.startswith(LANGUAGE_PREFIX)
         }
         if not kept or "text_config" not in config:
-            raise ModelError(f"{place}: this BLIP-2 holds no language model; give Blip2ForConditionalGeneration")
+            raise ModelError(f"{place}: this BLIP-2 has no language model; give Blip2ForConditionalGeneration")
         return Published(config["text_config"], kept, files)
     found = Published(config, tensors, files)
     if found.is_vision:
@@ -108,7 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ModelError(f"{path}: no valid JSON ({error}); download the file again") from error
+        raise ModelError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ModelError(f"{path}: no model_type; a folder in transformers' format is needed")
     return content

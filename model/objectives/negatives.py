@@ -98,7 +98,7 @@ class MatchingPairs:
     index_B: Tensor
     """Row of each negative image in this rank's batch, where all of them are there."""
     image_BPC: Tensor | None
-    """Features of the negative images; none: every one is in the micro-batch."""
+    """Features of the negative images; None if every one is in the micro-batch."""
     counted_B3: Tensor
     """bool; which of a row's pairs count."""
 
@@ -148,7 +148,7 @@ def fetch_pairs(
     Args:
         batch: the global batch.
         negatives: of this rank's rows.
-        num_rows: match so many rows of the global batch; None: all of them.
+        num_rows: match so many rows of the global batch; None means all of them.
         texts: this rank's micro-batches.
         image_BPC: this rank's image features.
         context: connects the ranks.

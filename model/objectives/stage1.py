@@ -98,7 +98,7 @@ class Stage1Model(nn.Module):
     """Q-Former with the heads of contrast and matching; the vision encoder is frozen.
 
     Args:
-        vision: frozen encoder; none: inputs bring features.
+        vision: frozen encoder; None means that inputs are features.
         qformer: with its text side.
         config: weights and options of the losses.
         choose_negatives: the product draws; tests of the reference take the hardest.

@@ -28,13 +28,13 @@ class Stage1Inputs:
     rows_B: Tensor
     """int64, row in the global batch."""
     image_ids_B: Tensor | None = None
-    """int64; rows with equal ids show the same image. None: every row is its own image."""
+    """int64; rows with equal ids show the same image. None means every row is its own image."""
     images_BCHW: Tensor | None = None
     """Float, normalised."""
     image_BPD: Tensor | None = None
     """Features of the vision encoder, instead of images."""
     texts: tuple[PackedCaptions, ...] | None = None
-    """`pack_micro_batches` of the host's tokens. None: packed in the step, which then waits for the device."""
+    """`pack_micro_batches` of the host's tokens. None means that the step packs them and waits for the device."""
 
     def at(self, rows: Tensor | slice) -> "Stage1Inputs":
         """Return some of the rows."""

@@ -35,7 +35,7 @@ class Stage2Inputs:
     image_BPD: Tensor | None = None
     """Features of the vision encoder, instead of images."""
     texts: tuple[LanguageTokens, ...] | None = None
-    """`pack_language_tokens` of the host's tokens. None: packed in the step, which then waits for the device."""
+    """`pack_language_tokens` of the host's tokens. None means that the step packs them and waits for the device."""
 
     def packed(self, micro_batch_size: int, *, is_encoder_decoder: bool) -> "Stage2Inputs":
         """Return the same rows with `texts`, made from a host copy of the tokens unless they are there.

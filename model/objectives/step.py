@@ -35,10 +35,10 @@ class StepContext:
     """Of the stage."""
     step: int = 0
     virtual_ranks: Sequence[int] = ()
-    """Those that this rank computes, a micro-batch each, in the order of its rows and of the sums; none: micro-batches
-    are the rank's own."""
+    """Those that this rank computes, one micro-batch each, in the order of its rows and of the sums; without any,
+    micro-batches are the rank's own."""
     backward: Callable[[Tensor], None] | None = None
-    """Adds a loss's gradients to those of the step; None: no gradient."""
+    """Adds a loss's gradients to those of the step; None means no gradient."""
     end_micro_batch: Callable[[], None] = lambda: None
     """Called when a micro-batch has called `backward` for the last time."""
 

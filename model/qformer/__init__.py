@@ -1,1 +1,1 @@
-"""The trainable bridge."""
+"""The Q-Former, the trainable bridge between image encoder and language model."""

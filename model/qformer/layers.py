@@ -191,7 +191,7 @@ class Layer(nn.Module):
             rows: the rows before it.
             mask: of self-attention over the padded rows, True where attending is allowed.
             image: what this layer's cross-attention reads.
-            kept_K: the packed text to return; None: all. What is not kept is still attended to.
+            kept_K: the packed text to return; None means all. What is not kept is still attended to.
         """
         query, rows_after, kv = self._self_attention_inputs(rows, kept_K)
         context_BLD = self.attention.attend(rows_after.to_padded(query), kv, mask)

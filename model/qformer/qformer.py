@@ -167,7 +167,7 @@ class QFormer(nn.Module):
             rows: queries, packed text, or both.
             mask: self-attention mask over the padded rows, True where attending is allowed.
             image: keys and values for each layer that has cross-attention.
-            kept_K: the packed text to return; None: all. The last layer computes nothing else.
+            kept_K: the packed text to return; None means all. The last layer computes nothing else.
         """
         images = iter(image)
         for i, layer in enumerate(self.layers):

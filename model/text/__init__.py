@@ -1,1 +1,1 @@
-"""Captions to token ids."""
+"""Tokenisation of captions."""

@@ -1,1 +1,1 @@
-"""Pretraining of BLIP-2 vision-language bridges on Ray and DeepSpeed. The folders of this package are the repository's top-level ones."""
+"""Pretraining of BLIP-2 vision-language models on Ray and DeepSpeed. Its packages are links to top-level folders."""

@@ -108,7 +108,7 @@ class SimUploadProcess:
         deadline = world().now + timeout_seconds
         while self._result is None:
             if not self._process.alive or world().now >= deadline:
-                raise UploadProcessLostError(f"{folder_url}: the process that uploads part {rank} died or hangs")
+                raise UploadProcessLostError(f"{folder_url}: the upload process of part {rank} died or hangs")
             self._answer.wait(min(1.0, deadline - world().now))
         if isinstance(self._result, Exception):
             raise CheckpointError(str(self._result))

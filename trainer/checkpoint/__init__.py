@@ -1,1 +1,1 @@
-"""The state of a run on its way to the store and back."""
+"""Saving and restoring the state of a run."""

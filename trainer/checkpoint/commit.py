@@ -206,7 +206,9 @@ class BackgroundSaver:
             if there == data:
                 return
             if _read_token(there, url) > self._token:
-                raise LeaseError(f"{url}: was committed by a later owner of the run; this process lost it") from None
+                raise LeaseError(
+                    f"{url}: was committed by a later owner of the run; this process has lost the run"
+                ) from None
             logger.warning("%s: replaces the manifest of an abandoned attempt", url)
             self._store.compare_and_swap(url, data, version)
 

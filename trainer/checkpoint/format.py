@@ -82,7 +82,7 @@ class Manifest:
             raise CheckpointError(f"{url}: not the manifest of a checkpoint; find out what wrote it")
         if raw["version"] > VERSION:
             raise NewerFormatError(
-                f"{url}: has format version {raw['version']}, this program reads up to {VERSION}; "
+                f"{url}: has format version {raw['version']}, this release reads up to {VERSION}; "
                 "use the newer release that wrote it"
             )
         try:
@@ -103,7 +103,7 @@ def _check_fields(manifest: Manifest) -> None:
     numbers = [manifest.step, manifest.token, manifest.world_size]
     for entry in manifest.files:
         if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
-            raise ValueError(f"{entry.name!r:.100} does not name a file of this folder")
+            raise ValueError(f"{entry.name!r:.100} is not a file name in this folder")
         numbers += [entry.size, entry.crc32]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("sizes and steps must be whole numbers")
@@ -119,7 +119,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step of a checkpoint's folder; none: it is not one."""
+    """Return the step of a checkpoint's folder; None if it is not one."""
     match = _STEP.match(name)
     return int(match[1]) if match else None
 

@@ -48,7 +48,7 @@ class CheckpointManager:
         assert_owner: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
         token: Fencing token of the run's owner; written into each manifest.
         seconds_between_failures: As observed; used by the automatic interval on rank 0.
-        peers: Memory of other nodes for snapshots between the checkpoints; none: no replication.
+        peers: Memory of other nodes for snapshots between the checkpoints; None means no replication.
     """
 
     def __init__(
@@ -86,7 +86,9 @@ class CheckpointManager:
                 if self._replicator is not None:
                     self._replicator.prepare(fragments)
             except (CheckpointError, OSError) as error:
-                logger.warning("memory for checkpoints is not ready yet, the first save tries again: %s", error)
+                logger.warning(
+                    "memory for checkpoints could not be allocated yet, the first save will retry: %s", error
+                )
 
         self._preparation = threading.Thread(target=allocate, name="prepare-saves", daemon=True)
         self._preparation.start()
@@ -143,7 +145,7 @@ class CheckpointManager:
         return saved
 
     def latest(self) -> SavedCheckpoint | None:
-        """Return the newest committed checkpoint whose every byte is as it was written; none: nothing was committed.
+        """Return the newest committed checkpoint whose every byte is as it was written; None if nothing was committed.
 
         The ranks share the reading. A damaged one is skipped with an error in the log. Collective.
 
@@ -213,4 +215,4 @@ class CheckpointManager:
         try:
             prune(self._url, self._store, self._config, assert_owner=self._assert_owner)
         except (TrainerError, DataError, OSError) as error:
-            logger.warning("old checkpoints were not deleted, the next save tries again: %s", error)
+            logger.warning("old checkpoints could not be deleted, the next save will retry: %s", error)

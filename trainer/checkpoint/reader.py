@@ -114,7 +114,7 @@ class SavedCheckpoint:
             data = store.get(manifest_url)
         except NotFoundError as error:
             raise CheckpointError(
-                f"{manifest_url}: absent, so {url} is no committed checkpoint; see isthmus checkpoints ls"
+                f"{manifest_url}: not found, so {url} is not a committed checkpoint; see isthmus checkpoints ls"
             ) from error
         return SavedCheckpoint(url, store, Manifest.from_bytes(data, manifest_url))
 
@@ -155,7 +155,7 @@ class SavedCheckpoint:
         if done != offset + length:
             raise CheckpointError(
                 f"{self.url}: lacks elements {done} to {offset + length} of {kind} of {name}; "
-                "it is of another model, or damaged: run isthmus checkpoints verify"
+                "it belongs to another model or is damaged: run isthmus checkpoints verify"
             )
         return result
 
@@ -163,7 +163,7 @@ class SavedCheckpoint:
         """Return a whole tensor in its shape."""
         shape = self.shapes().get(name)
         if shape is None:
-            raise CheckpointError(f"{self.url}: has no tensor {name}; it is of another model")
+            raise CheckpointError(f"{self.url}: has no tensor {name}; it belongs to another model")
         here = sum(piece.length for _, piece in self._index[0].get((name, kind), ()))
         if here != math.prod(shape):  # before memory is asked for
             raise CheckpointError(f"{self.url}: {kind} of {name} has {here} elements, which is not its shape {shape}")

@@ -73,7 +73,7 @@ class Replicator:
         began = time.monotonic()
         others = gather_lists([(self._thread is not None and self._thread.is_alive(), self._sent)])
         if any(is_busy for is_busy, _ in others):
-            logger.info("step %d is not replicated in peers' memory: the one before is still being sent", state.step)
+            logger.info("step %d is not replicated in peers' memory: the previous one is still being sent", state.step)
             return time.monotonic() - began
         if self._sent is not None and all(sent == self._sent for _, sent in others):
             self._keep = self._sent

@@ -23,7 +23,7 @@ def kept_steps(metrics_by_step: dict[int, dict[str, float]], config: CheckpointC
 
 
 def best_step(metrics_by_step: dict[int, dict[str, float]], metric: str | None) -> int | None:
-    """Return the step with the best value of a metric, the earliest of equals; none: no step has it."""
+    """Return the step with the best value of a metric, the earliest of equals; None if no step has it."""
     if metric is None:
         return None
     sign = -1.0 if metric.endswith("loss") else 1.0

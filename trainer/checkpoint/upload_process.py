@@ -72,7 +72,7 @@ class UploadProcess:
         line = self._process.stdout.readline() if ready else b""
         if not line:
             cause = "died" if ready else f"was not done after {timeout_seconds:g} s"
-            raise UploadProcessLostError(f"{folder_url}: the process that uploads part {rank} {cause}; see its stderr")
+            raise UploadProcessLostError(f"{folder_url}: the upload process of part {rank} {cause}; see its stderr")
         answer = json.loads(line)
         if "error" in answer:
             raise CheckpointError(answer["error"])
@@ -104,7 +104,7 @@ class UploadProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise UploadProcessLostError("the process that uploads checkpoints has died; see its stderr") from error
+            raise UploadProcessLostError("the upload process has died; see its stderr") from error
 
 
 def _upload(store: ObjectStore, data: memoryview, request: dict[str, Any]) -> FileEntry:

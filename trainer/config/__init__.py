@@ -1,1 +1,1 @@
-"""What a recipe may say, how it is read, and what may change on resume."""
+"""What a recipe may contain, how it is read, and what may change on resume."""

@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Change(NamedTuple):
-    """One key whose value differs between two configurations; None: absent on that side."""
+    """One key whose value differs between two configurations; None if absent on that side."""
 
     key: str
     old: Any
@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[ConfigT])
     except (OSError, UnicodeDecodeError) as error:
         packaged = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
         raise ConfigError(
-            f"{path}: cannot be read ({error}); give a recipe file, or one that isthmus brings along: {packaged}"
+            f"{path}: cannot be read ({error}); give a recipe file, or the name of a packaged one: {packaged}"
         ) from error
     raw = parse_yaml(text, str(path))
     for override in overrides:
@@ -137,7 +137,9 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed; write the value out", mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not allowed; write the value in full", mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -169,7 +171,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[part]
         node[last] = value
     except (KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"override {override!r}: the recipe has no place {key} to set") from error
+        raise ConfigError(f"override {override!r}: the recipe has no key {key}") from error
 
 
 def _flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

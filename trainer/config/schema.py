@@ -23,12 +23,12 @@ class RunConfig(Config):
     url: str
     """Folder that holds the run's folder `<name>/`: a local path or s3://bucket/prefix."""
     seed: int = Field(0, ge=0)
-    """Seed of everything random."""
+    """Seed of all randomness."""
     export: bool = True
     """Export the result after the last stage."""
     virtual_ranks: int | None = Field(None, gt=0)
-    """Equal parts of the global batch that are computed alike on any number of workers that divides it, each with its
-    own dropout masks: a power of two that divides data.lanes. None: parts are what workers have."""
+    """Number of equal parts of the global batch, each with its own dropout masks, that are computed identically on any
+    number of workers that divides it: a power of two that divides data.lanes. None means one part per worker."""
 
 
 class OptimizerConfig(Config):
@@ -47,21 +47,21 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     """Term added to the denominator."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decoupled decay of matrices; vectors and biases have none."""
+    """Decoupled weight decay of matrices; vectors and biases have none."""
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = Field({})
-    """Factor of the learning rate of parameters whose names begin so, such as {projection: 10} in stage 2."""
+    """Learning-rate factors by prefix of the parameter name, such as {projection: 10} in stage 2."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Global norm to which gradients are clipped; 0: no clipping."""
 
 
 class StageConfig(Config):
-    """What both stages have."""
+    """Settings that both stages share."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
     skip_steps: tuple[tuple[int, int], ...] = ()
-    """Ranges [first, last] of steps of the sample order, counted from 0, whose samples are not trained on; the steps
-    after them move up. `isthmus resume RUN --skip-steps A-B` adds one."""
+    """Ranges [first, last] of steps of the sample order, counted from 0, whose samples are skipped; later steps move
+    up. `isthmus resume RUN --skip-steps A-B` adds one."""
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(gt=0)
@@ -84,39 +84,39 @@ class StageConfig(Config):
 
 
 class Stage1Config(StageConfig):
-    """Q-Former against frozen image features."""
+    """Stage 1: the Q-Former on frozen image features."""
 
     loss: Stage1LossConfig = Stage1LossConfig()
     """The three losses."""
 
 
 class Stage2Config(StageConfig):
-    """Q-Former and projection through the frozen language model."""
+    """Stage 2: Q-Former and projection, through the frozen language model."""
 
     init_from: str = "stage1"
-    """stage1: this run's stage 1. random: an untrained Q-Former. Else: URL of a checkpoint or export."""
+    """stage1: this run's stage 1. random: an untrained Q-Former. Otherwise the URL of a checkpoint or export."""
     init_choice: Literal["last", "best"] = "last"
-    """Which checkpoint of this run's stage 1 to begin with."""
+    """Which checkpoint of this run's stage 1 to start from."""
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are saved and which are kept."""
 
     every_steps: int | None = Field(None, gt=0)
-    """Steps between saves; none: by time."""
+    """Steps between saves; None means saving by time."""
     every_minutes: float | None = Field(None, gt=0)
-    """Minutes between saves; none with every_steps none: automatic (Young-Daly)."""
+    """Minutes between saves. If every_steps is not set either, the interval is automatic (Young-Daly)."""
     keep_last: int = Field(2, ge=2)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int | None = Field(None, gt=0)
     """Checkpoints at multiples of this are never deleted."""
     keep_best: str | None = None
-    """Metric whose best checkpoint is kept, such as eval/r1; each evaluation then saves. Larger is better unless the
-    name ends in loss."""
+    """Metric whose best checkpoint is kept, such as eval/r1; every evaluation then saves a checkpoint. Larger is better
+    unless the name ends in loss."""
     peer_memory_every_steps: int = Field(0, ge=0)
-    """Steps between snapshots held in the memory of other nodes (Ray only, twice the state per copy); 0: off."""
+    """Steps between snapshots in the memory of other nodes (Ray only, twice the state per copy); 0 disables them."""
     save_timeout_seconds: float = Field(600.0, gt=0)
-    """The run stops when no save has succeeded for this long after one was due."""
+    """The run stops if no save has succeeded for this long after one was due."""
 
 
 class LoggingConfig(Config):
@@ -125,10 +125,10 @@ class LoggingConfig(Config):
     every_steps: int = Field(10, gt=0)
     """Steps between console lines and records."""
     profile_steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
-    """First and last step of each stage, counted from 1, of which rank 0 writes a torch.profiler trace into the stage's
-    folder profile/; none: off."""
+    """First and last step of each stage, counted from 1, for which rank 0 writes a torch.profiler trace into the
+    stage's folder profile/; None disables it."""
     trackers: tuple[TrackerName, ...] = ()
-    """Experiment trackers, wandb, mlflow or trackio; each needs the extra of its name."""
+    """Experiment trackers: wandb, mlflow, trackio; each needs the extra of that name."""
     project: str = Field("isthmus", min_length=1)
     """Project in Weights & Biases, experiment in MLflow."""
 
@@ -147,39 +147,40 @@ class EvaluationConfig(Config):
     """Held-out evaluation."""
 
     manifest: str | None = None
-    """URL of a held-out manifest; none: no evaluation and no pictures."""
+    """URL of a held-out manifest; None means no evaluation and no figures."""
     every_steps: int = Field(0, ge=0)
-    """Steps between evaluations, each with its pictures; 0: only at the end of a stage."""
+    """Steps between evaluations with figures; 0 means only at the end of a stage."""
     before_training: bool = False
-    """Also evaluate before a stage's first step: what the untrained parts reach."""
+    """Also evaluate the untrained model before a stage's first step."""
     batch_size: int | None = Field(None, gt=0)
-    """Global evaluation batch, run without micro-batching; none: as in training. Larger batches all-gather the frozen
+    """Global evaluation batch, without micro-batching; None means as in training. Larger batches all-gather the frozen
     weights less often."""
     num_samples: int = Field(1000, gt=0)
-    """Samples evaluated, of those that the manifest holds; rounded up to whole batches."""
+    """Number of samples to evaluate, at most those in the manifest; rounded up to whole batches."""
     rerank_top_k: int = Field(16, ge=0)
-    """Candidates re-ranked by ITM; 0: none."""
+    """Number of candidates to re-rank by ITM; 0 disables re-ranking."""
     caption_samples: int = Field(1000, gt=0)
-    """Samples captioned in stage 2, at most num_samples: writing is slow; rounded up to whole batches."""
+    """Number of samples to caption in stage 2, at most num_samples, because generation is slow; rounded up to whole
+    batches."""
     max_new_tokens: int = Field(30, gt=0)
     """Longest generated caption, in tokens."""
     num_beams: int = Field(1, gt=0)
-    """Beams of generated captions; 1: greedy."""
+    """Number of beams for generated captions; 1 is greedy search."""
 
 
 class SafetyConfig(Config):
-    """Limits after which a run stops rather than hangs or diverges."""
+    """Limits after which a run stops instead of hanging or diverging."""
 
     max_nonfinite_steps: int = Field(5, gt=0)
-    """Consecutive non-finite steps after which the run stops."""
+    """Number of consecutive non-finite steps after which the run stops."""
     step_timeout_seconds: float = Field(1800.0, gt=0)
     """A rank that makes no progress for this long dumps its stacks and is killed."""
     collective_timeout_seconds: float = Field(300.0, gt=0)
-    """Limit of one collective operation."""
+    """Time limit of one collective operation."""
     same_bits: SameBits | None = None
-    """What ends with the same bits. run: an interrupted run on as many workers (on CUDA by deterministic algorithms,
-    which are slower; the CPU always does). world_size: on any number of workers, by sums in a fixed order; needs
-    run.virtual_ranks. None: world_size where the run has virtual ranks, else none."""
+    """When an interrupted run is bit-identical to an uninterrupted one. run: on as many workers (on CUDA with
+    deterministic algorithms, which are slower; always on CPU). world_size: on any number of workers, with sums in a
+    fixed order; needs run.virtual_ranks. None means world_size with virtual ranks, otherwise none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +193,7 @@ class SafetyConfig(Config):
 
 
 class TrainConfig(Config):
-    """A whole run: stages in order, data, model, saving, watching."""
+    """A whole run: stages in order, data, model, checkpoints, monitoring."""
 
     run: RunConfig
     """Identity of the run."""
@@ -203,13 +204,13 @@ class TrainConfig(Config):
     model: ModelConfig
     """Model parts."""
     stage1: Stage1Config | None = None
-    """Stage 1; none: not run."""
+    """Stage 1; None means not run."""
     stage2: Stage2Config | None = None
-    """Stage 2; none: not run."""
+    """Stage 2; None means not run."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving."""
+    """Checkpoints."""
     logging: LoggingConfig = LoggingConfig()
-    """Records and traces."""
+    """Logging and traces."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
     safety: SafetyConfig = SafetyConfig()

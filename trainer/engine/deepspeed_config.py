@@ -56,7 +56,7 @@ def frozen_config(template: str | dict[str, Any]) -> dict[str, Any]:
     if zero.get("zero_quantized_nontrainable_weights"):
         raise ConfigError(
             "deepspeed: zero_quantized_nontrainable_weights needs an engine with an optimizer over the frozen "
-            "parameters; leave it out (zero_quantized_weights quantises what travels)"
+            "parameters; remove it (zero_quantized_weights quantises the gathers)"
         )
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise ConfigError("deepspeed: offload_param.device nvme is not supported for frozen weights; use cpu")

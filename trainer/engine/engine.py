@@ -214,7 +214,8 @@ def build_engine(
             by `load_frozen_lm` inside it has an engine of its own.
         stage_config: Template, precision and optimizer.
         rank: Place of this process in the process group, which exists already.
-        virtual_ranks: Add their gradients in a fixed order: the same bits on any number of ranks; none: as is fastest.
+        virtual_ranks: Add their gradients in a fixed order: the same bits on any number of ranks; None means any
+            order.
 
     Raises:
         ConfigError: the template does not fit virtual ranks.

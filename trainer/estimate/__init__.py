@@ -1,1 +1,1 @@
-"""Memory, time and cost before anything is started."""
+"""Predicts memory, time and cost before anything is started."""

@@ -49,7 +49,7 @@ def _read(folder_url: str, store: ObjectStore) -> tuple[dict[str, Any], str]:
         config: dict[str, Any] = json.loads(store.get(url))
     except DataError as error:
         known = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.json")))
-        raise ConfigError(f"{url}: cannot be read ({error}); bundled without a folder are: {known}") from error
+        raise ConfigError(f"{url}: cannot be read ({error}); bundled models: {known}") from error
     except ValueError as error:
         raise ConfigError(f"{url}: not JSON ({error})") from error
     return config, url

@@ -17,7 +17,7 @@ class Text:
     prefix: float = 4.0
     """Real tokens of a prefix-LM prefix; the decoder then writes `real` - `prefix` + 2."""
     longest: float | None = None
-    """Longest caption of a micro-batch, to which stage 2 pads; none: all captions are alike."""
+    """Longest caption of a micro-batch, to which stage 2 pads; None if all captions are alike."""
 
     @property
     def stretch(self) -> float:

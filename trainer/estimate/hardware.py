@@ -55,7 +55,7 @@ def find_gpu(name: str) -> Gpu:
         ConfigError: it is not known; lists those that are.
     """
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(GPUS)}")
+        raise ConfigError(f"--gpu {name}: unknown; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
@@ -114,7 +114,7 @@ def with_overrides(gpu: Gpu, overrides: dict[str, float]) -> tuple[Gpu, Assumpti
     known = of_card | {field.name for field in fields(Assumptions)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ConfigError(f"assumption {unknown[0]}: not known; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"assumption {unknown[0]}: unknown; choose one of {', '.join(sorted(known))}")
     card: dict[str, Any] = {name: value for name, value in overrides.items() if name in of_card}
     rest = {name: value for name, value in overrides.items() if name not in of_card}
     return replace(gpu, **card), Assumptions(**rest)

@@ -121,7 +121,7 @@ def stage1_activations(
     """Count what a sample of stage 1 leaves for backward.
 
     `outside`: negative images per row that are encoded again: 0 where all are in the micro-batch, else 1.
-    `drawn`: rows per sample whose pairs are run at a time, each with two images of its own; none: all rows.
+    `drawn`: rows per sample whose pairs are run at a time, each with two images of its own; None means all rows.
     `checkpointed`: layers are computed again in backward, so each keeps its input and one of them everything.
     """
     layer, layers = kept.layer(q), q.num_layers

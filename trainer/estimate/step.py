@@ -180,7 +180,7 @@ class _Stage:
         return float(micro < self.chosen.global_batch_size and self.config.matched_share == 1)
 
     def drawn(self, micro: int) -> float | None:
-        """Rows per sample of a micro-batch whose pairs are run at a time; none: all rows."""
+        """Rows per sample of a micro-batch whose pairs are run at a time; None means all rows."""
         share = self.config.matched_share
         return min(1.0, math.ceil(share * self.local) / micro) if share < 1 else None
 

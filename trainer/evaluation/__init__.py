@@ -1,1 +1,1 @@
-"""How good a model is: retrieval and captioning, their metrics and figures."""
+"""Evaluation by retrieval and captioning: metrics, figures, published protocols."""

@@ -1,1 +1,1 @@
-"""Frozen weights: found, cached on the node, sharded by ZeRO-3, proven unchanged."""
+"""Frozen weights: finding, caching and sharding them, and verifying that they never change."""

@@ -41,7 +41,7 @@ def frozen_identity(folder_url: str, store: ObjectStore, rank: Rank | None = Non
     Args:
         folder_url: Folder with safetensors files, local or in an object store.
         store: Access to it.
-        rank: Place of this process when all ranks call together, each to hash its share (collective); none: alone.
+        rank: Place of this process when all ranks call together, each to hash its share (collective); None means alone.
     """
     rank = rank or Rank(0, 1)
     entries = [entry for _, entry in sorted(read_entries(folder_url, store).items())]
@@ -95,7 +95,7 @@ class FrozenGuard:
         if count.item():
             raise TrainerError(
                 f"frozen weights have changed during training: {', '.join(changed[:5]) or 'on another rank'}; "
-                "do not use the checkpoints of this start of the run, and report what was trained with which template"
+                "do not use the checkpoints of this start of the run, and report the stage and its DeepSpeed template"
             )
 
 

@@ -75,7 +75,7 @@ def weight_files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
         names = _index_files(url, store.get(url))
         absent = sorted(names - files.keys())
         if absent:
-            raise FrozenWeightsError(f"{url} names {', '.join(absent)}, which the folder lacks; copy the files there")
+            raise FrozenWeightsError(f"{url} names {', '.join(absent)}, which are missing; copy them into the folder")
         return [files[name] for name in sorted(names)]
     if not files:
         raise FrozenWeightsError(f"{folder_url} has no *.safetensors file; convert the model with save_pretrained")

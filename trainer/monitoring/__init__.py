@@ -1,1 +1,1 @@
-"""What is seen of a run: metrics, goodput, records, sign of life."""
+"""Monitoring of a run: metrics, goodput, records, the watchdog."""

@@ -73,9 +73,9 @@ class GoodputLedger:
     """Keeps the account of the running process; `spend` switches the current activity.
 
     Args:
-        account: What the last process of the run wrote; none: this is the first.
+        account: What the last process of the run wrote; None if this is the first.
         write: Keeps the account where the next process finds it; must neither block nor raise.
-        began: Unix time at which this process began to work on the run; none: now.
+        began: Unix time at which this process began to work on the run; None means now.
         clock: Unix time in seconds.
     """
 
@@ -185,7 +185,7 @@ def parse_account(written: bytes, url: str) -> Account | None:
     try:
         return Account.model_validate_json(written)
     except ValidationError as error:
-        logger.warning("%s: is damaged, the account starts over: %s", url, error)
+        logger.warning("%s: is damaged, accounting starts over: %s", url, error)
         return None
 
 

@@ -122,7 +122,7 @@ class Monitor:
 
         Args:
             executed: Floating-point operations that a step executes, recomputed ones included.
-            needed: Those that the model needs, by formula; none: no formula for this model.
+            needed: Those that the model needs, by formula; None if no formula for this model.
         """
         self._executed_flops, self._needed_flops = executed, needed
         self.heartbeat()

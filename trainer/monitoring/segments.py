@@ -94,7 +94,7 @@ def _read(url: str, store: ObjectStore) -> str:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """Return a record; none: the line is not one."""
+    """Return a record; None if the line is not one."""
     try:
         record: dict[str, Any] = json.loads(line)
         int(record["step"])

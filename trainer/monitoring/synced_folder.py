@@ -41,7 +41,7 @@ class SyncedFolder:
         return sorted(info.url.removeprefix(self.url).lstrip("/") for info in self._store.list(prefix))
 
     def pull(self, name: str) -> Path | None:
-        """Return the local path of a file, copied here if it is only in the store; none: there is no such file."""
+        """Return the local path of a file, copied here if it is only in the store; None if there is no such file."""
         local = self.path / name
         if self._remote and not local.exists():
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class SyncedFolder:
             try:
                 self._store.put(url, item if isinstance(item, bytes) else item.read_bytes())
             except DataError:
-                logger.warning("%s could not be written; the next push tries again", url)
+                logger.warning("%s could not be written; the next push will retry", url)
                 raise
             with self._lock:
                 if self._queue.get(url) is item:

@@ -1,1 +1,1 @@
-"""A run's folder: one writer, its record, what stage 2 begins with, what is exported."""
+"""A run's folder: its lease and record, the initial weights of stage 2, exports."""

@@ -91,8 +91,8 @@ def export_checkpoint(
         store: Access to run and destination.
         run_url: Folder of the run.
         destination: Folder that is empty or not there; a local one appears whole or not at all.
-        stage: Whose checkpoint; none: the last stage that has one.
-        step: Which checkpoint; none: the newest.
+        stage: Whose checkpoint; None means the last stage that has one.
+        step: Which checkpoint; None means the newest.
         form: hf: transformers' BLIP-2. own: the native format. lavis: a `checkpoint.pth` with the original's names.
             auto: hf where it can hold the encoder, else own.
 

@@ -50,7 +50,7 @@ class Tensors:
     Args:
         url: Where they are from.
         tensors: By our names.
-        identity: Hash of the bytes; none: that of the tensors.
+        identity: Hash of the bytes; None means that of the tensors.
         left: Shapes of other trained tensors of the source, by its names; they are not read.
     """
 

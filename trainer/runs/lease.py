@@ -122,7 +122,7 @@ class Lease:
         try:
             self._renew(self._store, released=True)
         except (LeaseError, DataError) as error:
-            logger.warning("the lease was not released, the next start waits until it is stale: %s", error)
+            logger.warning("the lease could not be released, the next start will wait until it is stale: %s", error)
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(self._state.beat_seconds):
@@ -146,7 +146,7 @@ class Lease:
                 self._adopt(*self._read_ours(store))
             else:
                 return
-        raise LeaseError(f"{self.url}: changes all the time; look for a second process that writes to the run")
+        raise LeaseError(f"{self.url}: keeps changing; look for a second process that writes to the run")
 
     def _adopt(self, state: LeaseState, etag: str) -> None:
         """Remember the newest version of ours; an older one that arrives late is no news."""
@@ -181,13 +181,13 @@ def assert_token(url: str, store: ObjectStore, token: int) -> None:
     try:
         state, _ = _read(url, store)
     except NotFoundError as error:
-        raise LeaseError(f"{url}: is gone, so no process may write to the run; start it again") from error
+        raise LeaseError(f"{url}: was deleted, so no process may write to the run; start it again") from error
     if state.token != token or state.released:
         raise LeaseError(f"{_held(url, state)}; this process belongs to an earlier owner (token {token})")
 
 
 def read_lease(url: str, store: ObjectStore) -> LeaseState | None:
-    """Return who has or had the lease; none: nobody yet."""
+    """Return who has or had the lease; None if nobody had it yet."""
     try:
         return _read(url, store)[0]
     except NotFoundError:
@@ -201,7 +201,7 @@ def _read(url: str, store: ObjectStore) -> tuple[LeaseState, str]:
         data = store.get(url)
         if store.head(url).etag == etag:
             return LeaseState.from_bytes(data, url), etag
-    raise LeaseError(f"{url}: changes all the time; several starts compete for the run, stop all but one")
+    raise LeaseError(f"{url}: keeps changing; several starts compete for the run, stop all but one")
 
 
 def _watch(url: str, store: ObjectStore, state: LeaseState, etag: str) -> tuple[LeaseState, str]:

@@ -58,7 +58,9 @@ def init_from_stage1(
     new = parameters.keys() - set(record["taken"])
     new_names, left_names = (", ".join(by_layer(sorted(names))) or "none" for names in (new, record["dropped"]))
     count = len(record["taken"])
-    logger.info("stage 2 begins with %d tensors of %s; new: %s; left: %s", count, record["url"], new_names, left_names)
+    logger.info(
+        "stage 2 starts from %d tensors of %s; new: %s; ignored: %s", count, record["url"], new_names, left_names
+    )
     return record
 
 
@@ -104,7 +106,7 @@ def match(source: Source, parameters: dict[str, nn.Parameter]) -> tuple[list[str
     ]
     if lacking or other:
         raise CheckpointError(
-            f"{source.url}: is of another model: lacks {lacking or 'nothing'}; of another shape {other or 'none'}; "
+            f"{source.url}: belongs to another model: missing {lacking or 'none'}; different shape {other or 'none'}; "
             "give stage2.init_from a checkpoint of the same Q-Former and vision width"
         )
     return sorted(parameters.keys() & shapes.keys()), sorted(shapes.keys() - parameters.keys())
@@ -135,13 +137,13 @@ def _verify(saved: SavedCheckpoint) -> None:
     problems = saved.verify()
     if problems:
         raise CheckpointError(
-            f"{saved.url}: is damaged ({'; '.join(problems)}); delete it: stage 1 then ends again from the one before"
+            f"{saved.url}: is damaged ({'; '.join(problems)}); delete it: stage 1 then resumes from the previous one"
         )
 
 
 def _check_recorded(source: Source, record: dict[str, Any]) -> None:
     if source.identity() != record["identity"]:
         raise CheckpointError(
-            f"{source.url}: is not what stage 2 began with (see handoffs in run.json); restore it, or begin a "
-            "new run from it with stage2.init_from"
+            f"{source.url}: is not what stage 2 was initialised from (see handoffs in run.json); restore it, or start "
+            "a new run from it with stage2.init_from"
         )

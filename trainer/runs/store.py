@@ -118,7 +118,7 @@ class RunStore:
         try:
             _update(self.url, self._store, end, self.assert_owner)
         except (TrainerError, DataError) as error:
-            logger.warning("the end of this attempt was not recorded: %s", error)
+            logger.warning("the end of this attempt could not be recorded: %s", error)
         self._lease.release()
         self._lease = None
 
@@ -145,7 +145,7 @@ def read_run(url: str, store: ObjectStore) -> dict[str, Any]:
     try:
         data = store.get(run_file)
     except NotFoundError as error:
-        raise TrainerError(f"{run_file}: absent, so this is not the folder of a run; see isthmus runs ls") from error
+        raise TrainerError(f"{run_file}: not found, so this is not a run's folder; see isthmus runs ls") from error
     return _parsed(data, run_file)
 
 
@@ -267,7 +267,7 @@ def _swap(
             continue
         return
     raise TrainerError(
-        f"{url}: changed {_SWAP_ATTEMPTS} times meanwhile; look for a second process that writes to the run"
+        f"{url}: changed {_SWAP_ATTEMPTS} times during this write; look for a second process that writes to the run"
     )
 
 

@@ -141,7 +141,7 @@ def test_another_version_of_ray(impostor):
 def test_not_a_ray_dashboard(impostor):
     url, answers = impostor
     answers["body"] = b"<html>hello</html>"
-    assert "answers, but not as a Ray dashboard (HTTP 200); check --address" in refusal(url)
+    assert "responds, but not as a Ray dashboard (HTTP 200); check --address" in refusal(url)
 
 
 def test_a_server_that_never_answers(impostor):

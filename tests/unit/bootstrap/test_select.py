@@ -187,7 +187,7 @@ def test_a_selection_that_was_killed_comes_to_the_same_manifest(data, layer, tmp
         select(data, layer, RULE, str(tmp_path / "out"), STORE, killed)
     captions = Path(whole.shards[1].captions_url).relative_to(tmp_path / "whole")
     (tmp_path / "out" / captions).unlink()  # as if it had been killed between index and captions
-    with pytest.raises(NotFoundError, match="there is no manifest at"):
+    with pytest.raises(NotFoundError, match="no manifest at"):
         Manifest.load(str(tmp_path / "out"), STORE)
     assert select(data, layer, RULE, str(tmp_path / "out"), STORE, RUN).manifest.hash == whole.hash
 
@@ -199,10 +199,10 @@ def test_another_rule_never_replaces_a_manifest(data, layer, tmp_path):
 
 
 def test_a_score_that_the_layer_does_not_have_is_named(data, layer, tmp_path):
-    with pytest.raises(DataError, match=f"a score 'clip' that the layer {layer.url} does not have: it has itm"):
+    with pytest.raises(DataError, match=f"the score 'clip', which the layer {layer.url} does not have: it has itm"):
         select(data, layer, SelectRule(method="top", score="clip"), str(tmp_path / "a"), STORE, RUN)
     bounded = SelectRule(method="top", bounds={"length": {"min": 3}})
-    with pytest.raises(DataError, match="a score 'length'"):
+    with pytest.raises(DataError, match="the score 'length'"):
         select(data, layer, bounded, str(tmp_path / "b"), STORE, RUN)
     plain = write_layer(data, str(tmp_path / "plain"), lambda key: [key])
     with pytest.raises(DataError, match="it has no scores; run `isthmus bootstrap score`"):
@@ -244,7 +244,7 @@ def test_a_table_or_an_index_that_has_changed_since_is_named(data, layer, tmp_pa
         ({"method": "match"}, "method match needs min_score"),
         ({"method": "web_or_best"}, "method web_or_best needs min_score"),
         ({"method": "best"}, "'match', 'top' or 'web_or_best'"),
-        ({"method": "top", "web_share": 0.33}, "web_share 0.33 is no multiple of 0.05"),
+        ({"method": "top", "web_share": 0.33}, "web_share 0.33 is not a multiple of 0.05"),
         ({"method": "top", "web_share": 1.0}, "less than 1"),
         ({"method": "top", "bounds": {"length": {"least": 3}}}, "least"),
     ],

@@ -206,5 +206,5 @@ def test_an_unknown_language_is_refused(bootstrapped, pictures):
 
 def test_a_folder_without_a_model_is_refused(pictures, tmp_path):
     (tmp_path / "README.md").write_text("nothing here")
-    with pytest.raises(DataError, match="holds no model"):
+    with pytest.raises(DataError, match="contains no model"):
         captions_of(pictures, tmp_path / "out", str(tmp_path))

@@ -119,7 +119,7 @@ def test_the_options_reach_the_store():
             options = ["--endpoint-url", f"http://{host}:{port}", "--region", "us-east-1"]
             open_store(*options[1::2]).make_bucket("s3://bucket")
             url = "s3://bucket/runs"
-            assert "holds no runs" in CliRunner().invoke(app, ["runs", "ls", url, *options]).output
+            assert "contains no runs" in CliRunner().invoke(app, ["runs", "ls", url, *options]).output
             for verb in ("runs show", "report", "checkpoints ls", "status", "resume", "doctor", "eval"):
                 more = ["s3://bucket/data"] if verb == "eval" else []
                 result = CliRunner().invoke(app, [*verb.split(), f"{url}/demo", *more, *options])

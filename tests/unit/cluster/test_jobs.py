@@ -225,5 +225,5 @@ def test_a_job_of_that_id_which_is_over_is_not_taken_for_this_run():
 
 def test_an_incomplete_installation_sends_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("isthmus.cluster.submission.code_package.PACKAGES", ("cluster", "absent"))
-    with pytest.raises(ClusterError, match="absent: holds no files"):
+    with pytest.raises(ClusterError, match="absent: contains no files"):
         build_package(job_config(), tmp_path)

@@ -134,7 +134,7 @@ def test_an_active_run_is_not_left_without_the_skips_that_were_asked_for(manifes
     active = Cluster([details("demo-1", JobStatus.RUNNING, job_metadata(config))])
     monkeypatch.setattr("isthmus.cluster.submission.jobs.Jobs", lambda _: active.jobs)
     arguments = ["resume", url, "--skip-steps", "5", "--address", "http://127.0.0.1:1"]
-    with pytest.raises(ClusterError, match="active as job demo-1, which cannot take --skip-steps; end it first"):
+    with pytest.raises(ClusterError, match="active as job demo-1, which cannot take --skip-steps; stop it first"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 

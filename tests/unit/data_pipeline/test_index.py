@@ -295,7 +295,7 @@ def test_links_are_no_samples_and_are_not_followed(tmp_path):
         (lambda data: data[:600] + b"\0" + data[601:], None),
         (lambda data: b"X" + data[1:], "wrong checksum"),
         (lambda data: b"\x1f\x8b" + data, "compressed"),
-        (lambda data: data + b"more", "after the end marker"),
+        (lambda data: data + b"more", "data follows the end marker"),
         (lambda data: data[:124] + b"zzzzzzzzzzzz" + data[136:], "wrong checksum"),
     ],
 )
@@ -410,7 +410,7 @@ def test_a_damaged_manifest_or_index_is_refused(tmp_path):
     file = tmp_path / "m" / "manifest.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     for damaged, message in (
-        ("".join(lines[:-1]), "cut or edited"),
+        ("".join(lines[:-1]), "truncated or edited"),
         ("".join(lines[:2]) + lines[2][:40], "damaged"),
         ("{}\n", "no manifest"),
         ("", "no manifest"),

@@ -86,7 +86,7 @@ def test_an_interrupted_ingest_resumes_and_changed_records_are_written_again(fol
 
 def test_shards_of_another_ingest_are_not_mixed_in(folder, tmp_path):
     write(folder, tmp_path / "out", per_shard=1)
-    with pytest.raises(DataError, match=r"shard-00000\d.tar and 1 more are not of this source"):
+    with pytest.raises(DataError, match=r"shard-00000\d.tar and 1 more belong to another source"):
         write(folder, tmp_path / "out", per_shard=2)
 
 
@@ -378,10 +378,10 @@ def test_embedded_images_are_not_held_all_at_once(tmp_path, monkeypatch):
         ("x.jsonl", "{broken", r"no record of the source is usable .most often: bad_json, .*x.jsonl:1"),
         ("x.jsonl", '{"caption": "no image"}', r"most often: no_image, .*none of path, url, image"),
         ("x.jsonl", "", "no record of the source is usable .it is empty"),
-        ("x.json", "{}", "no COCO caption file"),
+        ("x.json", "{}", "not a COCO caption file"),
         ("x.json", "[]", "it is empty"),
         ("x.json", "nonsense", "is not JSON"),
-        ("x.parquet", "PAR0", "no readable Parquet"),
+        ("x.parquet", "PAR0", "not a readable Parquet"),
         ("x.csv", "a,b", "no known kind"),
     ],
 )

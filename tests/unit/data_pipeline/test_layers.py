@@ -268,7 +268,7 @@ def test_a_layer_is_its_files_and_what_made_them(data, layer, tmp_path):
     assert write_layer(data, str(tmp_path / "other"), lambda key: texts_of(key)[:2]).hash != layer.hash
     path = tmp_path / "again" / "layer.json"
     path.write_text(path.read_text().replace('"rows": 20', '"rows": 19', 1))
-    with pytest.raises(DataError, match="cut or edited"):
+    with pytest.raises(DataError, match="truncated or edited"):
         Layer.load(str(tmp_path / "again"), STORE)
     path.write_text("{")
     with pytest.raises(DataError, match="is damaged"):

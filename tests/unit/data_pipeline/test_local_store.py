@@ -106,7 +106,7 @@ def test_absent_forbidden_and_unknown_are_told_apart(store, tmp_path):
         store.get(f"{tmp_path}/x")
     store.delete(f"{tmp_path}/x")
     for url in ("pipe:cat /etc/passwd", "gs://b/k", "", "file://relative"):
-        with pytest.raises(StoreError, match="no URL of an object"):
+        with pytest.raises(StoreError, match="not an object URL"):
             store.get(url)
     with pytest.raises(AccessError, match="permission denied"):
         store.put("/proc/1/root-is-not-writable/x", b"x") if _is_not_root() else _raise_permission(store, tmp_path)

@@ -348,7 +348,7 @@ def test_a_body_that_only_drips_has_a_time_limit(store, server):
 
     limits = {"max_attempts": 100, "request_timeout_seconds": 1.0, "stall_timeout_seconds": 5.0}
     server.faults = [drip] * 100
-    with pytest.raises(UnavailableError, match=r"failed 1 times.* of 4194304 bytes came in time"):
+    with pytest.raises(UnavailableError, match=r"failed 1 times.* of 4194304 bytes arrived in time"):
         ObjectStore(store.config.model_copy(update=limits)).get(URL)
 
 

@@ -1,4 +1,4 @@
-"""Published BLIP-2 folders: transformers -> own export -> transformers keeps every tensor, bit by bit."""
+"""Published BLIP-2 folders: transformers -> native export -> transformers keeps every tensor, bit by bit."""
 
 import json
 
@@ -88,9 +88,9 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
     assert exported.exit_code == 0
     assert_same_tensors(folder, tmp_path / "back")
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == dtype
-    with pytest.raises(ModelError, match="own: an own export, not a run; it can be exported with --to hf"):
+    with pytest.raises(ModelError, match="own: a native export, not a run; it can be exported with --to hf"):
         run.invoke(app, ["export", str(tmp_path / "own"), str(tmp_path / "x"), "--to", "lavis"], catch_exceptions=False)
-    with pytest.raises(ModelError, match=r"own: an own export already; stage2\.init_from"):
+    with pytest.raises(ModelError, match=r"own: already a native export; stage2\.init_from"):
         import_blip2(tmp_path / "own", tmp_path / "x")
     with pytest.raises(ModelError, match="back: exists; give a new folder"):
         export_native(tmp_path / "own", tmp_path / "back")
@@ -150,6 +150,6 @@ def test_a_folder_of_another_kind_leaves_nothing(tmp_path, content):
     (tmp_path / "published").mkdir()
     if content:
         (tmp_path / "published" / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"not there|no valid JSON|not a BLIP-2 folder"):
+    with pytest.raises(ModelError, match=r"not there|not valid JSON|not a BLIP-2 folder"):
         import_blip2(tmp_path / "published", tmp_path / "own")
     assert not (tmp_path / "own").exists()

@@ -72,9 +72,9 @@ def test_every_trained_tensor_arrives_and_the_report_names_the_rest(tmp_path, st
 def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     write_checkpoint(tmp_path / "blip2.pth", 1)
     vision = write_blip2_vision(tmp_path / "encoder")
-    with pytest.raises(ModelError, match=r"holds no image encoder; give its folder with --vision"):
+    with pytest.raises(ModelError, match=r"contains no image encoder; give its folder with --vision"):
         import_lavis(tmp_path / "blip2.pth", tmp_path / "own")
-    with pytest.raises(ModelError, match=r"of stage 1, has no projection .*leave out --language"):
+    with pytest.raises(ModelError, match=r"a stage-1 checkpoint without a projection .*remove --language"):
         import_lavis(tmp_path / "blip2.pth", tmp_path / "own", vision, language=vision)
     torch.save({"model": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(ModelError, match=r"no Q-Former in it"):

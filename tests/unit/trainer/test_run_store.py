@@ -171,7 +171,7 @@ def test_facts_are_merged_and_attempts_counted(tmp_path):
 
 
 def test_folder_that_is_no_run(tmp_path):
-    with pytest.raises(TrainerError, match="not the folder of a run"):
+    with pytest.raises(TrainerError, match="not a run's folder"):
         read_run(str(tmp_path), STORE)
 
 
@@ -293,8 +293,8 @@ def test_the_end_of_a_run_survives_an_outage_of_the_store(tmp_path, monkeypatch,
 
     monkeypatch.setattr(run._lease._store, "compare_and_swap", refuse)
     run.close()
-    assert "the end of this attempt was not recorded" in caplog.text
-    assert "the lease was not released" in caplog.text
+    assert "the end of this attempt could not be recorded" in caplog.text
+    assert "the lease could not be released" in caplog.text
 
 
 def test_export_appears_whole_and_never_mixes_with_an_earlier_one(tmp_path, monkeypatch):

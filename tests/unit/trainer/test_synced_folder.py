@@ -129,7 +129,7 @@ def test_records_that_were_refused_are_sent_again_before_the_commit(tmp_path, ca
     assert holds(checkpoints.latest(), 1)
     checkpoints.close()
     assert store.objects[join(URL, "metrics/000000001.00.jsonl")] == b'{"step": 1}\n'
-    assert "the next push tries again" in caplog.text
+    assert "the next push will retry" in caplog.text
     synced.close()
 
 
