@@ -105,7 +105,7 @@ def test_an_object_that_is_replaced_is_not_read(store, folder):
     url = join(folder, "shard.tar")
     old = store.put(url, b"a" * 100)
     store.put(url, b"b" * 100)
-    with pytest.raises(ChangedError, match="not the version"):
+    with pytest.raises(ChangedError, match="not the requested version"):
         store.get_range(url, 0, 10, etag=old.etag)
 
 

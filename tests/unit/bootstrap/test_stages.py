@@ -167,7 +167,7 @@ def test_the_report_shows_pictures_scores_and_what_was_kept(bootstrapped):
     assert "http" not in page.replace("http-equiv", "")
 
 
-@pytest.mark.parametrize(("place", "message"), [(1, "cannot write captions|stage 1 has no language model")])
+@pytest.mark.parametrize(("place", "message"), [(1, "cannot generate captions|stage 1 has no language model")])
 def test_a_captioner_without_generation_is_refused(models, pictures, tmp_path, place, message):
     with pytest.raises(ModelError, match=message):
         captions_of(pictures, tmp_path, models[place])
@@ -200,7 +200,7 @@ def test_scores_without_captions_say_what_to_run(models, pictures, tmp_path):
 
 
 def test_an_unknown_language_is_refused(bootstrapped, pictures):
-    with pytest.raises(DataError, match="language 'xx' is not known"):
+    with pytest.raises(DataError, match="language 'xx' is unknown"):
         score_work(Manifest.load(pictures, STORE), str(bootstrapped), ScoreConfig(language="xx"), STORE)
 
 

@@ -102,7 +102,7 @@ def test_a_rule_with_an_unknown_score_and_an_empty_selection_are_one_line(folder
     data, out = folder / "manifest", folder / "out"
     if not (out / "scores").exists():
         test_the_stages_run_one_by_one(folder)
-    with pytest.raises(DataError, match=r"score 'beauty' that the layer .* does not have: it has "):
+    with pytest.raises(DataError, match=r"score 'beauty', which the layer .* does not have: it has "):
         isthmus("bootstrap", "select", data, out, "method=top", "score=beauty", "--to", "b")
     with pytest.raises(DataError, match="nothing is selected"):
         isthmus("bootstrap", "select", data, out, "score=itc", "min_score=2", "--to", "c", "--processes", 1)

@@ -382,7 +382,7 @@ def test_embedded_images_are_not_held_all_at_once(tmp_path, monkeypatch):
         ("x.json", "[]", "it is empty"),
         ("x.json", "nonsense", "is not JSON"),
         ("x.parquet", "PAR0", "not a readable Parquet"),
-        ("x.csv", "a,b", "no known kind"),
+        ("x.csv", "a,b", "unknown type"),
     ],
 )
 def test_an_unusable_source_is_one_clear_error(tmp_path, name, content, message):

@@ -114,7 +114,7 @@ def test_an_object_that_changes_between_two_tries_is_not_mixed(store, server):
         return True
 
     server.faults = [change]
-    with pytest.raises(ChangedError, match="not the version"):
+    with pytest.raises(ChangedError, match="not the requested version"):
         store.get(URL)
 
 

@@ -239,7 +239,7 @@ def test_an_encoder_that_transformers_cannot_hold_is_named(root):
     parts = stage2_parts(root, "opt")
     folder = write_tiny_vision(root / "vit")
     assert not hf_can_hold(folder)
-    with pytest.raises(ModelError, match=r"encoder of type vit .* own format"):
+    with pytest.raises(ModelError, match=r"encoder of type vit .* native format"):
         export_captioner(
             root / "x", parts.model.trainable_parameters(), QFORMER, (parts.vision[0], folder), parts.language
         )
