@@ -44,6 +44,13 @@ class Deviation(NamedTuple):
     allowed: float
 
 
+def fixture_folder(name: str) -> Path:
+    """Return a fixture's folder: the shared one where there is one beside the checkout, else the copy in tests/data."""
+    root = Path(__file__).parents[1]
+    shared = root.parent / "shared" / "fixtures" / name
+    return shared if shared.exists() else root / "tests" / "data" / name
+
+
 def is_stage1(folder: Path) -> bool:
     """Tell whether the folder is a stage-1 fixture."""
     return (folder / "config.json").exists() and "num_query_tokens" in json.loads((folder / "config.json").read_text())

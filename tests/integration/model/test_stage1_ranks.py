@@ -7,13 +7,11 @@ import torch
 
 from benchmarks.host_syncs import measure
 from isthmus.model.objectives.communicator import ProcessGroupCommunicator
-from tests.fixtures_stage1 import LOSSES, Reference, _case2, losses_and_gradients
+from tests.fixtures_stage1 import LOSSES, Reference, _case2, fixture_folder, losses_and_gradients
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[3]
-SHARED = ROOT.parent / "shared" / "fixtures" / "stage1_reference"
-FOLDER = SHARED if SHARED.exists() else ROOT / "tests" / "data" / "stage1_reference"
+FOLDER = fixture_folder("stage1_reference")
 
 
 def splits(rank: int, world_size: int, folder: str) -> list:

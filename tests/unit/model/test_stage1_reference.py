@@ -1,7 +1,6 @@
 """Stage 1 against the numbers of the original code, and the same numbers however the work is done."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +18,14 @@ from tests.fixtures_stage1 import (
     _full_contrast,
     _intermediates,
     _per_loss,
+    fixture_folder,
     losses_and_gradients,
     plain_losses_and_gradients,
 )
 
 pytestmark = pytest.mark.unit
 TOLERANCE = 1e-6  # losses are reported in fp32
-ROOT = Path(__file__).parents[3]
-SHARED = ROOT.parent / "shared" / "fixtures" / "stage1_reference"
-FOLDER = SHARED if SHARED.exists() else ROOT / "tests" / "data" / "stage1_reference"
+FOLDER = fixture_folder("stage1_reference")
 reference = Reference(FOLDER)
 
 

@@ -1,7 +1,6 @@
 """Stage 2 equals the original, and splitting the batch changes nothing."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +8,12 @@ import torch
 from isthmus.model.errors import ModelError
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.step import StepContext
+from tests.fixtures_stage1 import fixture_folder
 from tests.fixtures_stage2 import check_stage2
 from tests.stage2_parts import CAPTIONS, stage2_parts
 
 pytestmark = pytest.mark.unit
-ROOT = Path(__file__).parents[3]
 KINDS = ("opt", "llama", "t5")
-
-
-def fixture_folder(name):
-    shared = ROOT.parent / "shared" / "fixtures" / name
-    return shared if shared.exists() else ROOT / "tests" / "data" / name
 
 
 @pytest.fixture(scope="module")
