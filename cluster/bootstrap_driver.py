@@ -28,10 +28,11 @@ from isthmus.data_pipeline.layers.layer import Layer
 from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 from isthmus.model.formats.native import DESCRIPTION
+from isthmus.trainer.config.loading import to_yaml
 from isthmus.trainer.context import Outcome
 from isthmus.trainer.run_local import train_here
 from isthmus.trainer.runs.export import export_checkpoint
-from isthmus.trainer.runs.store import export_folder, read_run, run_url
+from isthmus.trainer.runs.store import CONFIG, export_folder, read_run, run_url
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,9 @@ def drive_bootstrap(
     Raises:
         ClusterError, ConfigError, DataError, ModelError, TrainerError: one line for the operator.
     """
-    board = StatusBoard(job.url, ObjectStore(job.store), job.run.name, job_id)
+    store = ObjectStore(job.store)
+    store.put(join(job.url, CONFIG), to_yaml(job).encode())  # `isthmus resume` submits it again
+    board = StatusBoard(job.url, store, job.run.name, job_id)
     try:
         with handling_stop_signals(_stop_at_once):
             outcome = Bootstrap(job, pool, train, board).run()

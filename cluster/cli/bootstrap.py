@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.cluster.cli.options import EndpointOption, OverridesArg, RecipeArg, RegionOption, open_runner, open_store
+from isthmus.cluster.cli.options import (
+    EndpointOption,
+    OverridesArg,
+    RecipeArg,
+    RegionOption,
+    WatchOption,
+    open_runner,
+    open_store,
+)
 from isthmus.cluster.cli.output import progress
 
 if TYPE_CHECKING:
@@ -191,6 +199,7 @@ def run(
         typer.Option("--address", help="Dashboard of a cluster to submit the job to, as with `isthmus submit`."),
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+    watch: WatchOption = False,
 ) -> None:
     """Run all stages of a recipe, including training before and after; run again to resume."""
     from isthmus.cluster.bootstrap_job import BootstrapJob
@@ -199,15 +208,9 @@ def run(
     job = load_config(recipe, overrides or [], BootstrapJob)
     address = address or job.cluster.address
     if address and not local:
-        from isthmus.cluster.submission.admission import check_inputs
-        from isthmus.cluster.submission.jobs import Jobs
+        from isthmus.cluster.cli.jobs import submit_job
 
-        check_inputs(job, address)
-        jobs = Jobs(address)
-        submitted, is_new = jobs.submit(job)
-        typer.echo(f"{job.run.name}: {'submitted' if is_new else 'already active'} as job {submitted.id}")
-        for verb in (f"status {job.run.name} --watch", f"logs -f {job.run.name}", f"stop {job.run.name}"):
-            typer.echo(f"  isthmus {verb} --address {address}")
+        submit_job(job, address, watch=watch)
         return
     from isthmus.cluster.bootstrap_driver import run_bootstrap_here
     from isthmus.cluster.cli.train import log_to_terminal

@@ -30,6 +30,7 @@ from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.context import Outcome
 
 if TYPE_CHECKING:
+    from isthmus.cluster.submission.job import Submitted
     from isthmus.cluster.submission.run_view import RunView
 
 app = typer.Typer()
@@ -55,7 +56,7 @@ def submit(
     if dry_run:
         _show_dry_run(resolved, address)
     else:
-        _submit(resolved, address, watch=watch, allow_change=allow_change or [])
+        submit_job(resolved, address, watch=watch, allow_change=allow_change or [])
 
 
 @app.command()
@@ -67,18 +68,18 @@ def resume(
     watch: WatchOption = False,
     skip_steps: SkipStepsOption = None,
 ) -> None:
-    """Resume a run from its last committed checkpoint; with a URL, also on another cluster."""
-    from isthmus.cluster.submission.run_folder import is_url, stored_config
+    """Resume a run from its last committed checkpoint, or a bootstrap; with a URL, also on another cluster."""
+    from isthmus.cluster.submission.run_folder import is_url, stored_config, stored_job
     from isthmus.cluster.submission.skip_steps import with_skipped
 
     url, store = find_run(run, address, endpoint_url, region)
-    resolved = stored_config(url, store)
+    resolved = stored_config(url, store) if skip_steps else stored_job(url, store)
     if is_url(run):
         address = address or resolved.cluster.address
     changed: list[str] = []
-    if skip_steps:
+    if skip_steps and isinstance(resolved, JobConfig):
         resolved, changed = with_skipped(resolved, skip_steps, url, store)
-    _submit(resolved, address, watch=watch, allow_change=changed, must_be_new="--skip-steps" if skip_steps else "")
+    submit_job(resolved, address, watch=watch, allow_change=changed, must_be_new="--skip-steps" if skip_steps else "")
 
 
 @app.command()
@@ -151,7 +152,7 @@ def stop(
 ) -> None:
     """Save a checkpoint at the next step boundary, then end the run; `isthmus resume` continues it.
 
-    A bootstrap stops immediately, because its finished shards are saved; `isthmus bootstrap run` continues it.
+    A bootstrap stops immediately, because its finished shards are saved.
     """
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView
@@ -161,18 +162,18 @@ def stop(
     if job.is_over:
         typer.echo(f"{run}: not running ({job.status.lower()})")
         return
-    typer.echo(f"{run}: saving a checkpoint, then stopping", err=True)
+    typer.echo(f"{run}: saving what is done, then stopping", err=True)
     job = jobs.stop(job, grace_seconds)
     view = RunView.of_job(job)
     saved = view.status.committed_step if view.status else None
-    typer.echo(f"{run}: {job.status.lower()}" + (f", checkpoint at step {saved}" if saved is not None else ""))
+    typer.echo(f"{run}: {job.status.lower()}" + (f", saved at step {saved}" if saved is not None else ""))
     typer.echo(f"  isthmus resume {run}{_option(address)}")
 
 
-def _submit(
-    config: JobConfig, address: str | None, *, watch: bool, allow_change: Sequence[str] = (), must_be_new: str = ""
+def submit_job(
+    config: "Submitted", address: str | None, *, watch: bool, allow_change: Sequence[str] = (), must_be_new: str = ""
 ) -> None:
-    """Submit a run. `must_be_new`: an option that a run cannot take while it is active."""
+    """Submit a run or a bootstrap. `must_be_new`: an option that a run cannot take while it is active."""
     from isthmus.cluster.submission.admission import check_against_run, check_inputs, shortage
     from isthmus.cluster.submission.jobs import Jobs
     from isthmus.cluster.submission.run_view import RunView
@@ -180,7 +181,8 @@ def _submit(
 
     check_inputs(config, address)
     jobs = Jobs(address)
-    check_against_run(config, allow_change)
+    if isinstance(config, JobConfig):
+        check_against_run(config, allow_change)
     job, is_new = jobs.submit(config, allow_change)
     name = config.run.name
     if must_be_new and not is_new:
@@ -188,7 +190,7 @@ def _submit(
             f"{name}: active as job {job.id}, which cannot take {must_be_new}; stop it first: isthmus stop {name}"
         )
     typer.echo(f"{name}: {'submitted' if is_new else 'already active'} as job {job.id} at {jobs.address}")
-    if is_new and (missing := shortage(jobs, config)):
+    if is_new and isinstance(config, JobConfig) and (missing := shortage(jobs, config)):
         _say_waiting(name, f"{missing}; add nodes, end other jobs, or lower cluster.workers")
     elif is_new:
         view = first_sign(jobs, job)

@@ -3,8 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError, first_line
+from isthmus.cluster.submission.job import Submitted
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
@@ -12,7 +14,7 @@ from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.loading import check_config, parse_yaml
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.runs.lease import read_lease
-from isthmus.trainer.runs.store import LEASE, RUN, read_run
+from isthmus.trainer.runs.store import CONFIG, LEASE, RUN, read_run
 
 FAIL_FAST_SECONDS = 4.0
 RUNS_AT_ONCE = 16
@@ -24,20 +26,37 @@ def is_url(run: str) -> bool:
 
 
 def stored_config(run_url: str, store: ObjectStore) -> JobConfig:
-    """Return the configuration that a run's folder holds.
+    """Return the configuration that a training run's folder holds.
 
     Raises:
-        ClusterError: the folder is not a run's.
+        ClusterError: the folder is not a training run's.
         ConfigError: this release cannot read the configuration.
     """
-    url = join(run_url, "config.yaml")
+    config = stored_job(run_url, store)
+    if isinstance(config, BootstrapJob):
+        trainings = ", ".join(training.run.name for training in config.trainings) or "none"
+        raise ClusterError(f"{run_url}: a bootstrap, not a training run; its training runs beside it: {trainings}")
+    return config
+
+
+def stored_job(run_url: str, store: ObjectStore) -> Submitted:
+    """Return the configuration that the folder of a run or of a bootstrap holds.
+
+    Raises:
+        ClusterError: the folder is neither's.
+        ConfigError: this release cannot read the configuration.
+    """
+    url = join(run_url, CONFIG)
     try:
         text = store.get(url).decode()
     except NotFoundError as error:
         raise ClusterError(
             f"{url}: not found, so this is not a run's folder; give the folder that holds run.json"
         ) from error
-    return check_config(parse_yaml(text, url), JobConfig, url)
+    content = parse_yaml(text, url)
+    if "caption" in content:  # every bootstrap writes captions, no training run does
+        return check_config(content, BootstrapJob, url)
+    return check_config(content, JobConfig, url)
 
 
 def fail_fast_store(config: StoreConfig) -> ObjectStore:

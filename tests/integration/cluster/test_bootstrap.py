@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from isthmus.bootstrap.caption import CAPTIONS
 from isthmus.bootstrap.summary import summarize
 from isthmus.cluster.bootstrap_driver import run_bootstrap_here
 from isthmus.cluster.bootstrap_job import BootstrapJob
+from isthmus.cluster.cli.main import app
 from isthmus.cluster.cli.run_text import line
 from isthmus.cluster.status import RunState, read_status
 from isthmus.cluster.submission.jobs import Jobs
+from isthmus.cluster.submission.run_folder import stored_job
 from isthmus.cluster.submission.run_view import RunView
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -51,6 +54,7 @@ def test_the_loop_trains_bootstraps_and_trains_again(tmp_path):
     assert run_bootstrap_here(job, on_ray=False) is Outcome.FINISHED  # nothing is left to do
     assert Manifest.load(job.selected_url, STORE).hash == before
     assert read_status(job.url, STORE).state is RunState.FINISHED
+    assert stored_job(job.url, STORE) == job  # what `isthmus resume` submits
 
 
 @pytest.fixture
@@ -79,7 +83,10 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(raylets, tmp_path):
     assert "caption:" in jobs.logs(ended)
     done = len(list(Path(job.url, CAPTIONS, "tables").glob("*.json")))
     assert 0 < done < 30
-    second, _ = jobs.submit(job)
+    resumed = CliRunner().invoke(app, ["resume", "boot", "--address", raylets.dashboard_url])
+    assert resumed.exit_code == 0, resumed.output
+    second = jobs.latest("boot")
+    assert second.id != first.id
     wait_for(lambda: jobs.get(second.id).is_over, LIMIT, "the end")
     assert RunView.of_job(jobs.get(second.id)).state == "finished", jobs.logs(second)
     assert summarize(job.url, STORE).captioned["images"] == 30 * 40

@@ -176,7 +176,7 @@ def test_a_disturbed_run_ends_with_the_bits_of_an_undisturbed_one(operator, undi
     saved = max(checkpoint.step for checkpoint in operator.checkpoints("disturbed"))
     assert (view["state"], view["step"], view["committed_step"]) == ("stopped", saved, saved)
     assert stopped_at <= saved < STEPS
-    assert f"checkpoint at step {saved}" in output
+    assert f"saved at step {saved}" in output
 
     operator.isthmus("resume", "disturbed")
     operator.wait_for_end("disturbed")

@@ -10,6 +10,7 @@ from isthmus.cluster.cli.main import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.submission.input_paths import check_present, check_travels, inputs
 from isthmus.cluster.submission.job import job_environment, job_metadata
+from isthmus.cluster.submission.run_folder import stored_config, stored_job
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -40,6 +41,15 @@ def test_what_travels_to_a_cluster_comes_back(tmp_path):
     assert load_config(tmp_path / "config.yaml", [], BootstrapJob) == sent
     assert job_metadata(sent)["isthmus_url"] == "runs/bootstrap-demo"
     assert job_environment(sent)["PYTHONUNBUFFERED"] == "1"
+
+
+def test_the_folder_of_a_bootstrap_is_resumed_as_one_and_not_taken_for_that_of_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(job()))
+    assert stored_job(str(tmp_path), ObjectStore()) == job()
+    with pytest.raises(
+        ClusterError, match=r"a bootstrap, not a training run; .*: bootstrap-demo-first, bootstrap-demo"
+    ):
+        stored_config(str(tmp_path), ObjectStore())
 
 
 @pytest.mark.parametrize(
