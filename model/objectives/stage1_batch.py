@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus.model.errors import ModelError
 from isthmus.model.objectives.communicator import Communicator
+from isthmus.model.objectives.step import check_rows
 from isthmus.model.qformer.packing import PackedCaptions, pack_micro_batches
 from isthmus.model.splitmix import mix
 
@@ -51,7 +52,8 @@ class Stage1Inputs:
         Raises:
             ModelError: tensors do not belong together, a valid row has no token, or one has too many.
         """
-        self._check_shapes()
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        check_rows("stage 1", len(self.valid_B), tensors, self.input_ids_BT, self.attention_mask_BT)
         texts = self.texts
         if not texts or texts[0].batch != min(micro_batch_size, len(self.valid_B)):
             tokens = (self.input_ids_BT.cpu(), self.attention_mask_BT.cpu(), self.valid_B.cpu())
@@ -64,17 +66,6 @@ class Stage1Inputs:
                 "lower max_text_tokens or raise qformer.max_positions"
             )
         return replace(self, texts=texts)
-
-    def _check_shapes(self) -> None:
-        num_rows = self.valid_B.shape[0]
-        wrong = {n: len(x) for n, x in vars(self).items() if isinstance(x, Tensor) and len(x) != num_rows}
-        if wrong:
-            raise ModelError(f"stage 1: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
-        ids, mask = self.input_ids_BT, self.attention_mask_BT
-        if ids.shape != mask.shape:
-            raise ModelError(
-                f"stage 1: input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; make them equal"
-            )
 
 
 @dataclass(frozen=True)

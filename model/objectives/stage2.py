@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.model.errors import ModelError
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import VisionEncoder
-from isthmus.model.objectives.step import LossOutput, StepContext
+from isthmus.model.objectives.step import LossOutput, StepContext, check_rows
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.text.language_batch import IGNORED, LanguageTokens, pack_language_tokens
 
@@ -43,7 +43,9 @@ class Stage2Inputs:
         Raises:
             ModelError: tensors do not belong together, or a valid row has no target.
         """
-        self._check_shapes()
+        tensors = {**self.tokens, **{name: x for name, x in vars(self).items() if isinstance(x, Tensor)}}
+        ids, mask = self.tokens["input_ids"], self.tokens["attention_mask"]
+        check_rows("stage 2", len(self.valid_B), tensors, ids, mask)
         if self.texts and self.texts[0].batch == min(micro_batch_size, len(self.valid_B)):
             return self
         tokens = {name: tensor.cpu() for name, tensor in self.tokens.items()}
@@ -51,20 +53,6 @@ class Stage2Inputs:
             tokens, self.valid_B.cpu(), micro_batch_size, is_encoder_decoder=is_encoder_decoder
         )
         return replace(self, texts=tuple(text.to(self.valid_B.device) for text in texts))
-
-    def _check_shapes(self) -> None:
-        num_rows = self.valid_B.shape[0]
-        image = self.image_BPD if self.image_BPD is not None else self.images_BCHW
-        sizes = {name: tensor.shape[0] for name, tensor in self.tokens.items()}
-        sizes |= {"rows": self.rows_B.shape[0], "images": num_rows if image is None else image.shape[0]}
-        wrong = {name: size for name, size in sizes.items() if size != num_rows}
-        if wrong:
-            raise ModelError(f"stage 2: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
-        ids, mask = self.tokens["input_ids"], self.tokens["attention_mask"]
-        if ids.shape != mask.shape:
-            raise ModelError(
-                f"stage 2: input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; make them equal"
-            )
 
 
 class Stage2Model(nn.Module):

@@ -1,13 +1,14 @@
 """What both stages are given for an optimizer step beside their inputs, and what they return."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from isthmus.model.errors import ModelError
 from isthmus.model.objectives.communicator import Communicator
 
 
@@ -59,3 +60,18 @@ class StepContext:
         place = f"{self.virtual_ranks[number]}/0" if self.virtual_ranks else f"{self.communicator.rank}/{number}"
         digest = hashlib.sha256(f"{self.seed}/{self.step}/{place}/{phase}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def check_rows(stage: str, num_rows: int, tensors: Mapping[str, Tensor], ids_BT: Tensor, mask_BT: Tensor) -> None:
+    """Check that inputs belong together.
+
+    Raises:
+        ModelError: a tensor has not `num_rows` rows, or token ids and their mask differ in shape.
+    """
+    wrong = {name: len(x) for name, x in tensors.items() if len(x) != num_rows}
+    if wrong:
+        raise ModelError(f"{stage}: valid_B has {num_rows} rows, but {wrong}; all inputs need one entry per row")
+    if ids_BT.shape != mask_BT.shape:
+        raise ModelError(
+            f"{stage}: input_ids are {tuple(ids_BT.shape)}, attention_mask {tuple(mask_BT.shape)}; make them equal"
+        )

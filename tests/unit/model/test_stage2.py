@@ -130,7 +130,7 @@ def test_bad_inputs_name_both_sides(root):
     good = parts.inputs()
     cases = [
         ({"image_BPD": torch.randn(4, 5, 99)}, "width 99.*24"),
-        ({"image_BPD": torch.randn(3, 5, 24)}, r"4 rows.*'images': 3"),
+        ({"image_BPD": torch.randn(3, 5, 24)}, r"4 rows.*'image_BPD': 3"),
         ({"tokens": {**good.tokens, "attention_mask": good.tokens["attention_mask"][:, :2]}}, r"\(4, 2\)"),
         ({"tokens": parts.inputs(["a", "b", "", "c"]).tokens}, "1 of 4 valid rows have no target"),
         ({"images_BCHW": None}, "neither images_BCHW nor image_BPD"),
