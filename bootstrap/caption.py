@@ -1,4 +1,4 @@
-"""The first stage: candidate captions of every image, beside the texts that the data set has.
+"""The first stage: candidate captions for every image, in addition to the data set's own texts.
 
 A caption is a function of (manifest, key, model, seed): every candidate is sampled by a seed of its own, and batches
 are the shard's samples in their order, padded to a fixed size, so that neither workers nor kills can change a byte.

@@ -20,7 +20,7 @@ class Plan:
     """To be worked on."""
     workers: int
     price_per_hour: float
-    """Of one worker; 0: not told."""
+    """Of one worker; 0: unknown."""
 
     def cost(self, seconds: float) -> float:
         """Return the price of all workers for a time."""

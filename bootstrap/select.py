@@ -1,6 +1,6 @@
 """The last stage: a layered manifest of the captions, and the samples, that a rule keeps. Metadata only.
 
-No image and no model is read, so that another rule takes seconds; all candidates stay in their layer.
+It reads no images or models, so another rule takes seconds; all candidates stay in their layer.
 """
 
 import json
@@ -98,7 +98,7 @@ def select(
     duplicates: Layer | None = None,
     on_shard: Callable[[], None] = lambda: None,
 ) -> Selection:
-    """Write the layered manifest of what a rule keeps, and a summary beside it.
+    """Write the layered manifest of what a rule keeps, and a summary next to it.
 
     Args:
         base_url: Manifest that the layer was made for.

@@ -92,7 +92,7 @@ def choose(rule: SelectRule, candidates: pa.Table, is_out: BoolArray) -> Choice:
     Args:
         rule: The rule.
         candidates: Columns sources and those of the rule's scores.
-        is_out: Samples of which nothing is kept, whatever their scores.
+        is_out: Samples to exclude, regardless of their scores.
     """
     sources = candidates["sources"].combine_chunks()
     counts = np.asarray(sources.value_lengths(), dtype=np.int64)

@@ -1,6 +1,6 @@
 """What a bootstrap did, read from its folder: acceptance, scores of kept and dropped texts, pictures, times.
 
-Tables of a few shards, spread evenly, stand for all: a report of 100 million images reads as much as one of a million.
+A few evenly spaced shards represent all of them: a report of 100 million images reads as much as one of a million.
 """
 
 import json

@@ -132,7 +132,7 @@ class Bootstrap:
 def drive_bootstrap(
     job: BootstrapJob, job_id: str | None, train: Callable[[JobConfig], Outcome], pool: Pool
 ) -> Outcome:
-    """Drive a bootstrap to its end; the status says how it ended, whatever happened.
+    """Drive a bootstrap to its end; the status always records how it ended.
 
     Raises:
         ClusterError, ConfigError, DataError, ModelError, TrainerError: one line for the operator.
@@ -179,7 +179,7 @@ def _actors(job: BootstrapJob) -> Pool:
 
 
 def _stop_at_once(_number: int, _frame: FrameType | None) -> None:
-    """End at a signal: what is committed stays, and nothing else is worth saving."""
+    """End at a signal: finished shards are committed, and nothing else needs saving."""
     raise _Stopped
 
 

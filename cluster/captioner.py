@@ -1,4 +1,4 @@
-"""An exported model on this machine: picture files in, text out, the same way for every verb that uses one."""
+"""An exported model on this machine: image files in, text out, for all commands that use one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ MAX_IMAGE_PIXELS = int(DataConfig.model_fields["max_image_pixels"].default)
 
 
 class Captioner:
-    """A captioning model with its tokenizer, on the GPU where there is one."""
+    """A captioning model with its tokenizer, on the GPU if there is one."""
 
     def __init__(self, folder: Path) -> None:
         """Load a native export.
@@ -42,7 +42,7 @@ class Captioner:
         return cls(local_folder(join(place, export_folder(read_run(place, store))), store))
 
     def pixels(self, images: Sequence[bytes]) -> Tensor:
-        """Return encoded pictures as the encoder wants them: upright, squeezed to its square, normalised; B, C, H, W.
+        """Return images as the encoder expects them: upright, resized to its square, normalised; B, C, H, W.
 
         Raises:
             BadSample: a picture cannot be decoded or has too many pixels.
@@ -53,7 +53,7 @@ class Captioner:
         return vision.normalize(torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2))
 
     def write(self, images: Sequence[bytes], prompts: Sequence[str | None], decoding: Decoding) -> list[str]:
-        """Return one text per picture, continuing its prompt; None means the prompt of training."""
+        """Return one text per image, continuing its prompt; None means the prompt of training."""
         texts = [self.encoder.config.prompt if prompt is None else prompt for prompt in prompts]
         return generate(self.model, self.encoder, self.pixels(images), texts, decoding)
 

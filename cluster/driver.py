@@ -1,4 +1,4 @@
-"""The driver of a run: takes the lease, trains the stages in order, exports, and says how it ended.
+"""The driver of a run: takes the lease, trains the stages in order, exports, and records how the run ended.
 
 `python -m isthmus.cluster.driver config.yaml` is the entry point of a submitted job; `run_local` drives the same way
 on an embedded Ray. The driver holds no state of its own: what it knows is in the run's folder, so a new one resumes.
@@ -99,7 +99,7 @@ def drive_job(path: str, kind: type[Driven], drive: Callable[[Driven], Outcome])
 
 
 def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outcome:
-    """Train and export under the lease; the status says how it ended, whatever happened."""
+    """Train and export under the lease; the status always records how it ended."""
     supervisor = Supervisor(config, run.token, board)
     try:
         with _stop_on_signals(supervisor):

@@ -1,7 +1,7 @@
-"""A Ray cluster of our own on this machine, for runs without an address; ended with the run.
+"""An embedded Ray cluster on this machine, for runs without an address; it ends with the run.
 
-Ray binds its gRPC ports to all interfaces whatever address it is given; what keeps others out is the token, which is
-fresh for every such cluster unless the user has one.
+Ray binds its gRPC ports to all interfaces regardless of the given address. The token protects them; it is generated
+for every such cluster unless the user has one.
 """
 
 import importlib

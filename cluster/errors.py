@@ -9,7 +9,7 @@ class ClusterError(RuntimeError):
     """A cluster, job or manifest is not usable as asked; the message names the address and the next action."""
 
     retryable = False
-    """Whether the same may succeed later although nobody changes anything."""
+    """Whether the same may succeed later without any change."""
 
 
 class OutageError(ClusterError):
@@ -23,7 +23,7 @@ EXPECTED_ERRORS = (ClusterError, ConfigError, DataError, ModelError, TrainerErro
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
+    """Return the first line of an error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

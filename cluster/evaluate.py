@@ -1,4 +1,4 @@
-"""`isthmus eval`: what a run's newest checkpoint can do on held-out data, as a table, JSON and a gallery."""
+"""`isthmus eval`: evaluates a run's newest checkpoint on held-out data: a table, JSON and a gallery."""
 
 import json
 from contextlib import closing
@@ -88,7 +88,7 @@ def _report(subject: Subject, data: str, out: Path, store: ObjectStore, rank: Ra
 
 
 def _ask(subject: Subject, data: str, store: ObjectStore) -> EvalResult:
-    """Answer the questions of a file: one object per line with image (path beside the file), question, answers."""
+    """Answer the questions of a file: one object per line with image (path relative to the file), question, answers."""
     if subject.task.name != "stage2":
         raise TrainerError(f"{data}: questions are answered by stage 2; give --stage stage2 or a run that has it")
     lines = [json.loads(line) for line in store.get(data).decode().splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What went wrong in an attempt, and whether another attempt can help."""
+"""Failures of an attempt, and whether another attempt can help."""
 
 import sys
 import traceback
@@ -14,7 +14,7 @@ OUT_OF_MEMORY_REMEDY = "lower micro_batch_size or model.vision.micro_batch_size,
 
 
 class FailureKind(StrEnum):
-    """Classes of failure, from the one that explains most to the one that is only an echo."""
+    """Classes of failure, from root causes to secondary errors."""
 
     USER = "user error"
     """Configuration, weights or data: another attempt fails with the same error."""
@@ -33,7 +33,7 @@ class FailureKind(StrEnum):
     STORAGE = "object store"
     """It did not respond or broke off, after all retries."""
     DEFECT = "programming error"
-    """A TypeError or the like: an echo beside a lost process, a user error where it repeats by itself."""
+    """A TypeError or similar: a secondary error if a process was lost, a user error if it repeats by itself."""
     ERROR = "error"
     """An exception of no known class, such as a broken connection to a rank that died."""
 
@@ -61,7 +61,7 @@ class Failure:
     cause: str
     """One line."""
     detail: str = ""
-    """Traceback, where there is one."""
+    """Traceback, if there is one."""
     rank: int | None = None
     node: str | None = None
     """Ray's hexadecimal node id."""

@@ -49,7 +49,7 @@ class PlainFormatter(JsonFormatter):
     """Formats a record as one readable line, for a person at a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with the traceback below it where there is one."""
+        """Return the line, with the traceback below it, if there is one."""
         return render_line(json.loads(super().format(record)))
 
 

@@ -17,7 +17,7 @@ WORKER_GAUGES = {
 """Figure of isthmus.trainer.monitoring that is worth a graph -> name of its metric and description."""
 DRIVER_METRICS = {
     "world_size": "Training processes",
-    "restarts_total": "Restarts of the run, whatever the cause",
+    "restarts_total": "Restarts of the run, for any cause",
     "lost_steps_total": "Steps trained again after restarts",
     "recovery_seconds": "Time from the last failure to the next step",
 }

@@ -101,7 +101,7 @@ class Server:
         name: What the interface calls it.
         token: What clients must send as their API key; None means no authentication.
         max_batch: Largest number of requests in a batch.
-        max_waiting: Requests that may wait; more are told to come back (429).
+        max_waiting: Requests that may wait; further ones are rejected (429).
         timeout_seconds: Longest time from request to answer.
     """
 

@@ -1,6 +1,6 @@
 """What an operator sees of a run: the driver keeps it in the run's folder as `status.json`.
 
-It lives beside the checkpoints, so it can be read with no cluster at all, and after the cluster is gone.
+It is stored next to the checkpoints, so it can be read without a cluster, and after the cluster is gone.
 """
 
 import logging
@@ -99,7 +99,7 @@ class RunStatus(BaseModel):
     restarts: list[Restart] = []
     """The newest of them."""
     num_restarts: int = 0
-    """Of the whole run, whatever the cause."""
+    """Over the whole run, for any cause."""
     lost_steps: int = 0
     """Steps trained again after restarts, of the whole run."""
     spares: int = 0

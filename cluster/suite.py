@@ -1,6 +1,6 @@
-"""`isthmus eval RUN DATA --suite NAME`: a published protocol, task by task, each result kept beside the weights.
+"""`isthmus eval RUN DATA --suite NAME`: a published protocol, task by task; results are stored next to the weights.
 
-A result is one JSON file below the run or export, and beside it the generated texts. It names the weights, the data and
+A result is one JSON file below the run or export, and the generated texts next to it. It names the weights, data and
 the protocol it belongs to: while they are the same it is reused, so an interrupted suite resumes with the next task.
 """
 

@@ -53,7 +53,7 @@ class Shortfall(NamedTuple):
 
 
 def load_band(path: Path) -> Band | None:
-    """Return the band of a file; none where there is no such file.
+    """Return the band of a file, or None if the file does not exist.
 
     Raises:
         ClusterError: it is damaged.

@@ -27,7 +27,7 @@ def write_report(config: JobConfig, store: ObjectStore, cache: Path, note: str |
         config: of the run.
         store: that holds it.
         cache: local folder.
-        note: what generated scenes stand for; None if the run is on the real pictures.
+        note: what the generated scenes represent; None if the run uses real images.
     """
     url = join(config.run.url, config.run.name)
     facts = read_folder(url, store)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 PRIOR_SECONDS = 120.0
 """Weight of the expectation against what has been measured: one slow phase does not double the rest."""
 CACHED_BELOW = 0.3
-"""A phase that took less of its expected time found its result in the cache and is no measure of the pace."""
+"""A phase that took less of its expected time found its result in the cache, so it does not show the pace."""
 
 
 class Timeline:

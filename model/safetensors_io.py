@@ -133,7 +133,7 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill that takes the place of `folder` when the block ends without an error."""
+    """Yield a folder to fill, which becomes `folder` if the block ends without an error."""
     filled = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(filled, ignore_errors=True)
     filled.mkdir(parents=True)

@@ -42,7 +42,7 @@ class Parts:
 
 
 def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
-    """Build a stage's encoder and its task. Collective where there are several ranks."""
+    """Build a stage's encoder and its task. Collective if there are several ranks."""
     encoder = build_encoder(config, stage, store)
     return Parts(build_task(config, stage, rank, store, encoder), encoder)
 
@@ -67,7 +67,7 @@ def build_encoder(config: TrainConfig, stage: StageName, store: ObjectStore) -> 
 def build_task(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore, encoder: TextEncoder) -> Task:
     """Build a stage's model with frozen parts loaded and trainable parts initialised from the run's seed.
 
-    `encoder` is that of `build_encoder`. Collective where there are several ranks; trainable parts are equal on all.
+    `encoder` is that of `build_encoder`. Collective if there are several ranks; trainable parts are equal on all.
     """
     if stage == "stage1":
         return _build_stage1(config, rank, store)

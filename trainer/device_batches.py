@@ -107,7 +107,7 @@ class Prefetcher:
             self._put(error)
 
     def _put(self, item: _Item | BaseException | None) -> bool:
-        """Hand an item over; False: nobody wants it any more."""
+        """Pass an item on; False if the consumer has stopped."""
         while not self._closing.is_set():
             try:
                 self._items.put(item, timeout=POLL_SECONDS)

@@ -5,7 +5,7 @@ class TrainerError(RuntimeError):
     """A run cannot continue; the message names what, where and the next action."""
 
     retryable = False
-    """Whether the same may succeed later although nobody changes anything: then it is no error of the user."""
+    """Whether the same may succeed later without any change; then it is not a user error."""
 
 
 class ConfigError(ValueError):
@@ -23,7 +23,7 @@ class SaveFailedError(CheckpointError):
 
 
 class UnreadableCheckpointError(CheckpointError):
-    """Whether a checkpoint is intact cannot be told, because the object store does not deliver it."""
+    """It is unknown whether a checkpoint is intact, because the object store does not deliver it."""
 
     retryable = True
 

@@ -21,7 +21,7 @@ BYTES_PER_ELEMENT = {
 
 
 class HeaderError(ValueError):
-    """The bytes are no safetensors header of their file; the caller adds which file and what to do."""
+    """The bytes are not a valid safetensors header; the caller adds which file and what to do."""
 
 
 class TensorSpan(NamedTuple):

@@ -33,7 +33,7 @@ EXPORT_BATCH_SIZE = 16
 RESULTS = "eval"
 """Folder of results below that of a run or of an export."""
 RESULT, TEXTS = ".eval.json", ".eval.jsonl"
-"""How names of results and of generated texts end; they are no part of an export."""
+"""Suffixes of results and generated texts; they are not part of an export."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class ExportTarget:
     """An export of either stage, or what `isthmus import` made of a published model; each rank loads all of it."""
 
     def __init__(self, url: str, store: ObjectStore, rank: Rank) -> None:
-        """Raise TrainerError if the folder is no export."""
+        """Raise TrainerError if the folder is not an export."""
         self.rank = rank
         self._url, self._store = url, store
         files = [info for info in store.list(url) if not info.url.startswith(f"{join(url, RESULTS)}/")]

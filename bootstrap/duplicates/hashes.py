@@ -72,7 +72,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def _hashes(shard: Shard, store: ObjectStore) -> Iterator[tuple[str, bytes | None, int | None]]:
-    """Yield key, SHA-256 and perceptual hash of each sample; None where there is no usable image."""
+    """Yield key, SHA-256 and perceptual hash of each sample; None if there is no usable image."""
     for key, members in stored_samples(shard, store):
         extension = None if isinstance(members, BadSample) else picture_extension(members)
         if extension is None or isinstance(members, BadSample):

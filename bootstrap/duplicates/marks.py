@@ -2,7 +2,7 @@
 
 Samples are numbered through: those of the evaluation sets first, then those of the sources in their order. Of samples
 that look alike the one with the lowest number stays; the others are its duplicates, and leaks if it is of an evaluation
-set. Likeness is passed on: a sample is alike to whatever is alike to one that it is alike to.
+set. Similarity is transitive: a sample is similar to all samples that are similar to one it resembles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,7 +122,7 @@ def mark_duplicates(
     """Mark the samples of data sets that look like an earlier one, or like one of an evaluation set.
 
     Args:
-        sources: Data sets; of alike samples the first stays.
+        sources: Data sets; the first of similar samples is kept.
         out: Folder of the layers: `hashes-HASH` and `duplicates-HASH` for each manifest's hash.
         store: Access to data and layers.
         run: Where shards are worked on.

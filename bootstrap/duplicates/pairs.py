@@ -32,7 +32,7 @@ def identical_pairs(hashes: Hashes, ids: Ids) -> Ids:
 def near_pairs(hashes: Hashes, ids: Ids, band: int, max_distance: int) -> Ids:
     """Return pairs of ids, shape (pairs, 2), whose hashes differ in 1 to `max_distance` bits and agree in a band.
 
-    Of several ids with one hash the first stands for all.
+    Of several ids with the same hash, the first represents all.
     """
     order = np.lexsort((ids, hashes))
     hashes, places = np.unique(hashes[order], return_index=True)

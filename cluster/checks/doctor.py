@@ -1,4 +1,4 @@
-"""One archive with what is needed to understand a run: configuration, versions, events, logs, last stack dumps.
+"""Collects an archive for diagnosing a run: configuration, versions, events, logs, last stack dumps.
 
 All text in it went through `redact`: values of the named secrets, tokens and keys are taken out. NCCL's flight recorder
 is added as it is. Weights, images and TensorBoard files stay where they are; the listing names them.
@@ -46,8 +46,8 @@ def collect(
     Args:
         run_url: the run's folder.
         store: access to it.
-        logs: log of each of its jobs, by the job's id; empty where there is no cluster.
-        facts: whatever else is known, such as the jobs and the nodes; becomes facts.json.
+        logs: log of each of its jobs, by the job's id; empty without a cluster.
+        facts: further facts, such as the jobs and the nodes; becomes facts.json.
         secrets: names of variables whose values must not appear.
     """
     values = secret_values(secrets)
@@ -62,7 +62,7 @@ def collect(
 
 
 def secret_values(names: tuple[str, ...]) -> list[str]:
-    """Return the values of the named variables and our token, longest first; short ones are no secrets."""
+    """Return the values of the named variables and our token, longest first; short values do not count as secrets."""
     found = {os.environ.get(name, "") for name in (*names, TOKEN_VARIABLE)} | {read_token() or ""}
     return sorted((value for value in found if len(value) >= 4), key=len, reverse=True)
 

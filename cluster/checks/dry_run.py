@@ -1,4 +1,4 @@
-"""One step of each stage on the meta device: every shape of the whole model, forward and backward, without memory."""
+"""Runs a step of each stage on the meta device: all shapes of the model, forward and backward, without memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""A model by name or place, opened without reading its weights: configuration, tokenizer, shapes of the tensors."""
+"""A model opened without reading its weights: configuration, tokenizer, tensor shapes."""
 
 from dataclasses import dataclass
 from pathlib import Path

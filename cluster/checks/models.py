@@ -1,4 +1,4 @@
-"""Whether models fit a recipe, from their configuration, tokenizer and the shapes of their weights alone."""
+"""Checks whether models fit a recipe, using only their configuration, tokenizer and tensor shapes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What one node has: GPUs, driver, memory, disk, clock, versions, named secrets."""
+"""Facts about a node: GPUs, driver, memory, disk, clock, versions, named secrets."""
 
 import os
 import platform

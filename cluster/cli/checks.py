@@ -1,4 +1,4 @@
-"""`isthmus preflight`: checks before GPU hours are spent. `isthmus doctor`: what is needed to understand a run."""
+"""`isthmus preflight`: checks before GPU hours are spent. `isthmus doctor`: an archive for diagnosing a run."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Entry point of `isthmus`: mounts the verbs and turns expected errors into one red line and exit code 2."""
+"""Entry point of `isthmus`: mounts the commands and turns expected errors into one red line and exit code 2."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, and the object store that they describe."""
+"""Arguments and options that several commands share, and the object store that they describe."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -1,4 +1,4 @@
-"""How verbs print: JSON for programs, tables and progress for people."""
+"""Output of commands: JSON for programs, tables and progress for people."""
 
 import contextlib
 import json

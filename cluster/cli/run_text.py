@@ -1,4 +1,4 @@
-"""A run as an operator reads it: one line, one row of a table, or everything. Tables fit 100 columns."""
+"""Text views of a run: one line, one row of a table, or all details. Tables fit 100 columns."""
 
 import time
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def overview(views: list[RunView]) -> Group:
 
 
 def details(view: RunView) -> Group:
-    """Return everything that is known of one run, one thing a line, and where the time of its restarts went."""
+    """Return all that is known of a run, one fact per line, and the time of its restarts by phase."""
     rows: list[tuple[str, str | Text]] = [(view.run, _state(view)), ("folder", view.url)]
     if view.job:
         rows.append(("job", view.job.id))
@@ -117,7 +117,7 @@ def _restart(restart: Restart) -> str:
 
 
 def _phases(restarts: list[Restart]) -> Table:
-    """Return where the time of restarts went: a column each, in seconds, and where its processes came from."""
+    """Return the time of restarts by phase, one column each, in seconds, and the origin of the processes."""
     names = list(dict.fromkeys(name for restart in restarts for name in restart.phases))
     rows = [[name, *(_seconds(restart.phases.get(name)) for restart in restarts)] for name in names]
     rows.append(["all", *(_seconds(sum(restart.phases.values())) for restart in restarts)])

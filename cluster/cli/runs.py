@@ -1,4 +1,4 @@
-"""`isthmus runs ls|show`, `isthmus report`: what the folders of runs hold, read without a cluster."""
+"""`isthmus runs ls|show`, `isthmus report`: the content of run folders, read without a cluster."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,6 +1,6 @@
 """Kubernetes manifests of a run: KubeRay's RayJob or RayCluster, the Kueue queue, rendered from the configuration.
 
-What is the same for every run is in the *.yaml files beside this one; what the configuration decides is added here.
+The parts that are the same for every run are in the *.yaml files next to this one; the rest is added here.
 """
 
 import json
@@ -106,7 +106,7 @@ def queue(config: JobConfig) -> list[Manifest]:
 
 
 def config_map(config: JobConfig) -> Manifest:
-    """Return the ConfigMap that holds the resolved configuration, which holds no secret."""
+    """Return the ConfigMap that holds the resolved configuration, which contains no secrets."""
     metadata = {"name": f"{config.run.name}-config", "namespace": config.cluster.kubernetes.namespace}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"config.yaml": to_yaml(config)}}
 

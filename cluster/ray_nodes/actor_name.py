@@ -1,4 +1,4 @@
-"""The name under which Ray shows an actor's log lines, which it reads from the actor's own output."""
+"""The actor name that Ray shows in log lines, which it reads from the actor's own output."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Ray's token authentication: on unless the operator turned it off, for clusters we start and clusters we reach.
+"""Ray's token authentication, enabled unless the operator disabled it, for clusters that we start or connect to.
 
 The token itself is read by Ray from RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
 """

@@ -73,7 +73,7 @@ def drivers(gcs_address: str) -> list[psutil.Process]:
 
 
 def leave(gcs_address: str, grace_seconds: float) -> None:
-    """Ask the drivers on this host to save and stop, or, where there is none, mark its node; wait until work is over.
+    """Ask the drivers on this host to save and stop, or, if there are none, mark its node; wait until work is over.
 
     Raises:
         RuntimeError: the cluster refuses.

@@ -1,4 +1,4 @@
-"""What Ray's Jobs API leaves out: a job's own id, an end without retry, a client that does not log every upload."""
+"""Additions to Ray's Jobs API: a job's own id, an end without retry, a client that does not log every upload."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ def submission_id() -> str | None:
 
 
 def end_without_retry() -> None:
-    """End this job as STOPPED where KubeRay would make a new cluster for a FAILED one, whatever its exit code.
+    """End this job as STOPPED, because KubeRay would create a new cluster for a FAILED one, whatever its exit code.
 
     Ray answers the request with a SIGTERM to this process.
     """

@@ -32,7 +32,7 @@ def draining_nodes() -> dict[str, float]:
 def live_nodes(avoid: Iterable[str] = ()) -> list[Node]:
     """Return the nodes whose raylet answers, except draining ones and those to avoid.
 
-    Ray needs some 15 s to declare a lost node dead; a connection to its raylet shows it at once.
+    Ray needs some 15 s to declare a lost node dead; a connection to its raylet shows it immediately.
     """
     excluded = set(avoid) | set(draining_nodes())
     candidates = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in excluded]

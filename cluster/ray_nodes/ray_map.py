@@ -16,7 +16,7 @@ _MAX_RETRIES = 3
 
 
 def run_in_ray(address: str) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
-    """Return a runner that connects to a Ray cluster for the length of one call, unless the process is connected.
+    """Return a runner that connects to a Ray cluster for the duration of one call, unless the process is connected.
 
     The cluster's nodes need isthmus installed, and their own access to the object store.
 

@@ -12,7 +12,7 @@ COLOURS = 7
 
 
 class Mark(NamedTuple):
-    """A vertical line with a word beside it."""
+    """A vertical line with a label."""
 
     x: float
     text: str

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for its report. What is missing or damaged is reported, never fatal."""
+"""Reads a run's folder for its report. Missing or damaged files are reported and never fatal."""
 
 import logging
 from collections.abc import Callable
@@ -92,12 +92,12 @@ class StageFacts:
         return [(step, float(value)) for step, value in points if isinstance(value, int | float) and isfinite(value)]
 
     def names(self, prefix: str) -> list[str]:
-        """Return the names of figures that begin so, in order of appearance."""
+        """Return the names of figures with this prefix, in order of appearance."""
         found = {name for record in self.records for name in record if name.startswith(prefix)}
         return sorted(found, key=lambda name: (not name.endswith("/total"), name))
 
     def last(self, prefix: str) -> dict[str, float]:
-        """Return the newest value of each figure that begins so."""
+        """Return the newest value of each figure with this prefix."""
         series = {name: self.series(name) for name in self.names(prefix)}
         return {name: points[-1][1] for name, points in series.items() if points}
 
@@ -118,7 +118,7 @@ class RunFacts:
     problems: list[str]
 
     def setting(self, path: str) -> Any:
-        """Return a configured value by its dotted path; none where there is none."""
+        """Return a configured value by its dotted path; None if there is none."""
         return _setting(self.config, path)
 
 
@@ -152,7 +152,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def guarded(self, what: str, read: Callable[[], T | None]) -> T | None:
-        """Return what can be read; a problem is noted."""
+        """Return what can be read; problems are noted."""
         try:
             return read()
         except NotFoundError:

@@ -1,4 +1,4 @@
-"""HTML whose text is always escaped, whatever a run folder holds, and the document around every report."""
+"""HTML whose text is always escaped, and the document around every report."""
 
 import base64
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def table(head: list[str], rows: list[list[str]], class_: str | None = None) -> 
 
 
 def picture(data: bytes, alt: str, class_: str | None = None) -> Html:
-    """Return an image that lies within the page; unknown formats are taken for PNG."""
+    """Return an image embedded in the page; unknown formats are treated as PNG."""
     kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return h("img", src=source, alt=alt, class_=class_)

@@ -1,4 +1,4 @@
-"""The result table: what evaluation measured, with what chance and simple guesses reach on the same samples."""
+"""The result table: evaluation results with chance levels and simple baselines on the same samples."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -22,7 +22,7 @@ WRONG_IMAGE = "eval/loss_wrong_image"
 
 
 class Baseline(NamedTuple):
-    """What something simpler reaches in the same measure."""
+    """What a simpler method reaches in the same measure."""
 
     name: str
     value: float

@@ -182,7 +182,7 @@ def restarts(facts: RunFacts) -> Html:
 
 
 def memory(facts: RunFacts) -> Html:
-    """Return the largest rank's memory beside the sizes of the models."""
+    """Return the largest rank's memory and the sizes of the models."""
     world_size = facts.status.world_size if facts.status else 0
     sizes: list[tuple[str, float]] = []
     for part, size in facts.frozen_bytes.items():

@@ -1,4 +1,4 @@
-"""The first screen: what the run did in one sentence, a few held-out images, three numbers beside chance."""
+"""The first screen: what the run did in one sentence, a few held-out images, three numbers with chance levels."""
 
 from collections.abc import Iterator
 from itertools import islice

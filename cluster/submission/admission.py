@@ -26,7 +26,7 @@ def check_inputs(config: Submitted, address: str | None) -> None:
 
 
 def check_against_run(config: JobConfig, allow_change: Sequence[str]) -> None:
-    """Refuse at once what the driver would refuse, where the run's folder can be read from here.
+    """Refuse immediately what the driver would refuse, if the run's folder can be read from here.
 
     Raises:
         ConfigError: a key differs from the run's earlier starts that must not.

@@ -1,4 +1,4 @@
-"""The folder that travels to the cluster with a job: our packages and the resolved configuration, nothing else."""
+"""The folder that is shipped to the cluster with a job: our packages and the resolved configuration, nothing else."""
 
 import shutil
 from pathlib import Path
@@ -17,8 +17,8 @@ CONFIG_NAME = "config.yaml"
 def build_package(config: BaseModel, folder: Path) -> Path:
     """Copy the source files of our packages and write the configuration into `folder`; return it.
 
-    Only files with known suffixes are taken, so data, caches, checkpoints and credentials cannot travel by accident.
-    The configuration holds no secret: credentials come from the environment of the nodes.
+    Only files with known suffixes are taken, so data, caches, checkpoints and credentials are never shipped.
+    The configuration contains no secrets: credentials come from the environment of the nodes.
 
     Raises:
         ClusterError: this installation is incomplete.
@@ -38,7 +38,7 @@ def package_bytes(folder: Path) -> tuple[int, int]:
 
 
 def _sources(package: Path) -> list[Path]:
-    """Return the files of a package that travel."""
+    """Return the files of a package to ship."""
     found = [file for file in sorted(package.rglob("*")) if file.is_file() and file.suffix in SUFFIXES]
     files = [file for file in found if not _is_hidden(file.relative_to(package))]
     if not files:

@@ -1,7 +1,7 @@
 """Runs as Ray jobs: submit, find, stop, follow, over the Jobs API with token authentication.
 
 A job carries the run's name and folder as metadata, so that any machine with the address and the token can act on a
-run by its name. No secret travels: credentials are named, and the nodes' own environment holds their values.
+run by its name. Secrets are never sent: credentials are named, and the nodes' own environment holds their values.
 """
 
 import logging

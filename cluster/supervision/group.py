@@ -1,4 +1,4 @@
-"""A group of training processes of fixed size, placed at once or not at all."""
+"""A group of training processes of fixed size, placed as a whole or not at all."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""What a run asks of an autoscaler: placement groups that stay pending until the nodes have come.
+"""Requests to an autoscaler: placement groups that stay pending until the nodes have arrived.
 
 Ray's `request_resources` holds one request for the whole cluster: the second run would replace the first one's, and the
 last request outlives its run. A placement group belongs to its run and ends with it.
@@ -19,7 +19,7 @@ class NodeRequest:
         self._pending: list[Any] = []
 
     def ask(self, *groups: list[Bundle]) -> None:
-        """Ask for these groups of bundles, each as a whole, in place of what was asked for before."""
+        """Request these groups of bundles, each as a whole, instead of the previous request."""
         wanted = [bundles for bundles in groups if bundles]
         if wanted == self._bundles:
             return
@@ -28,7 +28,7 @@ class NodeRequest:
         self._pending = [placement_group([dict(bundle) for bundle in bundles]) for bundles in wanted]
 
     def withdraw(self) -> None:
-        """Ask for nothing any more."""
+        """Withdraw the request."""
         for group in self._pending:
             remove_placement_group(group)
         self._bundles, self._pending = [], []

@@ -1,4 +1,4 @@
-"""Chooses the world size from the live nodes and places the group there."""
+"""Chooses the world size that fits the live nodes and places the group."""
 
 import logging
 import time
@@ -109,7 +109,7 @@ class GroupPlacer:
         return largest_world_size(larger, self._request, free, world_size) is not None
 
     def close(self) -> None:
-        """Ask the autoscaler for nothing any more."""
+        """Withdraw the request to the autoscaler."""
         self._nodes.withdraw()
 
     def _ask_for_the_rest(self, world_size: int) -> None:

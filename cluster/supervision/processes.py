@@ -1,4 +1,4 @@
-"""Training processes as Ray actors: how they are started, watched and ended."""
+"""Training processes as Ray actors: starting, polling and ending them."""
 
 import contextlib
 import logging

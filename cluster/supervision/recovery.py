@@ -1,4 +1,4 @@
-"""How long a run took to train again after a failure, and where the time went."""
+"""The time from a failure until a run trains again, by phase."""
 
 from collections.abc import Callable
 

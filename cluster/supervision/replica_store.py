@@ -30,7 +30,7 @@ class ReplicaStore:
     def for_group(self, nodes_by_rank: list[str]) -> list[RayReplicas]:
         """Return the replicas of each rank of a group that was just placed; missing buffers are started.
 
-        Ranks that share a single node have their second copy on another live node, where there is one.
+        Ranks that share a single node have their second copy on another live node, if there is one.
         """
         live = sorted(node.id for node in live_nodes())
         for node in self._by_node.keys() - set(live):

@@ -59,7 +59,7 @@ def largest_world_size(
 ) -> int | None:
     """Return the largest of `sizes` (ascending) whose workers and readers fit on nodes with these resources.
 
-    Those of `present_workers` hold theirs already, so `resources` is what is left beside them.
+    Those of `present_workers` hold theirs already, so `resources` is what is left in addition.
     """
     return next((size for size in reversed(sizes) if _fits(size, request, resources, present_workers)), None)
 

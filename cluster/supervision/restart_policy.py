@@ -1,4 +1,4 @@
-"""Whether, and how soon, a run is restarted after a failure."""
+"""Decides whether and when a run is restarted after a failure."""
 
 import time
 from collections import Counter, deque
@@ -89,7 +89,7 @@ class RestartPolicy:
 
     @property
     def excluded_nodes(self) -> frozenset[str]:
-        """Nodes on which processes failed repeatedly of late; unused while the others suffice."""
+        """Nodes on which processes failed repeatedly in the recent past; not used while the others suffice."""
         self._drop_before(time.monotonic() - self.config.restart.window_seconds)
         failures = Counter(node for _, node in self._node_failures)
         return frozenset(node for node, count in failures.items() if count >= EXCLUDE_AFTER_FAILURES)

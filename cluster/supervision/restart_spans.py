@@ -1,6 +1,6 @@
 """Restarts as OpenTelemetry spans: one for the restart and one for each of its phases, where an endpoint is set.
 
-The exporter reads the standard variables (OTEL_EXPORTER_OTLP_ENDPOINT and those beside it) and sends in the background.
+The exporter reads the standard variables (OTEL_EXPORTER_OTLP_ENDPOINT and related ones) and sends in the background.
 """
 
 import importlib
@@ -20,7 +20,7 @@ class RestartSpans:
     """Sends the restarts of one run; without an endpoint it does nothing."""
 
     def __init__(self, run: str) -> None:
-        """Open the exporter. It is no reason to fail a run: what cannot be sent is logged and dropped."""
+        """Open the exporter. Failures do not affect the run: what cannot be sent is logged and dropped."""
         self._run = run
         self._provider = _provider() if any(map(os.environ.get, ENDPOINT_VARIABLES)) else None
 

@@ -1,4 +1,4 @@
-"""Which samples a step trains on: the order is a pure function, so the driver can tell with every worker dead."""
+"""The samples of a step: the order is a pure function, so the driver can compute them without any worker."""
 
 import logging
 

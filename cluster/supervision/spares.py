@@ -1,7 +1,7 @@
-"""Warm processes beside a group: imports done and connections open, each takes the place of a process that is lost.
+"""Warm spare processes with imports done and connections open; each can replace a lost process of the group.
 
-A spare reserves nothing. It works with the resources that the placement group keeps reserved for the process that it
-replaces, and sees that one's GPUs; until then it has started no CUDA, so it holds no memory of a GPU.
+A spare reserves no resources. It uses those that the placement group keeps reserved for the process it replaces, and
+sees the GPUs of that process. Until then it does not initialise CUDA, so it uses no GPU memory.
 """
 
 import logging

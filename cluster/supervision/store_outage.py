@@ -1,4 +1,4 @@
-"""Waits until the object store responds again, so that an outage costs a run time and nothing else."""
+"""Waits until the object store responds again, so that an outage only costs time."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ def await_store(
     on_waiting: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> None:
-    """Probe an object with growing pauses until the store responds, be it that the object is absent, or `stopped()`.
+    """Probe an object with growing pauses until the store responds, even if the object is absent, or `stopped()`.
 
     Raises:
         OutageError: it did not respond within `limit_seconds`.

@@ -1,4 +1,4 @@
-"""Takes a stage to its end, whatever is lost on the way: attempt, classify, decide, next attempt.
+"""Runs a stage to its end despite failures: attempt, classify, decide, next attempt.
 
 Each attempt is a group of fixed size, chosen from the live nodes, without retries inside. The supervisor
 classifies how the attempt ended, decides and starts the next one.

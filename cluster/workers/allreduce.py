@@ -1,4 +1,4 @@
-"""Preflight's check of the network between the workers: whether an all-reduce is right, and its bandwidth."""
+"""Preflight's check of the network between the workers: correctness and bandwidth of an all-reduce."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The export as a task on a worker node: the head, where the driver runs, has neither the memory nor the GPUs."""
+"""Runs the export as a task on a worker node, because the head has neither the memory nor the GPUs."""
 
 import importlib
 import time

@@ -1,4 +1,4 @@
-"""What an attempt left behind in its process. One that left nothing may run the next attempt, any other is ended."""
+"""Checks what an attempt left behind in its process. A clean process may run the next attempt; others are ended."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 END_SECONDS = 2.0
-"""Time for threads and child processes that were told to end."""
+"""Time for threads and child processes to end."""
 TOLERATED_BYTES = 1 << 20
 """Of tensors that libraries keep, such as constants."""
 
@@ -98,7 +98,7 @@ def _tensor_bytes() -> int:
     torch = _torch()
     if torch is None:
         return 0
-    # By type(): isinstance would ask lazy module proxies for their class, and these import what they stand for.
+    # By type(): isinstance would ask lazy module proxies for their class, and these import the real module.
     tensors = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == "cpu")
 

@@ -21,7 +21,7 @@ from isthmus.trainer.trainer import run_stage
 def warm_up(config: JobConfig) -> None:
     """Import what `train` needs and connect to the run's store."""
     load_deepspeed()
-    with contextlib.suppress(DataError):  # an outage is no reason to lose the process
+    with contextlib.suppress(DataError):  # an outage must not end the process
         open_store(config.store).is_empty(config.run.url)
 
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a group meet: rank 0 opens the port itself and keeps it, so that nobody else can take it."""
+"""The rendezvous of a group: rank 0 opens the port itself and keeps it open, so no other process can take it."""
 
 import datetime
 import os

@@ -37,7 +37,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Outcome of one shard, stored beside its index so that an interrupted build resumes."""
+    """Outcome of one shard, stored next to its index so that an interrupted build resumes."""
 
     fingerprint: str
     shard: dict[str, Any]
@@ -108,7 +108,7 @@ def build_manifest(
     """Index all shards and write the manifest into its folder; returns it with the number of drops by fault.
 
     Raises:
-        DataError: a fault whose policy is to fail, or no sample is left. What is done stays done for the next call.
+        DataError: a fault whose policy is to fail, or no sample is left. Finished shards are kept for the next call.
     """
     # A manifest is read from any working directory.
     urls, folder_url = [absolute(url) for url in urls], absolute(folder_url)

@@ -30,7 +30,7 @@ class PreviewSample(NamedTuple):
     key: str
     image: bytes
     captions: list[str]
-    """Its questions, where it has no captions."""
+    """Its questions, if it has no captions."""
 
 
 def preview_samples(manifest: Manifest, store: ObjectStore, count: int, seed: int) -> list[PreviewSample]:

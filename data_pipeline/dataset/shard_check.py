@@ -1,7 +1,7 @@
 """Checks one shard and indexes what is sound in it.
 
 Groups members to samples as webdataset does: the key is the path up to the first dot of the file name, the extension
-the rest, in lower case; members without a dot or with a `__meta__` name are no samples' members.
+the rest, in lower case; members without a dot or with a `__meta__` name do not belong to samples.
 """
 
 import io

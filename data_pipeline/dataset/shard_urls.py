@@ -21,14 +21,14 @@ class _Pattern(NamedTuple):
     """What was typed, behind the folder that it is relative to."""
 
     base: str
-    """Literal, whatever characters it has."""
+    """Literal, including special characters."""
     typed: str
 
 
 def expand(patterns: Sequence[str], store: ObjectStore) -> list[str]:
     """Return the shard URLs that the patterns mean, in the order written, listings sorted by name.
 
-    Braces mean what they mean in bash; `*` and `?` stay inside a folder, `**` does not. What exists under the name as
+    Braces work as in bash; `*` and `?` stay inside a folder, `**` does not. What exists under the name as
     typed is taken literally, so a folder may be called `data [v2]`.
 
     Raises:
@@ -86,7 +86,7 @@ def _expanded(base: str, typed: str, store: ObjectStore) -> list[str]:
 
 
 def _braces(typed: str) -> list[str]:
-    """Return the names that the braces stand for, the last brace fastest."""
+    """Return the names that the braces expand to, the last brace varying fastest."""
     try:
         names = list(itertools.islice(braceexpand(typed, escape=False), _MAX_SHARDS + 1))
     except ValueError as error:
@@ -118,7 +118,7 @@ def _bracket(inside: str) -> str:
 
 
 def _named(url: str, store: ObjectStore) -> list[str]:
-    """Return the shard of this name, the shards in the folder of this name, or those whose names begin so."""
+    """Return the shard of this name, the shards in the folder of this name, or those whose names begin with it."""
     return [url] if _is_shard(url) else _at(url, store) or _beginning(url, store)
 
 

@@ -146,7 +146,7 @@ def _check_tail(stream: ObjectStream) -> None:
 
 
 def _data_length(header: bytes, pax: dict[bytes, bytes], at: int) -> int:
-    """Return how many bytes follow the header; links, devices and folders have none, whatever their header says."""
+    """Return how many bytes follow the header; links, devices and folders have none, regardless of their header."""
     kind = header[156:157]
     if kind in _WITHOUT_DATA:
         return 0

@@ -191,4 +191,4 @@ def _is_public(address: Any) -> bool:
 
 
 def _refusal(host: str) -> str:
-    return f"{host} is no public address; fetch from such with --allow-private-addresses"
+    return f"{host} is not a public address; use --allow-private-addresses to fetch from it"

@@ -38,7 +38,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class IngestedShard:
-    """Outcome of one shard, stored beside it so that an interrupted ingest resumes."""
+    """Outcome of one shard, stored next to it so that an interrupted ingest resumes."""
 
     url: str
     fingerprint: str

@@ -49,7 +49,7 @@ def add_scores(table: pa.Table, scores: Mapping[str, Sequence[Sequence[float | N
 
     Args:
         table: Candidates of a shard.
-        scores: By name without `score_`: for each sample a value per candidate; None or NaN where there is none.
+        scores: By name without `score_`: for each sample a value per candidate; None or NaN if there is none.
 
     Raises:
         DataError: a sample has another number of values than of candidates, or the score is there already.

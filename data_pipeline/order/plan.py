@@ -65,7 +65,7 @@ class SampleRef:
     """Index of the sample in its chunk."""
     row: int
     is_last_of_chunk: bool
-    """No later sample of the lane lies in the chunk, in this epoch."""
+    """No later sample of the lane is in the chunk, in this epoch."""
 
 
 class _Window(NamedTuple):

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     keys: list[str]
     """`source/shard#key`: unique in an epoch."""
     image_ids_B: Tensor
-    """int64 hash of the sample's image id; of its key where it has none."""
+    """int64 hash of the sample's image id; of its key if it has none."""
     positions: list[tuple[int, int, int]]
     """source, epoch, position."""
 
@@ -69,7 +69,7 @@ class LanePart:
     image_ids: list[int] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
     reader: str = ""
-    """Which reader made it, for the metrics; this and what follows is no part of the data."""
+    """Which reader made it, for the metrics; this and the following fields are not part of the data."""
     counters: dict[str, float] = field(default_factory=dict)
     """Totals of the reader since its start."""
     get_seconds: list[float] = field(default_factory=list)
@@ -77,7 +77,7 @@ class LanePart:
 
     def mask(self, place: int, record: BadRecord) -> None:
         """Take a sample out of the batch, and record why."""
-        if not self.images_BHWC.flags.writeable:  # as Ray hands out what lies in its object store
+        if not self.images_BHWC.flags.writeable:  # Ray's object store returns read-only arrays
             self.images_BHWC = self.images_BHWC.copy()
         self.images_BHWC[place] = 0
         self.valid[place], self.flips[place], self.captions[place] = False, False, ""
@@ -86,5 +86,5 @@ class LanePart:
 
 
 def image_id_hash(identity: str) -> int:
-    """Return the number of an image id, or of a sample's key where it has none."""
+    """Return the number of an image id, or of a sample's key if it has none."""
     return stable_hash("image", identity) >> 1

@@ -50,7 +50,7 @@ class ChunkMemory:
             raise
 
     def expect(self, chunks: list[ChunkId]) -> None:
-        """Fetch chunks ahead, in this order, as far as they fit beside those in use."""
+        """Prefetch chunks in this order, as far as they fit in addition to those in use."""
         with self._lock:
             for chunk in chunks:
                 if chunk not in self._chunks:

@@ -13,7 +13,7 @@ EXTENSIONS = {
 """Pillow's name of each format and its file extensions, the usual one first."""
 
 PILLOW_FORMATS = tuple(EXTENSIONS)
-"""What Pillow may take a file for, whatever its name says. Others are refused: some start programs (EPS starts
+"""Formats that Pillow may detect, regardless of the file's name. Others are refused: some start programs (EPS starts
 Ghostscript), few are ever tested with damaged files."""
 
 IMAGE_EXTENSIONS = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)

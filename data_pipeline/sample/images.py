@@ -87,7 +87,7 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None
 
 
 def _is_rotated(data: bytes | memoryview) -> bool:
-    """Tell whether EXIF or XMP data, where there are any, ask for a rotation or a mirror image."""
+    """Return whether EXIF or XMP data, if present, require a rotation or a mirror image."""
     encoded = bytes(data)
     if not any(mark in encoded for mark in _ORIENTATION_MARKS):
         return False

@@ -143,7 +143,7 @@ class LocalBackend:
 
     @contextlib.contextmanager
     def _partial(self, url: str) -> Iterator[Path]:
-        """Yield the path of a temporary file beside the object's; it is gone at the end."""
+        """Yield the path of a temporary file next to the object's; it is removed at the end."""
         path = local_path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")

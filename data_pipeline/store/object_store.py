@@ -2,7 +2,7 @@
 
 What a caller may rely on in both: an object appears whole or not at all; put-if-absent and compare-and-swap have one
 winner; a read is of one version; what may succeed later is retried a limited number of times, and what cannot succeed
-(missing, forbidden, changed) is reported at once.
+(missing, forbidden, changed) is reported immediately.
 """
 
 import hashlib
@@ -137,7 +137,7 @@ class ObjectStore:
         return self._backend(url).compare_and_swap(url, data, etag)
 
     def list(self, folder_url: str, name_prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield the objects inside a folder (or bucket) and its subfolders, page by page; none if there is no such.
+        """Yield the objects inside a folder (or bucket) and its subfolders, page by page; nothing if it does not exist.
 
         Local folders and S3 list in the order of the URLs; not all compatible stores do.
 

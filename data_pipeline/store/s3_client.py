@@ -38,7 +38,7 @@ _ETAG_OPERATIONS = _BODY_OPERATIONS | {"PutObject", "UploadPart"}
 
 
 class S3Client:
-    """Makes requests until they succeed, fail for good, or have failed too often."""
+    """Retries requests until they succeed, fail permanently, or have failed too often."""
 
     def __init__(self, config: StoreConfig, metrics: StoreMetrics) -> None:
         self._config, self._metrics = config, metrics

@@ -44,7 +44,7 @@ class Judge(Protocol):
 
 
 def open_judge(folder: Path) -> Judge:
-    """Load a scoring model on the GPU where there is one.
+    """Load a scoring model on the GPU if there is one.
 
     Args:
         folder: An export of stage 1 (ours, or `Blip2ForImageTextRetrieval` of transformers), or CLIP or SigLIP.

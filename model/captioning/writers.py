@@ -53,7 +53,7 @@ class Writer(Protocol):
 
 
 def open_writer(folder: Path) -> Writer:
-    """Load a captioning model on the GPU where there is one.
+    """Load a captioning model on the GPU if there is one.
 
     Args:
         folder: An export of stage 2 (ours, or BLIP-2 of transformers), or BLIP or GIT of transformers.
@@ -125,7 +125,7 @@ class _Published:
 
 
 def device() -> torch.device:
-    """Return where models run: the GPU where there is one."""
+    """Return where models run: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,9 +1,9 @@
-"""Our native export: a folder that holds any trained bridge, whatever the encoder, with the frozen parts copied.
+"""Our native export: a folder with a trained bridge for any encoder and copies of the frozen models.
 
     bridge.json              format version, dimensions, configurations of the frozen parts
     bridge.safetensors       trained tensors under our names: fp32 from a run, the published type from an import
     vision/  language/       copies of the frozen folders
-    tokenizer/               the Q-Former's vocabulary, where there is one
+    tokenizer/               the Q-Former's vocabulary, if there is one
 
 `docs/export-format.md` describes it for readers without this package.
 """

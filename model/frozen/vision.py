@@ -72,7 +72,7 @@ class VisionEncoder(nn.Module):
         self.train(mode=False)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
-        """Stay in eval mode whatever the parent does."""
+        """Stay in eval mode even if the parent is in training mode."""
         del mode
         return super().train(mode=False)
 

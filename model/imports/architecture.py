@@ -49,7 +49,7 @@ def shapes_by_config(folder: Path) -> Tensors:
     """Return the tensors that a language model has by its config.json alone; what is tied is there once.
 
     Raises:
-        ModelError: it is no language model.
+        ModelError: it is not a language model.
     """
     config = AutoConfig.from_pretrained(folder)
     factory: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

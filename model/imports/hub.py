@@ -64,7 +64,7 @@ def download(name: str, revision: str | None = None) -> Snapshot:
 
 
 def read_headers(name: str) -> tuple[Path, Tensors | None]:
-    """Fetch what is beside a model's weights, and the headers of its safetensors files; no weights.
+    """Fetch a model's files except its weights, and the headers of its safetensors files; no weights.
 
     Returns:
         The folder, and the shapes of the tensors; none where the model is published as PyTorch files only.
@@ -117,7 +117,7 @@ def _published_files(name: str, revision: str | None) -> list[str] | None:
 
 
 def _wanted(files: list[str] | None) -> list[str]:
-    """Return the patterns of the files to fetch: safetensors where there are any, else PyTorch's."""
+    """Return the patterns of the files to fetch: safetensors if there are any, else PyTorch's."""
     if files is None:
         weights = [*_SAFETENSORS_FILES, *_PYTORCH_FILES]
     else:

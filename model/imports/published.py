@@ -1,4 +1,4 @@
-"""A published model, opened: its configuration, its tensors and the files beside them."""
+"""A published model: its configuration, its tensors and its other files."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from isthmus.model.imports.tensors import PICKLE_SUFFIXES, Tensors, open_tensors
 from isthmus.model.imports.towers import TOWER_TYPES, lavis_tower, preprocessor, tower_of
 
 Part = Literal["auto", "vision", "language"]
-# What is copied beside the weights, where a source has it.
+# Files copied with the weights, if a source has them.
 SIDE_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",

@@ -50,7 +50,7 @@ def lavis_tower(tensors: Tensors, place: str) -> tuple[dict[str, Any], Tensors]:
     last block is left out; checkpoints hold the blocks that are used.
 
     Raises:
-        ModelError: the file holds no known encoder.
+        ModelError: the file contains no known encoder.
     """
     inside = {name.removeprefix(LAVIS_PREFIX): t for name, t in tensors.items() if name.startswith(LAVIS_PREFIX)}
     found = inside or dict(tensors)

@@ -1,6 +1,6 @@
 """How rows of the global batch meet: the only communication that the model itself asks for.
 
-Gradients never travel here: features are exchanged detached, and each rank differentiates its own share of the loss.
+No gradients are exchanged: features are sent detached, and each rank differentiates its own share of the loss.
 Letters: B rows of each rank, N rows of all ranks, W ranks, M rows that a rank asks for.
 """
 
@@ -132,7 +132,7 @@ class ProcessGroupCommunicator:
     def all_to_all_rows(self, x_B: Tensor, index_M: Tensor) -> Tensor:
         """Tell all ranks what each one asks for, then send each row at most once to each rank.
 
-        How many rows travel depends on the data: reading that is the one wait for the device in a step.
+        The number of rows sent depends on the data: reading it is the only wait for the device in a step.
         """
         x_B, rows = x_B.detach(), len(x_B)
         asked = [np.unique(x) for x in self.all_gather(index_M).cpu().numpy().reshape(self.world_size, -1)]

@@ -1,7 +1,7 @@
 """Image-text matching's hard negatives: drawn from the global batch by similarity, then fetched from their ranks.
 
-Matching is the dearest of the three losses. `itm_rows` runs the pairs of some rows only, drawn anew at each step and
-shared out evenly: whatever rank holds a row, its images and texts are sent to the rank that runs its pairs.
+Matching is the most expensive of the three losses. `itm_rows` runs the pairs of only some rows, drawn at each step and
+distributed evenly: the images and texts of a row are sent to the rank that runs its pairs.
 
 Letters: B rows of this rank, b rows of a micro-batch, N rows of all ranks, R drawn rows, S drawn rows of this rank,
 P patches, C feature width, T text tokens, M = 3b pairs.
@@ -25,7 +25,7 @@ class NegativeDraw(NamedTuple):
     """What the draw of negatives depends on: a score per candidate and the place in the run."""
 
     scores_BN: Tensor
-    """Similarities; -inf where the column is no candidate."""
+    """Similarities; -inf if the column is not a candidate."""
     rows_B: Tensor
     """Global row of each anchor."""
     rows_N: Tensor
@@ -90,10 +90,10 @@ def choose_negatives(
 
 @dataclass(frozen=True)
 class MatchingPairs:
-    """What the pairs of this rank need beside its own rows."""
+    """What the pairs of this rank need in addition to its own rows."""
 
     ids_BT: Tensor
-    """The negative texts. They stay padded: which ones they are, and so their lengths, only the device knows."""
+    """The negative texts. They stay padded, because only the device knows which ones they are."""
     real_BT: Tensor
     index_B: Tensor
     """Row of each negative image in this rank's batch, where all of them are there."""
@@ -118,7 +118,7 @@ class MatchingPairs:
 
 
 class DrawnPairs(NamedTuple):
-    """This rank's share of the pairs of drawn rows, whatever ranks these are on; every rank has S of them.
+    """This rank's share of the pairs of drawn rows, which may be on any rank; every rank has S of them.
 
     Of texts and images a row has its own and its negative one.
     """

@@ -70,7 +70,7 @@ def contrastive_loss(
 ) -> Tensor:
     """Return the summed cross-entropy of valid rows against targets spread evenly over their positives.
 
-    The targets are then smoothed over all valid columns; the others are no candidates.
+    The targets are then smoothed over all valid columns; the others are not candidates.
     """
     positive_BN = positive_BN.to(logits_BN.dtype)
     spread_BN = positive_BN / positive_BN.sum(dim=1, keepdim=True).clamp_min(1)

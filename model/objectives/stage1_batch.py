@@ -70,7 +70,7 @@ class Stage1Inputs:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Detached features and texts of all ranks, in the order of global rows, whatever rank they came from."""
+    """Detached features and texts of all ranks, in the order of global rows."""
 
     image_NQE: Tensor
     text_NE: Tensor
@@ -138,6 +138,6 @@ def gather_batch(
 
 
 def text_identity(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return a 64-bit hash of each text's tokens, whatever its padding."""
+    """Return a 64-bit hash of each text's tokens, independent of padding."""
     places_T = mix(torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device))
     return (mix(ids_BT.long() ^ places_T) * mask_BT.long()).sum(dim=1)

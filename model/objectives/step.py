@@ -1,4 +1,4 @@
-"""What both stages are given for an optimizer step beside their inputs, and what they return."""
+"""What both stages get for an optimizer step in addition to their inputs, and what they return."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

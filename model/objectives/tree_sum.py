@@ -29,7 +29,7 @@ class TreeSum:
         self._levels.append(terms)
 
     def take(self) -> Sequence[Tensor]:
-        """Return the sum and begin anew; what a number of terms that is no power of two left over is added last."""
+        """Return the sum and reset; terms left over by a number that is not a power of two are added last."""
         waiting = [level for level in self._levels if level is not None]
         self._levels = []
         total = waiting[0]
@@ -57,8 +57,8 @@ def tree_all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
 def tree_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rank-th of W equal parts of the sum of all ranks' `x`, 1-D, which is overwritten. Collective.
 
-    Recursive halving: each exchange sends the parts that are another's, so (W - 1) / W of the tensor travels, and most
-    of it to the nearest rank, which is on the same node.
+    Recursive halving: each exchange sends the parts that belong to another rank, so (W - 1) / W of the tensor is sent,
+    and most of it to the nearest rank, which is on the same node.
     """
     rank, parts = dist.get_rank(group), x.reshape(dist.get_world_size(group), -1)
     for distance in _distances(group):

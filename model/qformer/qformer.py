@@ -181,7 +181,7 @@ class QFormer(nn.Module):
 
 
 def is_query_side(name: str) -> bool:
-    """Whether a Q-Former parameter lies on the query path (stage 2) and not on the text side."""
+    """Whether a Q-Former parameter is on the query path (stage 2) and not on the text side."""
     return (
         not name.startswith(("word_embeddings.", "position_embeddings.", "language_head.")) and ".text_ffn." not in name
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from isthmus.model.errors import ModelError
 
 IGNORED = -100
-"""Label of what is no target."""
+"""Label of positions without a target."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LanguageTokens:
     attention_mask_BT: Tensor
     """1: a token, 0: padding."""
     labels_BT: Tensor
-    """int64, `IGNORED` where there is no target."""
+    """int64, `IGNORED` without a target."""
     row_K: Tensor
     """int64, row of each target. Where there is none, one with label `IGNORED`, so that all ranks run the same."""
     column_K: Tensor

@@ -3,7 +3,7 @@
 Both kinds of model get the same three tensors (int64, right padded to the longest row):
 
 - decoder only: `input_ids` = [start] prompt caption stop; `labels` = the same, -100 on the prompt and on padding. The
-  start token (OPT's </s>) is itself a target where there is no prompt, as in the original code. The stop token is the
+  start token (OPT's </s>) is itself a target if there is no prompt, as in the original code. The stop token is the
   newline for OPT and the end-of-sequence token for all others.
 - encoder-decoder: `input_ids` = prompt prefix </s> for the encoder; `labels` = rest </s> for the decoder.
 
@@ -110,7 +110,7 @@ class LanguageEncoder:
         }
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the tokens before a generated text, without T5's end token: start token where there is one, prompt."""
+        """Return the tokens before a generated text, without T5's end token: start token if any, then the prompt."""
         start = [] if self.is_encoder_decoder else self._start_ids()
         return start + (self._ids(prompt.rstrip()) if prompt.strip() else [])
 

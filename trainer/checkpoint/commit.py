@@ -1,4 +1,4 @@
-"""Uploading and committing a checkpoint beside the training. No background work uses a collective.
+"""Uploads and commits checkpoints in the background of training. Background work never uses a collective.
 
 A process per rank hashes and uploads the rank's part. Each rank then writes a marker object; rank 0 waits for all
 markers and commits by putting the manifest, which must not exist yet.
@@ -46,7 +46,7 @@ class BackgroundSaver:
         rank: Place of this process.
         session: Name of this start of the ranks, the same on all of them: markers of other starts are not believed.
         token: Fencing token of the run's owner; written into each manifest.
-        assert_owner: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
+        assert_owner: Called on rank 0 before each commit; raises LeaseError if this process no longer owns the run.
         timeout_seconds: Limit of one save.
         on_commit: Called on rank 0 with the step and the seconds since its snapshot.
     """
@@ -191,7 +191,7 @@ class BackgroundSaver:
             pause = min(2 * pause, 2.0)
 
     def _commit(self, folder: str, manifest: Manifest) -> None:
-        """Put the manifest where there is none; one that an abandoned attempt left at the same step is replaced.
+        """Put the manifest if there is none; one left by an abandoned attempt at the same step is replaced.
 
         Raises:
             LeaseError: another owner has the run.

@@ -45,7 +45,7 @@ class CheckpointManager:
         store: Access to it; picklable.
         config: When to save, what to keep.
         rank: Place of this process.
-        assert_owner: Called on rank 0 before each commit; raises LeaseError when the run is no longer ours.
+        assert_owner: Called on rank 0 before each commit; raises LeaseError if this process no longer owns the run.
         token: Fencing token of the run's owner; written into each manifest.
         seconds_between_failures: As observed; used by the automatic interval on rank 0.
         peers: Memory of other nodes for snapshots between the checkpoints; None means no replication.

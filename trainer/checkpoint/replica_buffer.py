@@ -2,7 +2,7 @@
 
 Each rank's part, the very file a checkpoint would hold, is replicated in host memory on the rank's node and on one peer
 node, so the loss of a single node leaves a copy of every part (in-memory checkpoints: Wang et al., GEMINI, SOSP 2023).
-No torch here, and nothing about how the bytes travel: the processes that hold the replicas import this module.
+This module does not use torch or any transport, because the processes that hold the replicas import it.
 """
 
 from collections.abc import Iterable

@@ -42,7 +42,7 @@ class Replicator:
         every_steps: Steps between them.
         session: Name of this attempt, the same on all ranks.
         rank: Place of this process.
-        assert_owner: Called on rank 0 before its part counts; raises when the run is no longer ours.
+        assert_owner: Called on rank 0 before its part counts; raises if this process no longer owns the run.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def _cross_field_details(raw: dict[str, Any], kind: type[BaseModel], fields: lis
 
 
 def _try_next_placeholder(data: Any, loc: Path_) -> None:
-    """Put the placeholder after the present one at `loc`; the first where there is none."""
+    """Put the placeholder after the present one at `loc`; the first one if there is none."""
     *parents, last = loc
     node = data
     for part in parents:

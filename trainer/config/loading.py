@@ -87,7 +87,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """Parse a mapping from plain YAML without aliases, duplicate keys or tags.
 
     Raises:
-        ConfigError: the text is no such mapping; names source, line and column.
+        ConfigError: the text is not such a mapping; names source, line and column.
     """
     try:
         raw = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader with fewer features

@@ -1,6 +1,6 @@
 """DeepSpeed holds and updates the trainable part.
 
-Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the state whatever the precision.
+Parameters stay fp32; bf16 and fp16 are autocast, so there is one copy of the state at any precision.
 Gradients of all `backward` calls of a step add up on the rank and are reduced once, in `step` (`update.py`).
 """
 

@@ -63,7 +63,7 @@ def _check_architecture(index: int) -> None:
 def process_group(rank: Rank, timeout_seconds: float, *, deterministic: bool = False) -> Iterator[torch.device]:
     """Join the process group of all ranks and leave it at the end; yields this rank's device.
 
-    Tensors on the CPU, object collectives among them, travel by gloo, tensors on a GPU by NCCL. A group that exists
+    Collectives on CPU tensors and objects use gloo, those on GPU tensors NCCL. A group that exists
     already is used as it is and left alone. `deterministic` must be known before CUDA and NCCL start.
 
     Raises:
@@ -128,7 +128,7 @@ def _check_one_rank_per_gpu(device: torch.device) -> None:
 
 
 def _destroy_group() -> None:
-    """Destroy the group; through DeepSpeed where it has been loaded, for it keeps groups of its own."""
+    """Destroy the group; through DeepSpeed if it has been loaded, because it has its own groups."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()

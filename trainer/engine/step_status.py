@@ -34,7 +34,7 @@ class StepStatus(NamedTuple):
 def all_reduce_status(own: StepStatus) -> StepStatus:
     """Return the field-wise maximum over all ranks. Collective: every rank calls it once per step.
 
-    It travels through host memory (gloo), so that no rank waits for its GPU here.
+    It is exchanged through host memory (gloo), so that no rank waits for its GPU here.
     """
     values = torch.tensor([_REASONS.index(own.stop), *map(float, own[1:])], dtype=torch.float64)
     if torch.distributed.is_initialized():

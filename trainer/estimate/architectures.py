@@ -1,4 +1,4 @@
-"""Finds the config.json of a run's frozen parts: beside the weights, else among the bundled public architectures."""
+"""Finds the config.json of a run's frozen parts: next to the weights, else among the bundled public architectures."""
 
 import json
 from pathlib import Path

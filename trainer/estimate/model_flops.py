@@ -1,4 +1,4 @@
-"""Work that a sample of a batch needs by the estimate's formulas: what MFU counts, whatever a step recomputes."""
+"""Work that a sample of a batch needs by the estimate's formulas: what MFU counts, without recomputation."""
 
 import logging
 

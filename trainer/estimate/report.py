@@ -74,7 +74,7 @@ def assumption_lines(gpu: Gpu, assumptions: Assumptions) -> list[str]:
 
 
 def draw(estimates: Sequence[StageEstimate], cluster: Cluster, path: Path) -> None:
-    """Write a PNG: memory of each stage beside the card's, and the parts of its step beside the whole."""
+    """Write a PNG: memory of each stage compared with the card's, and the parts of its step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -93,7 +93,7 @@ def draw(estimates: Sequence[StageEstimate], cluster: Cluster, path: Path) -> No
 
 
 def draw_sweep(sizes: Sequence[int], sweep: Sequence[Sequence[StageEstimate]], gpu: str, path: Path) -> None:
-    """Write a PNG: images per second of each stage against the number of GPUs, beside linear growth.
+    """Write a PNG: images per second of each stage against the number of GPUs, compared with linear growth.
 
     `sweep` holds the estimates of all stages for each size.
     """

@@ -147,7 +147,7 @@ def _t5_shape(config: Mapping[str, Any]) -> LanguageShape:
         intermediate=config["d_ff"],
         gated=gated,
         vocabulary=config["vocab_size"],
-        # Gated models (v1.1, Flan) have a head of their own, whatever their config.json says after a conversion.
+        # Gated models (v1.1, Flan) have a separate head, even if their config.json says otherwise after a conversion.
         tied_head=bool(config.get("tie_word_embeddings", True)) and not gated,
         positions=0,
         small_parameters=norms + 2 * config.get("relative_attention_num_buckets", 32) * config["num_heads"],

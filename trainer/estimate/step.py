@@ -264,7 +264,7 @@ class _Stage:
     def with_activations(self, fixed: Memory, micro: int, *, checkpointed: bool | None = None) -> Memory:
         """Add the fuller of two moments: before a micro-batch runs backward, and while gradients are reduced.
 
-        The bucket of that reduction is allocated in full, whatever goes into it, and freed again. A reduction in a tree
+        The bucket of that reduction is always allocated in full and freed again. A reduction in a tree
         has a flat copy of the gradient and as much that is exchanged; before, sums wait at each level of the tree.
         """
         kept = micro * self.activations(micro, checkpointed=checkpointed) + FP32 * self.trainable * self.waiting_sums

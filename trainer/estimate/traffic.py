@@ -49,8 +49,8 @@ def stage_traffic(
 
     ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch, but for the last ones of the
     forward pass, which backward needs again within `reuse_distance` parameters. `matched`: share of the rows whose
-    matching pairs are run; below 1 their own images travel as the negative ones do. `in_tree`: gradients are summed in
-    a fixed order, each part for the rank that needs it, instead of by an all-reduce.
+    matching pairs are run; below 1 their own images are exchanged like the negative ones. `in_tree`: gradients are
+    summed in a fixed order, each part for the rank that needs it, instead of by an all-reduce.
     """
     share = (world_size - 1) / world_size
     gradients = (2 if in_tree else 3) * share * FP32 * trainable

@@ -1,4 +1,4 @@
-"""An evaluation set as the ranks read it: units of a few images, the same whatever the number of ranks.
+"""An evaluation set as the ranks read it: units of a few images, the same for any number of ranks.
 
 Results are gathered by the number of their unit, so neither figures nor texts depend on how many ranks there are: a
 unit goes through the model as one batch on whichever rank it falls.

@@ -138,7 +138,7 @@ class CaptionEvaluation:
 def wrong_images(communicator: Communicator, batch: Batch) -> Tensor:
     """Return for each row of this rank the index, among the rows of all ranks, of a row with another image. Collective.
 
-    It is the next valid row of the global batch that shows another image, whatever rank has it; the row itself where
+    It is the next valid row of the global batch that shows another image, on any rank; the row itself where
     it is a hole or no row shows another image.
     """
     own_B3 = torch.stack([batch.rows_B, batch.image_ids_B, batch.valid_B.long()], dim=1)

@@ -1,4 +1,4 @@
-"""What BLIP-2's paper reports, as the tables beside which a result is printed.
+"""The BLIP-2 paper's results, which are printed next to ours.
 
 Source: Li et al., "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
 Models" (2023), tables 2, 3 and 5.

@@ -39,7 +39,7 @@ class EvalTask:
         return "stage1" if self.kind == "retrieval" else "stage2"
 
     def settings(self) -> dict[str, Any]:
-        """Return what a result depends on beside model and data."""
+        """Return what a result depends on in addition to model and data."""
         if self.kind == "retrieval":
             return {"reranked": RERANKED, "max_tokens": MAX_RETRIEVAL_TOKENS}
         if self.kind == "caption":

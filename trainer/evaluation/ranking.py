@@ -27,7 +27,7 @@ PAIRS_AT_A_TIME = 64
 
 
 class Ranking:
-    """One evaluation of retrieval; collective, and equal on all ranks, whatever their number."""
+    """One evaluation of retrieval; collective, with equal results on any number of ranks."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 Letters: B rows of a batch, n rows of this rank, I images and T texts of all ranks, Q queries, E projection width,
 M pairs of this rank.
 
-Each rank matches its own images with any text, so only tokens and unit vectors travel between ranks and never image
+Each rank matches its own images with any text, so ranks exchange only tokens and unit vectors and never image
 features.
 """
 

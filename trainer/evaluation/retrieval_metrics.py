@@ -16,7 +16,7 @@ NOT_A_CANDIDATE = -1e4
 def relevance(image_ids_I: Tensor, captions: Sequence[str]) -> Tensor:
     """Return bool [I, T] with one text per image: same image, or word for word the same caption.
 
-    Equal captions cannot be told apart, so either of them counts as found.
+    Equal captions are indistinguishable, so either of them counts as found.
     """
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     texts_T = torch.tensor([numbers[caption] for caption in captions])

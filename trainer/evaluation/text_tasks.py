@@ -42,7 +42,7 @@ class _Request:
     """Of the image in its unit."""
     prompt: str
     row: Row
-    """What is recorded beside the text."""
+    """What is recorded in addition to the text."""
 
 
 def caption_images(
@@ -78,7 +78,7 @@ def answer_questions(
 
 
 def caption_figures(rows: Sequence[Row], data: str) -> dict[str, float]:
-    """Return `cider` and `bleu4` in percent, and `cider` of each domain where there are domains.
+    """Return `cider` and `bleu4` in percent, and `cider` of each domain, if there are domains.
 
     Raises:
         TrainerError: no image has a caption.

@@ -58,7 +58,7 @@ class ModelWriter:
         store: Access to the destination.
         destination: Folder: local path, file:// or s3:// URL.
         dtype: Type of the floating-point weights; auto: as published.
-        file_bytes: Largest weight file; memory stays under twice of it.
+        file_bytes: Size of the largest weight file; memory stays below twice that.
         on_file: Called with (files done, files in all) after each file.
     """
 

@@ -30,7 +30,7 @@ COPY_TIMEOUT_SECONDS = 3600.0
 IN_USE_SECONDS = 24 * 3600.0
 """A folder that was used this recently is not removed to make room."""
 CHECKSUMS = ".sha256"
-"""Suffix of the file beside a folder that holds the checksums of its files."""
+"""Suffix of the file next to a folder that contains the checksums of its files."""
 BLOCK_BYTES = 16 << 20
 HASH_THREADS = 4
 
@@ -172,7 +172,7 @@ def _make_room(cache: Path, num_bytes: int) -> None:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed processes left of other folders: a partial copy whose lock nobody holds."""
+    """Remove partial copies of other folders that killed processes left: those whose lock is free."""
     for partial in cache.glob("*.partial"):
         try:
             with FileLock(partial.with_suffix(".lock"), timeout=0):

@@ -46,7 +46,7 @@ class TensorEntry:
 
 
 def read_entries(folder_url: str, store: ObjectStore) -> dict[str, TensorEntry]:
-    """Read the headers of all safetensors files of a folder: those its index names, or all where it has none.
+    """Read the headers of all safetensors files of a folder: those its index names, or all if it has none.
 
     Raises:
         FrozenWeightsError: no safetensors file, a damaged header or index, a tensor in two files.
@@ -83,7 +83,7 @@ def weight_files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
 
 
 def is_direct(folder_url: str, info: ObjectInfo) -> bool:
-    """Return whether an object lies directly in a folder, not in a subfolder."""
+    """Return whether an object is directly in a folder, not in a subfolder."""
     return info.url.rsplit("/", 1)[0].removeprefix("file://") == folder_url.removeprefix("file://")
 
 

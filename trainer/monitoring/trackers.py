@@ -103,7 +103,7 @@ class MlflowLogger(MetricLogger):
     def send(self) -> None:
         """Wait for the metrics on their way, so that none is lost before a state that can be resumed from.
 
-        Training goes on without a server that is away, after the client's retries (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
+        If the server is unavailable, training continues after the client's retries (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
         """
         sending, self._sending = self._sending, []
         self._attempt(lambda: [operation.wait() for operation in sending])
@@ -154,7 +154,7 @@ class TrackioLogger(MetricLogger):
             self._run.log({name: self._trackio.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def send(self) -> None:
-        """Finish the trackio run and continue it: there is no other way to wait for the records on their way."""
+        """Finish the trackio run and continue it: there is no other way to wait for pending records."""
         with contextlib.redirect_stdout(io.StringIO()):  # it says that the run has ended
             self._run.finish()
             try:

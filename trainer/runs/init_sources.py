@@ -116,7 +116,7 @@ def open_source(url: str, store: ObjectStore, names: Iterable[str]) -> Source:
 
 
 def _read_transformers(url: str, store: ObjectStore, names: Iterable[str]) -> Tensors | None:
-    """Return the wanted tensors of a BLIP-2 folder of transformers, without reading the frozen parts beside them."""
+    """Return the wanted tensors of a BLIP-2 folder of transformers, without reading the frozen parts."""
     try:
         entries = read_entries(url, store)
     except FrozenWeightsError:

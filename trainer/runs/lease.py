@@ -149,7 +149,7 @@ class Lease:
         raise LeaseError(f"{self.url}: keeps changing; look for a second process that writes to the run")
 
     def _adopt(self, state: LeaseState, etag: str) -> None:
-        """Remember the newest version of ours; an older one that arrives late is no news."""
+        """Remember our newest version; an older one that arrives late is ignored."""
         with self._lock:
             if state.beat >= self._state.beat:
                 self._state, self._etag = state, etag

@@ -187,7 +187,7 @@ def _open(
 
 
 def _clear(url: str, store: ObjectStore) -> None:
-    """Remove partial uploads of an earlier owner that was killed; under the lease nobody else writes."""
+    """Remove partial uploads of an earlier owner that was killed; under the lease, no other process writes."""
     try:
         number = store.remove_unfinished(url)
     except DataError as error:  # the store lacks this call or forbids it: they only cost space
@@ -230,7 +230,7 @@ def _update(
     assert_owner: Callable[[], None],
     fresh: dict[str, Any] | None = None,
 ) -> None:
-    """Change `run.json`, which is `fresh` where there is none."""
+    """Change `run.json`, which is `fresh` if there is none."""
     run_file = join(url, RUN)
 
     def changed(data: bytes | None) -> bytes:
