@@ -1,4 +1,4 @@
-"""Models as the workers use them: each loaded once per process, on one thread, and named by what its files hold."""
+"""The models of the workers: loaded once per process, run on one thread, and identified by their files."""
 
 import hashlib
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""How long a stage takes and what it costs: from a worker's first images, then from the shards that are done."""
+"""Estimates duration and cost of a stage: from a worker's first images, then from the finished shards."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""The samples of one shard in batches of fixed size and order: decoded, squared, with the texts that they have.
+"""The samples of one shard in batches of fixed size and order: decoded, resized, with their own texts.
 
 What cannot be decoded keeps its place as a black image with the reason, so the other samples keep theirs.
 """

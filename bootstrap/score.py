@@ -1,4 +1,4 @@
-"""The second stage: scores of every candidate and of the data set's own texts. Nothing is dropped: `select` decides."""
+"""The second stage: scores of every candidate and of the data set's own texts. It drops nothing: `select` decides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The last stage: a layered manifest of the captions, and the samples, that a rule keeps. Metadata only.
+"""The last stage: a layered manifest of the captions and samples that a rule keeps. It only reads metadata.
 
 It reads no images or models, so another rule takes seconds; all candidates stay in their layer.
 """

@@ -1,4 +1,4 @@
-"""Runs a stage over the shards of a data set: what is done is skipped, every shard is committed by itself.
+"""Runs a stage over the shards of a data set: finished shards are skipped, each shard is committed separately.
 
 A stage may be killed anywhere: a shard counts once its record is there (data_pipeline/layers/layer.py), and whoever
 makes a shard again comes to the same bytes, in any process and beside any number of others.

@@ -1,4 +1,4 @@
-"""What a bootstrap did, read from its folder: acceptance, scores of kept and dropped texts, pictures, times.
+"""Summary of a bootstrap from its folder: acceptance, scores of kept and dropped texts, examples, times.
 
 A few evenly spaced shards represent all of them: a report of 100 million images reads as much as one of a million.
 """

@@ -1,4 +1,4 @@
-"""Scores of a text by itself: how long, how repetitive, and whether it is in the wanted language."""
+"""Scores of a text without an image: length, repetition, and the probability of the desired language."""
 
 from functools import lru_cache
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Reference bands of the demo's curves: made from runs, compared with a run. The format is in docs/curves/README.md.
+"""Reference bands of the demo's curves: created from runs, compared with a run. The format is in docs/curves/README.md.
 
 `python -m isthmus.demo.curves docs/curves/demo.json RUN_URL...` writes a band around the given runs.
 """

@@ -1,6 +1,6 @@
-"""The demo's corpus: emoji of ten drawings with their human names, rendered to JPEG files and one JSONL per split.
+"""The demo's corpus: emoji from ten collections with their names, rendered to JPEG files and one JSONL per split.
 
-A *concept* is a name. `val` holds drawings never seen of concepts that were; `test_concept` holds concepts never seen.
+A *concept* is a name. `val` holds unseen drawings of known concepts; `test_concept` holds unseen concepts.
 The split is a hash of the concept and of the drawing's key, so it does not depend on which packages are present.
 """
 

@@ -1,4 +1,4 @@
-"""What this machine has, and how the demo uses it."""
+"""The resources of this machine, and how the demo uses them."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`make demo`: real pictures and real pretrained frozen parts through the whole system, on this machine.
+"""`make demo`: the whole system on this machine, with real images and real pretrained models.
 
 Packages -> corpus -> shards in S3 -> manifest -> submit -> stage 1 (a worker is killed) -> stage 2 -> evaluation ->
 export -> report. Every step is what an operator would type; nothing is special-cased. What is cached is reused, an

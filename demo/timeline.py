@@ -1,4 +1,4 @@
-"""How long the demo still takes: seconds of each phase on the reference machine, scaled by the pace seen so far."""
+"""The demo's remaining time: seconds of each phase on the reference machine, scaled by the pace so far."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The demo's run while it trains: what is shown of it, and the worker that is killed on the way."""
+"""The demo's run while it trains: its display, and the worker that is killed on the way."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""How the language model's text is chosen; without torch, so that configuration and driver read it cheaply."""
+"""Decoding settings of the language model; without torch, so that configuration and driver import it cheaply."""
 
 from dataclasses import dataclass
 

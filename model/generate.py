@@ -1,4 +1,4 @@
-"""Text from images: captions and answers by the frozen language model.
+"""Text generation from images: captions and answers from the frozen language model.
 
 Decoding is `transformers.generate` on embeddings: beams, sampling and the key-value cache are exactly what an exported
 model runs, so training samples and the exported model say the same. Where the language model is a ZeRO-3 partition,

@@ -1,4 +1,4 @@
-"""SplitMix64 on tensors: random bits as a function of what they belong to, the same on every device."""
+"""SplitMix64 on tensors: random bits as a pure function, the same on every device."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Tiny random models in the folder format of the real ones, for tests and for trying a run without downloads."""
+"""Tiny random models in the folder format of the real ones, for tests and for trial runs without downloads."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What training needs to know of the process it runs in, whoever started it."""
+"""The process in which training runs, independent of how it was started."""
 
 import os
 import signal

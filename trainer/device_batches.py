@@ -1,4 +1,4 @@
-"""Batches on their way to the model: made into its inputs on the device while the step before runs."""
+"""Prefetches batches to the device: the next step's inputs are prepared while the current step runs."""
 
 import threading
 from collections.abc import Callable, Iterator

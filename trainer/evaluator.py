@@ -1,4 +1,4 @@
-"""Held-out evaluation of a stage: when it is due and on which batches, all ranks together."""
+"""Held-out evaluation of a stage: when it is due and on which batches; collective."""
 
 from collections.abc import Callable
 

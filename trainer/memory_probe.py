@@ -1,4 +1,4 @@
-"""A warm-up step that changes nothing: errors of shape and memory show before hours are spent, and work is counted."""
+"""A warm-up step that changes nothing: it finds shape and memory errors early and counts operations."""
 
 import logging
 from collections.abc import Iterable, Iterator

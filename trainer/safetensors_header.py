@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read by range and checked: they come from outside.
+"""Headers of safetensors files, read by range and validated, because the files are untrusted.
 
 The format: 8 bytes little-endian header length, a JSON header, then the tensors (github.com/huggingface/safetensors).
 No torch here: the process that uploads checkpoints imports this module too.

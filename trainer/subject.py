@@ -1,4 +1,4 @@
-"""What is evaluated: the newest checkpoint of a stage of a run, or an export, loaded on every rank."""
+"""The subject of an evaluation: the newest checkpoint of a stage of a run, or an export, loaded on every rank."""
 
 import json
 from collections.abc import Iterator

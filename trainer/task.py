@@ -1,4 +1,4 @@
-"""What is trained: a task joins batches of the data pipeline with a stage's model, losses and evaluation."""
+"""A task combines batches of the data pipeline with a stage's model, losses and evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable

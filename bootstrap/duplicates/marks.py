@@ -1,4 +1,4 @@
-"""Marks duplicates and leaks: one layer per data set, which `select` reads to leave them out.
+"""Marks duplicates and leaks: one layer per data set, which `select` uses to exclude them.
 
 Samples are numbered through: those of the evaluation sets first, then those of the sources in their order. Of samples
 that look alike the one with the lowest number stays; the others are its duplicates, and leaks if it is of an evaluation

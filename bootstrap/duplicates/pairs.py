@@ -1,4 +1,4 @@
-"""Pairs of equal or nearly equal 64-bit hashes, without comparing all with all.
+"""Pairs of equal or nearly equal 64-bit hashes, without comparing all pairs.
 
 Hashes that differ in at most d bits agree in at least one of d + 1 bands of bits (Manku et al., Detecting
 near-duplicates for web crawling, WWW 2007). So it suffices to compare those with an equal band, and the hashes can be

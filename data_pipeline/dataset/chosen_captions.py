@@ -1,4 +1,4 @@
-"""The captions that a layered manifest has for the samples of a shard: one Parquet file, rows in the index's order.
+"""The captions of a shard in a layered manifest: one Parquet file, with rows in the index's order.
 
 | column | type | meaning |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""A picture of samples with their captions."""
+"""A contact sheet of samples with their captions."""
 
 import io
 import textwrap

@@ -1,4 +1,4 @@
-"""Builds the manifest of a data set: shards are checked and indexed in parallel; finished ones are not done again."""
+"""Builds the manifest of a data set: shards are checked and indexed in parallel; finished ones are skipped."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What `isthmus data show` shows: random samples of a data set and statistics of it."""
+"""The data of `isthmus data show`: random samples of a data set and its statistics."""
 
 import functools
 import random

@@ -1,4 +1,4 @@
-"""Checks one shard and indexes what is sound in it.
+"""Checks one shard and indexes its valid samples.
 
 Groups members to samples as webdataset does: the key is the path up to the first dot of the file name, the extension
 the rest, in lower case; members without a dot or with a `__meta__` name do not belong to samples.

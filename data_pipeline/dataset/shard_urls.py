@@ -1,4 +1,4 @@
-"""From what an operator types to shard URLs: braces `{00000..09999}` and `{a,b}`, globs, folders, name prefixes."""
+"""Expands arguments of commands to shard URLs: braces `{00000..09999}` and `{a,b}`, globs, folders, name prefixes."""
 
 import itertools
 import os.path

@@ -1,4 +1,4 @@
-"""Samples as they are stored, by their number in the data set: for whoever needs no training order."""
+"""Samples in storage order, by their number in the data set."""
 
 import zlib
 from functools import lru_cache

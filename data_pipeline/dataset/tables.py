@@ -1,4 +1,4 @@
-"""Parquet files in a store that are known by their SHA-256; equal tables give equal bytes."""
+"""Parquet files in a store, identified by their SHA-256; equal tables produce equal bytes."""
 
 import hashlib
 import json

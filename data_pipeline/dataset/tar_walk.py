@@ -1,4 +1,4 @@
-"""The members of a tar archive by its 512-byte headers, without extracting anything.
+"""Lists the members of a tar archive from its 512-byte headers, without extracting anything.
 
 Reads old, ustar, GNU and pax (POSIX.1-2001) headers as `tarfile` does, sparse members as special ones. Stricter than
 `tarfile`: an archive without its end marker is truncated, even where it ends between two members.

@@ -1,4 +1,4 @@
-"""Images from the web: polite, bounded in time and bytes, and never from addresses inside one's own network."""
+"""Downloads images from the web, limited in rate, time and bytes, and never from private addresses."""
 
 import asyncio
 import ipaddress

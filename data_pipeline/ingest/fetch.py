@@ -1,4 +1,4 @@
-"""Records to the members of their samples: images are fetched concurrently, samples keep the order of the records."""
+"""From records to sample members: images are fetched concurrently, samples keep the order of the records."""
 
 import asyncio
 import json

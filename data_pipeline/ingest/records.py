@@ -1,4 +1,4 @@
-"""One record of a source: which of its fields hold the image, the captions and the image id."""
+"""A record of a source: the fields with the image, the captions and the image id."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Writes image-caption records as shards: the same records give the same names and bytes, everywhere and always."""
+"""Writes image-caption records as shards: the same records always produce the same names and bytes."""
 
 import asyncio
 import contextlib

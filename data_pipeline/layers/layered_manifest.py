@@ -1,4 +1,4 @@
-"""Writes layered manifests: a data set with the captions, and only the samples, that a selection keeps.
+"""Writes layered manifests: a data set with only the captions and samples that a selection keeps.
 
     FOLDER/indexes/NAME.idx        the shard's index without the samples that are left out; chunks stay as they are
     FOLDER/captions/NAME.parquet   captions of the samples that stay (dataset/chosen_captions.py)

@@ -1,4 +1,4 @@
-"""Samples that are left out of a data set: its chunks get smaller, and what is left is counted without gaps."""
+"""Samples excluded from a data set: its chunks get smaller, and the rest is numbered without gaps."""
 
 import hashlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which source each slot of a lane comes from: proportional, evenly spread, and countable without walking.
+"""The source of each slot of a lane: proportional, evenly spread, and computed in closed form.
 
 Slot i of lane l comes from the first source k whose count floor(i_k * w_k / r_k + phase_k,l) grows there, where i_k
 counts the slots that earlier sources left over and r_k is the weight of the sources from k on: nested Beatty sequences.

@@ -1,4 +1,4 @@
-"""Steps of the sample order that training skips, such as those of a loss spike: the steps after them move up."""
+"""Steps of the sample order that training skips, such as those of a loss spike; later steps move up."""
 
 import re
 from collections.abc import Sequence

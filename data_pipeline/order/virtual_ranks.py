@@ -1,4 +1,4 @@
-"""Which virtual ranks a worker computes.
+"""The virtual ranks of a worker.
 
 With L lanes and V virtual ranks, virtual rank v has the L / V lanes from v L / V on, and worker r of W computes the
 V / W virtual ranks from r V / W on. Sums that add neighbours in pairs, then pairs of pairs and so on, thus have one

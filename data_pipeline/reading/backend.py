@@ -1,4 +1,4 @@
-"""Where lane parts are made: the interface, and the calling process. Reader processes: processes.py; Ray: actors.py."""
+"""Where lane parts are made: interface, and the calling process. Reader processes: processes.py; Ray: actors.py."""
 
 import logging
 import signal

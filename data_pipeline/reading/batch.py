@@ -1,4 +1,4 @@
-"""The batch that the trainer gets, and the requests and parts between loader and readers."""
+"""The trainer's batch, and the requests and parts exchanged by loader and readers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

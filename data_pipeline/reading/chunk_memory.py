@@ -1,4 +1,4 @@
-"""The chunks that a reader holds in memory, fetched ahead of need and bounded in bytes."""
+"""The chunks in a reader's memory, prefetched and limited in bytes."""
 
 import threading
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""The chunks that all readers of a node share on its disk, bounded in bytes."""
+"""The chunk cache on a node's disk, shared by its readers and limited in bytes."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Batches of one rank, step by step: asks readers for lane parts ahead of need and puts them together."""
+"""Batches of one rank, step by step: requests lane parts from readers ahead of time and combines them."""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""What a loader and its readers have done, in numbers."""
+"""Counters of a loader and its readers."""
 
 from collections import Counter, deque
 

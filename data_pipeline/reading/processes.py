@@ -1,4 +1,4 @@
-"""Reader processes of the train worker: one pipe each, replaced when they die."""
+"""Reader processes of a training worker: one pipe each, replaced when they die."""
 
 import itertools
 import logging

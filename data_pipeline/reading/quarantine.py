@@ -1,4 +1,4 @@
-"""Bad samples: the record that each leaves, and how many of them a run tolerates."""
+"""Bad samples: their records, and how many of them a run tolerates."""
 
 import dataclasses
 from collections import Counter, deque

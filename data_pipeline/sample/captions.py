@@ -1,4 +1,4 @@
-"""Captions: which text of a sample counts, which of several is chosen, and how it is cleaned.
+"""Captions: which text of a sample is used, which of several is chosen, and how it is cleaned.
 
 Index, ingest and readers share the rules of this file; docs/data-format.md has them as a table.
 """

@@ -1,4 +1,4 @@
-"""Questions about an image with people's answers: a field of a sample's `.json` in sets for evaluation."""
+"""Questions about an image with human answers: a field of a sample's `.json` in evaluation sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What object stores are asked and tell: URLs, versions of objects, counters."""
+"""URLs, object versions and counters of object stores."""
 
 import threading
 from collections import Counter, deque

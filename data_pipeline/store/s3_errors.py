@@ -1,4 +1,4 @@
-"""What an error of the S3 client means: try again, or tell the operator what to fix."""
+"""Classifies errors of the S3 client: retry, or tell the operator what to fix."""
 
 import email.utils
 import time

@@ -1,4 +1,4 @@
-"""Everything that recipes/tiny.yaml reads: a small indexed corpus and random frozen models."""
+"""The inputs of recipes/tiny.yaml: a small indexed corpus and random frozen models."""
 
 import os
 from pathlib import Path

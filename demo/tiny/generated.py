@@ -1,4 +1,4 @@
-"""What `make demo-tiny` runs on, without a download: generated scenes and tiny frozen models.
+"""The inputs of `make demo-tiny`, without a download: generated scenes and tiny frozen models.
 
 The image encoder is random, the language model has seen the captions' grammar for seconds. This limits what can be
 learned, and the demo says so wherever it is used.

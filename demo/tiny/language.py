@@ -1,4 +1,4 @@
-"""Tiny language models that know the grammar of the generated scenes, from its text alone.
+"""Tiny language models trained on the grammar of the generated scenes.
 
 Each is trained to write a caption after its shuffled words: large language models use context anyway, and a bridge
 needs just that. No picture is involved.

@@ -1,4 +1,4 @@
-"""Generated pictures of simple scenes with their exact captions, as WebDataset shards: a corpus whose truth is known.
+"""Generated images of simple scenes with exact captions, as WebDataset shards.
 
 A scene is a function of (seed, split, number). Four kinds: `one` thing ("a small red circle"), a `count` of equal
 things ("three blue stars"), a `binding` of two things ("a red circle and a blue square") and a `relation` between two

@@ -1,4 +1,4 @@
-"""Models that score how well texts fit an image: contrast and matching of stage 1, and CLIP or SigLIP of transformers.
+"""Models that score how well texts fit an image: contrast and matching of stage 1, and CLIP or SigLIP.
 
 Letters: B images, K texts of each, M = B * K pairs, D width, E projection width, Q queries, T tokens.
 """

@@ -1,4 +1,4 @@
-"""Models that write several candidate captions per image: exports of ours, and captioning models of transformers.
+"""Models that generate several candidate captions per image: our exports, and captioning models from transformers.
 
 Letters: B images, N candidates of an image, R = B * N rows.
 """

@@ -1,4 +1,4 @@
-"""Load a whole model into one process from an export: ours, or transformers' BLIP-2."""
+"""Loads a whole model into one process from a native export or a transformers BLIP-2 folder."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From transformers' BLIP-2 folders to ours, so that published checkpoints can be continued or asked."""
+"""Converts transformers' BLIP-2 folders to native exports, for training and inference with published checkpoints."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Names of the trained tensors in Hugging Face's and in the original's checkpoints.
+"""Names of the trained tensors in checkpoints of Hugging Face and of the original code.
 
 Ours are the parameter names of Stage1Model and Stage2Model. The query path of a Q-Former layer is called
 `intermediate_query`/`output_query` there, the text path `intermediate`/`output`.

@@ -1,4 +1,4 @@
-"""The frozen language model behind one small protocol: embed tokens, give hidden states and logits at target positions.
+"""The frozen language model behind one small protocol: token embeddings, hidden states, and logits at target positions.
 
 Letters: B rows, Q queries, T text tokens, L = Q + T, D width, N target tokens of all rows, V vocabulary.
 

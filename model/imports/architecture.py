@@ -1,4 +1,4 @@
-"""Whether the tensors of a published model are those that its architecture needs, from shapes alone."""
+"""Checks whether a published model has the tensors of its architecture, using only shapes."""
 
 import json
 import tempfile

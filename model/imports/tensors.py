@@ -1,4 +1,4 @@
-"""Tensors of weight files by name: shapes at once, values one at a time.
+"""Tensors of weight files by name: all shapes, and values one at a time.
 
 Safetensors and PyTorch files (zip format) are mapped, so that reading one tensor needs the memory of that tensor;
 PyTorch files of the format before 1.6 can only be read whole. Pickles are read with `weights_only=True`: a file that

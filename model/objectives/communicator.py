@@ -1,4 +1,4 @@
-"""How rows of the global batch meet: the only communication that the model itself asks for.
+"""Exchange of rows of the global batch: the only communication in the model itself.
 
 No gradients are exchanged: features are sent detached, and each rank differentiates its own share of the loss.
 Letters: B rows of each rank, N rows of all ranks, W ranks, M rows that a rank asks for.

@@ -1,4 +1,4 @@
-"""Run one part of a micro-batch backward before the rest, so that its activations are freed early."""
+"""Runs the backward pass of one part of a micro-batch before the rest, so that its activations are freed early."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

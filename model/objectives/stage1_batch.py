@@ -1,4 +1,4 @@
-"""The rows of a step of stage 1: what one rank brings, and what all ranks have together.
+"""The rows of a stage-1 step: those of one rank, and the global batch.
 
 Letters: B rows of this rank, N rows of the global batch, Q queries, E projection width, T text tokens.
 """

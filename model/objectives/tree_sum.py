@@ -1,4 +1,4 @@
-"""Sums over virtual ranks in one fixed binary tree, so that their bits do not depend on the number of workers.
+"""Sums over virtual ranks in one fixed binary tree, so that results are bit-identical for any number of workers.
 
 A worker adds its own virtual ranks, which are neighbours, like a binary counter; workers then add in pairs, 1, 2, 4,
 ... apart. The addition of two floating-point numbers is commutative, so both of a pair get the same bits. The number of

@@ -1,4 +1,4 @@
-"""Start the Q-Former from a BERT folder (BLIP-2, section 3.1): cross-attention and queries stay random."""
+"""Initialises the Q-Former from a BERT folder (BLIP-2, section 3.1): cross-attention and queries stay random."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Q-Former's layer: shared self-attention, cross-attention for queries, a feed-forward network per kind of row.
+"""The Q-Former's layer: shared self-attention, cross-attention for queries, feed-forward networks for queries and text.
 
 Letters: B rows, b rows of a micro-batch, Q queries, P patches, T places of text, N packed text tokens
 (qformer/packing.py), L = Q + T, D width, H heads, d width of a head, K packed tokens that are kept, I images.

@@ -1,4 +1,4 @@
-"""The Q-Former (BLIP-2, section 3.1): learned queries and text share self-attention; queries alone see the image.
+"""The Q-Former (BLIP-2, section 3.1): learned queries and text share self-attention; only queries attend to the image.
 
 Letters: B rows, Q queries, P patches, N packed text tokens (qformer/packing.py), D width, I images, C image feature
 width, V vocabulary.

@@ -1,4 +1,4 @@
-"""The word embeddings as one micro-batch reads them: look-ups first, the language head last.
+"""The word embeddings in a micro-batch: first look-ups, then the language head.
 
 Letters: N packed tokens, V vocabulary, D width.
 """

@@ -1,4 +1,4 @@
-"""Texts as the frozen language model reads them: micro-batches cut to size, and where their targets are.
+"""Inputs of the frozen language model: micro-batches trimmed to length, and their target positions.
 
 Letters: B rows, T text tokens, K target tokens of all rows.
 """

@@ -1,4 +1,4 @@
-"""Captions to the tokens of the Q-Former and of the language model: the encoders that the data pipeline is given."""
+"""Captions to the tokens of the Q-Former and of the language model: the encoders for the data pipeline."""
 
 from collections.abc import Sequence
 from pathlib import Path

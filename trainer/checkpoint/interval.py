@@ -1,4 +1,4 @@
-"""When a checkpoint is due: by steps, by minutes, or so that saves and repeated work together cost the least time.
+"""When a checkpoint is due: by steps, by minutes, or at the interval that minimises saves plus repeated work.
 
 Young (1974) and Daly (2006): with a cost of C seconds per save and M seconds between failures, the best interval is
 sqrt(2 C M) seconds.

@@ -1,4 +1,4 @@
-"""Reading checkpoints: finding, verifying, any range of any tensor at any world size."""
+"""Reads checkpoints: finding, verifying, and any range of any tensor at any world size."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""Replicas of a rank's state in the memory of other processes: what they hold, and what can be resumed from them.
+"""Replicas of a rank's state in the memory of other processes, and the snapshots that can be resumed from them.
 
 Each rank's part, the very file a checkpoint would hold, is replicated in host memory on the rank's node and on one peer
 node, so the loss of a single node leaves a copy of every part (in-memory checkpoints: Wang et al., GEMINI, SOSP 2023).

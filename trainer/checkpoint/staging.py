@@ -1,4 +1,4 @@
-"""A copy of this rank's state in host memory, laid out as the part file that is uploaded."""
+"""A copy of this rank's state in host memory, in the layout of the part file to upload."""
 
 from collections.abc import Sequence
 from typing import Any

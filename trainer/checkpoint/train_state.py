@@ -1,4 +1,4 @@
-"""What a checkpoint knows besides its tensors."""
+"""The state of a checkpoint besides its tensors."""
 
 import dataclasses
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What of a run's configuration may change between two starts."""
+"""Which keys of a run's configuration may change between two starts."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, one line per problem: key, value, what is allowed, the nearest known key.
+"""Explains errors in a configuration, one line per problem: key, value, what is allowed, the nearest known key.
 
 All problems are reported together: rules across fields are checked even where single fields are wrong.
 """

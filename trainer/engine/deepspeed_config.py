@@ -1,4 +1,4 @@
-"""DeepSpeed's configurations: the two sections of a template, completed by what the run configuration decides.
+"""DeepSpeed's configurations: the two sections of a template, completed with the values of the run configuration.
 
 A template holds `trainable`, for the part that the stage optimises (ZeRO-1, 2 or 3), and `frozen`, for the language
 model (always ZeRO-3). A file in DeepSpeed's own form, with `zero_optimization` at the top, is read as both: its stage

@@ -1,4 +1,4 @@
-"""This rank's device and the process group: device first, one initialiser, every collective with a time limit."""
+"""This rank's device and the process group: the device is set first, and every collective has a time limit."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""The trainable state as flat fp32 pieces that know their place: independent of world size and ZeRO stage.
+"""The trainable state as flat fp32 pieces with their offsets, independent of world size and ZeRO stage.
 
 Every piece is a view into the optimizer's own memory: reading them gathers nothing and copies nothing.
 The attributes of DeepSpeed's optimizers used here are internal to it: its version is pinned, and tests watch them.

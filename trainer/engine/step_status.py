@@ -1,4 +1,4 @@
-"""What all ranks know alike at the end of a step, in one small all-reduce, and what a non-finite step means."""
+"""The status that all ranks agree on after a step, in one small all-reduce, and the handling of non-finite steps."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Accelerators by their public data sheets, and the assumptions that turn peak rates into expected ones."""
+"""Accelerators from their public data sheets, and the assumptions that turn peak rates into expected rates."""
 
 import re
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Bytes on one GPU, by what they hold.
+"""Memory on one GPU, by category.
 
 Activations are counted tensor by tensor as the modules keep them for backward: operands of matrix products in the
 compute type, inputs of norms in fp32, dropout masks in bytes; fused attention keeps no scores. A frozen layer keeps no

@@ -1,4 +1,4 @@
-"""An estimate as rows of text and as a picture."""
+"""An estimate as rows of text and as a figure."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields

@@ -1,4 +1,4 @@
-"""Dimensions of the frozen parts, read from their config.json alone: no weights, no model code."""
+"""Dimensions of the frozen parts, read only from their config.json: no weights, no model code."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

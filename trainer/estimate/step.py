@@ -1,4 +1,4 @@
-"""One stage of a run on given hardware: memory, step time as a roofline, days, and what it asks of storage and CPUs."""
+"""One stage of a run on given hardware: memory, step time as a roofline, days, and the demands on storage and CPUs."""
 
 import math
 from dataclasses import dataclass, replace

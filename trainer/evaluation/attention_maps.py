@@ -1,4 +1,4 @@
-"""Where the Q-Former's queries look: its last cross-attention, recomputed from what the layer itself projects."""
+"""Attention of the Q-Former's queries: its last cross-attention, recomputed from the layer's own projections."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Captions of held-out images by the frozen language model, scored against the true ones, and the loss on them."""
+"""Captions of held-out images by the frozen language model, scored against the references, and the caption loss."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The zero-shot protocol of BLIP-2: which tasks there are, on which published files, with which prompts and beams.
+"""The zero-shot protocol of BLIP-2: its tasks, published files, prompts and beams.
 
 Source: Li et al., "BLIP-2" (2023), sections 4.1 to 4.4 and appendix; where the paper is silent, the evaluation
 configurations of its code (LAVIS, lavis/projects/blip2/eval).

@@ -1,4 +1,4 @@
-"""What an evaluation returns: metrics, figures, texts and some samples with their images."""
+"""The result of an evaluation: metrics, figures, texts and some samples with their images."""
 
 import io
 from collections.abc import Mapping, Sequence

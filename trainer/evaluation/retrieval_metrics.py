@@ -1,4 +1,4 @@
-"""Recall at k of images and texts among each other, and which pairs are worth a closer look.
+"""Recall at k between images and texts, and the candidates for re-ranking.
 
 Shape letters: I images, T texts, K candidates. Everything is a function of full matrices; who computes which part is
 decided elsewhere.

@@ -1,4 +1,4 @@
-"""Captions and answers of a stage-2 model on an evaluation set, and their figures.
+"""Captions and answers of a stage-2 model on an evaluation set, and their metrics.
 
 Letters: B images of a unit, P patches, D width.
 """

@@ -1,4 +1,4 @@
-"""Accuracy of answers as the VQA challenge counts it, and exact match as GQA does.
+"""Answer accuracy as in the VQA challenge, and exact match as in GQA.
 
 Source: Antol et al., "VQA" (2015), and the challenge's evaluation code (github.com/GT-Vision-Lab/VQA), reproduced from
 its behaviour, quirks included: a mark of punctuation becomes a space, or nothing where it touches a space anywhere in

@@ -1,4 +1,4 @@
-"""Which frozen weights a run uses, and proof that training left them alone.
+"""The identity of a run's frozen weights, and the check that training does not change them.
 
 The identity of a folder is a tree of sha256 hashes, so that many threads and ranks share the work:
 

@@ -1,4 +1,4 @@
-"""Byte ranges of frozen weights on this node's disk: a restart reads no object store for what the node had."""
+"""Byte ranges of frozen weights on this node's disk: a restart does not read them from the object store again."""
 
 import hashlib
 import threading

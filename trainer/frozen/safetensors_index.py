@@ -1,4 +1,4 @@
-"""Which tensors a safetensors folder holds, and where: names, types, shapes, byte ranges."""
+"""The tensors of a safetensors folder: names, types, shapes, byte ranges."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The frozen language model, sharded over all ranks by ZeRO-3 from the first byte.
+"""The frozen language model, sharded over all ranks by ZeRO-3 while it is loaded.
 
 The skeleton is built without weights; each parameter becomes a partition, and each rank reads the bytes of its own
 partition from the safetensors files straight into it. No rank ever holds the whole model, nothing is broadcast.

@@ -1,4 +1,4 @@
-"""A record as people read it: the console line, and the metrics that the driver shows."""
+"""The console line of a record, and the metrics that the driver shows."""
 
 from collections.abc import Mapping
 from datetime import timedelta

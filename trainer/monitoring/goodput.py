@@ -1,4 +1,4 @@
-"""Goodput: every second of a run is attributed to exactly one activity, over all of its restarts.
+"""Goodput: every second of a run is attributed to exactly one activity, across restarts.
 
 The account is the file `goodput.json` in the run's folder. A process that is killed leaves its last written state; the
 next one attributes the gap to `restart`, and moves what was spent after the checkpoint from which it resumes to

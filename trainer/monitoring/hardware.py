@@ -1,4 +1,4 @@
-"""What this rank's device is and holds: memory in use, peak rate."""
+"""This rank's device: memory in use, peak rate."""
 
 import psutil
 import torch

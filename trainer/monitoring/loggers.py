@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines and TensorBoard (trackers: `trackers`). A resumed run continues each, no step twice.
+"""Where metrics go: JSON lines and TensorBoard (trackers: `trackers`). A resumed run repeats no step.
 
 Every record belongs to a step. Records beyond the step from which a run resumes are dropped or hidden when the loggers
 are opened, because these steps are done again.

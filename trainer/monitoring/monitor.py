@@ -1,4 +1,4 @@
-"""What is seen of a stage while it trains: timing, goodput, records, heartbeat. It decides nothing."""
+"""Observes a stage while it trains: timing, goodput, records, heartbeat. It makes no decisions."""
 
 import logging
 import time

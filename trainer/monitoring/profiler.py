@@ -1,4 +1,4 @@
-"""A trace of chosen steps by torch.profiler, for chrome://tracing or Perfetto."""
+"""Traces chosen steps with torch.profiler, for chrome://tracing or Perfetto."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -1,4 +1,4 @@
-"""`quarantine/` of a stage: every bad sample of every rank, written by rank 0, without doubles after a resume."""
+"""`quarantine/` of a stage: every bad sample of every rank, written by rank 0, without duplicates after a resume."""
 
 import dataclasses
 from collections.abc import Sequence

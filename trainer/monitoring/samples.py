@@ -1,4 +1,4 @@
-"""`<stage>/samples/step-000000160/`: what an evaluation saw and answered, to browse and for the report.
+"""`<stage>/samples/step-000000160/`: inputs and outputs of an evaluation, for browsing and for the report.
 
 samples.json    {"step", "texts": one entry per sample, "examples", "pictures": file names}
 NNNNN.jpg       thumbnail of sample NNNNN, which is its index in "texts"

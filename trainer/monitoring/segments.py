@@ -1,4 +1,4 @@
-"""Records of a stage, one JSON object a line, in segments that are each sent once.
+"""Records of a stage, one JSON object per line, in segments that are uploaded once.
 
 <name>/000000040.00.jsonl    records from step 40 on; .01, ...: further segments that begin with the same step
 <name>.jsonl                 how releases before segments kept them; still read

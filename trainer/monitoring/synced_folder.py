@@ -1,4 +1,4 @@
-"""A folder of files that appear whole; where it is an object-store prefix, they are sent there in the background.
+"""A folder of atomically written files; for an object-store prefix, they are uploaded in the background.
 
 A local run folder is written in place, so that `tail -f` and TensorBoard follow it. A remote one is written to a
 temporary folder, and each file is sent once, when its writer says that it is complete: the bytes that a run uploads

@@ -1,4 +1,4 @@
-"""The identities of a run's frozen parts: hashed once per version of their files, and kept in `run.json`."""
+"""The identities of a run's frozen parts: hashed once per version of their files, and stored in `run.json`."""
 
 from typing import Any
 

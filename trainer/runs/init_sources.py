@@ -1,4 +1,4 @@
-"""What stage 2 can begin with: a checkpoint, an export in either format, or a checkpoint of the original code."""
+"""Sources for stage 2's initial weights: a checkpoint, an export in either format, or an original checkpoint."""
 
 import hashlib
 import tempfile

@@ -1,4 +1,4 @@
-"""The model card of an export: a README.md with what the Hugging Face Hub shows and what a reader has to know."""
+"""The model card of an export: a README.md with metadata for the Hugging Face Hub and information for users."""
 
 from typing import Any, Literal
 

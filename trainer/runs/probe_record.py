@@ -1,4 +1,4 @@
-"""What the memory probe found: a restart on as many ranks of the same devices takes it from `run.json`.
+"""The memory probe's result in `run.json`, reused by a restart on the same number of ranks and devices.
 
 It is valid under one token: that is one driver, and so one code and one configuration.
 """

@@ -1,4 +1,4 @@
-"""Which trained tensors stage 2 begins with.
+"""Initialises stage 2 from trained tensors.
 
 The choice is made once and recorded in `run.json` before anything is trained; a run killed in between takes the same
 checkpoint again.

@@ -1,4 +1,4 @@
-"""The folder of a run in the object store: configuration, one writer, and what happened.
+"""The folder of a run in the object store: configuration, lease, and the record of its attempts.
 
 runs/<run>/run.json       attempts, finished stages, what stage 2 began with, and other facts
            config.yaml    the resolved configuration of the latest start
