@@ -412,8 +412,8 @@ def test_a_damaged_manifest_or_index_is_refused(tmp_path):
     for damaged, message in (
         ("".join(lines[:-1]), "truncated or edited"),
         ("".join(lines[:2]) + lines[2][:40], "damaged"),
-        ("{}\n", "no manifest"),
-        ("", "no manifest"),
+        ("{}\n", "not a manifest"),
+        ("", "not a manifest"),
         (lines[0].replace('"version": 1', '"version": 9'), "version 9"),
     ):
         file.write_text(damaged)

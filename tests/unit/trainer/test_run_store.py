@@ -222,7 +222,7 @@ def test_init_from_stage1_refuses_what_is_unfinished_damaged_or_foreign(tmp_path
     with pytest.raises(CheckpointError, match="stands at step 2"):
         init_from_stage1(config(tmp_path), run, STORE, stage2_parameters())
     stage1(run, 4)
-    with pytest.raises(CheckpointError, match=r"lacks \['qformer.other'\]"):
+    with pytest.raises(CheckpointError, match=r"missing \['qformer.other'\]"):
         init_from_stage1(config(tmp_path), run, STORE, {"qformer.other": nn.Parameter(torch.zeros(1))})
     with pytest.raises(CheckpointError, match=r"qformer.a: \(7, 5\), the model has \(3,\)"):
         init_from_stage1(config(tmp_path), run, STORE, {"qformer.a": nn.Parameter(torch.zeros(3))})
