@@ -1,4 +1,4 @@
-# One command each; every target first creates or refreshes .venv.
+# Every target first creates or updates .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
@@ -39,7 +39,7 @@ integration: venv
 test: venv
 	$(UNIT_THREADS) $(BIN)/python -m pytest -m "not slow"
 
-# The model's numbers under other instruction sets than the machine's best, and with two threads.
+# The model's tests under other CPU instruction sets, and with two threads.
 ISA_SETS := ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2,OMP_NUM_THREADS=1 \
   ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE41,OMP_NUM_THREADS=2
 ISA_TESTS := $(addprefix tests/unit/model/test_,losses.py stage1_reference.py stage2.py language.py export.py)
