@@ -14,7 +14,7 @@ from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.monitoring import loggers as metrics
 from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger
-from isthmus.trainer.monitoring.segments import read_records
+from isthmus.trainer.monitoring.segments import SegmentedLog, read_records
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
 
 pytestmark = pytest.mark.unit
@@ -127,3 +127,19 @@ def test_pictures_land_in_tensorboard(place, tmp_path):
     _, events = read_back(url, store, tmp_path / "copy")
     (image,) = events.Images("samples")
     assert (image.height, image.width, image.step) == (8, 6, 1)
+
+
+def test_a_segment_ends_after_five_minutes_or_at_256_kib(tmp_path):
+    """Under the names that docs/operators.md gives: the step of the first record."""
+    now = [0.0]
+    synced = SyncedFolder(str(tmp_path / "stage1"), ObjectStore())
+    log = SegmentedLog(synced, "metrics", -1, clock=lambda: now[0])
+    for step, seconds, text in ((1, 300.0, "x"), (2, 300.5, "x"), (3, 301.0, "x" * (256 << 10)), (4, 302.0, "x")):
+        now[0] = seconds if step > 1 else 0.0
+        log.append(step, {"text": text})
+        now[0] = seconds
+        log.flush()
+    log.end_segment()
+    synced.close()
+    names = sorted(path.name for path in (tmp_path / "stage1" / "metrics").iterdir())
+    assert names == ["000000001.00.jsonl", "000000003.00.jsonl", "000000004.00.jsonl"]
