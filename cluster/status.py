@@ -103,11 +103,11 @@ class RunStatus(BaseModel):
     lost_steps: int = 0
     """Steps trained again after restarts, of the whole run."""
     spares: int = 0
-    """Warm processes that stand by."""
+    """Warm spare processes."""
     lost_spares: int = 0
     """Spares that died unused, in this stage and driver."""
     damaged_copies: int = 0
-    """Entries of the nodes' caches that the present processes found damaged and read from the store again."""
+    """Entries of the nodes' caches that the current processes found damaged and read from the store again."""
 
     @model_validator(mode="after")
     def _count_listed(self) -> Self:
@@ -119,12 +119,12 @@ class RunStatus(BaseModel):
 
     @property
     def eta_seconds(self) -> float | None:
-        """Time to the end of the stage at the present pace."""
+        """Time to the end of the stage at the current pace."""
         pace = self.metrics.get("seconds_per_step")
         return pace * (self.num_steps - self.step) if pace and self.state is RunState.RUNNING else None
 
     def is_stale(self, now: float) -> bool:
-        """Whether the driver seems to be gone: it should be running but has written nothing for a while."""
+        """Whether the driver seems to be gone: it should be running but has not written for a while."""
         return not self.state.is_final and now - self.updated_at > STALE_SECONDS
 
 

@@ -10,7 +10,7 @@ from isthmus.cluster.report.markup import Html, h, join, picture, table
 from isthmus.cluster.report.measures import Measure, captioning, retrieval
 from isthmus.trainer.monitoring.goodput import Activity
 
-NO_EVALUATION = "There is no evaluation: none was configured (evaluation.manifest), or none has been reached yet."
+NO_EVALUATION = "There is no evaluation: it is not configured (evaluation.manifest) or has not run yet."
 GALLERY = 16
 
 
@@ -125,7 +125,7 @@ def gallery(facts: RunFacts) -> Html:
         cards.append(h("div", image, h("b", generated or "(nothing)", class_=right), h("br"),
                        h("span", truth, class_="truth"), class_="card"))  # fmt: skip
     return join(
-        h("p", "Bold: generated; green where it equals the true caption, which is below.", class_="note"),
+        h("p", "Bold: generated caption, green if it equals the reference caption below it.", class_="note"),
         h("div", *cards, class_="cards gallery") if cards else missing("No examples were kept."),
     )
 
