@@ -38,7 +38,7 @@ class AlreadyExistsError(StoreError):
 
 
 class ChangedError(StoreError):
-    """An object is not the version that was asked for."""
+    """An object is not the requested version."""
 
 
 class ReadersUnavailable(DataError):

@@ -149,7 +149,7 @@ def _classify_response(kind: str, url: str, asked: str, error: ClientError) -> E
     if status == 404 or code in _ABSENT:
         return _classify_absence(kind, asked, code, text, is_bare=is_bare)
     if status in (412, 416):
-        problem = "is not the version that was asked for" if status == 412 else "is shorter than expected"
+        problem = "is not the requested version" if status == 412 else "is shorter than expected"
         return ChangedError(f"{url} {problem}; restore it or index it again")
     return StoreError(f"{asked}: {text}; check the URL, the region and the endpoint")
 

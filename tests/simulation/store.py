@@ -59,7 +59,7 @@ class SimBackend:
     def read_into(self, url: str, start: int, etag: str | None, into: memoryview) -> None:
         stored = self._ask(url, lambda: self._bucket.read(url))
         if etag not in (None, stored.etag) or len(stored.data) < start + len(into):
-            raise ChangedError(f"{url} is not the version that was asked for")
+            raise ChangedError(f"{url} is not the requested version")
         into[:] = stored.data[start : start + len(into)]
 
     def put(self, url: str, data: memoryview) -> ObjectInfo:
@@ -116,7 +116,7 @@ class SimBackend:
     def download(self, url: str, path: Path, etag: str | None) -> None:
         stored = self._ask(url, lambda: self._bucket.read(url))
         if etag not in (None, stored.etag):
-            raise ChangedError(f"{url} is not the version that was asked for")
+            raise ChangedError(f"{url} is not the requested version")
         path.write_bytes(stored.data)
 
     def _put_parts(self, url: str, data: bytes) -> ObjectInfo:
