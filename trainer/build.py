@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.data_pipeline.reading.batch import TextEncoder
@@ -64,26 +65,42 @@ def build_encoder(config: TrainConfig, stage: StageName, store: ObjectStore) -> 
     return encoder
 
 
-def build_task(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore, encoder: TextEncoder) -> Task:
+def build_task(
+    config: TrainConfig,
+    stage: StageName,
+    rank: Rank,
+    store: ObjectStore,
+    encoder: TextEncoder,
+    *,
+    initialize: bool = True,
+) -> Task:
     """Build a stage's model with frozen parts loaded and trainable parts initialised from the run's seed.
 
-    `encoder` is that of `build_encoder`. Collective if there are several ranks; trainable parts are equal on all.
+    Collective if there are several ranks; trainable parts are equal on all.
+
+    Args:
+        config: Of the run.
+        stage: Which stage.
+        rank: Place of this process.
+        store: Access to the frozen parts.
+        encoder: That of `build_encoder`.
+        initialize: The stage begins. False: the trainable parts are left without values, for a checkpoint to fill.
     """
     if stage == "stage1":
-        return _build_stage1(config, rank, store)
-    return _build_stage2(config, rank, store, encoder)
+        return _build_stage1(config, rank, store, initialize=initialize)
+    return _build_stage2(config, rank, store, encoder, initialize=initialize)
 
 
-def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore) -> Stage1Task:
+def _build_stage1(config: TrainConfig, rank: Rank, store: ObjectStore, *, initialize: bool) -> Stage1Task:
     assert config.stage1 is not None
-    if "stage2" in config.stages:
+    if initialize and "stage2" in config.stages:
         from_main_rank(lambda: check_language(config, store))
     model_config = config.model_at("stage1")
     bridge = model_config.qformer
     vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
-    with _seeded_by(config.run.seed):
+    with _initial_values(config.run.seed, initialize=initialize):
         qformer = QFormer(bridge, vision.width)
-        if bridge.init_from:
+        if initialize and bridge.init_from:
             load_bert(qformer, local_folder(bridge.init_from, store))
         model = Stage1Model(vision, qformer, config.stage1.loss)
     compile_parts(model, model_config.compile)
@@ -103,7 +120,9 @@ def check_language(config: TrainConfig, store: ObjectStore) -> None:
     check_frozen_lm(language, language.path, store)
 
 
-def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore, encoder: TextEncoder) -> Stage2Task:
+def _build_stage2(
+    config: TrainConfig, rank: Rank, store: ObjectStore, encoder: TextEncoder, *, initialize: bool
+) -> Stage2Task:
     assert config.stage2 is not None
     model_config = config.model_at("stage2")
     assert model_config.language is not None
@@ -111,7 +130,7 @@ def _build_stage2(config: TrainConfig, rank: Rank, store: ObjectStore, encoder: 
     language_config = model_config.language
     vision = load_vision(model_config.vision, local_folder(model_config.vision.path, store))
     language = load_frozen_lm(language_config, language_config.path, store, rank, config.stage2.deepspeed)
-    with _seeded_by(config.run.seed):
+    with _initial_values(config.run.seed, initialize=initialize):
         qformer = QFormer(model_config.qformer, vision.width, with_text=False)
         model = Stage2Model(vision, qformer, cast(LanguageModel, language))
     compile_parts(model, model_config.compile)
@@ -132,6 +151,21 @@ def own_virtual_ranks(config: TrainConfig, rank: Rank) -> Sequence[int]:
     """Return the virtual ranks that a rank computes, in the order of its batches' rows; empty: the run has none."""
     virtual = config.run.virtual_ranks
     return virtual_ranks_of(rank.rank, rank.world_size, virtual) if virtual else ()
+
+
+def _initial_values(run_seed: int, *, initialize: bool) -> AbstractContextManager[Any]:
+    return _seeded_by(run_seed) if initialize else _WithoutValues()
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Modules built inside do not fill their parameters: drawing millions of values takes as long as reading them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Skip the functions of torch.nn.init that draw."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A whole run without Ray: in this process, or in each rank of `torchrun -- isthmus train RECIPE --local`."""
 
+import gc
 import logging
 import os
 import socket
@@ -24,6 +25,7 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
 
     The first SIGTERM or SIGINT asks for a checkpoint and an early end, a second one has its usual effect.
     """
+    gc.freeze()  # collections in mid-run leave modules and libraries out
     context = context or LocalContext()
     store = ObjectStore(config.store)
     owner = f"{socket.gethostname()} process {os.getpid()}"

@@ -112,20 +112,20 @@ class Trainer:
     def build(self, first_step: int, *, initialize: bool) -> None:
         """Build loaders, model and engine; readers start, and read from `first_step` on, meanwhile. Collective.
 
-        `initialize`: the stage begins here, so its trainable part gets the values of the stage before it, if any.
+        `initialize`: the stage begins here; otherwise a checkpoint brings the values of its trainable part.
         """
         self.encoder = build_encoder(self.config, self.name, self.store)
         self.loader = self._stack.enter_context(closing(self._open_loader()))
         if not initialize:  # a stage that begins takes one batch by itself first, for the memory probe
             self.loader.ask(first_step, self.stage.steps - first_step)
-        self.task = build_task(self.config, self.name, self.rank, self.store, self.encoder)
+        self.task = build_task(self.config, self.name, self.rank, self.store, self.encoder, initialize=initialize)
         self.frozen_identity = frozen_identities(self.config, self.name, self.run_store, self.store, self.rank)
         if initialize and self.name == "stage2":
             init_from_stage1(self.config, self.run_store, self.store, self.task.model.trainable_parameters())
         self.frozen_guard = FrozenGuard(self.task.model)
         self.monitor.heartbeat()
         in_tree = self.config.run.virtual_ranks if self.config.same_bits == "world_size" else None
-        self.engine = build_engine(self.task.model, self.stage, self.rank, in_tree)
+        self.engine = build_engine(self.task.model, self.stage, self.rank, in_tree, initialize=initialize)
         self._stack.callback(self.engine.close)
         self.evaluator = Evaluator(self.task, self.engine.precision, self.config.evaluation, self._held_out_loader())
         self.nonfinite_guard = NonFiniteGuard(self.config.safety.max_nonfinite_steps)
@@ -348,17 +348,12 @@ def _text(ranges: Sequence[tuple[int, ...]]) -> str:
 
 @contextmanager
 def _no_automatic_gc() -> Iterator[None]:
-    """Turn automatic garbage collection off: it would stop one rank in mid-step while the others wait for it.
-
-    What exists already (modules, libraries) is never collected again.
-    """
+    """Turn automatic garbage collection off: it would stop one rank in mid-step while the others wait for it."""
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
         if was_enabled:
             gc.enable()

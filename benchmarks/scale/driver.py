@@ -19,6 +19,7 @@ from isthmus.cluster.metrics import DRIVER_METRICS, WORKER_GAUGES
 from isthmus.cluster.supervision.attempt import POLL_SECONDS
 from isthmus.cluster.supervision.group import WorkerGroup
 from isthmus.cluster.supervision.processes import Member
+from isthmus.cluster.supervision.reservations import Seat
 from isthmus.cluster.workers.actor import Progress, WorkerAddress
 from isthmus.trainer.context import Rank
 
@@ -47,8 +48,10 @@ def measure(num_workers: int, seconds: float) -> dict[str, Any]:
         ray.remote(AllWorkers).options(num_cpus=0, max_concurrency=4 * num_workers, enable_task_events=False).remote()
     )
     address = WorkerAddress("node", "127.0.0.1", 1)
-    members = [Member(f"train-{i}", actor, address, Rank(i, num_workers)) for i in range(num_workers)]
-    group: Any = WorkerGroup(None, members, ("127.0.0.1", 1))  # type: ignore[arg-type]
+    members = [
+        Member(f"train-{i}", actor, address, Rank(i, num_workers), Seat("node", None, i)) for i in range(num_workers)
+    ]
+    group: Any = WorkerGroup([], members, ("127.0.0.1", 1))
     for member in members:
         group.start_member(member, actor.run.remote())
     _watch(group, START_SECONDS, until_all_responded=True)

@@ -198,6 +198,7 @@ class SimGroup:
         """When the upload under way ends, and the work that it holds."""
         self._committed = 0.0
         self._stop: StopReason | None = None
+        self._released = False
         self._store_silent = self._readers_silent = 0.0
 
     @property
@@ -252,6 +253,15 @@ class SimGroup:
     def stop(self, reason: StopReason) -> None:
         """Save and end."""
         self._stop = reason
+
+    @property
+    def num_seats(self) -> int:
+        """Reserved seats: here nothing is kept for another attempt."""
+        return 0 if self._released else self.world_size
+
+    def release(self, *_: Any) -> None:
+        """Keep nothing for another attempt."""
+        self._released = True
 
     def kill(self) -> None:
         """End."""

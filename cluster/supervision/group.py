@@ -1,21 +1,20 @@
-"""A group of training processes of fixed size, placed as a whole or not at all."""
+"""A group of training processes, placed as a whole or not at all; what is left of it may run the next attempt."""
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure
-from isthmus.cluster.supervision.processes import Member, end_processes, start_process
+from isthmus.cluster.supervision.processes import Member, end_processes, kill_processes, start_process
+from isthmus.cluster.supervision.reservations import Seat, give_back, reserve
 from isthmus.cluster.supervision.resource_request import ResourceRequest
 from isthmus.cluster.supervision.spares import Spares
 from isthmus.cluster.workers.actor import Assignment, Progress, WorkerAddress
@@ -39,15 +38,14 @@ class PlacementError(RuntimeError):
 
 
 class WorkerGroup:
-    """Training processes `train-0`, `train-1`, ... in one placement group."""
+    """Training processes `train-0`, `train-1`, ..., each with a seat."""
 
-    def __init__(self, placement: PlacementGroup, members: list[Member], rendezvous: tuple[str, int]) -> None:
-        """Own placed processes, which meet at `rendezvous`; see `place`."""
-        self._placement = placement
+    def __init__(self, seats: list[Seat], members: list[Member], rendezvous: tuple[str, int]) -> None:
+        """Own reserved seats and the processes there, which meet at `rendezvous`; see `place`."""
+        self._seats = seats
         self._rendezvous = rendezvous
         self._poll_seconds = POLL_SECONDS
         self._one_ended = threading.Event()
-        self._vacant: list[Member] = []
         self.members = members
 
     @staticmethod
@@ -59,18 +57,16 @@ class WorkerGroup:
         Raises:
             PlacementError: a process died or did not respond while it started.
         """
-        bundles = [dict(ResourceRequest.of(config).worker) for _ in range(world_size)]
-        excluded = sorted(excluded_nodes)
-        selectors = [{"ray.io/node-id": f"!in({','.join(excluded)})"}] * world_size if excluded else None
-        placement = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
-        if not placement.wait(timeout_seconds):
-            remove_placement_group(placement)
+        seats = reserve(ResourceRequest.of(config).worker, world_size, excluded_nodes, timeout_seconds)
+        if seats is None:
             return None
+        group = WorkerGroup(seats, [], ("", 0))
         try:
-            return WorkerGroup(placement, *_start(config, placement, world_size))
-        except (RayError, ValueError, GetTimeoutError) as error:
-            remove_placement_group(placement)
-            raise PlacementError(f"a worker did not start: {first_line(error)}") from error
+            group._complete(config, seats, None)
+        except PlacementError:
+            give_back(seats)
+            raise
+        return group
 
     @property
     def world_size(self) -> int:
@@ -180,51 +176,87 @@ class WorkerGroup:
                 found[calls[reference]] = ray.get(reference)
         return found
 
-    def release(self, failure: Failure) -> None:
-        """End each process that cannot run another attempt: lost, hung, or not left clean by the one that failed.
+    @property
+    def num_seats(self) -> int:
+        """Reserved seats, those of lost processes included."""
+        return len(self._seats)
 
-        The others keep their imports, connections and device context. `renew` fills the places of the rest.
+    def release(self, failure: Failure | None, usable_nodes: Collection[str]) -> None:
+        """End each process that cannot run another attempt, and give back the seats on nodes that cannot be used.
+
+        Such a process is lost, hung, elsewhere, or was not left clean by the attempt that ended. The others keep their
+        imports, connections and device context; `renew` completes the group.
         """
-        end_processes(member.actor for member in self.members if member.rank.rank == failure.rank)
+        failed = None if failure is None else failure.rank
+        here = [member for member in self.members if member.address.node in usable_nodes]
+        end_processes(member.actor for member in here if member.rank.rank == failed)
+        kill_processes(member.actor for member in self.members if member not in here)
+        leaving = [seat for seat in self._seats if seat.node not in usable_nodes]
+        give_back(leaving)
+        self._seats = [seat for seat in self._seats if seat not in leaving]
+        self.members = here
         deadline = time.monotonic() + RETURN_SECONDS  # without their peer, collectives of the others end
-        while any(member.result is None for member in self.members) and time.monotonic() < deadline:
+        while any(member.result is None for member in here) and time.monotonic() < deadline:
             self.update(0.1)
         clean = self._clean_ranks()
-        self._vacant = [member for member in self.members if member.rank.rank not in clean]
-        end_processes(member.actor for member in self._vacant)
+        for member in here:
+            member.is_clean = member.rank.rank in clean
+        end_processes(member.actor for member in here if not member.is_clean)
 
-    def renew(self, config: JobConfig, spares: Spares) -> dict[str, int]:
-        """Complete the group for another attempt in the same places; return how many processes come from where.
+    def renew(
+        self, config: JobConfig, spares: Spares, world_size: int, excluded_nodes: Iterable[str], timeout_seconds: float
+    ) -> dict[str, int] | None:
+        """Complete the group for another attempt; return how many processes come from where.
 
-        Spares take over the empty places, new processes those for which there is none.
+        Processes that were kept stay where they are, spares take over the seats of lost ones, and new processes the
+        rest. None: seats are missing, and the resources were not free in time.
 
         Raises:
             PlacementError: a process died or did not respond; the group is to be killed.
         """
-        new = []
-        limit = _start_limit(config, self.world_size)
-        try:
-            for member in self._vacant:
-                spare = spares.take(member.address.node, member.name, member.address.devices)
-                if spare:
-                    member.actor, member.address = spare
-                else:
-                    member.actor = _start_process(config, self._placement, member.rank.rank, member.bundle)
-                    new.append(member)
-            addresses = ray.get([member.actor.address.remote() for member in new], timeout=limit)
-            self._rendezvous = ray.get(self.members[0].actor.open_rendezvous.remote(), timeout=limit)
-        except (RayError, ValueError) as error:
-            raise PlacementError(f"a worker did not start: {first_line(error)}") from error
-        for member, address in zip(new, addresses, strict=True):
-            member.address = address
-        self.members = [Member(old.name, old.actor, old.address, old.rank, old.bundle) for old in self.members]
-        num_vacant, self._vacant = len(self._vacant), []
-        return {"kept": self.world_size - num_vacant, "spare": num_vacant - len(new), "new": len(new)}
+        missing = world_size - len(self._seats)
+        if missing > 0:
+            added = reserve(ResourceRequest.of(config).worker, missing, excluded_nodes, timeout_seconds)
+            if added is None:
+                return None
+            self._seats += added
+        kept = [member for member in self.members if member.is_clean]
+        occupied = [member.seat for member in kept]
+        chosen = (occupied + [seat for seat in self._seats if seat not in occupied])[:world_size]
+        end_processes(member.actor for member in kept if member.seat not in chosen)
+        give_back(self._seats, except_those_of=chosen)
+        needed = {seat.placement.id for seat in chosen}
+        self._seats = [seat for seat in self._seats if seat.placement.id in needed]
+        return self._complete(config, chosen, spares)
 
     def kill(self) -> None:
         """End all processes and free their resources; returns when they are gone, or after a limit."""
         end_processes(member.actor for member in self.members)
-        remove_placement_group(self._placement)
+        give_back(self._seats)
+
+    def _complete(self, config: JobConfig, seats: list[Seat], spares: Spares | None) -> dict[str, int]:
+        """Give each of these seats a process, with ranks grouped by node; return how many come from where."""
+        before = {member.seat: member for member in self.members}
+        ordered = sorted(seats, key=lambda seat: (seat.node, seat.bundle))
+        limit = _start_limit(config, len(seats))
+        actors, calls, sources = [], [], []
+        try:
+            for rank, seat in enumerate(ordered):
+                name = f"train-{rank}"
+                source, actor = _find_process(config, seat, name, before.get(seat), spares)
+                sources.append(source)
+                actors.append(actor)
+                calls.append(actor.take_over.remote(name, None) if source == "kept" else actor.address.remote())
+            addresses: list[WorkerAddress] = ray.get(calls, timeout=limit)
+            self._rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=limit)
+        except (RayError, ValueError) as error:
+            end_processes(actors)
+            raise PlacementError(f"a worker did not start: {first_line(error)}") from error
+        self.members = [
+            Member(f"train-{rank}", actor, address, Rank(rank, len(seats), _local_rank(ordered, rank)), ordered[rank])
+            for rank, (actor, address) in enumerate(zip(actors, addresses, strict=True))
+        ]
+        return {source: sources.count(source) for source in ("kept", "spare", "new")}
 
     def _clean_ranks(self) -> set[int]:
         """Return the ranks of the processes that have ended their attempt and kept nothing of it."""
@@ -244,26 +276,23 @@ class WorkerGroup:
         return clean
 
 
-def _start(config: JobConfig, placement: PlacementGroup, world_size: int) -> tuple[list[Member], tuple[str, int]]:
-    """Start the actors with ranks grouped by node and wait until each has responded; return where they meet as well."""
-    nodes: dict[int, str] = placement_group_table(placement)["bundles_to_node_id"]
-    order = sorted(range(world_size), key=lambda bundle: (nodes[bundle], bundle))
-    actors = [_start_process(config, placement, rank, bundle) for rank, bundle in enumerate(order)]
-    limit = _start_limit(config, world_size)
-    addresses: list[WorkerAddress] = ray.get([actor.address.remote() for actor in actors], timeout=limit)
-    rendezvous = ray.get(actors[0].open_rendezvous.remote(), timeout=limit)
-    local: dict[str, int] = {}
-    members = []
-    for rank, (actor, address, bundle) in enumerate(zip(actors, addresses, order, strict=True)):
-        local_rank = local[address.node] = local.get(address.node, -1) + 1
-        members.append(Member(f"train-{rank}", actor, address, Rank(rank, world_size, local_rank), bundle))
-    return members, rendezvous
-
-
-def _start_process(config: JobConfig, placement: PlacementGroup, rank: int, bundle: int) -> Any:
+def _find_process(
+    config: JobConfig, seat: Seat, name: str, old: Member | None, spares: Spares | None
+) -> tuple[str, Any]:
+    """Return a process for a seat, and where it comes from. A spare sees the GPUs of the process before it."""
+    if old and old.is_clean:
+        return "kept", old.actor
+    if spares and (old or not config.cluster.workers.gpus):
+        spare = spares.take(seat.node, name, old.address.devices if old else None)
+        if spare:
+            return "spare", spare
     worker = config.cluster.workers
-    strategy = PlacementGroupSchedulingStrategy(placement, bundle)
-    return start_process(config, f"train-{rank}", strategy, cpus=worker.cpus, gpus=worker.gpus)
+    return "new", start_process(config, name, seat.strategy, cpus=worker.cpus, gpus=worker.gpus)
+
+
+def _local_rank(ordered: list[Seat], rank: int) -> int:
+    """Return how many of the ranks before this one have seats on the same node."""
+    return sum(seat.node == ordered[rank].node for seat in ordered[:rank])
 
 
 def _start_limit(config: JobConfig, world_size: int) -> float:

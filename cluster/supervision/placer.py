@@ -8,8 +8,9 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes.nodes import Node, known_nodes, live_nodes
 from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
-from isthmus.cluster.supervision.node_request import NodeRequest
+from isthmus.cluster.supervision.reservations import NodeRequest
 from isthmus.cluster.supervision.resource_request import Bundle, ResourceRequest, largest_world_size, shortfall
+from isthmus.cluster.supervision.spares import Spares
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,28 @@ class GroupPlacer:
             time.sleep(WAIT_SECONDS)
         return None
 
+    def renew(self, group: WorkerGroup, spares: Spares, excluded_nodes: frozenset[str]) -> dict[str, int] | None:
+        """Complete what is left of a group to the largest size that fits; return how many processes come from where.
+
+        None: no allowed size fits; the group is to be killed, and another one to be placed.
+
+        Raises:
+            PlacementError: a process died or did not respond while it started.
+        """
+        present, largest = group.num_seats, self._sizes[-1]
+        if not present:
+            return None
+        self._nodes.withdraw()
+        within = max((size for size in self._sizes if size <= present), default=None)
+        for size in (self._largest_beside(present, present, excluded_nodes), within):
+            if size is None or (size < largest and self._config.cluster.start_wait_seconds):
+                continue
+            processes = group.renew(self._config, spares, size, excluded_nodes, self._patience(size))
+            if processes:
+                self._ask_for_the_rest(size)
+                return processes
+        return None
+
     def usable_nodes(self, excluded_nodes: frozenset[str]) -> list[Node]:
         """Return the live nodes without the excluded ones; with them where the others do not suffice."""
         nodes = live_nodes(excluded_nodes)
@@ -98,15 +121,19 @@ class GroupPlacer:
         self._grow_checked_at = now
         before = self._could_grow
         # What Ray tells of free resources is some seconds old, so a request that was just met is not found there yet.
-        self._could_grow = self._nodes.withdraw_if_met() or self._fits_in_addition(group.world_size, excluded_nodes)
+        fits = self._largest_beside(group.num_seats, group.world_size, excluded_nodes)
+        self._could_grow = self._nodes.withdraw_if_met() or fits is not None
         if not self._could_grow:
             self._ask_for_the_rest(group.world_size)
         return before and self._could_grow
 
-    def _fits_in_addition(self, world_size: int, excluded_nodes: frozenset[str]) -> bool:
+    def _largest_beside(self, num_seats: int, world_size: int, excluded_nodes: frozenset[str]) -> int | None:
+        """Return the largest allowed size above `world_size` that fits, given so many seats that are reserved."""
         larger = [size for size in self._sizes if size > world_size]
+        if not larger:
+            return None
         free = [node.free for node in live_nodes(excluded_nodes)]
-        return largest_world_size(larger, self._request, free, world_size) is not None
+        return largest_world_size(larger, self._request, free, num_seats)
 
     def close(self) -> None:
         """Withdraw the request to the autoscaler."""
@@ -131,8 +158,10 @@ class GroupPlacer:
         return self._place(possible, excluded) if possible else None
 
     def _place(self, size: int, excluded_nodes: set[str]) -> WorkerGroup | None:
-        patience = self._patience_seconds + size * PATIENCE_PER_WORKER_SECONDS
-        return WorkerGroup.place(self._config, size, excluded_nodes, patience)
+        return WorkerGroup.place(self._config, size, excluded_nodes, self._patience(size))
+
+    def _patience(self, size: int) -> float:
+        return self._patience_seconds + size * PATIENCE_PER_WORKER_SECONDS
 
     def _largest(self, resources: list[Bundle]) -> int | None:
         return largest_world_size(self._sizes, self._request, resources)

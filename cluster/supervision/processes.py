@@ -2,24 +2,20 @@
 
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorAlreadyExistsError,
-    ActorDiedError,
-    ActorUnavailableError,
-    RayActorError,
-    RayError,
-)
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
+from isthmus.cluster.supervision.reservations import Seat
 from isthmus.cluster.workers.actor import CONCURRENT_CALLS, Progress, TrainWorker, WorkerAddress, WorkerResult
 from isthmus.trainer.context import Rank
 
@@ -38,8 +34,10 @@ class Member:
     actor: Any
     address: WorkerAddress
     rank: Rank
-    bundle: int = 0
-    """Of the placement group, whose resources it uses."""
+    seat: Seat
+    """Its resources."""
+    is_clean: bool = False
+    """Whether it has ended its attempt and may run another one."""
     running: Any = None
     """Future of the stage's WorkerResult."""
     poll: Any = None
@@ -98,14 +96,10 @@ def _why(error: RayActorError) -> str:
 
 
 def start_process(config: JobConfig, name: str, strategy: Any, *, cpus: float, gpus: float) -> Any:
-    """Start a process that `ps` and the dashboard show as `ray::<name>`; it reserves these CPUs and GPUs.
-
-    Raises:
-        ValueError: another process of the run keeps the name.
-    """
+    """Start a process that `ps` and the dashboard show as `ray::<name>`; it reserves these CPUs and GPUs."""
     on_cpu = not config.cluster.workers.gpus
     options: dict[str, Any] = {
-        "name": name,
+        "name": f"{name}-{secrets.token_hex(4)}",  # ranks change, and a process that has just died keeps its name
         "num_cpus": cpus,
         "num_gpus": gpus,
         "max_concurrency": CONCURRENT_CALLS,
@@ -115,22 +109,20 @@ def start_process(config: JobConfig, name: str, strategy: Any, *, cpus: float, g
         "runtime_env": {"env_vars": KEEP_FREED_MEMORY} if on_cpu else {},
     }
     named_class = type(name, (TrainWorker,), {})  # Ray names processes by class
-    deadline = time.monotonic() + END_TIMEOUT_SECONDS
-    while True:
-        try:
-            return ray.remote(named_class).options(**options).remote(name, config.run.name, on_cpu=on_cpu)
-        except ActorAlreadyExistsError:  # a process that has just died keeps its name for a moment
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    return ray.remote(named_class).options(**options).remote(name, config.run.name, on_cpu=on_cpu)
+
+
+def kill_processes(actors: Iterable[Any]) -> None:
+    """Kill processes without waiting for their end, which Ray sees late where their node is lost."""
+    for actor in actors:
+        with contextlib.suppress(RayError):
+            ray.kill(actor, no_restart=True)
 
 
 def end_processes(actors: Iterable[Any]) -> None:
     """Kill processes; returns when they are gone, or after a limit."""
     actors = list(actors)
-    for actor in actors:
-        with contextlib.suppress(RayError):
-            ray.kill(actor, no_restart=True)
+    kill_processes(actors)
     deadline = time.monotonic() + END_TIMEOUT_SECONDS
     while actors and time.monotonic() < deadline:
         calls = [actor.poll.remote() for actor in actors]

@@ -5,7 +5,6 @@ sees the GPUs of that process. Until then it does not initialise CUDA, so it use
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.supervision.processes import end_processes, start_process
-from isthmus.cluster.workers.actor import WorkerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +67,19 @@ class Spares:
             if present < self._config.cluster.spares and time.monotonic() >= self._not_before.get(node, 0.0):
                 self._spares.append(self._start(node))
 
-    def take(self, node: str, name: str, devices: str | None) -> tuple[Any, WorkerAddress] | None:
+    def take(self, node: str, name: str, devices: str | None) -> Any | None:
         """Let a spare of the node become the process `name` on these GPUs; None if no spare of the node responds."""
         present = [spare for spare in self._spares if spare.node == node]
         for spare in sorted(present, key=lambda spare: not spare.warm.done()):
             if spare.has_failed:
                 continue  # `keep` counts it
             try:
-                address = ray.get(spare.actor.take_over.remote(name, devices), timeout=TAKE_OVER_SECONDS)
+                ray.get(spare.actor.take_over.remote(name, devices), timeout=TAKE_OVER_SECONDS)
             except RayError as error:
                 self._lose(spare, first_line(error))
             else:
                 self._spares.remove(spare)
-                return spare.actor, address
+                return spare.actor
         return None
 
     def close(self) -> None:
@@ -91,7 +89,7 @@ class Spares:
 
     def _start(self, node: str) -> _Spare:
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = start_process(self._config, f"spare-{secrets.token_hex(4)}", strategy, cpus=0, gpus=0)
+        actor = start_process(self._config, "spare", strategy, cpus=0, gpus=0)
         warm = actor.warm_up.remote(self._config, self._entry).future()
         return _Spare(node, actor, warm, actor.wait_until_taken.remote().future())
 

@@ -19,6 +19,7 @@ from isthmus.cluster.supervision.group import PlacementError, WorkerGroup
 from isthmus.cluster.supervision.placer import GroupPlacer
 from isthmus.cluster.supervision.recovery import Recovery
 from isthmus.cluster.supervision.replica_store import ReplicaStore
+from isthmus.cluster.supervision.resource_request import ResourceRequest
 from isthmus.cluster.supervision.restart_policy import RestartPolicy
 from isthmus.cluster.supervision.restart_spans import RestartSpans
 from isthmus.cluster.supervision.sample_keys import sample_keys
@@ -26,6 +27,7 @@ from isthmus.cluster.supervision.spares import Spares
 from isthmus.cluster.supervision.store_outage import await_store
 from isthmus.cluster.workers.actor import Progress
 from isthmus.data_pipeline.errors import DataError
+from isthmus.data_pipeline.reading.actors import ReaderPool
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.config.schema import StageName
 from isthmus.trainer.context import StopReason
@@ -51,6 +53,7 @@ class Supervisor:
         self._policy = RestartPolicy(config.cluster, committed, trained=known.step > 0 or committed is not None)
         self._placer = GroupPlacer(config)
         self._spares = Spares(config, entry)
+        self._readers = ReaderPool(config.data.reader_resources)
         self._kept: WorkerGroup | None = None
         """What is left of the last attempt's group, for the next attempt."""
         self._recovery: Recovery | None = None
@@ -88,6 +91,7 @@ class Supervisor:
             if self._kept:
                 self._kept.kill()
                 self._kept = None
+            self._readers.close()
             self._spares.close()
             self._placer.close()
             if self._replica_store:
@@ -113,16 +117,19 @@ class Supervisor:
         return False
 
     def _renewed(self) -> WorkerGroup | None:
-        """Return the last attempt's group with its lost processes replaced, where it was kept."""
+        """Return what was kept of the last attempt's group, completed for the next one."""
         group, self._kept = self._kept, None
         if group is None:
             return None
         try:
-            self._board.describe_restart(processes=group.renew(self._config, self._spares))
+            processes = self._placer.renew(group, self._spares, self._policy.excluded_nodes)
         except PlacementError as error:
             logger.warning("%s; starting all processes again", error)
-            group.kill()
+            processes = None
+        if processes is None:
+            self._discard(group)
             return None
+        self._board.describe_restart(processes=processes)
         return group
 
     def _attempt(self, group: WorkerGroup, stage: StageName) -> AttemptEnd:
@@ -146,29 +153,38 @@ class Supervisor:
         try:
             nodes = [member.address.node for member in group.members]
             replicas = self._replica_store.for_group(nodes) if self._replica_store else None
+            self._readers.keep(ResourceRequest.of(self._config).num_readers(group.world_size))
             group.launch(self._config, stage, self._run_token, self._entry, replicas)
             end = attempt.run()
         finally:
             ended_at, self._ended_at = time.monotonic(), time.time()
-            self._clear(group, end.failure if end else None)
+            self._clear(group, end)
         if not end.finished and end.stop is not StopReason.OPERATOR:
             self._recovery = Recovery(end.step or 0, ended_at, time.monotonic)
             self._recovery.mark("clear")
         return end
 
-    def _clear(self, group: WorkerGroup, failure: Failure | None) -> None:
-        """End a group, or only what cannot run another attempt in the same places."""
-        if failure is not None and self._may_keep(group, failure):
-            group.release(failure)
-            self._kept = group
-        else:
-            group.kill()
+    def _clear(self, group: WorkerGroup, end: AttemptEnd | None) -> None:
+        """End a group, or only what cannot run another attempt."""
+        if end is None or not self._may_keep(end):
+            self._discard(group)
+            return
+        usable = {node.id for node in self._placer.usable_nodes(self._policy.excluded_nodes)}
+        if not group.node_ids <= usable:
+            self._readers.close()  # some of them may be lost as well
+        group.release(end.failure, usable)
+        self._kept = group
 
-    def _may_keep(self, group: WorkerGroup, failure: Failure) -> bool:
-        """Whether just a process was lost, and not for the second time without a checkpoint in between."""
-        if failure.kind is not FailureKind.LOST or not self._policy.has_progressed:
-            return False
-        return group.node_ids <= {node.id for node in self._placer.usable_nodes(self._policy.excluded_nodes)}
+    def _discard(self, group: WorkerGroup) -> None:
+        """End a group and its readers: the next one may need the place of all of them."""
+        group.kill()
+        self._readers.close()
+
+    def _may_keep(self, end: AttemptEnd) -> bool:
+        """Whether something was lost, and not twice without a checkpoint in between, or a larger group fits."""
+        if end.failure is None:
+            return end.stop in (StopReason.PREEMPTION, StopReason.RESIZE)
+        return end.failure.kind in (FailureKind.LOST, FailureKind.PREEMPTION) and self._policy.has_progressed
 
     def _wanted_stop(self, group: WorkerGroup, placed_at: float) -> StopReason | None:
         if self._stop:

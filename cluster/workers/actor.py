@@ -196,6 +196,7 @@ class TrainWorker:
         self._name = name
         self._context: RayContext | None = None
         self._early_stop: StopReason | None = None
+        self._was_terminated = False
         self._rendezvous: Rendezvous | None = None
         self._baseline: Baseline | None = None
         self._taken = threading.Event()
@@ -204,7 +205,7 @@ class TrainWorker:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         faulthandler.enable()
         configure_logging(run=run)
-        watch_sigterm(lambda: self.stop(StopReason.PREEMPTION))
+        watch_sigterm(self._on_sigterm)
 
     def __repr__(self) -> str:
         """Return the name that Ray puts before this actor's log lines."""
@@ -251,6 +252,7 @@ class TrainWorker:
         failure = None
         try:
             entry = importlib.import_module(assignment.entry)
+            gc.freeze()  # collections leave out what the imports made: most of what there is
             self._baseline = self._baseline or Baseline.now()
             set_environment(rank.rank, rank.world_size, rank.local_rank, assignment.rendezvous)
             outcome = str(entry.train(assignment, context))
@@ -266,9 +268,9 @@ class TrainWorker:
 
     def release(self) -> list[str]:
         """Forget the attempt that has ended; return what it left behind. Nothing: this process may run another one."""
-        stopped = ["a stop request"] if self._early_stop else []
-        self._context = self._rendezvous = None
-        return stopped + (self._baseline.leftovers() if self._baseline else [])
+        terminated = ["SIGTERM"] if self._was_terminated else []
+        self._context = self._rendezvous = self._early_stop = None
+        return terminated + (self._baseline.leftovers() if self._baseline else [])
 
     def poll(self) -> Progress:
         """Return what this process is doing."""
@@ -279,6 +281,10 @@ class TrainWorker:
         self._early_stop = self._early_stop or reason
         if self._context:
             self._context.request_stop(reason)
+
+    def _on_sigterm(self) -> None:
+        self._was_terminated = True
+        self.stop(StopReason.PREEMPTION)
 
     def stacks(self) -> str:
         """Return the stacks of all threads."""

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
 
-import torch
-
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
 
@@ -101,6 +99,8 @@ def protect_reader() -> None:
     """Ignore the signals meant for the trainer, whose emergency checkpoint may need more batches; use one thread."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch  # noqa: PLC0415 - the driver, which starts reader actors, does not load it
+
     torch.set_num_threads(1)
 
 

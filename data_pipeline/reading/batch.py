@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import SampleRef
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the driver, which starts reader actors, does not load torch
+    from torch import Tensor
+
     from isthmus.data_pipeline.dataset.manifest import Shard
 
-TextEncoder = Callable[[Sequence[str], Sequence[int]], dict[str, Tensor]]
+TextEncoder = Callable[[Sequence[str], Sequence[int]], "dict[str, Tensor]"]
 """Captions and a 64-bit seed per sample -> padded tensors with first dimension B; picklable."""
 
 
@@ -23,21 +24,21 @@ class Batch(NamedTuple):
     """What one rank gets for one step, rows in increasing order."""
 
     step: int
-    rows_B: Tensor
+    rows_B: "Tensor"
     """int64: row in the global batch."""
-    valid_B: Tensor
+    valid_B: "Tensor"
     """bool; False: a masked (bad) sample, which takes part in no loss."""
-    images_BCHW: Tensor
+    images_BCHW: "Tensor"
     """uint8 RGB, cropped and resized, not yet flipped; in memory channels come last, as decoders write them."""
-    flip_B: Tensor
+    flip_B: "Tensor"
     """bool: mirror this row on the device."""
-    tokens: dict[str, Tensor]
+    tokens: "dict[str, Tensor]"
     """What the injected encoder returned, first dimension B."""
     captions: list[str]
     """Cleaned text; "" for masked samples."""
     keys: list[str]
     """`source/shard#key`: unique in an epoch."""
-    image_ids_B: Tensor
+    image_ids_B: "Tensor"
     """int64 hash of the sample's image id; of its key if it has none."""
     positions: list[tuple[int, int, int]]
     """source, epoch, position."""

@@ -16,6 +16,7 @@ from isthmus.data_pipeline.dataset.shard_index import ShardIndex
 from isthmus.data_pipeline.errors import PoisonPartError, ReadersUnavailable
 from isthmus.data_pipeline.reading import loader as loader_module
 from isthmus.data_pipeline.reading import part_queue, processes
+from isthmus.data_pipeline.reading.actors import ReaderPool, find_reader
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.reading.reader import Reader
 from isthmus.data_pipeline.store.object_store import AccessError, ObjectStore
@@ -157,16 +158,43 @@ def test_ray_actors_give_the_same_bytes_and_a_dead_one_is_replaced(local_ray, st
     assert made.metrics()["bad_samples"] == sum(int((~batch.valid_B).sum()) for batch in expected)
 
 
-def test_two_ranks_share_the_actors_of_a_run(local_ray, store, manifest, expected):
-    ranks = [loader(manifest, store=store, backend="ray", readers=2, rank=rank, world_size=2) for rank in range(2)]
+def open_ranks(store, manifest):
+    return [loader(manifest, store=store, backend="ray", readers=2, rank=rank, world_size=2) for rank in range(2)]
+
+
+def check(ranks, expected, num_steps):
+    for made in ranks:
+        for step, batch in enumerate(made.batches(0, num_steps)):
+            assert batch.keys == [expected[step].keys[row] for row in batch.rows_B]
+
+
+def test_ranks_share_the_actors_of_a_pool_which_outlive_them(local_ray, store, manifest, expected):
+    pool = ReaderPool({})
+    pool.keep(2)
+    actors = [ray.get_actor(f"reader-{number}")._actor_id for number in range(2)]
+    first, second = open_ranks(store, manifest), []
     try:
-        for rank, made in enumerate(ranks):
-            for step, batch in enumerate(made.batches(0, 3)):
-                assert batch.keys == [expected[step].keys[row] for row in batch.rows_B]
-            assert ray.get_actor(f"reader-{rank}")
+        check(first, expected, 3)
+        first[0].ask(0, STEPS)
+        first[0].close()  # the other rank was killed, say: its actor is not told
+        second = open_ranks(store, manifest)
+        check(second, expected, 3)
+        pool.keep(2)
+        assert [ray.get_actor(f"reader-{number}")._actor_id for number in range(2)] == actors
+        with pytest.raises(RuntimeError, match=r"does not read for .* any more"):
+            take(first[1], 3, 1)
     finally:
-        for made in ranks:
+        for made in first + second:
             made.close()
+        pool.close()
+    wait_until_absent(2)
+
+
+def wait_until_absent(num_readers, seconds=20):
+    deadline = time.monotonic() + seconds
+    while any(find_reader(number) for number in range(num_readers)):
+        assert time.monotonic() < deadline, f"readers still live after {seconds} s"
+        time.sleep(0.05)
 
 
 class PoisonedReader(Reader):

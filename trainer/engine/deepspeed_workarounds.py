@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -60,12 +60,18 @@ def _import_muon() -> None:
         compiler.compile = compiled  # type: ignore[attr-defined]
 
 
-def broadcast_scalars(parameters: Iterable[nn.Parameter]) -> None:
-    """Broadcast 0-d parameters from rank 0: DeepSpeed's own broadcast views tensors as bytes, which 0-d cannot be."""
-    for parameter in parameters:
-        if parameter.dim() == 0:
-            dist.broadcast(parameter.data, src=0)
-            parameter.ds_optim_param = True  # type: ignore[attr-defined] # leaves it out of DeepSpeed's broadcast only
+@contextmanager
+def without_broadcast(deepspeed: Any) -> Iterator[None]:
+    """Let DeepSpeed not broadcast the parameters of a module from rank 0.
+
+    A checkpoint brings other values, and it views tensors as bytes, which 0-d tensors cannot be.
+    """
+    engine = deepspeed.DeepSpeedEngine
+    broadcast, engine._broadcast_model = engine._broadcast_model, lambda _self: None
+    try:
+        yield
+    finally:
+        engine._broadcast_model = broadcast
 
 
 def drop_accumulation(engine: Any, accumulation: ExitStack) -> None:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from isthmus.model.config import STORAGE_TYPES
 from isthmus.trainer.config.schema import StageConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.deepspeed_config import trainable_config
-from isthmus.trainer.engine.deepspeed_workarounds import broadcast_scalars, load_deepspeed
+from isthmus.trainer.engine.deepspeed_workarounds import load_deepspeed, without_broadcast
 from isthmus.trainer.engine.optimizer import ClippedAdamW, clip_factor, parameter_groups
 from isthmus.trainer.engine.process_group import select_device
 from isthmus.trainer.engine.state_shards import (
@@ -205,7 +206,12 @@ class Engine:
 
 
 def build_engine(
-    task_model: nn.Module, stage_config: StageConfig, rank: Rank, virtual_ranks: int | None = None
+    task_model: nn.Module,
+    stage_config: StageConfig,
+    rank: Rank,
+    virtual_ranks: int | None = None,
+    *,
+    initialize: bool = True,
 ) -> Engine:
     """Move the model to this rank's device and put its trainable part under DeepSpeed. Collective.
 
@@ -216,6 +222,7 @@ def build_engine(
         rank: Place of this process in the process group, which exists already.
         virtual_ranks: Add their gradients in a fixed order: the same bits on any number of ranks; None means any
             order.
+        initialize: Give all ranks the values of rank 0. False: `restore` follows.
 
     Raises:
         ConfigError: the template does not fit virtual ranks.
@@ -237,13 +244,17 @@ def build_engine(
         schedule,
         fused=device.type == "cuda" and not offloaded,
     )
-    broadcast_scalars(parameters.values())
-    wrapped, *_ = load_deepspeed().initialize(
-        model=_trainable_module(task_model, [*parameters.values(), *padding], deepspeed_config),
-        optimizer=optimizer,
-        config=deepspeed_config,
-        dist_init_required=False,
-    )
+    if initialize:
+        for parameter in parameters.values():
+            dist.broadcast(parameter.data, src=0)
+    deepspeed = load_deepspeed()
+    with without_broadcast(deepspeed):
+        wrapped, *_ = deepspeed.initialize(
+            model=_trainable_module(task_model, [*parameters.values(), *padding], deepspeed_config),
+            optimizer=optimizer,
+            config=deepspeed_config,
+            dist_init_required=False,
+        )
     return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device, virtual_ranks)
 
 

@@ -72,6 +72,12 @@ class Raylets:
         """Kill a raylet without notice."""
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def node_of(self, rank):
+        """Return the node of the process that was started as this rank."""
+        name = next(name for name in ray.util.list_named_actors() if name.startswith(f"train-{rank}-"))
+        node_id = ray.get(ray.get_actor(name).address.remote()).node
+        return next(node for node in self.nodes if node.node_id == node_id)
+
     def lose_head(self) -> None:
         """Kill the head without notice: raylet, GCS, dashboard and the supervisors of its jobs."""
         self.remove(self.cluster.head_node)

@@ -67,11 +67,3 @@ class Supervised:
 
     def pid(self, rank):
         return int((self.folder / f"pid-{rank}").read_text())
-
-    def node_of(self, raylets, rank):
-        """Return the raylet on which a rank lives, by its log files' session and node id."""
-        import ray
-
-        actor = ray.get_actor(f"train-{rank}")
-        address = ray.get(actor.address.remote())
-        return next(node for node in raylets.nodes if node.node_id == address.node)

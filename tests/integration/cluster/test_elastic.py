@@ -83,13 +83,6 @@ def state(folder, name):
     return saved.step, saved.digest()
 
 
-def node_of(raylets, rank):
-    import ray
-
-    address = ray.get(ray.get_actor(f"train-{rank}").address.remote())
-    return next(node for node in raylets.nodes if node.node_id == address.node)
-
-
 def wait_for_steps(board, world_size):
     """Wait until a group of that size has done some steps since it began."""
 
@@ -112,7 +105,7 @@ def test_the_world_shrinks_and_grows_and_ends_with_the_bits_of_one_process(rayle
     thread.start()
     try:
         wait_for_steps(board, 2)
-        raylets.remove(node_of(raylets, 1))
+        raylets.remove(raylets.node_of(1))
         wait_for_steps(board, 1)
         raylets.add()
         wait_for_steps(board, 2)
@@ -126,6 +119,8 @@ def test_the_world_shrinks_and_grows_and_ends_with_the_bits_of_one_process(rayle
     assert not thread.is_alive()
     assert [restart.kind for restart in board.status.restarts] == ["lost process", "resize", "resize"]
     assert [restart.lost_steps for restart in board.status.restarts[1:]] == [0, 0]
+    kept = [restart.processes["kept"] for restart in board.status.restarts]
+    assert kept == [1, 1, 2], "what ran elsewhere was started anew"
     trained = losses(tmp_path, "elastic")
     end = board.status.step
     assert [step for step, _ in trained] == list(range(1, end + 1))

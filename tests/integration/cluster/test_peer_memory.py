@@ -40,7 +40,6 @@ def wait_until_past(board, start):
 
 
 def test_a_lost_process_and_a_lost_node_cost_a_few_steps(raylets, tmp_path):
-    import ray
 
     config = job_config(
         str(tmp_path),
@@ -58,8 +57,7 @@ def test_a_lost_process_and_a_lost_node_cost_a_few_steps(raylets, tmp_path):
         os.kill(starts(tmp_path, 1)[0]["pid"], signal.SIGKILL)
         wait_for(lambda: len(starts(tmp_path)) == 2, LIMIT, "a start after the death of a process")
         wait_until_past(board, starts(tmp_path)[1]["step"])
-        home = ray.get(ray.get_actor("train-0").address.remote()).node
-        raylets.remove(next(node for node in raylets.nodes if node.node_id == home))
+        raylets.remove(raylets.node_of(0))
         wait_for(lambda: len(starts(tmp_path)) == 3, LIMIT, "a start after the loss of a node")
         wait_until_past(board, starts(tmp_path)[2]["step"])
     finally:

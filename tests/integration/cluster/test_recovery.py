@@ -140,19 +140,23 @@ def test_an_outage_of_the_store_costs_restarts_and_no_budget(raylets, supervise)
     assert {restart.kind for restart in run.board.status.restarts} == {"object store"}
 
 
-def test_shrinks_when_a_raylet_is_lost_and_grows_when_one_comes(raylets, supervise):
+def test_a_lost_raylet_takes_only_its_own_process_and_the_group_grows_when_one_comes(raylets, supervise):
     run = supervise(steps=100_000)
     run.wait_for_step(6, world=2)
-    victim = run.node_of(raylets, 1)
+    victim, survivor = raylets.node_of(0), run.pid(1)
     raylets.remove(victim)
     raylets.nodes.remove(victim)
     lost_at = time.time()
     run.wait_for_step(0, world=1, after=lost_at)
+    assert run.pid(0) == survivor
     raylets.nodes.append(raylets.add())
     run.wait_for_step(0, world=2, after=time.time())
     run.wait_until_recovered(2)
+    assert survivor in {run.pid(0), run.pid(1)}
     run.stop()
     assert [restart.kind for restart in run.board.status.restarts] == ["lost process", "resize"]
+    sources = [restart.processes for restart in run.board.status.restarts]
+    assert sources == [{"kept": 1, "spare": 0, "new": 0}, {"kept": 1, "spare": 0, "new": 1}]
     lines = [x for x in run.log() if x["rank"] == 0]
     alone_at = next(i for i, x in enumerate(lines) if x["world"] == 1 and x["time"] > lost_at)
     steps = [x["step"] for x in lines[alone_at:]]
@@ -164,11 +168,12 @@ def test_a_drain_notice_gives_a_checkpoint_before_the_deadline_and_work_elsewher
 
     run = supervise(steps=100_000)
     run.wait_for_step(6, world=2)
-    victim = run.node_of(raylets, 1)
+    victim, survivor = raylets.node_of(1), run.pid(0)
     deadline = time.time() + 30
     drain_node(raylets.cluster.address, victim.node_id, 30)
     first = run.wait_for_step(0, world=1, after=time.time() + 0.5)
     assert first["time"] < deadline
+    assert run.pid(0) == survivor
     steps = [x["step"] for x in run.log() if x["rank"] == 0]
     assert steps == sorted(set(steps)), "a step was repeated, so the checkpoint came too late"
     run.stop()

@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+import ray
 
 from isthmus.cluster.supervision.processes import end_processes
 from isthmus.cluster.supervision.spares import Spares
@@ -116,7 +117,8 @@ def test_a_node_that_the_group_leaves_gives_up_its_spares(raylets):
         assert spares.num_ready == 1
         wait_for(lambda: len(pids("spare-")) == 1, 20, f"the end of a spare: {pids('spare-')}")
         assert spares.num_lost == 0
-        actor, address = spares.take(here, "train-9", "3")
+        actor = spares.take(here, "train-9", "3")
+        address = ray.get(actor.address.remote())
         end_processes([actor])
         assert (address.node, address.devices) == (here, "3"), "it sees the GPUs of the process that it replaces"
         assert spares.take(here, "train-8", None) is None

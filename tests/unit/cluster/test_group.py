@@ -71,10 +71,10 @@ def launched(monkeypatch):
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module.ray, "put", lambda value: put.append(value) or value)
     members = [
-        Member(f"train-{rank}", Actor(polls, rank), WorkerAddress("n", "h", rank), Rank(rank, WORKERS))
+        Member(f"train-{rank}", Actor(polls, rank), WorkerAddress("n", "h", rank), Rank(rank, WORKERS), None)
         for rank in range(WORKERS)
     ]
-    group = WorkerGroup(None, members, ("h", 1))
+    group = WorkerGroup([], members, ("h", 1))
     group.launch(job_config(), "stage1", 1, "entry")
 
     def pass_time(seconds):

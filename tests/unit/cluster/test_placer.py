@@ -13,10 +13,15 @@ GPU_NODE = {"CPU": 8.0, "GPU": 8.0}
 
 
 class Group:
-    """A placed group, as far as the placer looks at it."""
+    """A placed group, as far as the placer looks at it; `num_seats` of it are left after an attempt."""
 
-    def __init__(self, world_size):
-        self.world_size = world_size
+    def __init__(self, world_size, num_seats=None, free=100):
+        self.world_size, self.num_seats = world_size, num_seats or world_size
+        self.free = free
+
+    def renew(self, _config, _spares, world_size, _excluded, _patience):
+        added = max(0, world_size - self.num_seats)
+        return {"kept": world_size - added, "new": added} if added <= self.free else None
 
 
 class Cluster:
@@ -151,3 +156,23 @@ def test_the_largest_group_does_not_grow(placer):
     of_run = placer(cluster)
     cluster.now += 10
     assert not any(of_run.can_grow(Group(32), frozenset()) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "free", "processes"),
+    [
+        (4, 100, {"kept": 24, "new": 8}),  # another node stands by
+        (4, 0, {"kept": 16, "new": 0}),  # and has just been taken by another run
+        (3, 100, {"kept": 16, "new": 0}),
+    ],
+)
+def test_what_a_lost_node_left_is_completed_to_the_largest_size(placer, num_nodes, free, processes):
+    full = ({"CPU": 8.0, "GPU": 8.0}, {"CPU": 0.0, "GPU": 0.0})
+    nodes = [full] * 3 + [(GPU_NODE, GPU_NODE)] * (num_nodes - 3)
+    assert placer(Cluster(nodes)).renew(Group(32, num_seats=24, free=free), None, frozenset()) == processes
+
+
+def test_a_rest_that_is_too_small_or_not_wanted_is_given_up(placer):
+    cluster = Cluster([])
+    assert placer(cluster).renew(Group(32, num_seats=4), None, frozenset()) is None
+    assert placer(cluster, start_wait_seconds=300).renew(Group(32, num_seats=24), None, frozenset()) is None

@@ -56,7 +56,6 @@ def test_a_checkpoint_takes_only_skips_of_steps_that_are_not_trained(before, now
 
 def fail_in_mid_step():
     assert not gc.isenabled()
-    assert gc.get_freeze_count() > 0
     raise RuntimeError("in mid-step")
 
 
@@ -68,6 +67,5 @@ def test_garbage_is_not_collected_automatically_while_training(enabled):
         with pytest.raises(RuntimeError, match="in mid-step"), _no_automatic_gc():
             fail_in_mid_step()
         assert gc.isenabled() is enabled
-        assert gc.get_freeze_count() == 0
     finally:
         (gc.enable if was_enabled else gc.disable)()
