@@ -19,7 +19,7 @@ from isthmus.cluster.metrics import DRIVER_METRICS, WORKER_GAUGES
 from isthmus.cluster.supervision.attempt import POLL_SECONDS
 from isthmus.cluster.supervision.group import WorkerGroup
 from isthmus.cluster.supervision.processes import Member
-from isthmus.cluster.supervision.reservations import Seat
+from isthmus.cluster.supervision.reservations import Slot
 from isthmus.cluster.workers.actor import Progress, WorkerAddress
 from isthmus.trainer.context import Rank
 
@@ -49,7 +49,7 @@ def measure(num_workers: int, seconds: float) -> dict[str, Any]:
     )
     address = WorkerAddress("node", "127.0.0.1", 1)
     members = [
-        Member(f"train-{i}", actor, address, Rank(i, num_workers), Seat("node", None, i)) for i in range(num_workers)
+        Member(f"train-{i}", actor, address, Rank(i, num_workers), Slot("node", None, i)) for i in range(num_workers)
     ]
     group: Any = WorkerGroup([], members, ("127.0.0.1", 1))
     for member in members:

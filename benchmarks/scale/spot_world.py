@@ -255,8 +255,8 @@ class SimGroup:
         self._stop = reason
 
     @property
-    def num_seats(self) -> int:
-        """Reserved seats: here nothing is kept for another attempt."""
+    def num_slots(self) -> int:
+        """Reserved slots: here nothing is kept for another attempt."""
         return 0 if self._released else self.world_size
 
     def release(self, *_: Any) -> None:

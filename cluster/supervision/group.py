@@ -14,7 +14,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure
 from isthmus.cluster.supervision.processes import Member, end_processes, kill_processes, start_process
-from isthmus.cluster.supervision.reservations import Seat, give_back, reserve
+from isthmus.cluster.supervision.reservations import Slot, give_back, reserve
 from isthmus.cluster.supervision.resource_request import ResourceRequest
 from isthmus.cluster.supervision.spares import Spares
 from isthmus.cluster.workers.actor import Assignment, Progress, WorkerAddress
@@ -38,11 +38,11 @@ class PlacementError(RuntimeError):
 
 
 class WorkerGroup:
-    """Training processes `train-0`, `train-1`, ..., each with a seat."""
+    """Training processes `train-0`, `train-1`, ..., each with a slot."""
 
-    def __init__(self, seats: list[Seat], members: list[Member], rendezvous: tuple[str, int]) -> None:
-        """Own reserved seats and the processes there, which meet at `rendezvous`; see `place`."""
-        self._seats = seats
+    def __init__(self, slots: list[Slot], members: list[Member], rendezvous: tuple[str, int]) -> None:
+        """Own reserved slots and the processes there, which meet at `rendezvous`; see `place`."""
+        self._slots = slots
         self._rendezvous = rendezvous
         self._poll_seconds = POLL_SECONDS
         self._one_ended = threading.Event()
@@ -57,14 +57,14 @@ class WorkerGroup:
         Raises:
             PlacementError: a process died or did not respond while it started.
         """
-        seats = reserve(ResourceRequest.of(config).worker, world_size, excluded_nodes, timeout_seconds)
-        if seats is None:
+        slots = reserve(ResourceRequest.of(config).worker, world_size, excluded_nodes, timeout_seconds)
+        if slots is None:
             return None
-        group = WorkerGroup(seats, [], ("", 0))
+        group = WorkerGroup(slots, [], ("", 0))
         try:
-            group._complete(config, seats, None)
+            group._complete(config, slots, None)
         except PlacementError:
-            give_back(seats)
+            give_back(slots)
             raise
         return group
 
@@ -177,12 +177,12 @@ class WorkerGroup:
         return found
 
     @property
-    def num_seats(self) -> int:
-        """Reserved seats, those of lost processes included."""
-        return len(self._seats)
+    def num_slots(self) -> int:
+        """Reserved slots, those of lost processes included."""
+        return len(self._slots)
 
     def release(self, failure: Failure | None, usable_nodes: Collection[str]) -> None:
-        """End each process that cannot run another attempt, and give back the seats on nodes that cannot be used.
+        """End each process that cannot run another attempt, and give back the slots on nodes that cannot be used.
 
         Such a process is lost, hung, elsewhere, or was not left clean by the attempt that ended. The others keep their
         imports, connections and device context; `renew` completes the group.
@@ -191,9 +191,9 @@ class WorkerGroup:
         here = [member for member in self.members if member.address.node in usable_nodes]
         end_processes(member.actor for member in here if member.rank.rank == failed)
         kill_processes(member.actor for member in self.members if member not in here)
-        leaving = [seat for seat in self._seats if seat.node not in usable_nodes]
+        leaving = [slot for slot in self._slots if slot.node not in usable_nodes]
         give_back(leaving)
-        self._seats = [seat for seat in self._seats if seat not in leaving]
+        self._slots = [slot for slot in self._slots if slot not in leaving]
         self.members = here
         deadline = time.monotonic() + RETURN_SECONDS  # without their peer, collectives of the others end
         while any(member.result is None for member in here) and time.monotonic() < deadline:
@@ -208,42 +208,42 @@ class WorkerGroup:
     ) -> dict[str, int] | None:
         """Complete the group for another attempt; return how many processes come from where.
 
-        Processes that were kept stay where they are, spares take over the seats of lost ones, and new processes the
-        rest. None: seats are missing, and the resources were not free in time.
+        Processes that were kept stay where they are, spares take over the slots of lost ones, and new processes the
+        rest. None: slots are missing, and the resources were not free in time.
 
         Raises:
             PlacementError: a process died or did not respond; the group is to be killed.
         """
-        missing = world_size - len(self._seats)
+        missing = world_size - len(self._slots)
         if missing > 0:
             added = reserve(ResourceRequest.of(config).worker, missing, excluded_nodes, timeout_seconds)
             if added is None:
                 return None
-            self._seats += added
+            self._slots += added
         kept = [member for member in self.members if member.is_clean]
-        occupied = [member.seat for member in kept]
-        chosen = (occupied + [seat for seat in self._seats if seat not in occupied])[:world_size]
-        end_processes(member.actor for member in kept if member.seat not in chosen)
-        give_back(self._seats, except_those_of=chosen)
-        needed = {seat.placement.id for seat in chosen}
-        self._seats = [seat for seat in self._seats if seat.placement.id in needed]
+        occupied = [member.slot for member in kept]
+        chosen = (occupied + [slot for slot in self._slots if slot not in occupied])[:world_size]
+        end_processes(member.actor for member in kept if member.slot not in chosen)
+        give_back(self._slots, except_those_of=chosen)
+        needed = {slot.placement.id for slot in chosen}
+        self._slots = [slot for slot in self._slots if slot.placement.id in needed]
         return self._complete(config, chosen, spares)
 
     def kill(self) -> None:
         """End all processes and free their resources; returns when they are gone, or after a limit."""
         end_processes(member.actor for member in self.members)
-        give_back(self._seats)
+        give_back(self._slots)
 
-    def _complete(self, config: JobConfig, seats: list[Seat], spares: Spares | None) -> dict[str, int]:
-        """Give each of these seats a process, with ranks grouped by node; return how many come from where."""
-        before = {member.seat: member for member in self.members}
-        ordered = sorted(seats, key=lambda seat: (seat.node, seat.bundle))
-        limit = _start_limit(config, len(seats))
+    def _complete(self, config: JobConfig, slots: list[Slot], spares: Spares | None) -> dict[str, int]:
+        """Give each of these slots a process, with ranks grouped by node; return how many come from where."""
+        before = {member.slot: member for member in self.members}
+        ordered = sorted(slots, key=lambda slot: (slot.node, slot.bundle))
+        limit = _start_limit(config, len(slots))
         actors, calls, sources = [], [], []
         try:
-            for rank, seat in enumerate(ordered):
+            for rank, slot in enumerate(ordered):
                 name = f"train-{rank}"
-                source, actor = _find_process(config, seat, name, before.get(seat), spares)
+                source, actor = _find_process(config, slot, name, before.get(slot), spares)
                 sources.append(source)
                 actors.append(actor)
                 calls.append(actor.take_over.remote(name, None) if source == "kept" else actor.address.remote())
@@ -253,7 +253,7 @@ class WorkerGroup:
             end_processes(actors)
             raise PlacementError(f"a worker did not start: {first_line(error)}") from error
         self.members = [
-            Member(f"train-{rank}", actor, address, Rank(rank, len(seats), _local_rank(ordered, rank)), ordered[rank])
+            Member(f"train-{rank}", actor, address, Rank(rank, len(slots), _local_rank(ordered, rank)), ordered[rank])
             for rank, (actor, address) in enumerate(zip(actors, addresses, strict=True))
         ]
         return {source: sources.count(source) for source in ("kept", "spare", "new")}
@@ -277,22 +277,22 @@ class WorkerGroup:
 
 
 def _find_process(
-    config: JobConfig, seat: Seat, name: str, old: Member | None, spares: Spares | None
+    config: JobConfig, slot: Slot, name: str, old: Member | None, spares: Spares | None
 ) -> tuple[str, Any]:
-    """Return a process for a seat, and where it comes from. A spare sees the GPUs of the process before it."""
+    """Return a process for a slot, and where it comes from. A spare sees the GPUs of the process before it."""
     if old and old.is_clean:
         return "kept", old.actor
     if spares and (old or not config.cluster.workers.gpus):
-        spare = spares.take(seat.node, name, old.address.devices if old else None)
+        spare = spares.take(slot.node, name, old.address.devices if old else None)
         if spare:
             return "spare", spare
     worker = config.cluster.workers
-    return "new", start_process(config, name, seat.strategy, cpus=worker.cpus, gpus=worker.gpus)
+    return "new", start_process(config, name, slot.strategy, cpus=worker.cpus, gpus=worker.gpus)
 
 
-def _local_rank(ordered: list[Seat], rank: int) -> int:
-    """Return how many of the ranks before this one have seats on the same node."""
-    return sum(seat.node == ordered[rank].node for seat in ordered[:rank])
+def _local_rank(ordered: list[Slot], rank: int) -> int:
+    """Return how many of the ranks before this one have slots on the same node."""
+    return sum(slot.node == ordered[rank].node for slot in ordered[:rank])
 
 
 def _start_limit(config: JobConfig, world_size: int) -> float:

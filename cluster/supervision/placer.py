@@ -86,7 +86,7 @@ class GroupPlacer:
         Raises:
             PlacementError: a process died or did not respond while it started.
         """
-        present, largest = group.num_seats, self._sizes[-1]
+        present, largest = group.num_slots, self._sizes[-1]
         if not present:
             return None
         self._nodes.withdraw()
@@ -121,19 +121,19 @@ class GroupPlacer:
         self._grow_checked_at = now
         before = self._could_grow
         # What Ray tells of free resources is some seconds old, so a request that was just met is not found there yet.
-        fits = self._largest_beside(group.num_seats, group.world_size, excluded_nodes)
+        fits = self._largest_beside(group.num_slots, group.world_size, excluded_nodes)
         self._could_grow = self._nodes.withdraw_if_met() or fits is not None
         if not self._could_grow:
             self._ask_for_the_rest(group.world_size)
         return before and self._could_grow
 
-    def _largest_beside(self, num_seats: int, world_size: int, excluded_nodes: frozenset[str]) -> int | None:
-        """Return the largest allowed size above `world_size` that fits, given so many seats that are reserved."""
+    def _largest_beside(self, num_slots: int, world_size: int, excluded_nodes: frozenset[str]) -> int | None:
+        """Return the largest allowed size above `world_size` that fits, given so many slots that are reserved."""
         larger = [size for size in self._sizes if size > world_size]
         if not larger:
             return None
         free = [node.free for node in live_nodes(excluded_nodes)]
-        return largest_world_size(larger, self._request, free, num_seats)
+        return largest_world_size(larger, self._request, free, num_slots)
 
     def close(self) -> None:
         """Withdraw the request to the autoscaler."""

@@ -15,7 +15,7 @@ from isthmus.cluster.config import JobConfig
 from isthmus.cluster.errors import first_line
 from isthmus.cluster.failures import Failure, FailureKind
 from isthmus.cluster.ray_nodes.nodes import draining_nodes
-from isthmus.cluster.supervision.reservations import Seat
+from isthmus.cluster.supervision.reservations import Slot
 from isthmus.cluster.workers.actor import CONCURRENT_CALLS, Progress, TrainWorker, WorkerAddress, WorkerResult
 from isthmus.trainer.context import Rank
 
@@ -34,7 +34,7 @@ class Member:
     actor: Any
     address: WorkerAddress
     rank: Rank
-    seat: Seat
+    slot: Slot
     """Its resources."""
     is_clean: bool = False
     """Whether it has ended its attempt and may run another one."""

@@ -1,4 +1,4 @@
-"""Placement groups of a run: the reserved seats of its workers, and requests to an autoscaler for nodes to come.
+"""Placement groups of a run: the reserved slots of its workers, and requests to an autoscaler for nodes to come.
 
 Ray's `request_resources` holds one request for the whole cluster: the second run would replace the first one's, and the
 last request outlives its run. A placement group belongs to its run and ends with it.
@@ -20,52 +20,52 @@ SPLIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Seat:
+class Slot:
     """The reserved resources of one worker."""
 
     node: str
     """Ray's hexadecimal node id."""
     placement: Any
-    """Placement group with all seats on this node that were reserved together."""
+    """Placement group with all slots on this node that were reserved together."""
     bundle: int
 
     @property
     def strategy(self) -> PlacementGroupSchedulingStrategy:
-        """Where a process that takes this seat is scheduled."""
+        """Where a process that takes this slot is scheduled."""
         return PlacementGroupSchedulingStrategy(self.placement, self.bundle)
 
 
-def reserve(worker: Bundle, num_seats: int, excluded_nodes: Iterable[str], timeout_seconds: float) -> list[Seat] | None:
-    """Reserve seats, all or none and on few nodes; none: the resources were not free in time.
+def reserve(worker: Bundle, num_slots: int, excluded_nodes: Iterable[str], timeout_seconds: float) -> list[Slot] | None:
+    """Reserve slots, all or none and on few nodes; none: the resources were not free in time.
 
     Each node gets a placement group of its own: what a group loses with a node, Ray would reserve on another one.
     """
     excluded = sorted(excluded_nodes)
-    selectors = [{"ray.io/node-id": f"!in({','.join(excluded)})"}] * num_seats if excluded else None
-    whole = placement_group([dict(worker)] * num_seats, strategy="PACK", bundle_label_selector=selectors)
+    selectors = [{"ray.io/node-id": f"!in({','.join(excluded)})"}] * num_slots if excluded else None
+    whole = placement_group([dict(worker)] * num_slots, strategy="PACK", bundle_label_selector=selectors)
     if not whole.wait(timeout_seconds):
         remove_placement_group(whole)
         return None
     nodes = Counter(placement_group_table(whole)["bundles_to_node_id"].values())
     if len(nodes) == 1:
-        return [Seat(node, whole, bundle) for node in nodes for bundle in range(num_seats)]
+        return [Slot(node, whole, bundle) for node in nodes for bundle in range(num_slots)]
     remove_placement_group(whole)
     groups = {
         node: placement_group([dict(worker)] * count, bundle_label_selector=[{"ray.io/node-id": node}] * count)
         for node, count in sorted(nodes.items())
     }
-    seats = [Seat(node, group, bundle) for node, group in groups.items() for bundle in range(nodes[node])]
+    slots = [Slot(node, group, bundle) for node, group in groups.items() for bundle in range(nodes[node])]
     deadline = time.monotonic() + SPLIT_SECONDS
     if all(group.wait(max(0.1, deadline - time.monotonic())) for group in groups.values()):
-        return seats
-    give_back(seats)
+        return slots
+    give_back(slots)
     return None
 
 
-def give_back(seats: Iterable[Seat], *, except_those_of: Iterable[Seat] = ()) -> None:
-    """Free the placement groups of seats, and with them what runs there, except those that other seats need."""
-    needed = {seat.placement.id for seat in except_those_of}
-    for placement in {seat.placement.id: seat.placement for seat in seats}.values():
+def give_back(slots: Iterable[Slot], *, except_those_of: Iterable[Slot] = ()) -> None:
+    """Free the placement groups of slots, and with them what runs there, except those that other slots need."""
+    needed = {slot.placement.id for slot in except_those_of}
+    for placement in {slot.placement.id: slot.placement for slot in slots}.values():
         if placement.id not in needed:
             remove_placement_group(placement)
 

@@ -13,14 +13,14 @@ GPU_NODE = {"CPU": 8.0, "GPU": 8.0}
 
 
 class Group:
-    """A placed group, as far as the placer looks at it; `num_seats` of it are left after an attempt."""
+    """A placed group, as far as the placer looks at it; `num_slots` of it are left after an attempt."""
 
-    def __init__(self, world_size, num_seats=None, free=100):
-        self.world_size, self.num_seats = world_size, num_seats or world_size
+    def __init__(self, world_size, num_slots=None, free=100):
+        self.world_size, self.num_slots = world_size, num_slots or world_size
         self.free = free
 
     def renew(self, _config, _spares, world_size, _excluded, _patience):
-        added = max(0, world_size - self.num_seats)
+        added = max(0, world_size - self.num_slots)
         return {"kept": world_size - added, "new": added} if added <= self.free else None
 
 
@@ -169,10 +169,10 @@ def test_the_largest_group_does_not_grow(placer):
 def test_what_a_lost_node_left_is_completed_to_the_largest_size(placer, num_nodes, free, processes):
     full = ({"CPU": 8.0, "GPU": 8.0}, {"CPU": 0.0, "GPU": 0.0})
     nodes = [full] * 3 + [(GPU_NODE, GPU_NODE)] * (num_nodes - 3)
-    assert placer(Cluster(nodes)).renew(Group(32, num_seats=24, free=free), None, frozenset()) == processes
+    assert placer(Cluster(nodes)).renew(Group(32, num_slots=24, free=free), None, frozenset()) == processes
 
 
 def test_a_rest_that_is_too_small_or_not_wanted_is_given_up(placer):
     cluster = Cluster([])
-    assert placer(cluster).renew(Group(32, num_seats=4), None, frozenset()) is None
-    assert placer(cluster, start_wait_seconds=300).renew(Group(32, num_seats=24), None, frozenset()) is None
+    assert placer(cluster).renew(Group(32, num_slots=4), None, frozenset()) is None
+    assert placer(cluster, start_wait_seconds=300).renew(Group(32, num_slots=24), None, frozenset()) is None
