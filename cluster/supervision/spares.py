@@ -89,7 +89,7 @@ class Spares:
 
     def _start(self, node: str) -> _Spare:
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = start_process(self._config, "spare", strategy, cpus=0, gpus=0)
+        actor = start_process(self._config, f"spare-{node[:8]}", strategy, cpus=0, gpus=0)
         warm = actor.warm_up.remote(self._config, self._entry).future()
         return _Spare(node, actor, warm, actor.wait_until_taken.remote().future())
 
