@@ -92,6 +92,13 @@ def simulated(world: World, store: WorldStore, config: JobConfig, plan: Plan) ->
         def withdraw(self) -> None: ...
         def withdraw_if_met(self) -> None: ...
 
+    class NoReaders:
+        """In place of ReaderPool."""
+
+        def __init__(self, *_: Any) -> None: ...
+        def keep(self, *_: Any) -> None: ...
+        def close(self) -> None: ...
+
     replaced: list[tuple[Any, str, Any]] = [
         *((module, "time", world) for module in (attempt, placer, restart_policy, status, store_outage, supervisor)),
         (placer, "live_nodes", world.live_nodes),
@@ -102,6 +109,7 @@ def simulated(world: World, store: WorldStore, config: JobConfig, plan: Plan) ->
         (attempt, "POLL_SECONDS", POLL_SECONDS),
         (status, "WRITE_EVERY_SECONDS", WRITE_SECONDS),
         (supervisor, "ObjectStore", lambda _: store),
+        (supervisor, "ReaderPool", NoReaders),
         (driver, "ObjectStore", lambda _: store),
         (driver.RunStore, "open", partial(driver.RunStore.open, heartbeat_seconds=HEARTBEAT_SECONDS)),
     ]
