@@ -148,7 +148,7 @@ def test_a_folder_with_a_run_record_only_says_what_is_missing(tmp_path):
 
 
 def test_a_folder_of_no_run_is_one_message(tmp_path):
-    with pytest.raises(TrainerError, match=r"run\.json: absent"):
+    with pytest.raises(TrainerError, match=r"run\.json: not found"):
         report(str(tmp_path), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
