@@ -124,7 +124,10 @@ def test_the_options_reach_the_store():
                 more = ["s3://bucket/data"] if verb == "eval" else []
                 result = CliRunner().invoke(app, [*verb.split(), f"{url}/demo", *more, *options])
                 assert isinstance(result.exception, EXPECTED_ERRORS), (verb, result)
-                assert re.search("absent|not found|contains no|holds no|holds neither", str(result.exception)), (verb, result.exception)
+                assert re.search("absent|not found|contains no|holds neither", str(result.exception)), (
+                    verb,
+                    result.exception,
+                )
         finally:
             server.stop()
 
