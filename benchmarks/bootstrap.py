@@ -1,21 +1,25 @@
-"""Does bootstrapping help? Five runs of equal length on scenes of whose captions 30% are exchanged, per seed.
+"""Does bootstrapping help? Five runs of equal length on a corpus of whose captions 30% are exchanged, per seed.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bootstrap FOLDER [--seeds 1 2] [--out docs/curves/bootstrap.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.bootstrap FOLDER --emoji .cache/demo   # after `make demo`
 
-`recipes/bootstrap-demo.yaml` trains captioner and filter on a clean tenth (arm `tenth`), bootstraps, and trains again
-on what was selected (`bootstrapped`). Beside it: `raw`, the noisy captions as they are; `filtered`, those of them that
-the filter keeps; `true`, the same images with their own captions. What is done is not redone.
+`recipes/bootstrap-demo.yaml` trains captioner and filter on a clean tenth (arm `tenth`), and bootstraps. Then the same
+training once more on what was selected (`bootstrapped`), and beside it: `raw`, the noisy captions as they are;
+`filtered`, those of them that the filter keeps; `true`, the same images with their own captions. What is done is not
+redone; `--arms` are those to run, for another process to run others.
 """
 
 import argparse
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.bootstrap_corpora import EXCHANGED, Corpus, write_emoji, write_scenes
+from isthmus.bootstrap.samples import stored_samples
 from isthmus.bootstrap.score import SCORED
 from isthmus.bootstrap.select import select
 from isthmus.bootstrap.select_rule import SelectRule
@@ -25,99 +29,55 @@ from isthmus.cluster.config import JobConfig
 from isthmus.data_pipeline.dataset.chosen_captions import load_captions
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
-from isthmus.data_pipeline.layers.candidates import WEB, add_scores, candidate_table
+from isthmus.data_pipeline.layers.candidates import SCORE_PREFIX, WEB, add_scores, candidate_table
 from isthmus.data_pipeline.layers.layer import Layer, LayerWriter
 from isthmus.data_pipeline.process_pool import run_in_processes
+from isthmus.data_pipeline.sample.captions import read_captions
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.demo.tiny.assets import CAPTIONS_READ, write_corpus
-from isthmus.demo.tiny.scenes import KINDS, make_scene
-from isthmus.model.tiny import write_tiny_vocabulary
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.run_local import train_here
-from tests.learning import EYE_SCENES, EYE_STEPS, curve, write_language
-from tests.trained_vision import write_trained_vision
+from tests.learning import curve
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "bootstrap-demo.yaml"
-NOISY, HELD_OUT, EXCHANGED = 4000, 160, 0.3
-STEPS = 300
-MIN_SCORE = 0.75
-"""Between the two heaps of the filter's scores of web texts, as the report of a run on easier scenes showed them."""
 MEASURES = {"R@1": ("stage1", "eval/itc_r1"), "CIDEr-D": ("stage2", "eval/cider_d"), "exact": ("stage2", "eval/exact")}
-SETTINGS = [
-    "training.data.crop_scale=[1.0, 1.0]",
-    *(f"training.stage{n}.{key}" for n in (1, 2) for key in (
-        f"steps={STEPS}", "global_batch_size=64", "micro_batch_size=64", "optimizer.peak_lr=2e-3",
-        "optimizer.warmup_steps=20",
-    )),
-    "training.stage1.loss.itc_grad=full", "training.checkpoint.every_steps=1000", "training.logging.every_steps=20",
-    f"training.evaluation.num_samples={HELD_OUT}", f"training.evaluation.caption_samples={HELD_OUT}",
-]  # fmt: skip
+ARMS = ("tenth", "bootstrapped", "filtered", "raw", "true")
 
 
 def main() -> None:
     """Run what is not done yet, then print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--emoji", type=Path, metavar="CACHE", help="the demo's corpus instead of scenes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--without", choices=("raw", "filtered", "true"), nargs="*", default=[])
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("bootstrap.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.folder.resolve()
-    write_parts(folder / "parts")
-    figures = {seed: run_seed(folder, seed, options.without) for seed in options.seeds}
+    corpus = write_emoji(folder, options.emoji.resolve()) if options.emoji else write_scenes(folder)
+    figures = {seed: run_seed(folder, corpus, seed, options.arms) for seed in options.seeds}
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
     for seed, of_seed in figures.items():
-        print(f"seed {seed}: {of_seed['texts']}")
-        for arm, measures in of_seed["arms"].items():
+        print(f"seed {seed}")
+        for arm, measures in of_seed.items():
             print(f"  {arm:<14}" + "  ".join(f"{name} {value:.3f}" for name, value in measures.items()))
 
 
-def write_parts(parts: Path) -> None:
-    """Write frozen models that can see and write, and the scenes: a clean tenth, noisy ones, the same ones, others."""
-    if (parts / "done").exists():
-        return
-    write_tiny_vocabulary(parts / "bert", [make_scene(0, "train", n)[0].caption for n in range(CAPTIONS_READ)])
-    write_trained_vision(parts / "vision", kinds=KINDS, steps=EYE_STEPS, num_scenes=EYE_SCENES)
-    write_language(parts, "opt")
-    write_corpus(parts, "clean", NOISY // 10)
-    write_corpus(parts, "noisy", NOISY, exchanged=EXCHANGED)
-    write_corpus(parts / "true", "noisy", NOISY)
-    write_corpus(parts, "held-out", HELD_OUT, unique=True)
-    (parts / "done").touch()
-
-
-def run_seed(folder: Path, seed: int, without: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the arms of a seed and return what they reached."""
-    job, store = configure(folder, seed), ObjectStore()
-    run_bootstrap_here(job, on_ray=False)
-    first, again = job.trainings
-    arms = {"tenth": first, "bootstrapped": again}
-    filtered = write_filtered(job, store)
-    sources = {"raw": job.manifest, "filtered": filtered, "true": str(folder / "parts" / "true" / "noisy")}
-    for arm in [name for name in sources if name not in without]:
-        arms[arm] = on_data(again, f"{job.run.name}-{arm}", sources[arm])
-        train_here(arms[arm])
-    figures = {arm: reached(config) for arm, config in arms.items()}
-    return {"arms": figures, "texts": right_texts({"bootstrapped": job.selected_url, "filtered": filtered}, store)}
-
-
-def configure(folder: Path, seed: int) -> BootstrapJob:
-    """Return the recipe on the trained parts."""
-    parts = folder / "parts"
-    values = {
-        "run.name": f"seed-{seed}",
-        "run.url": folder / "runs",
-        "run.seed": seed,
-        "manifest": parts / "noisy",
-        "training.data.sources": f"[{{manifest: {parts / 'clean'}}}]",
-        "training.model.vision.path": parts / "vision",
-        "training.model.qformer.tokenizer": parts / "bert",
-        "training.model.language.path": parts / "opt",
-        "training.evaluation.manifest": parts / "held-out",
-        "select.min_score": MIN_SCORE,
-    }
-    return load_config(RECIPE, [*(f"{key}={value}" for key, value in values.items()), *SETTINGS], BootstrapJob)
+def run_seed(folder: Path, corpus: Corpus, seed: int, arms: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Run the arms of a seed and return what they reached, and how many of their texts are true."""
+    values = corpus.settings | {
+        "run.name": f"seed-{seed}", "run.url": folder / "runs", "run.seed": seed,
+        "manifest": corpus.noisy, "train_again": False,
+    }  # fmt: skip
+    job = load_config(corpus.recipe, [f"{key}={value}" for key, value in values.items()], BootstrapJob)
+    (first,), store, figures = job.trainings, ObjectStore(), {}
+    for arm in arms:
+        config, manifest = first, ""
+        if arm != "tenth":
+            manifest = {"raw": str(corpus.noisy), "true": str(corpus.true)}.get(arm) or chosen(job, corpus, arm, store)
+            config = on_data(first, f"{job.run.name}-{arm}", manifest)
+        train_here(config)
+        figures[arm] = reached(config) | ({} if arm == "tenth" else true_texts(manifest, corpus, store))
+    return figures
 
 
 def on_data(config: JobConfig, name: str, manifest: str) -> JobConfig:
@@ -127,23 +87,43 @@ def on_data(config: JobConfig, name: str, manifest: str) -> JobConfig:
     return JobConfig.model_validate(content)
 
 
-def write_filtered(job: BootstrapJob, store: ObjectStore) -> str:
-    """Select by the same rule from the web's texts alone; return the manifest's URL."""
-    base, scores = Manifest.load(job.manifest, store), Layer.load(f"{job.url}/{SCORED}", store)
+def chosen(job: BootstrapJob, corpus: Corpus, arm: str, store: ObjectStore) -> str:
+    """Bootstrap, and select from all texts or, for `filtered`, from the web's alone; return the manifest's URL."""
+    run_bootstrap_here(job, on_ray=False)
+    scores = Layer.load(f"{job.url}/{SCORED}", store)
+    rule = job.select
+    if corpus.min_score is None:
+        rule = rule.model_copy(update={"min_score": round(float(np.quantile(web_scores(scores, rule), EXCHANGED)), 4)})
+    if arm == "filtered":
+        scores, rule = web_alone(job, scores, store), rule.model_copy(update={"method": "match"})
+    url = f"{job.url}/{arm}"
+    select(job.manifest, scores, rule, url, store, run_in_processes(1))
+    return url
+
+
+def web_scores(scores: Layer, rule: SelectRule) -> list[float]:
+    """Return the rule's score of every text of the web's."""
+    rows = [row for number in range(len(scores.files)) for row in scores.read(number).to_pylist()]
+    return [value for row in rows for value in of_web(row, f"{SCORE_PREFIX}{rule.score}")]
+
+
+def web_alone(job: BootstrapJob, scores: Layer, store: ObjectStore) -> Layer:
+    """Return the layer without written texts."""
+    base = Manifest.load(job.manifest, store)
     writer = LayerWriter(f"{job.url}/web", base.hash, {"of": "web texts"}, store, scores.hash)
+    score = f"{SCORE_PREFIX}{job.select.score}"
     for number, shard in enumerate(base.shards):
         rows = scores.read(number).to_pylist()
-        web = [[place for place, source in enumerate(row["sources"]) if source == WEB] for row in rows]
+        columns = {name: [of_web(row, name) for row in rows] for name in ("texts", "sources", "seeds", score)}
+        values = columns.pop(score)
+        table = candidate_table([row["key"] for row in rows], **columns)
+        writer.write(number, shard, add_scores(table, {str(job.select.score): values}))
+    return writer.commit(base)
 
-        def of_web(column: str, rows: list[dict[str, Any]] = rows, web: list[list[int]] = web) -> list[list[Any]]:
-            return [[row[column][place] for place in places] for row, places in zip(rows, web, strict=True)]
 
-        table = candidate_table([row["key"] for row in rows], *(of_web(name) for name in ("texts", "sources", "seeds")))
-        writer.write(number, shard, add_scores(table, {"itc": of_web("score_itc")}))
-    rule = SelectRule(method="match", score="itc", min_score=MIN_SCORE)
-    url = f"{job.url}/filtered"
-    select(job.manifest, writer.commit(base), rule, url, store, run_in_processes(1))
-    return url
+def of_web(row: dict[str, Any], column: str) -> list[Any]:
+    """Return a column's values of the web's texts."""
+    return [value for value, source in zip(row[column], row["sources"], strict=True) if source == WEB]
 
 
 def reached(config: JobConfig) -> dict[str, float]:
@@ -152,19 +132,23 @@ def reached(config: JobConfig) -> dict[str, float]:
     return {name: curve(run, stage, figure)[-1][1] for name, (stage, figure) in MEASURES.items()}
 
 
-def right_texts(manifests: dict[str, str], store: ObjectStore) -> dict[str, dict[str, float]]:
-    """Return for selected manifests how many images they have and which share of their texts is true."""
+def true_texts(manifest: str, corpus: Corpus, store: ObjectStore) -> dict[str, float]:
+    """Return how many images a manifest has, how many texts of them, and which share of these the images' own."""
+    own, told = texts_by_key(str(corpus.true), store), texts_by_key(manifest, store)
+    right = [text in own[key] for key, texts in told.items() for text in texts]
+    return {"images": len(told), "texts": len(right), "true": round(sum(right) / len(right), 4)}
+
+
+def texts_by_key(manifest: str, store: ObjectStore) -> dict[str, set[str]]:
+    """Return the texts that a manifest gives to every sample, as training compares them."""
     found = {}
-    for arm, url in manifests.items():
-        right = []
-        manifest = Manifest.load(url, store)
-        for shard in manifest.shards:
-            table = load_captions(store, shard)
-            keys = ShardIndex.load(shard, store).keys()
-            for key, texts in zip(keys, table or [], strict=True):
-                truth = make_scene(0, "noisy", int(re.findall(r"\d+", key)[-1]))[0].caption
-                right += [text == truth for text in texts]
-        found[arm] = {"images": manifest.num_samples, "right": round(sum(right) / len(right), 4)}
+    for shard in Manifest.load(manifest, store).shards:
+        samples: Iterable[tuple[str, list[str]]]
+        if shard.captions_url is None:
+            samples = ((key, read_captions(members)[0]) for key, members in stored_samples(shard, store))
+        else:
+            samples = zip(ShardIndex.load(shard, store).keys(), load_captions(store, shard), strict=True)
+        found |= {key: {text.lower() for text in texts} for key, texts in samples}
     return found
 
 

@@ -1,10 +1,11 @@
-"""Tiny language models trained on the grammar of the generated scenes.
+"""Tiny language models trained on the captions of a corpus, by default of the generated scenes.
 
 Each is trained to write a caption after its shuffled words: large language models use context anyway, and a bridge
 needs just that. No picture is involved.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,23 @@ from isthmus.model.frozen.vision import silent_transformers
 from isthmus.model.tiny import TinyLanguage, write_tiny_language, write_tiny_tokenizer
 
 BATCH = 64
-CONTEXT_WORDS = 16
+CONTEXT_WORDS, CONTEXT_TOKENS = 16, 64
 
 
 def write_trained_language(
-    folder: Path, kind: TinyLanguage, *, steps: int, width: int = 96, num_layers: int = 3
+    folder: Path,
+    kind: TinyLanguage,
+    *,
+    steps: int,
+    width: int = 96,
+    num_layers: int = 3,
+    captions: Sequence[str] = (),
 ) -> float:
-    """Write a language model folder and return the loss at the end of its training."""
-    captions = [make_scene(1, "text", number, KINDS)[0].caption for number in range(4000)]
+    """Write a language model folder and return the loss at the end of its training.
+
+    Captions are those of generated scenes unless they are given.
+    """
+    captions = captions or [make_scene(1, "text", number, KINDS)[0].caption for number in range(4000)]
     write_tiny_language(folder, kind, width=width, num_layers=num_layers)
     write_tiny_tokenizer(folder, kind, captions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -54,7 +64,7 @@ def example(tokenizer: Any, kind: TinyLanguage, caption: str, rng: random.Random
     if rng.random() < 0.5:
         rng.shuffle(words)
     repeats = rng.randint(1, max(1, CONTEXT_WORDS // len(words)))
-    context = tokenizer(" ".join(words * repeats), add_special_tokens=False).input_ids
+    context = tokenizer(" ".join(words * repeats), add_special_tokens=False).input_ids[:CONTEXT_TOKENS]
     if kind == "t5":
         context.append(tokenizer.eos_token_id)
         return context, [*tokenizer(caption, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
