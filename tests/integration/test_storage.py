@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -10,6 +11,7 @@ import zlib
 import psutil
 import pytest
 
+from isthmus.bootstrap.duplicates.marks import mark_duplicates
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
 from isthmus.data_pipeline.process_pool import run_in_processes
 from isthmus.data_pipeline.store import s3, s3_client
@@ -112,11 +114,12 @@ def test_an_empty_bucket_is_one_clear_error(store, seaweed):
     assert "s3://empty-bucket matches no .tar" in done.stderr
 
 
-def test_ray_tasks_index_like_local_processes(tmp_path):
+def test_ray_tasks_index_and_find_duplicates_like_local_processes(tmp_path):
     """The runner of `--address`, on a Ray of this test alone."""
     code = """
 import sys
 import ray
+from isthmus.bootstrap.duplicates.marks import mark_duplicates
 from isthmus.cluster.ray_nodes.ray_map import run_in_ray
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.dataset.index_build import IndexOptions, build_manifest
@@ -125,13 +128,17 @@ urls = sys.argv[2:]
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 manifest, _ = build_manifest(urls, sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))
 print(manifest.hash)
+(marks,) = mark_duplicates([manifest], sys.argv[1] + "-marks", ObjectStore(), run_in_ray("local"))
+print(marks.hash, sum(file.counts["duplicates"] for file in marks.files))
 try:
     build_manifest(["/nowhere/x.tar"], sys.argv[1], ObjectStore(), IndexOptions(), run_in_ray("local"))
 except DataError as error:
     print(type(error).__name__, error)
 """
     paths = [str(path) for path in write_shards(tmp_path / "shards", [2, 3, 1])]
+    paths.append(str(shutil.copyfile(paths[0], tmp_path / "shards" / "again.tar")))
     ours, _ = build_manifest(paths, str(tmp_path / "ours"), ObjectStore(), IndexOptions(), run_in_processes(1))
+    (marks,) = mark_duplicates([ours], str(tmp_path / "marks"), ObjectStore(), run_in_processes(1))
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "theirs"), *paths],
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
@@ -143,4 +150,6 @@ except DataError as error:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == ours.hash
-    assert lines[1].startswith("NotFoundError /nowhere/x.tar does not exist")
+    assert lines[1] == f"{marks.hash} {sum(file.counts['duplicates'] for file in marks.files)}"
+    assert not lines[1].endswith(" 0")
+    assert lines[2].startswith("NotFoundError /nowhere/x.tar does not exist")
