@@ -54,8 +54,10 @@ EXPECTED_SECONDS = {
 }
 """Of each phase on two cores of 2026-11; those of `demo` are computed from CPU seconds (docs/decisions.md). Other
 machines and recipes are scaled by the pace seen."""
-TINY_NOTE = """Generated scenes, a random image encoder and a tiny language model: this shows that everything works,
-not what the method learns. `make demo` takes real pictures and pretrained models."""
+TINY_NOTE = (
+    "Generated scenes, a random image encoder and a tiny language model: this shows that everything works, "
+    "not what the method learns. `make demo` takes real pictures and pretrained models."
+)
 FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and tiny models instead of real pictures and pretrained ones.
 {}
 Run `make demo` again when the package can be fetched: it takes the real ones then."""

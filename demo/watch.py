@@ -84,13 +84,14 @@ class RunWatch:
             parts.append(f"{speed:.1f} images/s")
         share = status.step / status.num_steps if status.num_steps else None
         parts.append(f"about {minutes(self._timeline.seconds_left(share))} left")
-        if status.step < self._kill_step and not self._killed:
+        if status.stage == "stage1" and status.step < self._kill_step and not self._killed:
             parts.append(f"a worker is killed at step {self._kill_step}")
         return ", ".join(parts)
 
     def _kill_when_due(self, status: RunStatus) -> None:
-        """Kill a worker once, after the first checkpoint of stage 1."""
-        is_due = status.stage == "stage1" and status.step >= self._kill_step and status.committed_step
+        """Kill a worker once: after a checkpoint of stage 1, or in stage 2 if no status showed stage 1 that far."""
+        in_stage1 = status.step >= self._kill_step and status.committed_step
+        is_due = status.stage == "stage2" or in_stage1
         if self._killed or not is_due or status.state is not RunState.RUNNING:
             return
         name = "train-1" if self._head.pid_of("train-1") else "train-0"

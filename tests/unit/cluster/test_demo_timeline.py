@@ -78,12 +78,13 @@ STATES = (
 )
 
 
-def watched(tmp_path, monkeypatch, **console):
-    """Return what the watch prints while the driver writes STATES."""
-    config = load_config("recipes/demo-tiny.yaml", [f"run.url={tmp_path}", "run.name=demo-9"], JobConfig)
-    store, url, states = ObjectStore(), join(str(tmp_path), "demo-9"), list(STATES)
+def watched(tmp_path, monkeypatch, states=STATES, head=None, **console):
+    """Return what the watch prints while the driver writes `states`."""
+    overrides = [f"run.url={tmp_path}", "run.name=demo-9", "stage1.steps=60"]
+    config = load_config("recipes/demo-tiny.yaml", overrides, JobConfig)
+    store, url, states = ObjectStore(), join(str(tmp_path), "demo-9"), list(states)
     timeline, output = Timeline({"stage1": 100.0, "stage2": 10.0}, Clock()), io.StringIO()
-    watch = RunWatch(config, store, None, Console(file=output, width=80, **console), timeline)
+    watch = RunWatch(config, store, head, Console(file=output, width=80, **console), timeline)
 
     def next_state(_seconds):
         known = {"updated_at": watch._begun_at + 1, "stage": "stage1", "num_steps": 60, **states.pop(0)}
@@ -113,3 +114,23 @@ def test_a_terminal_keeps_changes_of_state_and_redraws_the_rest(tmp_path, monkey
     assert sum(line.startswith("  stage1 step 20/60") for line in drawn) == 2, "kept, and live"
     assert "recovered 9 s after the loss" in shown
     assert "\x1b[2K" in shown, "the live line is erased before it is drawn again"
+
+
+class Head:
+    """A Ray head whose worker 1 is process 4711."""
+
+    def pid_of(self, task):
+        return 4711 if task == "train-1" else None
+
+
+@pytest.mark.parametrize(
+    "late", [{"stage": "stage1", "step": 34}, {"stage": "stage2", "step": 0, "committed_step": None}]
+)
+def test_a_worker_is_killed_once_however_fast_the_run_is(tmp_path, monkeypatch, late):
+    killed = []
+    monkeypatch.setattr("isthmus.demo.watch.os.kill", lambda pid, number: killed.append(pid))
+    seen = {"state": RunState.RUNNING, "committed_step": 20}
+    states = ({**seen, "step": 20}, {**seen, **late}, {**seen, **late}, {"state": RunState.FINISHED})
+    shown = watched(tmp_path, monkeypatch, states, Head())
+    assert killed == [4711]
+    assert "kill -9 4711 (worker train-1)" in shown
