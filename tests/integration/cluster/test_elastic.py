@@ -119,8 +119,8 @@ def test_the_world_shrinks_and_grows_and_ends_with_the_bits_of_one_process(rayle
     assert not thread.is_alive()
     assert [restart.kind for restart in board.status.restarts] == ["lost process", "resize", "resize"]
     assert [restart.lost_steps for restart in board.status.restarts[1:]] == [0, 0]
-    kept = [restart.processes["kept"] for restart in board.status.restarts]
-    assert kept == [1, 1, 2], "what ran elsewhere was started anew"
+    kept = [restart.processes["kept"] for restart in board.status.restarts[1:]]  # the lost node may have run both
+    assert kept == [1, 2], "growing restarted processes that were running"
     trained = losses(tmp_path, "elastic")
     end = board.status.step
     assert [step for step, _ in trained] == list(range(1, end + 1))
