@@ -280,7 +280,7 @@ class Silent(InProcessBackend):
 def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
     expected = take(loader(manifest), 0, 4)
     monkeypatch.setattr(loader_module, "_open_backend", lambda config, make, *_: Silent(make, replacements=2))
-    made = loader(manifest, reader_timeout_seconds=0.05)
+    made = loader(manifest, reader_timeout_seconds=0.5)
     for one, other in zip(take(made, 0, 4), expected, strict=True):
         assert_equal(one, other)
     assert made.metrics()["parts_asked_again"] == 2 * 3 * 4  # twice, three steps ahead, four lanes
