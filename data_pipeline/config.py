@@ -88,8 +88,8 @@ class DataConfig(Config):
     reader_resources: dict[str, float] = {}
     """Ray resources that a reader actor requests besides one CPU, such as {"data": 1} to stay on CPU nodes."""
     reader_timeout_seconds: float = Field(240.0, gt=0)
-    """A reader that does not respond for this long is replaced. If none is available for this long, the group restarts
-    again where readers fit. When three readers end at the same samples, the run stops and names them. Keep it below
+    """A reader that does not respond for this long is replaced. If none is available for this long, the group
+    restarts where readers fit. When three readers end at the same samples, the run stops and names them. Keep it below
     safety.collective_timeout_seconds, within which all ranks must take a step."""
     budget: BudgetConfig = BudgetConfig()
     """Tolerance of bad samples."""

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.model.config import CompiledParts
+from isthmus.model.compilation import compile_parts
 from isthmus.model.frozen.language import LanguageModel
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import make_communicator
@@ -185,17 +184,3 @@ def derive_seed(*place: int | str) -> int:
 def stage_seed(run_seed: int, stage: str) -> int:
     """Return the seed that a stage's model functions get; they add the step and the row."""
     return derive_seed("stage", run_seed, stage)
-
-
-def compile_parts(model: Any, parts: CompiledParts, backend: str = "inductor") -> None:
-    """Compile the frozen image encoder (`vision`), or the Q-Former's layers too (`all`), in place.
-
-    Parameter names stay as they are. Images come in one shape; the shapes of packed text change with every batch, so
-    the layers are compiled with sizes that vary, which torch does by itself at the second shape.
-    """
-    if parts != "none" and model.vision is not None:
-        model.vision.network.compile(backend=backend, dynamic=False)
-    if parts == "all":
-        for layer in model.qformer.layers:
-            assert isinstance(layer, nn.Module)
-            layer.compile(backend=backend)

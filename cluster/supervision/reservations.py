@@ -36,7 +36,7 @@ class Slot:
 
 
 def reserve(worker: Bundle, num_slots: int, excluded_nodes: Iterable[str], timeout_seconds: float) -> list[Slot] | None:
-    """Reserve slots, all or none and on few nodes; none: the resources were not free in time.
+    """Reserve slots on few nodes, all or none of them. Returns None if the resources were not free in time.
 
     Each node gets a placement group of its own: what a group loses with a node, Ray would reserve on another one.
     """

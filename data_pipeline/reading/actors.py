@@ -40,9 +40,7 @@ class ReaderActor:
 
     def __init__(self) -> None:
         protect_reader()
-        importlib.import_module(
-            "isthmus.data_pipeline.reading.reader"
-        )  # takes seconds; done before a rank waits for it
+        importlib.import_module("isthmus.data_pipeline.reading.reader")  # takes seconds, and no rank waits for it yet
         self._client = ""
         self._past: set[str] = set()
         self._readers: dict[str, PartReader] = {}
@@ -56,7 +54,7 @@ class ReaderActor:
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
     def open(self, client: str) -> None:
         """Read for `client` from now on."""
-        self._is_current(client)
+        self._admit(client)
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
     def release(self, client: str) -> None:
@@ -71,15 +69,15 @@ class ReaderActor:
             DataError: the store cannot be read.
             RuntimeError: a defect, with its traceback; or another client has taken over the reader.
         """
-        if not self._is_current(client):
+        if not self._admit(client):
             raise RuntimeError(f"the reader does not read for {client} any more")
         try:
             return self._reader_of(client, make_reader).read(request)
         except Exception as error:  # noqa: BLE001 - every error goes to the train worker, which raises it
             raise picklable_error(error) from None
 
-    def _is_current(self, client: str) -> bool:
-        """Return whether `client` is the newest one, as one that was never seen is."""
+    def _admit(self, client: str) -> bool:
+        """Make a client that was never seen the current one; return whether `client` is current."""
         with self._lock:
             if client != self._client and client not in self._past:
                 self._past.add(self._client)

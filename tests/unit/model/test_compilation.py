@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.host_syncs import LENGTH, QFORMER, ROWS
+from isthmus.model.compilation import compile_parts
 from isthmus.model.config import VisionConfig
 from isthmus.model.frozen.vision import load_vision
 from isthmus.model.objectives.communicator import LocalCommunicator
@@ -12,7 +13,6 @@ from isthmus.model.objectives.stage1_batch import Stage1Inputs
 from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.tiny import write_tiny_vision
-from isthmus.trainer.build import compile_parts
 
 pytestmark = pytest.mark.unit
 SIDE = 16
