@@ -1,7 +1,7 @@
 """A bootstrap that is killed anywhere ends with the bytes of one that never was: 20 seeded kills, 3 of them each time.
 
 A seed decides what dies and when: the process that works, before or after one of its writes; the store, which refuses
-a write or loses its answer; or an actor of the pool on Ray, while the driver goes on.
+a write or loses its answer; on Ray an actor of the pool, which the driver replaces, or the driver.
 """
 
 import multiprocessing
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from isthmus.bootstrap.caption import CAPTIONS, caption_work
 from isthmus.bootstrap.config import CaptionConfig, ScoreConfig
@@ -28,7 +29,7 @@ from isthmus.data_pipeline.process_pool import Runner, run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.errors import ModelError
 from tests.faulty_store import Fault, FaultyStore
-from tests.integration.cluster.raylets import Raylets
+from tests.integration.cluster.raylets import Raylets, wait_for
 from tests.tiny_exports import write_exports, write_pictures
 
 pytestmark = pytest.mark.chaos
@@ -42,6 +43,8 @@ HERE = Pool(run_in_processes(1))
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["isthmus.bootstrap.caption", "isthmus.bootstrap.score"])
 """A clean process with everything imported, from which those that are killed are forked."""
+DRIVERS = multiprocessing.get_context("spawn")
+"""Drivers on Ray begin with the cluster's environment."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def kill_an_actor(raylets: Raylets, folder: Path, after: int, killed: list[int])
                 break
 
 
-def kill_on_ray(seed: int, inputs: Inputs, folder: Path, raylets: Raylets) -> int:
+def kill_worker(seed: int, inputs: Inputs, folder: Path, raylets: Raylets) -> int:
     """Run on two actors, one of which is killed; return how many shards were done by then."""
     killed: list[int] = []
     after = random.Random(seed).randrange(1, 2 * len(SHARDS) - 1)
@@ -164,8 +167,25 @@ def kill_on_ray(seed: int, inputs: Inputs, folder: Path, raylets: Raylets) -> in
     return at
 
 
+def drive(inputs: Inputs, folder: Path, address: str) -> None:
+    ray.init(address=address, namespace="bootstrap", log_to_driver=False)
+    bootstrap(inputs, folder, ObjectStore(), Pool(slowly(run_in_actors((2, 2))), 2))
+
+
+def kill_driver(seed: int, inputs: Inputs, folder: Path, raylets: Raylets) -> None:
+    """Start a driver on two actors and kill it once some shards are done; a second one ends by itself."""
+    for after in (random.Random(seed).randrange(1, 2 * len(SHARDS) - 1), 0):
+        driver = DRIVERS.Process(target=drive, args=(inputs, folder, raylets.cluster.address))
+        driver.start()
+        if after:
+            wait_for(lambda after=after: shards_done(folder) >= after, LIMIT_SECONDS, f"{after} shards")
+            driver.kill()
+        driver.join(LIMIT_SECONDS)
+        assert driver.exitcode == (-signal.SIGKILL if after else 0)
+
+
 def test_an_actor_of_the_pool_is_killed(inputs, unbroken, raylets, tmp_path):
-    assert kill_on_ray(0, inputs, tmp_path, raylets) < 2 * len(SHARDS)
+    assert kill_worker(0, inputs, tmp_path, raylets) < 2 * len(SHARDS)
     assert layers(tmp_path) == unbroken
 
 
@@ -182,7 +202,13 @@ def test_more_kills_here(seed, inputs, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
-def test_more_kills_on_ray(seed, inputs, unbroken, raylets, tmp_path):
-    assert kill_on_ray(seed, inputs, tmp_path, raylets) < 2 * len(SHARDS)
+def test_another_actor_of_the_pool_is_killed(inputs, unbroken, raylets, tmp_path):
+    assert kill_worker(1, inputs, tmp_path, raylets) < 2 * len(SHARDS)
+    assert layers(tmp_path) == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_driver_on_ray_is_killed(seed, inputs, unbroken, raylets, tmp_path):
+    kill_driver(seed, inputs, tmp_path, raylets)
     assert layers(tmp_path) == unbroken
