@@ -92,6 +92,8 @@ class LanguageConfig(FrozenConfig):
     """lm: the caption is the target. prefix_lm: the decoder continues a prefix. auto: by architecture."""
     prompt: str = ""
     """Text before every caption; never a target."""
+    stop: str | None = None
+    """Text after every caption, one token, which ends generation. None: newline for OPT, end of sequence for others."""
     max_text_tokens: int = Field(32, gt=1)
     """Captions are truncated to this many tokens, including special tokens."""
     dropout: bool = False

@@ -47,6 +47,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.weight_names = dict(weight_names)
         model.requires_grad_(requires_grad=False)
+        # Generation takes the last position of B, L, D. From such a view torch computes B products with B copies of the
+        # head's weight: tens of GB for some hundred rows.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         if config.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.train(mode=False)

@@ -4,7 +4,7 @@ Both kinds of model get the same three tensors (int64, right padded to the longe
 
 - decoder only: `input_ids` = [start] prompt caption stop; `labels` = the same, -100 on the prompt and on padding. The
   start token (OPT's </s>) is itself a target if there is no prompt, as in the original code. The stop token is the
-  newline for OPT and the end-of-sequence token for all others.
+  newline for OPT and the end-of-sequence token for all others, unless the configuration names one.
 - encoder-decoder: `input_ids` = prompt prefix </s> for the encoder; `labels` = rest </s> for the decoder.
 
 An empty caption (a hole of the batch) becomes a row without labels, which takes part in no loss.
@@ -57,6 +57,10 @@ class LanguageEncoder:
                 f"model.language.objective: prefix_lm needs an encoder-decoder, but {self.folder} holds a decoder-only "
                 f"{facts.get('model_type')}; set lm or auto"
             )
+        if config.stop is not None and self.is_encoder_decoder:
+            raise ModelError(
+                f"model.language.stop: {self.folder} holds an encoder-decoder, which has its own; remove it"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tokenizer": None}
@@ -74,9 +78,17 @@ class LanguageEncoder:
 
     @property
     def stop_id(self) -> int:
-        """Token that ends a caption: newline for OPT, else end of sequence."""
-        if self._is_opt:
-            return int(self._ids("\n")[-1])
+        """Token that ends a caption: that of `config.stop`, else newline for OPT and end of sequence for others.
+
+        Raises:
+            ModelError: `config.stop` is not one token, or there is no end-of-sequence token.
+        """
+        stop = "\n" if self._is_opt and self.config.stop is None else self.config.stop
+        if stop is not None:
+            ids = self._ids(stop)
+            if len(ids) != 1:
+                raise ModelError(f"model.language.stop: {stop!r} has {len(ids)} tokens in {self.folder}; set one token")
+            return ids[0]
         if self.tokenizer.eos_token_id is None:
             raise ModelError(f"{self.folder}: the tokenizer has no eos_token; set it in tokenizer_config.json")
         return int(self.tokenizer.eos_token_id)

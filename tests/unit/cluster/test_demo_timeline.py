@@ -37,6 +37,21 @@ def test_the_recipe_fits_the_machine(machine, recipe, workers, threads):
     assert choose(machine, "recipes/demo-tiny.yaml").recipe == "recipes/demo-tiny.yaml"
 
 
+@pytest.mark.parametrize(
+    ("machine", "recipe", "dtype"),
+    [
+        (Machine(2, 0), None, "auto"),
+        (Machine(2, 0, bf16=True), None, "bfloat16"),
+        (Machine(2, 1, bf16=True), None, "auto"),
+        (Machine(2, 0, bf16=True), "recipes/demo-tiny.yaml", "auto"),
+    ],
+)
+def test_the_language_model_is_bfloat16_where_the_cpu_computes_in_it(machine, recipe, dtype):
+    setup = choose(machine, recipe)
+    assert load_config(setup.recipe, setup.overrides, JobConfig).model.language.dtype == dtype
+    assert ("bfloat16" in str(setup)) == (dtype == "bfloat16")
+
+
 class Clock:
     now = 0.0
 

@@ -181,6 +181,19 @@ def test_logits_are_formed_at_target_positions_only(folders):
         assert seen == [(15, 400)]
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_generation_gives_the_head_contiguous_rows(folders, kind):
+    """From others torch computes a product, and in bf16 a copy of the weight, per row."""
+    language = load_language(config(folders[kind]), folders[kind])
+    head, seen = language.model.get_output_embeddings(), []
+    compute = head.forward
+    head.forward = lambda x: (seen.append(x.is_contiguous()), compute(x))[1]
+    embeds = torch.randn(3, 4, language.width)
+    language.model.generate(inputs_embeds=embeds, max_new_tokens=3, min_new_tokens=3, pad_token_id=1)
+    assert len(seen) == 3
+    assert all(seen)
+
+
 def test_masks_in_old_files_are_ignored(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -56,6 +56,21 @@ def test_a_llama_without_a_start_token_begins_with_the_caption_and_stops_with_eo
     assert (out["input_ids"] == 1).sum() == 0
 
 
+def test_a_caption_ends_with_the_configured_stop_token(folders):
+    llama = encoder(folders["llama"], stop=".")
+    out = llama(["a red cat"], [0])
+    assert out["labels"][0, -1] == llama.stop_id == llama.tokenizer(".").input_ids[-1] != llama.tokenizer.eos_token_id
+    assert llama.decode([*out["labels"][0].tolist(), *llama.tokenizer("red").input_ids]) == "a red cat"
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop", "problem"), [("llama", "a red", "2 tokens"), ("llama", "", "0 tokens"), ("t5", ".", "encoder")]
+)
+def test_a_stop_that_no_caption_can_end_with_is_refused(folders, kind, stop, problem):
+    with pytest.raises(ModelError, match=problem):
+        encoder(folders[kind], stop=stop)(["cat"], [0])
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_a_prompt_is_read_but_never_a_target(folders, kind):
     with_prompt = encoder(folders[kind], prompt="a photo of ")
