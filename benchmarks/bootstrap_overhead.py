@@ -1,9 +1,9 @@
 """What captioning on Ray Data costs beside the model: reading, decoding, resizing, writing, Ray itself, in CPU seconds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bootstrap_overhead [--images 64]
+    OMP_NUM_THREADS=1 python -m benchmarks.bootstrap_overhead [--images 64] [--actors 2]
 
-The captioner has the size of BLIP-base (random weights) and the pictures that of COCO's. Counted is, from the second
-shard on, the work on shards in the actor, and all that the driver and Ray's processes use meanwhile.
+The captioner has the size of BLIP-base (random weights) and the pictures that of COCO's. Once every actor has finished
+a shard, the work on shards in the actors is counted, and all that the driver and Ray's processes use meanwhile.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(folder: Path, manifest: str, actors: int) -> None:
-    """Caption and print what the model and everything else used after the first shard."""
+    """Caption and print what the model and everything else used after every actor's first shard."""
     store = ObjectStore()
     loaded = Manifest.load(manifest, store)
     config = CaptionConfig(model=str(folder / "blip"), num_candidates=3, max_new_tokens=12, batch_size=8)
@@ -63,15 +63,17 @@ def measure(folder: Path, manifest: str, actors: int) -> None:
     pool = Pool(lambda one, tasks: run(Measured(one, folder / "times"), tasks))
     others = [others_cpu()]
     run_stage(work, loaded, str(folder / "out"), store, pool, lambda _: others.append(others_cpu()))
-    times = [json.loads(path.read_text()) for path in sorted((folder / "times").iterdir())][1:]
+    paths = sorted((folder / "times").iterdir(), key=lambda path: path.stat().st_mtime)
+    times = [json.loads(path.read_text()) for path in paths][actors:]
     model, actor = (sum(each[i] for each in times) for i in (0, 1))
-    system = others[-1] - others[2]
-    print(
-        f"{loaded.num_samples} images, CPU seconds after the first of {SHARDS} shards: model {model:.1f}, beside it ",
-        end="",
-    )
-    print(f"in the actor {actor - model:.2f}, Ray and driver {system:.2f}: {(actor - model + system) / model:.1%}")
-    print(f"once, Ray and driver until the first shard is done: {others[2] - others[0]:.2f}")
+    began, ended = others[1 + actors], others[-1]
+    used = {name: ended.cpu[name] - began.cpu.get(name, 0.0) for name in ended.cpu}
+    system = sum(used.values())
+    print(f"{loaded.num_samples} images, {actors} actors; after the first {actors} of {SHARDS} shards", end=" ")
+    print(f"{ended.seconds - began.seconds:.0f} s, in CPU seconds: model {model:.1f}; beside it", end=" ")
+    print(f"in the actors {actor - model:.2f}, Ray and driver {system:.2f}: {(actor - model + system) / model:.1%}")
+    print(", ".join(f"{name} {seconds:.2f}" for name, seconds in used.items() if seconds > 0))
+    print(f"Ray and driver until then: {sum(began.cpu.values()) - sum(others[0].cpu.values()):.2f}")
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,30 @@ class Measured:
         return done
 
 
-def others_cpu() -> float:
-    """Return the CPU seconds of this process and of Ray's processes except the captioning actors."""
-    me = psutil.Process()
-    mine = [me, *me.children(recursive=True)]
-    mine += [other for other in psutil.process_iter(["name"]) if other.info["name"] in ("raylet", "gcs_server")]
-    ours = {one.pid: one for one in mine if "MapWorker" not in " ".join(one.cmdline())}
-    return sum(sum(one.cpu_times()[:2]) for one in ours.values())
+@dataclass(frozen=True)
+class Others:
+    """What this process and those of Ray have used so far, except the captioning actors."""
+
+    seconds: float
+    """Wall time."""
+    cpu: dict[str, float]
+    """CPU seconds by the name of the process."""
+
+
+def others_cpu() -> Others:
+    """Return what everything but the captioning actors has used: all of Ray's processes come from this one."""
+    me, cpu = psutil.Process(), dict[str, float]()
+    for one in [me, *me.children(recursive=True)]:
+        name = "driver" if one == me else process_name(one.cmdline())
+        if "MapWorker" not in name:
+            cpu[name] = cpu.get(name, 0.0) + sum(one.cpu_times()[:2])
+    return Others(time.monotonic(), cpu)
+
+
+def process_name(command: list[str]) -> str:
+    """Return what tells Ray's processes apart: an actor's class, or the file that runs."""
+    script = next((part for part in command if part.endswith(".py")), command[0] if command else "")
+    return Path(script.split()[0]).name if script else ""
 
 
 def write_captioner(folder: Path) -> None:

@@ -37,7 +37,7 @@ def run_in_actors(
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         rows = [{"item": item} for item in items]
-        _keep_quiet()
+        _configure_ray_data()
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Worker,
             fn_constructor_args=[function],
@@ -74,10 +74,11 @@ class _Worker:
             return {"done": RuntimeError("".join(traceback.format_exception(error)))}
 
 
-def _keep_quiet() -> None:
-    """Leave progress to us: Ray's bars would draw over a terminal and fill a job's log. Items are objects of ours."""
+def _configure_ray_data() -> None:
+    """Disable what a single map over small objects does not need, and leave showing progress to us."""
     context = ray.data.DataContext.get_current()
-    context.enable_fallback_to_arrow_object_ext_type = True
-    context.enable_progress_bars = False
+    context.enable_fallback_to_arrow_object_ext_type = True  # items are objects of ours
+    context.op_resource_reservation_enabled = False  # divides memory between operators, ten times a second
+    context.enable_progress_bars = False  # they would draw over a terminal and fill a job's log
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
