@@ -1,7 +1,7 @@
 """The first stage: candidate captions for every image, in addition to the data set's own texts.
 
-A caption is a function of (manifest, key, model, seed): every candidate is sampled by a seed of its own, and batches
-are the shard's samples in their order, padded to a fixed size, so that neither workers nor kills can change a byte.
+A caption is a function of (manifest, key, model, seed): every candidate is sampled with its own seed, and batches are
+the shard's samples in order, padded to a fixed size, so neither the number of workers nor a kill changes a byte.
 """
 
 from collections import Counter
@@ -63,10 +63,10 @@ class CaptionShard:
 
 
 def caption_work(manifest: Manifest, out: str, config: CaptionConfig, store: ObjectStore) -> CaptionShard:
-    """Return the work of captioning a data set; the model's files are hashed for it.
+    """Return the stage that captions a data set; it is identified by a hash of the model's files.
 
     Raises:
-        DataError: the folder of the model holds none.
+        DataError: the model folder contains no model.
     """
     model = folder_identity(config.model, store)
     made_by = {"stage": CaptionShard.stage, **config.model_dump(mode="json"), "model": model}
@@ -76,7 +76,7 @@ def caption_work(manifest: Manifest, out: str, config: CaptionConfig, store: Obj
 
 @dataclass
 class _Rows:
-    """The table of a shard while it grows."""
+    """Collects the table of a shard."""
 
     name: str
     keys: list[str] = field(default_factory=list)
@@ -85,7 +85,7 @@ class _Rows:
     seeds: list[list[int | None]] = field(default_factory=list)
 
     def add(self, batch: ImageBatch, written: list[list[str]], seeds: list[list[int]] | None) -> None:
-        """Add the samples of a batch; one whose image cannot be used keeps its own texts and gets no candidate."""
+        """Add the samples of a batch; a sample without a usable image keeps its own texts and gets no candidates."""
         for place, key in enumerate(batch.keys):
             own, first = batch.texts[place], dict[str, int]()
             for number, text in enumerate(written[place] if batch.errors[place] is None else ()):
@@ -98,12 +98,12 @@ class _Rows:
             self.seeds.append([*([None] * len(own)), *drawn])
 
     def table(self) -> pa.Table:
-        """Return it as the layer stores it."""
+        """Return the table as the layer stores it."""
         return candidate_table(self.keys, self.texts, self.sources, self.seeds)
 
 
 def _counts(batch: ImageBatch) -> Counter[str]:
-    """Count the samples, and those that could not be captioned by cause."""
+    """Count the samples, and by cause those that could not be captioned."""
     counts = Counter({"images": len(batch.keys)})
     counts.update(f"{NOT_CAPTIONED}: {error.partition(':')[0]}" for error in batch.errors if error)
     return counts

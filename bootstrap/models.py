@@ -17,19 +17,19 @@ MODELS_KEPT = 8
 
 @lru_cache(MODELS_KEPT)
 def load_writer(url: str, store: StoreConfig) -> Writer:
-    """Return the captioning model of a folder, which is copied to this node first.
+    """Return the captioning model of a folder, which is first copied to this node.
 
     Raises:
-        ModelError: it cannot write captions.
+        ModelError: it cannot generate captions.
         TrainerError: the folder is not there.
     """
-    torch.set_num_threads(1)  # sums are rounded by how they are split over threads
+    torch.set_num_threads(1)  # the rounding of sums depends on the number of threads
     return open_writer(local_folder(url, ObjectStore(store)))
 
 
 @lru_cache(MODELS_KEPT)
 def load_judge(url: str, store: StoreConfig) -> Judge:
-    """Return the scoring model of a folder, which is copied to this node first.
+    """Return the scoring model of a folder, which is first copied to this node.
 
     Raises:
         ModelError: it cannot score pairs.
@@ -40,14 +40,14 @@ def load_judge(url: str, store: StoreConfig) -> Judge:
 
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".bin", ".pth")
-"""Endings of the files that make a model; a model card is none."""
+"""Suffixes of the files that define a model; a model card does not."""
 
 
 def folder_identity(url: str, store: ObjectStore) -> str:
     """Return a SHA-256 over names and contents of a model's files.
 
     Raises:
-        DataError: the folder holds no such file.
+        DataError: the folder contains no such file.
     """
     folder = url.rstrip("/")
     infos = {info.url.removeprefix(folder).lstrip("/"): info for info in store.list(folder)}

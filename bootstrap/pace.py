@@ -8,7 +8,7 @@ from datetime import timedelta
 logger = logging.getLogger(__name__)
 
 FIRST_IMAGES = 1000
-"""After so many a worker says what the whole stage will take."""
+"""After this many a worker logs its estimate for the whole stage."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,17 @@ class Plan:
 
     stage: str
     images: int
-    """To be worked on."""
+    """Still to be processed."""
     workers: int
     price_per_hour: float
     """Of one worker; 0: unknown."""
 
     def cost(self, seconds: float) -> float:
-        """Return the price of all workers for a time."""
+        """Return the price of all workers for a period."""
         return self.price_per_hour * self.workers * seconds / 3600
 
     def estimate(self, images: int, seconds: float) -> str:
-        """Return in words what the stage takes if every worker is as fast as one that did `images` in `seconds`."""
+        """Describe what the stage takes if every worker is as fast as one that processed `images` in `seconds`."""
         pace = images / max(seconds, 1e-9)
         total = self.images / pace / self.workers
         price = (
@@ -41,14 +41,14 @@ class Plan:
 
 @dataclass
 class FirstImages:
-    """Counts a worker's images until it can tell the pace."""
+    """Counts a worker's images until its pace is known."""
 
     images: int = 0
     began: float | None = None
     told: bool = False
 
     def begin(self) -> None:
-        """Note when the first batch is ready, the models loaded."""
+        """Start the clock when the first batch is ready and the models are loaded."""
         self.began = self.began or time.monotonic()
 
     def add(self, images: int, plan: Plan) -> None:
@@ -61,18 +61,18 @@ class FirstImages:
 
 @dataclass
 class Progress:
-    """How far a stage is, for whoever watches it."""
+    """Progress of a stage."""
 
     plan: Plan
     total_images: int
     images: int = 0
-    """Done since this start."""
+    """Processed since this start."""
     model_cpu_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
     @property
     def images_done(self) -> int:
-        """Done in all, earlier starts included."""
+        """Processed in total, including earlier starts."""
         return self.total_images - self.plan.images + self.images
 
     @property
@@ -87,11 +87,11 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time to the end at this pace; None if nothing is done yet."""
+        """Remaining time at this pace; None before the first shard."""
         return (self.plan.images - self.images) / self.images_per_second if self.images else None
 
     def line(self) -> str:
-        """Return it in words."""
+        """Return the progress as a line of text."""
         text = f"{self.plan.stage}: {self.images_done:,} of {self.total_images:,} images"
         if not self.images or self.seconds_left is None:
             return text

@@ -1,7 +1,7 @@
-"""A pool of Ray actors that works on shards, fed and limited by Ray Data.
+"""A pool of Ray actors that process shards, managed by Ray Data.
 
-Ray Data places the actors, restarts those that die and calls them again, holds work back when results pile up, and
-grows and shrinks the pool with the cluster. Its own job checkpoint is not used: a shard's record says that it is done.
+Ray Data places the actors, restarts those that die and repeats their task, applies back-pressure when results pile up,
+and resizes the pool with the cluster. Its own job checkpoint is not used: a shard's record shows that it is done.
 """
 
 import logging
@@ -19,9 +19,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 EXPECTED_ERRORS = (DataError, ModelError, TrainerError)
-"""What ends a stage with one line."""
+"""Errors that end a stage with one line."""
 TASKS_PER_ACTOR = 2
-"""One that works and one that waits, so that an actor is never idle between shards."""
+"""One that runs and one that waits, so an actor is never idle between shards."""
 
 
 def run_in_actors(
@@ -30,7 +30,7 @@ def run_in_actors(
     """Return a `Runner` on the connected Ray cluster.
 
     Args:
-        workers: Smallest and largest number of actors; each keeps its models while it lives.
+        workers: Smallest and largest number of actors; each keeps its models loaded.
         cpus: Of each actor.
         gpus: Of each actor.
     """
@@ -65,12 +65,12 @@ class _Worker:
         self._function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the result, or the error as a value: Ray Data would wrap it, log it and try again."""
+        """Return the result, or the error as a value: Ray Data would wrap it, log it and retry."""
         try:
             return {"done": self._function(row["item"])}
         except EXPECTED_ERRORS as error:
             return {"done": error}
-        except Exception as error:  # noqa: BLE001 - a defect is raised in the driver, with where it was
+        except Exception as error:  # noqa: BLE001 - a defect is raised in the driver, with its traceback
             return {"done": RuntimeError("".join(traceback.format_exception(error)))}
 
 

@@ -1,6 +1,6 @@
 """The samples of one shard in batches of fixed size and order: decoded, resized, with their own texts.
 
-What cannot be decoded keeps its place as a black image with the reason, so the other samples keep theirs.
+An image that cannot be decoded is replaced by a black one with the reason, so the other samples keep their places.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -28,23 +28,23 @@ T = TypeVar("T")
 
 @dataclass
 class ImageBatch:
-    """Consecutive samples of a shard; the last batch of a shard is filled up with black images."""
+    """Consecutive samples of a shard; the last batch of a shard is padded with black images."""
 
     images: list[Tensor]
-    """For each way in which a model wants its images: uint8 B, H, W, C."""
+    """For each image format that the models need: uint8 B, H, W, C."""
     keys: list[str] = field(default_factory=list)
-    """Of the samples; the batch has at least as many images."""
+    """Of the samples; there may be more images (padding)."""
     texts: list[list[str]] = field(default_factory=list)
-    """What the data set says of each sample; None if it has no text, or none that can be read."""
+    """The data set's own captions of each sample; empty if it has none that can be read."""
     errors: list[str | None] = field(default_factory=list)
     """Why a sample's image cannot be used; None if it can."""
 
 
 def read_batches(shard: Shard, store: ObjectStore, inputs: Sequence[ImageInput], size: int) -> Iterator[ImageBatch]:
-    """Yield the samples of a shard in its order, the next batch read and decoded while one is used.
+    """Yield the samples of a shard in order; the next batch is read and decoded while one is used.
 
     Raises:
-        DataError: the shard or its index is missing, or is not what the manifest names.
+        DataError: the shard or its index is missing or differs from the manifest.
     """
     yield from _one_ahead(_batches(shard, store, inputs, size))
 
@@ -52,7 +52,7 @@ def read_batches(shard: Shard, store: ObjectStore, inputs: Sequence[ImageInput],
 def read_samples(
     shard: Shard, store: ObjectStore, keys: Collection[str]
 ) -> Iterator[tuple[str, UInt8Array | BadSample]]:
-    """Yield key and decoded image of some samples of a shard, in its order."""
+    """Yield key and decoded image of some samples of a shard, in order."""
     for key, members in stored_samples(shard, store, keys):
         try:
             yield key, _image(members) if isinstance(members, dict) else members
@@ -94,7 +94,7 @@ def _add(batch: ImageBatch, key: str, members: dict[str, memoryview] | BadSample
 
 
 def _texts(members: dict[str, memoryview]) -> list[str]:
-    """Return the sample's own texts; one without any can still be given captions."""
+    """Return the sample's own texts; a sample without any can still be captioned."""
     try:
         return read_captions(members)[0]
     except BadSample:
@@ -135,7 +135,7 @@ def stored_samples(
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items while a thread makes the next one."""
+    """Yield the items while a thread prepares the next one."""
     with ThreadPoolExecutor(1, thread_name_prefix="bootstrap-reader") as pool:
         coming = pool.submit(next, items, None)
         while (item := coming.result()) is not None:

@@ -1,4 +1,4 @@
-"""The second stage: scores of every candidate and of the data set's own texts. It drops nothing: `select` decides."""
+"""The second stage: scores of every candidate and of the data set's own texts; nothing is dropped before `select`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class ScoreShard:
         return {name: [[scores[name] for scores in row] for row in found] for name in SCORES}
 
     def _of_pairs(self, task: ShardTask, texts: list[list[str]], done: ShardDone) -> dict[str, Values]:
-        """Return what the models say of the shard's images and texts."""
+        """Return the models' scores of the shard's images and texts."""
         judges = [load_judge(url, self.store.config) for url in self.config.models]
         scores: dict[str, Values] = {name: [] for judge in judges for name in judge.scores}
         if not judges:
@@ -72,11 +72,11 @@ class ScoreShard:
 
 
 def score_work(manifest: Manifest, out: str, config: ScoreConfig, store: ObjectStore) -> ScoreShard:
-    """Return the work of scoring what `caption` wrote; the models' files are hashed for it.
+    """Return the stage that scores what `caption` wrote; it is identified by hashes of the models' files.
 
     Raises:
-        DataError: there are no captions, they are of another manifest, a model's folder holds none, or the language
-            is unknown.
+        DataError: there are no captions, they belong to another manifest, a folder contains no model, or the
+            language is unknown.
     """
     if not knows_language(config.language):
         raise DataError(f"language {config.language!r} is unknown; give its ISO 639 code, such as en, de or zh")
@@ -89,7 +89,7 @@ def score_work(manifest: Manifest, out: str, config: ScoreConfig, store: ObjectS
 
 
 def _judged(judges: Sequence[Judge], batch: ImageBatch, rows: list[list[str]], size: int) -> dict[str, Values]:
-    """Return each score of a batch of fixed shape: filled up with images, every image with as many texts."""
+    """Return each score of a batch of fixed shape: padded with images, and each image with as many texts."""
     # Texts are scored as training reads them.
     cleaned = [[clean_caption(text, MAX_WORDS) for text in row] for row in rows]
     width = max(1, *map(len, cleaned))

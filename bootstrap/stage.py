@@ -1,7 +1,7 @@
 """Runs a stage over the shards of a data set: finished shards are skipped, each shard is committed separately.
 
-A stage may be killed anywhere: a shard counts once its record is there (data_pipeline/layers/layer.py), and whoever
-makes a shard again comes to the same bytes, in any process and beside any number of others.
+A stage may be killed at any time: a shard is done once its record exists (data_pipeline/layers/layer.py), and a shard
+that is computed again has the same bytes, in any process and next to any number of others.
 """
 
 import json
@@ -20,10 +20,10 @@ from isthmus.data_pipeline.process_pool import Runner
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 
 TIMES = "times"
-"""Folder of what each start of a stage took: no part of any layer, since it differs from start to start."""
+"""Folder of the time and cost of each start of a stage: not part of a layer, because they differ between starts."""
 _THREADS = 16
 _first_images: dict[Plan, FirstImages] = {}
-"""Of this process."""
+"""Of this process, by stage."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ShardTask:
 
 @dataclass
 class ShardDone:
-    """What a shard took."""
+    """The result of a shard: images and time."""
 
     task: ShardTask
     images: int = 0
@@ -47,7 +47,7 @@ class ShardDone:
 
     @contextmanager
     def in_model(self, images: int) -> Iterator[None]:
-        """Count the block as the model's work on some images."""
+        """Count the block as the model's work on a number of images."""
         first = _first_images.setdefault(self.task.plan, FirstImages())
         first.begin()
         cpu = time.thread_time()
@@ -77,7 +77,7 @@ class ShardWork(Protocol):
 
 @dataclass(frozen=True)
 class Pool:
-    """Who works."""
+    """Where a stage runs."""
 
     run: Runner[ShardTask, ShardDone]
     workers: int = 1
@@ -93,10 +93,10 @@ def run_stage(
     pool: Pool,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Layer:
-    """Work on every shard that is not done, and commit the layer.
+    """Run a stage on every shard that is not done, and commit the layer.
 
     Raises:
-        DataError, ModelError, TrainerError: a model, a shard or the store is not usable; what is done stays.
+        DataError, ModelError, TrainerError: a model, a shard or the store is not usable; finished shards are kept.
     """
     todo = _unfinished(work.writer, manifest)
     images = sum(manifest.shards[number].num_samples for number in todo)
@@ -114,7 +114,7 @@ def run_stage(
 
 
 def _unfinished(writer: LayerWriter, manifest: Manifest) -> list[int]:
-    """Return the numbers of the shards that have no record yet."""
+    """Return the numbers of the shards without a record."""
     with ThreadPoolExecutor(_THREADS) as threads:
         written = threads.map(writer.written, range(len(manifest.shards)), manifest.shards)
         return [number for number, file in enumerate(written) if file is None]

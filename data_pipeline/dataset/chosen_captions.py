@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def load_captions(store: ObjectStore, shard: Shard, first: int = 0, count: int | None = None) -> list[list[str]]:
     """Return the captions that a layered manifest has for a shard's samples, or for `count` of them from `first`.
 
-    A caption that counts n times when one is drawn is n times in its list.
+    A caption with n draws occurs n times in its list.
 
     Raises:
         NotFoundError: the file is missing.

@@ -4,7 +4,7 @@
     FOLDER/tables/000000-shard-000000.json      its record, put if absent after it: this shard is done
     FOLDER/layer.json                           put if absent after all records: the layer is complete
 
-Whoever makes a shard again, after a kill or because two workers had the same one, must come to the same bytes; other
+A shard that is computed again, after a kill or because two workers had the same one, must have the same bytes; other
 bytes are refused. docs/data-format.md is the contract.
 """
 
@@ -43,7 +43,7 @@ class LayerFile:
     bytes: int
     sha256: str
     counts: dict[str, int]
-    """What its maker counted, such as samples that could not be captioned."""
+    """Counts of its stage, such as samples that could not be captioned."""
 
 
 class LayerWriter:

@@ -174,7 +174,7 @@ def test_the_web_share_is_what_readers_draw(data, layer, tmp_path):
     assert words["web"] / words.total() == pytest.approx(0.2, abs=0.04)  # 1,600 draws: four standard deviations
 
 
-def test_a_selection_that_was_killed_comes_to_the_same_manifest(data, layer, tmp_path):
+def test_a_killed_selection_resumes_to_the_same_manifest(data, layer, tmp_path):
     whole = select(data, layer, RULE, str(tmp_path / "whole"), STORE, RUN).manifest
 
     def killed(function, items):
@@ -249,7 +249,7 @@ def test_a_table_or_an_index_that_has_changed_since_is_named(data, layer, tmp_pa
         ({"method": "top", "bounds": {"length": {"least": 3}}}, "least"),
     ],
 )
-def test_a_rule_that_cannot_be_meant_is_refused(fields, message):
+def test_an_impossible_rule_is_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         SelectRule(**fields)
 

@@ -173,7 +173,7 @@ def test_a_captioner_without_generation_is_refused(models, pictures, tmp_path, p
         captions_of(pictures, tmp_path, models[place])
 
 
-def test_another_model_or_seed_cannot_go_on_in_the_same_folder(models, pictures, bootstrapped):
+def test_another_model_or_seed_is_refused_in_the_same_folder(models, pictures, bootstrapped):
     with pytest.raises(DataError, match="another model, seed or rule"):
         captions_of(pictures, bootstrapped, models[0], seed=3)
 
