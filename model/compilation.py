@@ -11,7 +11,7 @@ def compile_parts(model: Any, parts: CompiledParts, backend: str = "inductor") -
     """Compile the frozen image encoder (`vision`), or the Q-Former's layers too (`all`), in place.
 
     Parameter names stay as they are. Images come in one shape; the shapes of packed text change with every batch, so
-    the layers are compiled with sizes that vary, which torch does by itself at the second shape.
+    the layers are compiled with sizes that vary, which torch does on its own at the second shape.
     """
     if parts != "none" and model.vision is not None:
         model.vision.network.compile(backend=backend, dynamic=False)

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,17 +91,6 @@ def write_tensors(folder: Path, sources: Iterable[Source], shard_bytes: int = SH
         "weight_map": {name: final[shard] for name, shard in weight_map.items()},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2))
-
-
-def file_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """Return a reader for each tensor of a folder."""
-    return {name: partial(_read_tensor, path, name) for name, path in tensor_files(folder).items()}
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(str(path), "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
 
 
 def copy_checked(parameter: Tensor, tensor: Tensor, name: str, place: str) -> None:

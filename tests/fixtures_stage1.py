@@ -191,7 +191,7 @@ def _fast_intermediates(model: Stage1Model, inputs: Stage1Inputs, image_B: Tenso
     own_B = torch.arange(len(ids_BT))
     texts_M, images_M = torch.cat([own_B, own_B, text_B]), torch.cat([own_B, image_B, own_B])
     pairs, seen = pack_captions(ids_BT[texts_M], mask_BT[texts_M]), encoded.image_kv.select(images_M).layers
-    start = Rows(qformer.queries(len(texts_M)), model.embed_text(pairs), pairs.packing)
+    start = Rows.join(qformer.queries(len(texts_M)), model.embed_text(pairs), pairs.packing)
     return {
         "query_hidden": qformer.encode_images(inputs.image_BPD),
         "text_cls_hidden": qformer(embedded, unimodal_mask(text.real_BT), kept_K=text.first_B).text_ND,

@@ -30,7 +30,8 @@ from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import WEIGHTS, bridge_configs
 from isthmus.model.frozen.language import LanguageModel, build_language
 from isthmus.model.frozen.vision import image_statistics
-from isthmus.model.safetensors_io import Source, file_tensors, read_json, refuse_existing, replace_folder, write_tensors
+from isthmus.model.imports.tensors import open_tensors
+from isthmus.model.safetensors_io import Source, read_json, refuse_existing, replace_folder, write_tensors
 from isthmus.model.text.language_tokenizer import LanguageEncoder
 
 logger = logging.getLogger(__name__)
@@ -64,33 +65,19 @@ def export_captioner(
         ModelError: transformers cannot hold this encoder, or tensors are missing.
     """
     language_config, language_folder = language
-    vision_config = _vision_config(vision[1], qformer)
-    with torch.device("meta"):
-        skeleton = build_language(language_config, language_folder)
     encoder = LanguageEncoder(language_folder, language_config)
     tokenizer = _tokenizer_with_start(encoder)
     processor = _processor(vision, tokenizer, qformer.num_queries)
     image_token = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    text_config = AutoConfig.from_pretrained(language_folder)
-    text_config.vocab_size = max(text_config.vocab_size, image_token + 1)
-    text_config.eos_token_id = encoder.stop_id
-    text_config.dtype = language_config.torch_dtype
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = encoder.pad_id
-    config = Blip2Config(
-        vision_config=vision_config,
-        qformer_config=_qformer_config(qformer, with_text=False),
-        text_config={key: value for key, value in text_config.to_dict().items() if key != "_name_or_path"},
-        num_query_tokens=qformer.num_queries,
-        image_token_index=image_token,
-        architectures=["Blip2ForConditionalGeneration"],
-        dtype=language_config.torch_dtype,
-    )
-    names = [name for name in trained if name.startswith("projection.") or _is_query_side(name)]
+    text_config = _text_config(encoder, image_token)
+    parts = {"text_config": text_config, "image_token_index": image_token}
+    config = _config(vision[1], qformer, "Blip2ForConditionalGeneration", language_config.torch_dtype, **parts)
+    with torch.device("meta"):
+        skeleton = build_language(language_config, language_folder)
     sources = [
-        *_trained_sources(trained, names),
+        *_trained_sources(trained, [n for n in trained if n.startswith("projection.") or _is_query_side(n)]),
         *_vision_sources(vision[1]),
-        *_language_sources(skeleton, language_folder, text_config.vocab_size),
+        *_language_sources(skeleton, language_folder, text_config["vocab_size"]),
     ]
     with replace_folder(folder) as target:
         write_tensors(target, sources)
@@ -111,16 +98,10 @@ def export_retriever(
     Raises:
         ModelError: transformers cannot hold this encoder, or tensors are missing.
     """
-    vision_config = _vision_config(vision[1], qformer)
     processor = _processor(vision, AutoTokenizer.from_pretrained(tokenizer_folder), None)
-    config = Blip2Config(
-        vision_config=vision_config,
-        qformer_config=_qformer_config(qformer, with_text=True),
-        num_query_tokens=qformer.num_queries,
-        image_text_hidden_size=qformer.projection_size,
-        architectures=["Blip2ForImageTextRetrieval"],
-        dtype=str(trained["qformer.query_tokens"].dtype).removeprefix("torch."),
-    )
+    dtype = str(trained["qformer.query_tokens"].dtype).removeprefix("torch.")
+    parts = {"image_text_hidden_size": qformer.projection_size}
+    config = _config(vision[1], qformer, "Blip2ForImageTextRetrieval", dtype, **parts)
     names = [name for name in trained if reference_name(name, "hf") and not name.startswith("projection.")]
     with replace_folder(folder) as target:
         write_tensors(target, [*_trained_sources(trained, names), *_vision_sources(vision[1])])
@@ -169,6 +150,28 @@ def _vision_config(folder: Path, qformer: QFormerConfig) -> dict[str, Any]:
     return inner
 
 
+def _text_config(encoder: LanguageEncoder, image_token: int) -> dict[str, Any]:
+    """Return the language model's own configuration with a row for the image token, and the tokens of training."""
+    config = AutoConfig.from_pretrained(encoder.folder)
+    config.vocab_size = max(config.vocab_size, image_token + 1)
+    config.eos_token_id = encoder.stop_id
+    config.dtype = encoder.config.torch_dtype
+    if config.pad_token_id is None:
+        config.pad_token_id = encoder.pad_id
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+
+
+def _config(vision_folder: Path, qformer: QFormerConfig, architecture: str, dtype: str, **parts: Any) -> Blip2Config:
+    return Blip2Config(
+        vision_config=_vision_config(vision_folder, qformer),
+        qformer_config=_qformer_config(qformer, with_text="text_config" not in parts),
+        num_query_tokens=qformer.num_queries,
+        architectures=[architecture],
+        dtype=dtype,
+        **parts,
+    )
+
+
 def _qformer_config(config: QFormerConfig, *, with_text: bool) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
@@ -196,7 +199,7 @@ def _processor(vision: tuple[VisionConfig, Path], tokenizer: Any, num_queries: i
 
 
 def _tokenizer_with_start(encoder: LanguageEncoder) -> Any:
-    """Return a tokenizer that by itself puts the start token (or T5's end token) where training had it."""
+    """Return a tokenizer that adds the start token (or T5's end token) where training had it."""
     tokenizer = encoder.tokenizer
     wanted = [encoder.stop_id] if encoder.is_encoder_decoder else encoder.prompt_ids("")
     if tokenizer("").input_ids != wanted:
@@ -229,20 +232,20 @@ def _trained_sources(trained: Mapping[str, Tensor], names: list[str]) -> Iterato
 
 
 def _vision_sources(folder: Path) -> Iterator[Source]:
-    for name, read in file_tensors(folder).items():
+    for name, tensor in open_tensors(folder).items():
         bare = name.removeprefix("vision_model.")
         if bare.startswith(("embeddings.", "encoder.")):  # a whole BLIP-2 folder holds more; ln_vision is ours
-            yield f"vision_model.{bare}", read
+            yield f"vision_model.{bare}", tensor.read
 
 
 def _language_sources(skeleton: LanguageModel, folder: Path, vocab_size: int) -> Iterator[Source]:
     """Give the frozen tensors under transformers' names; vocabulary matrices grow by rows of zeros where needed."""
-    readers = file_tensors(folder)
+    tensors = open_tensors(folder)
     parameters = dict(skeleton.named_parameters())
     heads = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
     vocabulary = {id(head.weight) for head in heads}
     for name, tensor_name in skeleton.weight_names.items():
-        read = readers[tensor_name]
+        read = tensors[tensor_name].read
         grows = id(parameters[name]) in vocabulary and parameters[name].shape[0] < vocab_size
         yield f"language_model.{name.removeprefix('model.')}", _grown(read, vocab_size) if grows else read
 

@@ -77,22 +77,14 @@ def import_blip2(source: Path, target: Path) -> Imported:
             missing.
     """
     refuse_existing(target)
-    if (source / DESCRIPTION).exists():
-        raise ModelError(f"{source}: already a native export; stage2.init_from, caption, ask, serve and export read it")
-    if read_json(source / "config.json").get("model_type") != "blip-2":
-        raise ModelError(f"{source}: not a BLIP-2 folder in transformers format; give one with config.json and weights")
-    config: Any = AutoConfig.from_pretrained(source)
+    config = _blip2_config(source)
     tensors = open_tensors(source)
     is_stage2 = any(name.startswith(LANGUAGE_PREFIX) for name in tensors)
-    qformer = _qformer_config(config)
-    needed, all_names = trained_names(qformer, config.vision_config.hidden_size)
-    if not is_stage2:
-        needed = {name for name in all_names if reference_name(name, "hf")} - set(PROJECTION)
+    qformer, dtype = _qformer_config(config), _dtype(config)
+    stage2_names, all_names = trained_names(qformer, config.vision_config.hidden_size)
+    stage1_names = {name for name in all_names if reference_name(name, "hf")} - set(PROJECTION)
     trained = read_trained(source, all_names)
-    missing = sorted(needed - trained.keys())
-    if missing:
-        raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}; copy all")
-    dtype = _dtype(config)
+    _check_complete(source, trained, stage2_names if is_stage2 else stage1_names)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         vision, language, tokenizer = Path(place) / "vision", Path(place) / "language", Path(place) / "tokenizer"
@@ -110,9 +102,25 @@ def import_blip2(source: Path, target: Path) -> Imported:
             (LanguageConfig(path="language", dtype=dtype), language) if is_stage2 else None,
             tokenizer if not is_stage2 and any(tokenizer.iterdir()) else None,
         )
+    return Imported.of(trained, all_names, _left(tensors, trained))
+
+
+def _blip2_config(source: Path) -> Any:
+    if (source / DESCRIPTION).exists():
+        raise ModelError(f"{source}: already a native export; stage2.init_from, caption, ask, serve and export read it")
+    if read_json(source / "config.json").get("model_type") != "blip-2":
+        raise ModelError(f"{source}: not a BLIP-2 folder in transformers format; give one with config.json and weights")
+    return AutoConfig.from_pretrained(source)
+
+
+def _left(stored: Iterable[str], trained: Iterable[str]) -> list[str]:
     used = {reference_name(name, "hf") for name in trained}
-    left = sorted(n for n in tensors.keys() - used if not n.startswith((VISION_PREFIX, LANGUAGE_PREFIX)))
-    return Imported.of(trained, all_names, left)
+    return sorted(n for n in set(stored) - used if not n.startswith((VISION_PREFIX, LANGUAGE_PREFIX)))
+
+
+def _check_complete(source: Path, trained: Mapping[str, Tensor], names: set[str]) -> None:
+    if missing := sorted(names - trained.keys()):
+        raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}; copy all")
 
 
 def trained_names(config: QFormerConfig, image_width: int) -> tuple[set[str], list[str]]:

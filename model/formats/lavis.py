@@ -13,7 +13,7 @@ from isthmus.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.hf_import import PROJECTION, Imported, trained_names
 from isthmus.model.formats.key_mapping import reference_name
-from isthmus.model.formats.native import export_bridge
+from isthmus.model.formats.native import export_bridge, lavis_names
 from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.imports.towers import LAVIS_PREFIX, lavis_tower, preprocessor
 from isthmus.model.safetensors_io import read_json, refuse_existing, write_tensors
@@ -42,31 +42,21 @@ def import_lavis(
     tensors = open_tensors(source)
     qformer, image_width = _dimensions(tensors, source)
     needed, both = trained_names(qformer, image_width)
-    llm = "t5" if "t5_proj.weight" in tensors else "opt"
-    theirs = {name: reference_name(name, "lavis", llm) or "" for name in both}
-    trained = {name: tensors[key].read() for name, key in theirs.items() if key in tensors}
+    theirs = lavis_names(tensors, both)
+    trained = {name: tensors[key].read() for name, key in theirs.items()}
     missing = sorted(needed - trained.keys() - set(PROJECTION))
     if missing:
         raise ModelError(f"{source}: {len(missing)} trained tensors are missing, the first is {missing[0]}")
     if language is not None and PROJECTION[0] not in trained:
         raise ModelError(f"{source}: a stage-1 checkpoint without a projection to a language model; remove --language")
-    used = {theirs[name] for name in trained}
-    left = sorted(n for n in tensors.keys() - used if vision is not None or not n.startswith(LAVIS_PREFIX))
+    left = sorted(n for n in tensors.keys() - theirs.values() if vision is not None or not n.startswith(LAVIS_PREFIX))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         encoder = vision or _write_encoder(tensors, source, Path(place) / "vision")
-        facts = read_json(encoder / "config.json")
-        export_bridge(
-            target,
-            trained,
-            qformer,
-            (
-                VisionConfig.model_validate({"path": "vision", "image_size_pixels": facts.get("image_size", 224)}),
-                encoder,
-            ),
-            (LanguageConfig(path="language"), language) if language is not None else None,
-            tokenizer,
-        )
+        size = read_json(encoder / "config.json").get("image_size", 224)
+        vision_config = VisionConfig.model_validate({"path": "vision", "image_size_pixels": size})
+        language_part = None if language is None else (LanguageConfig(path="language"), language)
+        export_bridge(target, trained, qformer, (vision_config, encoder), language_part, tokenizer)
     return Imported.of(trained, both, left)
 
 

@@ -38,7 +38,7 @@ VISION_CLASSES: dict[str, Any] = {
 
 
 class VisionEncoder(nn.Module):
-    """A frozen encoder: eval for ever, no gradient, never part of a checkpoint.
+    """A frozen encoder: always in eval mode, no gradient, never part of a checkpoint.
 
     Attributes:
         width: feature width D.

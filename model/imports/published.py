@@ -1,6 +1,5 @@
 """A published model: its configuration, its tensors and its other files."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 from isthmus.model.errors import ModelError
 from isthmus.model.imports.tensors import PICKLE_SUFFIXES, Tensors, open_tensors
 from isthmus.model.imports.towers import TOWER_TYPES, lavis_tower, preprocessor, tower_of
+from isthmus.model.safetensors_io import read_json
 
 Part = Literal["auto", "vision", "language"]
 # Files copied with the weights, if a source has them.
@@ -102,13 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is missing, damaged or has no model_type.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(f"{path}: not there; a folder in transformers' format is needed")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); download the file again") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise ModelError(f"{path}: no model_type; a folder in transformers' format is needed")
+    content = read_json(folder / "config.json")
+    if "model_type" not in content:
+        raise ModelError(f"{folder / 'config.json'}: no model_type; a folder in transformers' format is needed")
     return content

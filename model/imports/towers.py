@@ -97,11 +97,9 @@ def _eva(tensors: Tensors, *, drop_last: bool) -> tuple[dict[str, Any], Tensors]
     # What stands here in BLIP-2 is trained with the Q-Former (ln_vision) and belongs to no encoder.
     found["vision_model.post_layernorm.weight"] = constant(1.0, width)
     found["vision_model.post_layernorm.bias"] = constant(0.0, width)
-    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
-    fields = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
-    num_patches = tensors["pos_embed"].shape[1] - 1
-    heads = _heads(width, EVA_HEAD_WIDTH)
-    return _vision_config("blip_2_vision_model", width, hidden, layers, heads, patch, num_patches, fields), found
+    sizes = (width, tensors["blocks.0.mlp.fc1.weight"].shape[0], layers, width // EVA_HEAD_WIDTH)
+    fields = {"model_type": "blip_2_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+    return fields | _dimensions(sizes, patch, tensors["pos_embed"].shape[1]), found
 
 
 def _qkv_bias(query: LazyTensor, value: LazyTensor) -> LazyTensor:
@@ -133,27 +131,19 @@ def _openai_clip(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     }
     for theirs, read in norms.items():
         found |= {f"vision_model.{theirs}.{kind}": read(kind) for kind in ("weight", "bias")}
-    hidden = tensors[f"{prefix}0.mlp.c_fc.weight"].shape[0]
-    fields = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    num_patches = tensors["positional_embedding"].shape[0] - 1
-    heads = _heads(width, CLIP_HEAD_WIDTH)
-    return _vision_config("clip_vision_model", width, hidden, layers, heads, patch, num_patches, fields), found
+    sizes = (width, tensors[f"{prefix}0.mlp.c_fc.weight"].shape[0], layers, width // CLIP_HEAD_WIDTH)
+    fields = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    return fields | _dimensions(sizes, patch, tensors["positional_embedding"].shape[0]), found
 
 
-def _heads(width: int, head_width: int) -> int:
-    return max(1, width // head_width)
-
-
-def _vision_config(
-    kind: str, width: int, hidden: int, layers: int, heads: int, patch: int, num_patches: int, fields: dict[str, Any]
-) -> dict[str, Any]:
+def _dimensions(sizes: tuple[int, int, int, int], patch: int, num_positions: int) -> dict[str, Any]:
+    """Return the part of config.json that says how large an encoder is; one position is the class token's."""
+    width, hidden, layers, heads = sizes
     return {
-        "model_type": kind,
         "hidden_size": width,
         "intermediate_size": hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": max(1, heads),
         "patch_size": patch,
-        "image_size": patch * round(num_patches**0.5),
-        **fields,
+        "image_size": patch * round((num_positions - 1) ** 0.5),
     }

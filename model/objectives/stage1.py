@@ -142,7 +142,7 @@ class Stage1Model(nn.Module):
         tokens = text.with_decoder_input(qformer.decoder_start_id)
         embedded_LD = qformer.embed(tokens.ids_L, tokens.positions_L, words)
         mask = contrast_and_generation_mask(text.real_BT, qformer.config.num_queries)
-        start = Rows(qformer.queries(text.batch), qformer.drop(embedded_LD), tokens.packing)
+        start = Rows.join(qformer.queries(text.batch), qformer.drop(embedded_LD), tokens.packing)
         end = qformer(start, mask, image_kv.layers, tokens.read_K)
         first_BD, source_KD = torch.split(end.text_ND, [text.batch, len(tokens.target_K)])
         image_BQE = _unit_vectors(self.image_projection(end.query_BQD))
@@ -153,7 +153,7 @@ class Stage1Model(nn.Module):
         """Return matching logits (no match, match) of M pairs, M, 2: text m, and the image that row m attends to."""
         queries = self.qformer.queries(text.batch)
         mask = matching_mask(text.real_BT, queries.shape[1])
-        start = Rows(queries, self.qformer.drop(embedded_ND), text.packing)
+        start = Rows.join(queries, self.qformer.drop(embedded_ND), text.packing)
         end = self.qformer(start, mask, image, kept_K=text.token_N[:0])
         logits_M2: Tensor = self.itm_head(end.query_BQD).mean(dim=1)
         return logits_M2

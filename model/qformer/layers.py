@@ -63,6 +63,12 @@ class Rows(NamedTuple):
     query_BQD: Tensor | None
     text_ND: Tensor | None = None
     packing: Packing | None = None
+    """Places of the list of all rows, queries first; None without text."""
+
+    @staticmethod
+    def join(query_BQD: Tensor, text_ND: Tensor, packing: Packing) -> "Rows":
+        """Return queries followed by text, given the places of the text alone."""
+        return Rows(query_BQD, text_ND, packing.after_queries(query_BQD.shape[1]))
 
     def flat(self) -> Tensor:
         """Return all rows as one list, queries first."""
@@ -74,35 +80,29 @@ class Rows(NamedTuple):
         """Undo `flat`."""
         if self.query_BQD is None:
             return Rows(None, flat_LD, self.packing)
-        shape = (*self.query_BQD.shape[:2], flat_LD.shape[-1])
         if self.text_ND is None:
-            return Rows(flat_LD.reshape(shape))
+            return Rows(flat_LD.reshape(self.query_BQD.shape))
         # Not slices: the gradient of each would be a copy into zeros.
-        query_LD, text_ND = torch.split(flat_LD, [shape[0] * shape[1], len(self.text_ND)])
-        return Rows(query_LD.reshape(shape), text_ND, self.packing)
+        query_LD, text_ND = torch.split(flat_LD, [self.query_BQD[..., 0].numel(), len(self.text_ND)])
+        return Rows(query_LD.reshape(self.query_BQD.shape), text_ND, self.packing)
 
     def to_padded(self, flat_LD: Tensor) -> Tensor:
         """Return B, Q + T, D for attention; places without a token are zero."""
-        rows = self.unflatten(flat_LD)
-        parts = [] if rows.query_BQD is None else [rows.query_BQD]
-        if rows.text_ND is not None and rows.packing is not None:
-            parts.append(rows.packing.unpack(rows.text_ND))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if self.packing is not None:
+            return self.packing.unpack(flat_LD)
+        assert self.query_BQD is not None
+        return flat_LD.reshape(*self.query_BQD.shape[:2], -1)
 
     def to_flat(self, padded_BLD: Tensor) -> Tensor:
         """Undo `to_padded`."""
-        if self.packing is None:
-            return padded_BLD.flatten(0, 1)
-        if self.query_BQD is None:
-            return self.packing.pack(padded_BLD)
-        query_BQD, text_BTD = torch.split(padded_BLD, [self.query_BQD.shape[1], self.packing.length], dim=1)
-        return torch.cat([query_BQD.flatten(0, 1), self.packing.pack(text_BTD)])
+        return padded_BLD.flatten(0, 1) if self.packing is None else self.packing.pack(padded_BLD)
 
     def select(self, kept_K: Tensor) -> "Rows":
         """Keep all queries and some of the packed text."""
         if self.text_ND is None or self.packing is None or not len(kept_K):
             return Rows(self.query_BQD)
-        return Rows(self.query_BQD, self.text_ND.index_select(0, kept_K), self.packing.select(kept_K))
+        num_queries = 0 if self.query_BQD is None else self.query_BQD[..., 0].numel()
+        return Rows(self.query_BQD, self.text_ND.index_select(0, kept_K), self.packing.select(kept_K, num_queries))
 
 
 class Attention(nn.Module):
@@ -193,22 +193,19 @@ class Layer(nn.Module):
             image: what this layer's cross-attention reads.
             kept_K: the packed text to return; None means all. What is not kept is still attended to.
         """
-        query, rows_after, kv = self._self_attention_inputs(rows, kept_K)
-        context_BLD = self.attention.attend(rows_after.to_padded(query), kv, mask)
-        rows = rows_after.unflatten(self.attention.add(rows_after.flat(), rows_after.to_flat(context_BLD)))
-        return Rows(self._query_rows(rows.query_BQD, image), self._text_rows(rows.text_ND), rows.packing)
-
-    def _self_attention_inputs(self, rows: Rows, kept_K: Tensor | None) -> tuple[Tensor, Rows, KV]:
-        """Return the queries of attention, the rows that they belong to, and keys and values of all rows."""
         attention, flat_LD = self.attention, rows.flat()
         if kept_K is None:
-            query, key, value = _project(flat_LD, attention.query, attention.key, attention.value)
-            kept = rows
+            padded_BL3D = rows.to_padded(_project(flat_LD, attention.query, attention.key, attention.value))
+            query_BLD, key_BLD, value_BLD = padded_BL3D.chunk(3, dim=-1)
         else:
-            key, value = _project(flat_LD, attention.key, attention.value)
-            kept = rows.select(kept_K)
-            query = attention.query(kept.flat())
-        return query, kept, KV(attention.heads(rows.to_padded(key)), attention.heads(rows.to_padded(value)))
+            key_BLD, value_BLD = rows.to_padded(_project(flat_LD, attention.key, attention.value)).chunk(2, dim=-1)
+            rows = rows.select(kept_K)
+            flat_LD = rows.flat()
+            query_BLD = rows.to_padded(attention.query(flat_LD))
+        kv = KV(attention.heads(key_BLD), attention.heads(value_BLD))
+        context_LD = rows.to_flat(attention.attend(query_BLD, kv, mask))
+        rows = rows.unflatten(attention.add(flat_LD, context_LD))
+        return Rows(self._query_rows(rows.query_BQD, image), self._text_rows(rows.text_ND), rows.packing)
 
     def _query_rows(self, query_BQD: Tensor | None, image: KV | PairKV | None) -> Tensor | None:
         if query_BQD is None:
@@ -225,7 +222,7 @@ class Layer(nn.Module):
         return after
 
 
-def _project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Apply several linear layers as one product; each keeps its own parameters."""
+def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Apply several linear layers as one product, outputs side by side; each keeps its own parameters."""
     weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
+    return F.linear(x, weight, bias)

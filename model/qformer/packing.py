@@ -8,7 +8,7 @@ Letters: B rows, T places of a row, N packed tokens, K packed tokens that predic
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,26 +18,53 @@ from isthmus.model.errors import ModelError
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each packed token stands in a grid of `batch` rows and `length` places."""
+    """Where each packed row stands in a grid of `batch` rows and `length` places."""
 
     index_N: Tensor
-    """int64, row * length + place; in any order."""
+    """int64, row * length + place; in any order, none twice."""
     batch: int
     length: int
 
     def pack(self, x_BTD: Tensor) -> Tensor:
-        """Gather the packed tokens: B, T, D to N, D."""
-        return x_BTD.flatten(0, 1).index_select(0, self.index_N)
+        """Gather the packed rows: B, T, D to N, D."""
+        packed_ND: Tensor = _Gather.apply(x_BTD.flatten(0, 1), self.index_N)  # type: ignore[no-untyped-call]
+        return packed_ND
 
     def unpack(self, x_ND: Tensor) -> Tensor:
-        """Scatter packed tokens into the grid, zeros elsewhere: N, D to B, T, D."""
-        x_LD = x_ND.new_zeros(self.batch * self.length, x_ND.shape[-1])
-        # Not index_copy, which keeps its source for backward.
-        return x_LD.index_put((self.index_N,), x_ND).reshape(self.batch, self.length, x_ND.shape[-1])
+        """Scatter packed rows into the grid, zeros elsewhere: N, D to B, T, D."""
+        return _scatter(x_ND, self.index_N, self.batch * self.length).reshape(self.batch, self.length, -1)
 
-    def select(self, kept_K: Tensor) -> "Packing":
-        """Keep some of the packed tokens."""
-        return replace(self, index_N=self.index_N.index_select(0, kept_K))
+    def after_queries(self, num_queries: int) -> "Packing":
+        """Put `num_queries` places before those of each row; in the list, the queries of all rows come first."""
+        rows_B1 = torch.arange(self.batch, device=self.index_N.device)[:, None] * (num_queries + self.length)
+        query_BQ = rows_B1 + torch.arange(num_queries, device=self.index_N.device)
+        text_N = self.index_N + (self.index_N // self.length + 1) * num_queries
+        return Packing(torch.cat([query_BQ.flatten(), text_N]), self.batch, num_queries + self.length)
+
+    def select(self, kept_K: Tensor, num_queries: int) -> "Packing":
+        """Keep the first `num_queries` packed rows, and of those behind them some."""
+        query_N, text_N = self.index_N.tensor_split([num_queries])
+        return replace(self, index_N=torch.cat([query_N, text_N.index_select(0, kept_K)]))
+
+
+class _Gather(torch.autograd.Function):
+    """Some rows of a matrix, none twice: so the gradient is stored where autograd would add it to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x_LD: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.length = len(x_LD)
+        return x_LD.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (index_N,) = ctx.saved_tensors
+        return _scatter(grad_ND, index_N, ctx.length), None
+
+
+def _scatter(x_ND: Tensor, index_N: Tensor, length: int) -> Tensor:
+    # Not index_copy, which keeps its source for backward.
+    return x_ND.new_zeros(length, x_ND.shape[-1]).index_put_((index_N,), x_ND)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from isthmus.model.formats.hf_export import export_captioner, export_retriever, 
 from isthmus.model.formats.key_mapping import reference_name
 from isthmus.model.formats.native import bridge_configs, export_bridge, load_trained, read_trained
 from isthmus.model.generate import answer, caption
+from isthmus.model.imports.tensors import open_tensors
 from isthmus.model.objectives.communicator import LocalCommunicator
 from isthmus.model.objectives.stage1 import Stage1Model
 from isthmus.model.objectives.step import StepContext
 from isthmus.model.qformer.packing import pack_captions
 from isthmus.model.qformer.qformer import QFormer
-from isthmus.model.safetensors_io import file_tensors, write_tensors
+from isthmus.model.safetensors_io import write_tensors
 from isthmus.model.text.language_batch import pack_language_tokens
 from isthmus.model.tiny import write_tiny_vision, write_tiny_vocabulary
 from tests.stage2_parts import QFORMER, stage2_parts
@@ -125,7 +126,7 @@ def test_t5_keeps_its_own_head_activation_and_scale(root):
     config = AutoConfig.from_pretrained(root / "export-t5") if (root / "export-t5").exists() else None
     assert config is not None
     assert (config.text_config.dense_act_fn, config.text_config.scale_decoder_outputs) == ("gelu", False)
-    names = set(file_tensors(root / "export-t5"))
+    names = set(open_tensors(root / "export-t5"))
     assert {"language_model.lm_head.weight", "language_model.shared.weight"} <= names
 
 
@@ -251,10 +252,10 @@ def test_many_shards_read_back(tmp_path):
     write_tensors(tmp_path, ((name, tensor.clone) for name, tensor in tensors.items()), shard_bytes=4500)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    torch.testing.assert_close({name: read() for name, read in file_tensors(tmp_path).items()}, tensors)
+    torch.testing.assert_close({name: tensor.read() for name, tensor in open_tensors(tmp_path).items()}, tensors)
     (tmp_path / names[1]).unlink()
     with pytest.raises(ModelError, match="model-00002"):
-        file_tensors(tmp_path)
+        open_tensors(tmp_path)
 
 
 def test_evaluation_without_gradient_leaves_the_mode(root):

@@ -18,7 +18,7 @@ from isthmus.cluster.cli.model import app
 from isthmus.model.errors import ModelError
 from isthmus.model.formats.hf_export import export_native
 from isthmus.model.formats.hf_import import HEADS, import_blip2
-from isthmus.model.safetensors_io import file_tensors
+from isthmus.model.imports.tensors import open_tensors
 from isthmus.model.tiny import write_tiny_language, write_tiny_vocabulary
 
 pytestmark = pytest.mark.unit
@@ -60,10 +60,10 @@ def published(root, model_class, *, with_text, dtype=torch.float32):
 
 
 def assert_same_tensors(one, other):
-    first, second = file_tensors(one), file_tensors(other)
+    first, second = open_tensors(one), open_tensors(other)
     assert first.keys() == second.keys()
-    for name, read in first.items():
-        a, b = read(), second[name]()
+    for name, tensor in first.items():
+        a, b = tensor.read(), second[name].read()
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
 
@@ -98,8 +98,9 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
 
 def test_what_was_taken_new_and_left_is_said_by_name(tmp_path):
     folder = published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
-    index = file_tensors(folder)
-    tensors = {name: read() for name, read in index.items()} | {"of_somebody_else": torch.zeros(2)}
+    tensors = {name: tensor.read() for name, tensor in open_tensors(folder).items()} | {
+        "of_somebody_else": torch.zeros(2)
+    }
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -117,7 +118,7 @@ def test_a_folder_without_its_trained_tensors_leaves_nothing(tmp_path):
     from safetensors.torch import save_file
 
     folder = published(tmp_path, Blip2ForImageTextRetrieval, with_text=True)
-    tensors = {name: read() for name, read in file_tensors(folder).items() if name != "itm_head.bias"}
+    tensors = {name: tensor.read() for name, tensor in open_tensors(folder).items() if name != "itm_head.bias"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 trained tensors are missing, the first is itm_head\.bias"):
         import_blip2(folder, tmp_path / "own")
@@ -127,7 +128,7 @@ def test_a_folder_without_its_trained_tensors_leaves_nothing(tmp_path):
 def test_pytorch_files_are_imported_as_safetensors_are(tmp_path):
     folder = published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
     import_blip2(folder, tmp_path / "own")
-    torch.save({name: read() for name, read in file_tensors(folder).items()}, folder / "pytorch_model.bin")
+    torch.save({name: tensor.read() for name, tensor in open_tensors(folder).items()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     import_blip2(folder, tmp_path / "of-bin")
     for path in (path for path in (tmp_path / "own").rglob("*") if path.is_file()):

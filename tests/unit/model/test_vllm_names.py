@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, Blip2Config, Blip2Processor, GenerationConfig
 
 from isthmus.model.formats.hf_export import export_captioner
-from isthmus.model.safetensors_io import file_tensors
+from isthmus.model.imports.tensors import open_tensors
 from tests.stage2_parts import IMAGE_PIXELS, QFORMER, stage2_parts
 
 pytestmark = pytest.mark.unit
@@ -92,10 +92,10 @@ def opt_parameters(config):
 def as_loaded(folder):
     """Return the shapes of the file's tensors under vLLM's names, stacked parts added up."""
     parts = defaultdict(list)
-    for name, read in file_tensors(folder).items():
+    for name, tensor in open_tensors(folder).items():
         stacked = next((theirs for ours, theirs in STACKED.items() if ours in name), None)
         ours = next((ours for ours in STACKED if ours in name), "")
-        parts[name.replace(ours, stacked) if stacked else name].append(tuple(read().shape))
+        parts[name.replace(ours, stacked) if stacked else name].append(tensor.shape)
     return {name: (sum(shape[0] for shape in shapes), *shapes[0][1:]) for name, shapes in parts.items()}
 
 
