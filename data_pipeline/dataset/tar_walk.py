@@ -81,10 +81,6 @@ class ObjectStream:
             left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def skip_to(self, position: int) -> None:
-        """Continue from a later byte; beyond the end there is nothing to read."""
-        self.position = position
-
     def _fill(self) -> None:
         length = min(_WINDOW_BYTES, self.size - self.position)
         data = self._store.get_range(self._info.url, self.position, length, etag=self._info.etag)
@@ -120,7 +116,7 @@ def walk(stream: ObjectStream) -> Iterator[TarMember]:
                 is_regular = kind in _REGULAR and not any(field.startswith(b"GNU.sparse.") for field in pax)
                 yield TarMember(name.decode("utf-8", "backslashreplace"), start, length, is_regular)
             pax = {}
-        stream.skip_to(start + -(-length // BLOCK) * BLOCK)
+        stream.position = start + -(-length // BLOCK) * BLOCK
 
 
 def _check_header(header: bytes, at: int) -> None:

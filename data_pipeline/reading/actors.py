@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
@@ -19,13 +19,15 @@ from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.backend import (
     MakeReader,
-    PartReader,
     ReaderDied,
     picklable_error,
     protect_reader,
     resolve,
 )
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
+
+if TYPE_CHECKING:
+    from isthmus.data_pipeline.reading.reader import Reader
 
 _log = logging.getLogger(__name__)
 CONTROL = "control"
@@ -43,7 +45,7 @@ class ReaderActor:
         importlib.import_module("isthmus.data_pipeline.reading.reader")  # takes seconds, and no rank waits for it yet
         self._client = ""
         self._past: set[str] = set()
-        self._readers: dict[str, PartReader] = {}
+        self._readers: dict[str, Reader] = {}
         self._lock = threading.Lock()
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
@@ -84,7 +86,7 @@ class ReaderActor:
                 self._client = client
             return client not in self._past
 
-    def _reader_of(self, client: str, make_reader: MakeReader) -> PartReader:
+    def _reader_of(self, client: str, make_reader: MakeReader) -> "Reader":
         if client not in self._readers:
             for reader in self._readers.values():
                 reader.close()

@@ -5,10 +5,13 @@ import signal
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.batch import LanePart, PartRequest
+
+if TYPE_CHECKING:
+    from isthmus.data_pipeline.reading.reader import Reader
 
 _log = logging.getLogger(__name__)
 
@@ -26,17 +29,7 @@ class ReaderDied(RuntimeError):
         self.while_reading = while_reading
 
 
-class PartReader(Protocol):
-    """Makes lane parts (reader.py)."""
-
-    def read(self, request: PartRequest) -> LanePart:
-        """Return the part; bad samples are masked in it."""
-
-    def close(self) -> None:
-        """Stop fetching."""
-
-
-MakeReader = Callable[[], PartReader]
+MakeReader = Callable[[], "Reader"]
 
 
 class Backend(Protocol):

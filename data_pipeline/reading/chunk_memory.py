@@ -57,7 +57,8 @@ class ChunkMemory:
                     self._expected[chunk] = None
             while self._expected:
                 chunk = next(iter(self._expected))
-                if self._bytes_in_use() + chunk.length > self._max_bytes:
+                in_use = self.num_bytes - sum(released.length for released in self._released)
+                if in_use + chunk.length > self._max_bytes:
                     return
                 del self._expected[chunk]
                 self._evict(self._max_bytes - chunk.length, only_released=True)
@@ -89,9 +90,6 @@ class ChunkMemory:
         if self._chunks.pop(chunk, None) is not None:
             self.num_bytes -= chunk.length
             self._released.discard(chunk)
-
-    def _bytes_in_use(self) -> int:
-        return self.num_bytes - sum(chunk.length for chunk in self._released)
 
     def _evict(self, max_bytes: int, *, only_released: bool = False) -> None:
         candidates = [chunk for chunk in self._chunks if chunk in self._released]

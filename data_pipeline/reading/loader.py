@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from isthmus.data_pipeline.config import DataConfig
-from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.hashing import stable_hash
 from isthmus.data_pipeline.order.plan import Plan, SampleRef
-from isthmus.data_pipeline.order.virtual_ranks import virtual_ranks_of
+from isthmus.data_pipeline.order.virtual_ranks import LaneShare
 from isthmus.data_pipeline.reading.backend import Backend, InProcessBackend
 from isthmus.data_pipeline.reading.batch import Batch, LanePart, PartRequest, TextEncoder
 from isthmus.data_pipeline.reading.loader_metrics import LoaderMetrics
@@ -24,7 +23,7 @@ _CHUNK_LOOKAHEAD_STEPS = 8  # steps beyond the prefetched batches whose chunks a
 
 
 class Loader:
-    """The batches of rank `rank` of `world_size`; the step is its whole state.
+    """The batches of one rank; the step is its whole state.
 
     Args:
         config: Reading, caching, prefetching, tolerance.
@@ -32,14 +31,11 @@ class Loader:
         plan: The order, such as `load_plan` returns.
         encoder: Captions and seeds -> token tensors.
         image_size_pixels: Side of the square images.
-        rank: This rank.
-        world_size: Number of ranks; must divide the plan's lanes.
+        share: Which lanes this rank has.
         train: False: whole images without augmentation, and rows beyond the first epoch are masked.
-        virtual_ranks: This rank has the lanes of its virtual ranks (`virtual_ranks_of`); None means every
-            `world_size`-th lane.
 
     Raises:
-        DataError: `world_size` does not divide the lanes or the virtual ranks.
+        DataError: the number of ranks does not divide that of lanes or of virtual ranks.
     """
 
     def __init__(
@@ -50,26 +46,15 @@ class Loader:
         encoder: TextEncoder,
         *,
         image_size_pixels: int,
-        rank: int,
-        world_size: int,
+        share: LaneShare = LaneShare(),  # noqa: B008 - immutable
         train: bool = True,
-        virtual_ranks: int | None = None,
     ) -> None:
-        if plan.lanes % world_size:
-            raise DataError(
-                f"{world_size} ranks do not divide data.lanes = {plan.lanes}; use a world size that divides "
-                f"{plan.lanes} (lanes are fixed for a run)"
-            )
         self.plan = plan
         self._encoder = encoder
         self._image_size = image_size_pixels
-        self.lanes = list(range(rank, plan.lanes, world_size))
-        if virtual_ranks is not None:
-            size = plan.lanes // virtual_ranks
-            own = virtual_ranks_of(rank, world_size, virtual_ranks)
-            self.lanes = list(range(own.start * size, own.stop * size))
+        self.lanes = share.lanes(plan.lanes)
         make_reader = functools.partial(Reader, config, store, image_size_pixels, plan.seed, train)
-        self._backend = _open_backend(config, make_reader, self.lanes, rank, world_size)
+        self._backend = _open_backend(config, make_reader, self.lanes, share)
         self._parts = PartQueue(self._backend, config.reader_timeout_seconds, store)
         self._ahead_steps = config.prefetch_steps if self._backend.is_async else 0
         self._samples: dict[tuple[int, int], tuple[SampleRef, ...]] = {}
@@ -218,12 +203,12 @@ class Loader:
 
 
 def _open_backend(
-    config: DataConfig, make_reader: functools.partial[Reader], lanes: list[int], rank: int, world_size: int
+    config: DataConfig, make_reader: functools.partial[Reader], lanes: list[int], share: LaneShare
 ) -> Backend:
     if config.backend == "ray":
         from isthmus.data_pipeline.reading.actors import RayBackend  # noqa: PLC0415 - Ray is needed by this backend only
 
-        return RayBackend(make_reader, config, lanes, rank, world_size)
+        return RayBackend(make_reader, config, lanes, share.rank, share.world_size)
     if config.readers == 0:
         return InProcessBackend(make_reader)
     return ProcessBackend(make_reader, config.readers, lanes)

@@ -71,6 +71,11 @@ def resize_square(image: UInt8Array, box: Box, size: int) -> UInt8Array:
     return resized_BCHW[0].permute(1, 2, 0).numpy()
 
 
+def resize_whole(image: UInt8Array, size: int) -> UInt8Array:
+    """Resize a whole image (H, W, 3) to (size, size, 3), whatever its aspect ratio."""
+    return resize_square(image, (0, 0, *image.shape[:2]), size)
+
+
 def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> UInt8Array | None:
     """Decode an ordinary JPEG; None where Pillow must do it: four components, a rotation flag, a decoding error."""
     try:

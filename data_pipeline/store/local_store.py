@@ -53,14 +53,14 @@ class LocalBackend:
         self._count_read(len(into), started)
 
     def put(self, url: str, data: memoryview) -> ObjectInfo:
-        with _explained(url), self._partial(url) as partial:
+        with _explained(url), _partial(local_path(url)) as partial:
             info = _write(url, partial, data)
             partial.replace(local_path(url))
         self._count_written(len(data))
         return info
 
     def put_file(self, url: str, path: Path) -> ObjectInfo:
-        with _explained(url), self._partial(url) as partial:
+        with _explained(url), _partial(local_path(url)) as partial:
             shutil.copyfile(path, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -70,7 +70,7 @@ class LocalBackend:
         return info
 
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
-        with _explained(url), self._partial(url) as partial:
+        with _explained(url), _partial(local_path(url)) as partial:
             info = _write(url, partial, memoryview(data))
             try:
                 os.link(partial, local_path(url))
@@ -80,7 +80,7 @@ class LocalBackend:
         return info
 
     def compare_and_swap(self, url: str, data: bytes, etag: str) -> ObjectInfo:
-        with _explained(url), self._partial(url) as partial, _folder_lock(local_path(url).parent):
+        with _explained(url), _partial(local_path(url)) as partial, _folder_lock(local_path(url).parent):
             if not local_path(url).exists() or self.head(url).etag != etag:
                 raise ChangedError(f"{url} was changed by another writer")
             info = _write(url, partial, memoryview(data))
@@ -131,26 +131,11 @@ class LocalBackend:
         started = time.monotonic()
         if etag is not None and self.head(url).etag != etag:
             raise ChangedError(f"{url} is not the requested version; check who writes to it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
-        try:
+        with _partial(path) as partial:
             with _explained(url):
                 shutil.copyfile(local_path(url), partial)
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         self._count_read(path.stat().st_size, started)
-
-    @contextlib.contextmanager
-    def _partial(self, url: str) -> Iterator[Path]:
-        """Yield the path of a temporary file next to the object's; it is removed at the end."""
-        path = local_path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
-        try:
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _count_read(self, num_bytes: int, started: float) -> None:
         self._metrics.count_request()
@@ -169,6 +154,17 @@ def is_local(url: str) -> bool:
 def local_path(url: str) -> Path:
     """Return the path of a local URL."""
     return Path(url.removeprefix("file://"))
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file next to another; it is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{_HIDDEN}{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write(url: str, path: Path, data: memoryview) -> ObjectInfo:

@@ -13,6 +13,7 @@ from isthmus.data_pipeline.config import DataConfig
 from isthmus.data_pipeline.dataset.load_plan import load_plan
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
 from isthmus.data_pipeline.dataset.shard_index import Member, Sample, ShardIndex, index_hash
+from isthmus.data_pipeline.order.virtual_ranks import LaneShare
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
@@ -99,10 +100,8 @@ def loader(
         plan,
         encoder or Encoder(),
         image_size_pixels=size,
-        rank=rank,
-        world_size=world_size,
+        share=LaneShare(rank, world_size, virtual_ranks),
         train=train,
-        virtual_ranks=virtual_ranks,
     )
 
 
