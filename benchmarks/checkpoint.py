@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.stage1_speed import LENGTHS, seconds_in_own_process
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.local_s3 import local_s3
+from isthmus.trainer.checkpoint.commit import Ownership
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.train_state import TrainState
@@ -69,7 +70,7 @@ def ours(
 ) -> list[dict[str, object]]:
     """Save a few times and load with verification."""
     manager = CheckpointManager(
-        f"{url}/checkpoints", store, CheckpointConfig(save_timeout_seconds=500), Rank(0, 1), lambda: None
+        f"{url}/checkpoints", store, CheckpointConfig(save_timeout_seconds=500), Rank(0, 1), Ownership(0, lambda: None)
     )
     rows: list[dict[str, object]] = []
     manager.prepare(fragments)

@@ -33,7 +33,7 @@ def open_one(manifest: str) -> Loader:
     """Open an in-process loader."""
     config, store = DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0), ObjectStore()  # type: ignore[arg-type]
     plan = load_plan(config, store, seed=0, global_batch_size=BATCH)
-    return Loader(config, store, plan, encode, image_size_pixels=224, rank=0, world_size=1)
+    return Loader(config, store, plan, encode, image_size_pixels=224)
 
 
 def first_batch_seconds(manifest: str, step: int) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def measure_ours(manifest: str, num_samples: int, endpoint: str | None) -> dict[
     config = DataConfig(sources=({"manifest": manifest},), lanes=8, readers=0)  # type: ignore[arg-type]
     store = ObjectStore(StoreConfig(endpoint_url=endpoint, region="us-east-1"))
     plan = load_plan(config, store, seed=0, global_batch_size=BATCH)
-    loader = Loader(config, store, plan, encode, image_size_pixels=224, rank=0, world_size=1)
+    loader = Loader(config, store, plan, encode, image_size_pixels=224)
     batches = loader.batches(0, num_samples // BATCH)
     before, wall = os.times(), time.perf_counter()
     taken = sum(len(batch.rows_B) for batch in batches)

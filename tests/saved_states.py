@@ -10,6 +10,7 @@ import torch
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.checkpoint.commit import Ownership
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
 from isthmus.trainer.checkpoint.train_state import TrainState
@@ -57,7 +58,8 @@ def manager(
     settings = {"save_timeout_seconds": 20.0, **config}
     place = rank or Rank(0, 1)
     chosen = CheckpointConfig(**settings)
-    return CheckpointManager(folder, store or ObjectStore(), chosen, place, assert_owner, token=token, peers=peers)
+    ownership = Ownership(token, assert_owner)
+    return CheckpointManager(folder, store or ObjectStore(), chosen, place, ownership, peers=peers)
 
 
 def holds(saved: Any, step: int) -> bool:

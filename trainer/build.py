@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,18 +32,10 @@ from isthmus.trainer.stage2_task import Stage2Task
 from isthmus.trainer.task import Task
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a stage trains, and with what."""
-
-    task: Task
-    encoder: TextEncoder
-
-
-def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> Parts:
-    """Build a stage's encoder and its task. Collective if there are several ranks."""
+def build_parts(config: TrainConfig, stage: StageName, rank: Rank, store: ObjectStore) -> tuple[Task, TextEncoder]:
+    """Build a stage's task and its encoder. Collective if there are several ranks."""
     encoder = build_encoder(config, stage, store)
-    return Parts(build_task(config, stage, rank, store, encoder), encoder)
+    return build_task(config, stage, rank, store, encoder), encoder
 
 
 def build_encoder(config: TrainConfig, stage: StageName, store: ObjectStore) -> TextEncoder:

@@ -100,13 +100,13 @@ class LocalContext:
         return StopReason.SIGNAL if self._stop.is_set() else None
 
     def begin_phase(self, phase: str) -> None:
-        """A local run says in its log how far it is."""
+        """Do nothing: the log shows the progress of a local run."""
 
     def begin_step(self, step: int) -> None:
-        """Nobody supervises a local run beyond its watchdog."""
+        """Do nothing: only the watchdog supervises a local run."""
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Nobody watches a local run beyond its log."""
+        """Do nothing: the log has the metrics."""
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:

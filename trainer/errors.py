@@ -29,7 +29,7 @@ class UnreadableCheckpointError(CheckpointError):
 
 
 class MainRankError(CheckpointError):
-    """Rank 0 could not decide for all ranks: an echo, which its own error explains."""
+    """Rank 0 failed to decide for all ranks; its own error says why."""
 
     retryable = True
 

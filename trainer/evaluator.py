@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from isthmus.data_pipeline.config import DataConfig, SourceConfig
 from isthmus.data_pipeline.dataset.load_plan import load_plan
+from isthmus.data_pipeline.order.virtual_ranks import LaneShare
 from isthmus.data_pipeline.reading.batch import TextEncoder
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
@@ -62,5 +63,5 @@ def held_out_loader(
     plan = load_plan(plain, store, seed=0, global_batch_size=global_batch_size)
     return Loader(
         plain, store, plan, encoder,
-        image_size_pixels=image_size_pixels, rank=rank.rank, world_size=rank.world_size, train=False,
+        image_size_pixels=image_size_pixels, share=LaneShare(rank.rank, rank.world_size), train=False,
     )  # fmt: skip

@@ -126,14 +126,12 @@ class RunTarget:
     def open(self, stage: StageName) -> Iterator[Subject]:
         """Build the stage as for training and restore its checkpoint."""
         saved, config = self._saved[stage], self._config
-        parts = build_parts(config, stage, self.rank, self._store)
-        engine = build_engine(parts.task.model, config.stage(stage), self.rank)
+        task, encoder = build_parts(config, stage, self.rank, self._store)
+        engine = build_engine(task.model, config.stage(stage), self.rank)
         try:
             engine.restore(saved, saved.step)
             batch_size = config.stage(stage).global_batch_size
-            yield Subject(
-                saved.url, parts.task, parts.encoder, engine.precision, config.data, config.evaluation, batch_size
-            )
+            yield Subject(saved.url, task, encoder, engine.precision, config.data, config.evaluation, batch_size)
         finally:
             engine.close()
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from isthmus.data_pipeline.dataset.load_plan import excluded_samples, load_plan
 from isthmus.data_pipeline.order.skipped_steps import SkippedSteps
+from isthmus.data_pipeline.order.virtual_ranks import LaneShare
 from isthmus.data_pipeline.reading.batch import Batch
 from isthmus.data_pipeline.reading.loader import Loader
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.build import build_encoder, build_task
+from isthmus.trainer.checkpoint.commit import Ownership
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint
 from isthmus.trainer.checkpoint.replica_buffer import PeerMemory
@@ -262,8 +264,7 @@ class Trainer:
             self.store,
             self.config.checkpoint,
             self.rank,
-            self._before_commit,
-            token=self.run_store.token,
+            Ownership(self.run_store.token, self._before_commit),
             seconds_between_failures=self.monitor.seconds_between_failures(),
             peers=peers,
         )
@@ -289,9 +290,7 @@ class Trainer:
             plan,
             self.encoder,
             image_size_pixels=self.config.model.vision.image_size_pixels,
-            rank=self.rank.rank,
-            world_size=self.rank.world_size,
-            virtual_ranks=self.config.run.virtual_ranks,
+            share=LaneShare(self.rank.rank, self.rank.world_size, self.config.run.virtual_ranks),
         )
 
     def _held_out_loader(self) -> Loader | None:

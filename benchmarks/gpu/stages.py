@@ -192,9 +192,9 @@ def peer_stage1(settings: Settings, name: str) -> dict[str, Any]:
     """Measure stage 1 as the paper describes it, on the same batches."""
     rows = settings.rows(name)
     config = recipe(settings.scratch, rows, tiny=settings.tiny)
-    parts = build_parts(config, "stage1", LocalContext().rank, ObjectStore())
-    batch = batch_of(0, rows, config.model.vision.image_size_pixels, parts.encoder)
-    return _measure_peer(settings, rows, plain_stage1.training_step(parts.task, batch))
+    task, encoder = build_parts(config, "stage1", LocalContext().rank, ObjectStore())
+    batch = batch_of(0, rows, config.model.vision.image_size_pixels, encoder)
+    return _measure_peer(settings, rows, plain_stage1.training_step(task, batch))
 
 
 def peer_stage2(settings: Settings, name: str) -> dict[str, Any]:
@@ -244,8 +244,7 @@ class _Trained:
         context, self.rows = LocalContext(), rows
         limit, deterministic = config.safety.collective_timeout_seconds, config.same_bits != "none"
         stack.enter_context(process_group(context.rank, limit, deterministic=deterministic))
-        parts = build_parts(config, stage, context.rank, ObjectStore())
-        self.task, self.encoder = parts.task, parts.encoder
+        self.task, self.encoder = build_parts(config, stage, context.rank, ObjectStore())
         self.engine: Engine = build_engine(self.task.model, config.stage(stage), context.rank)
         stack.callback(self.engine.close)
         image_size = config.model.vision.image_size_pixels

@@ -118,7 +118,7 @@ def test_an_error_in_a_reader_reaches_the_worker(store, manifest, monkeypatch):
     plan = loader(manifest, store=store).plan
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")  # inherited by the reader that starts now
     config = DataConfig(sources=({"manifest": manifest},), lanes=4, readers=1)
-    made = Loader(config, store, plan, Encoder(), image_size_pixels=32, rank=0, world_size=1)
+    made = Loader(config, store, plan, Encoder(), image_size_pixels=32)
     with pytest.raises(AccessError, match="check the credentials"):
         take(made, 0, 1)
 

@@ -24,7 +24,7 @@ from isthmus.trainer.estimate.hardware import Assumptions, Cluster, find_gpu
 from isthmus.trainer.estimate.memory import FP32, trainable_parameters
 from isthmus.trainer.estimate.shapes import VisionShape, language_shape
 from isthmus.trainer.estimate.step import Parts, estimate_stage
-from isthmus.trainer.estimate.traffic import stage_traffic
+from isthmus.trainer.estimate.traffic import RankStep, stage_traffic
 from isthmus.trainer.frozen.zero3 import load_frozen_lm
 from tests.engine_toys import make_engine
 from tests.ranks import run_ranks
@@ -155,10 +155,7 @@ def predicted(language: Any, reuse: str) -> Any:
     trainable = trainable_parameters(Q, IMAGE_WIDTH, stage2=language is not None)
     if language is not None:
         trainable += (Q.hidden_size + 1) * language.width
-    return stage_traffic(
-        Q, VISION, language, trainable=trainable, world_size=WORLD, local=ROWS, micro=MICRO, vision_element=FP32,
-        language_element=FP32, reuse_distance=REUSE[reuse],
-    )  # fmt: skip
+    return stage_traffic(Q, VISION, language, RankStep(trainable, WORLD, ROWS, MICRO, FP32, FP32, REUSE[reuse]))
 
 
 def shape_of(counted: dict[str, Any], kind: str) -> Any:

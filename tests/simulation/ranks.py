@@ -8,6 +8,7 @@ import torch
 from isthmus.cluster.config import JobConfig
 from isthmus.cluster.workers.replicas import RayReplicas
 from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.trainer.checkpoint.commit import Ownership
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.context import Rank
@@ -39,8 +40,8 @@ class RankJob:
         config, store = job_config(self.sim.plan), self.sim.store()
         run = RunStore.attach(config, store, self.token)
         checkpoints = CheckpointManager(
-            run.checkpoints_url(self.stage), store, config.checkpoint, self.rank, run.assert_owner, token=self.token,
-            peers=self.memory,
+            run.checkpoints_url(self.stage), store, config.checkpoint, self.rank,
+            Ownership(self.token, run.assert_owner), peers=self.memory,
         )  # fmt: skip
         try:
             outcome = self._train(config, store, run, checkpoints)

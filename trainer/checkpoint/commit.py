@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import AlreadyExistsError, NotFoundError, ObjectStore, join
@@ -37,6 +38,15 @@ POLL_SECONDS = 0.1
 CLOSE_SECONDS = 30.0
 
 
+class Ownership(NamedTuple):
+    """The right to commit to a run."""
+
+    token: int
+    """Fencing token, written into each manifest."""
+    assert_owner: Callable[[], None]
+    """Called on rank 0 before each commit; raises LeaseError if this process no longer owns the run."""
+
+
 class BackgroundSaver:
     """Saves one snapshot at a time on a thread, and tries again until the time limit.
 
@@ -45,8 +55,7 @@ class BackgroundSaver:
         store: Access to it; picklable.
         rank: Place of this process.
         session: Name of this start of the ranks, the same on all of them: markers of other starts are not believed.
-        token: Fencing token of the run's owner; written into each manifest.
-        assert_owner: Called on rank 0 before each commit; raises LeaseError if this process no longer owns the run.
+        ownership: Of the run.
         timeout_seconds: Limit of one save.
         on_commit: Called on rank 0 with the step and the seconds since its snapshot.
     """
@@ -57,13 +66,12 @@ class BackgroundSaver:
         store: ObjectStore,
         rank: Rank,
         session: str,
-        token: int,
-        assert_owner: Callable[[], None],
+        ownership: Ownership,
         timeout_seconds: float,
         on_commit: Callable[[int, float], None],
     ) -> None:
         self._url, self._store, self._rank = folder_url, store, rank
-        self._session, self._token, self._assert_owner = session, token, assert_owner
+        self._session, self._ownership = session, ownership
         self._timeout_seconds, self._on_commit = timeout_seconds, on_commit
         self._snapshot: Snapshot | None = None
         self._uploader: UploadProcess | None = None
@@ -166,7 +174,7 @@ class BackgroundSaver:
         digest = hash_file("", [text])
         described = FileEntry(state_name(digest.sha256), digest.size, digest.sha256, digest.crc32)
         self._store.put(join(folder, described.name), text)
-        self._commit(folder, Manifest(step, self._token, self._rank.world_size, parts, described))
+        self._commit(folder, Manifest(step, self._ownership.token, self._rank.world_size, parts, described))
 
     def _upload(self, folder: str, timeout_seconds: float) -> FileEntry:
         uploader = self._started_uploader()
@@ -197,7 +205,7 @@ class BackgroundSaver:
             LeaseError: another owner has the run.
         """
         url, data = join(folder, MANIFEST), manifest.to_bytes()
-        self._assert_owner()
+        self._ownership.assert_owner()
         try:
             self._store.put_if_absent(url, data)
         except AlreadyExistsError:
@@ -205,7 +213,7 @@ class BackgroundSaver:
             there = self._store.get(url)
             if there == data:
                 return
-            if _read_token(there, url) > self._token:
+            if _read_token(there, url) > self._ownership.token:
                 raise LeaseError(
                     f"{url}: was committed by a later owner of the run; this process has lost the run"
                 ) from None

@@ -4,12 +4,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import ObjectStore
-from isthmus.trainer.checkpoint.commit import BackgroundSaver
+from isthmus.trainer.checkpoint.commit import BackgroundSaver, Ownership
 from isthmus.trainer.checkpoint.format import Manifest
 from isthmus.trainer.checkpoint.interval import DEFAULT_SECONDS_BETWEEN_FAILURES, Interval
 from isthmus.trainer.checkpoint.reader import SavedCheckpoint, scan
@@ -45,8 +44,7 @@ class CheckpointManager:
         store: Access to it; picklable.
         config: When to save, what to keep.
         rank: Place of this process.
-        assert_owner: Called on rank 0 before each commit; raises LeaseError if this process no longer owns the run.
-        token: Fencing token of the run's owner; written into each manifest.
+        ownership: Of the run.
         seconds_between_failures: As observed; used by the automatic interval on rank 0.
         peers: Memory of other nodes for snapshots between the checkpoints; None means no replication.
     """
@@ -57,23 +55,22 @@ class CheckpointManager:
         store: ObjectStore,
         config: CheckpointConfig,
         rank: Rank,
-        assert_owner: Callable[[], None],
+        ownership: Ownership,
         *,
-        token: int = 0,
         seconds_between_failures: float = DEFAULT_SECONDS_BETWEEN_FAILURES,
         peers: PeerMemory | None = None,
     ) -> None:
         self.last_committed: Committed | None = None
         self._url, self._store, self._config, self._rank = folder_url, store, config, rank
-        self._assert_owner = assert_owner
+        self._ownership = ownership
         session, between = from_main_rank(lambda: (uuid.uuid4().hex[:12], seconds_between_failures))
         self._interval = Interval(config, between)
         self._saver = BackgroundSaver(
-            folder_url, store, rank, session, token, assert_owner, config.save_timeout_seconds, self._on_commit
+            folder_url, store, rank, session, ownership, config.save_timeout_seconds, self._on_commit
         )
         self._replicator: Replicator | None = None
         if peers is not None and config.peer_memory_every_steps:
-            self._replicator = Replicator(peers, config.peer_memory_every_steps, session, rank, assert_owner)
+            self._replicator = Replicator(peers, config.peer_memory_every_steps, session, rank, ownership.assert_owner)
         self._preparation: threading.Thread | None = None
         self._cost_seconds: float | None = None
 
@@ -213,6 +210,6 @@ class CheckpointManager:
         self.last_committed = Committed(step, time.time(), seconds)
         logger.info("checkpoint of step %d committed after %.1f s", step, seconds)
         try:
-            prune(self._url, self._store, self._config, assert_owner=self._assert_owner)
+            prune(self._url, self._store, self._config, assert_owner=self._ownership.assert_owner)
         except (TrainerError, DataError, OSError) as error:
             logger.warning("old checkpoints could not be deleted, the next save will retry: %s", error)

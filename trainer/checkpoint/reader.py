@@ -207,7 +207,9 @@ class SavedCheckpoint:
         """Where each piece of each tensor is, in increasing offset, and all shapes."""
         found: dict[tuple[str, str], list[tuple[BlockReader, Piece]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        headers = self._pool.map(self._read_pieces, self.manifest.parts)
+        headers = self._pool.map(
+            lambda part: read_pieces(join(self.url, part.name), part.size, self._store), self.manifest.parts
+        )
         for reader, (pieces, shapes_of_part) in zip(self._readers, headers, strict=True):
             shapes.update(shapes_of_part)
             for piece in pieces:
@@ -215,9 +217,6 @@ class SavedCheckpoint:
         for pieces_found in found.values():
             pieces_found.sort(key=lambda item: item[1].offset)
         return found, shapes
-
-    def _read_pieces(self, part: FileEntry) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
-        return read_pieces(join(self.url, part.name), part.size, self._store)
 
     def _problem(self, entry: FileEntry) -> str | None:
         url = join(self.url, entry.name)

@@ -51,32 +51,38 @@ def prune(
     found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder_url, store)}
     if not found:
         return [], []
-    newest, folders = max(found), list_step_dirs(folder_url, store)
+    folders = list_step_dirs(folder_url, store)
+    newest = max(found)
     saved = {step: checkpoint for step, checkpoint in found.items() if step == newest or _is_whole(checkpoint, folders)}
-    kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config)
-    kept |= set(protected)
-    steps, leftovers, unwanted = [], [], []
-    for step, files in folders.items():
-        urls = [info.url for info in files]
-        in_use = any(f"/{IN_USE}/" in url for url in urls)
-        if step > newest or in_use:
-            continue
-        if step in kept and step in saved:
-            leftovers += _leftovers(urls, saved[step])
-        elif step in saved:
-            steps.append(step)
-            unwanted.append(urls)
-        else:
-            leftovers += urls
-    if not dry_run and (steps or leftovers):
+    kept = kept_steps({step: checkpoint.state.metrics for step, checkpoint in saved.items()}, config) | set(protected)
+    unwanted, leftovers = _unwanted(folders, newest, saved, kept)
+    if not dry_run and (unwanted or leftovers):
         assert_owner()
-        for urls in (*unwanted, leftovers):
+        for urls in (*unwanted.values(), leftovers):
             delete_checkpoint(urls, store)
-    if leftovers or steps:
-        logger.info("%s: deleted checkpoints %s and %d leftovers", folder_url, steps or "none", len(leftovers))
+    if leftovers or unwanted:
+        logger.info("%s: deleted checkpoints %s and %d leftovers", folder_url, [*unwanted] or "none", len(leftovers))
     for checkpoint in found.values():
         checkpoint.close()
-    return steps, leftovers
+    return [*unwanted], leftovers
+
+
+def _unwanted(
+    folders: dict[int, list[ObjectInfo]], newest: int, saved: dict[int, SavedCheckpoint], kept: set[int]
+) -> tuple[dict[int, list[str]], list[str]]:
+    """Return the files of each saved checkpoint that is not kept, and leftovers."""
+    unwanted, leftovers = {}, []
+    for step, files in folders.items():
+        urls = [info.url for info in files]
+        if step > newest or any(f"/{IN_USE}/" in url for url in urls):
+            continue
+        if step not in saved:
+            leftovers += urls
+        elif step in kept:
+            leftovers += _leftovers(urls, saved[step])
+        else:
+            unwanted[step] = urls
+    return unwanted, leftovers
 
 
 def delete_after(folder_url: str, store: ObjectStore, step: int, *, dry_run: bool = False) -> list[int]:

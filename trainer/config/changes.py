@@ -50,7 +50,8 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], allowed: Sequence[st
         ConfigError: something changed that must not, or may only when allowed; lists every such key.
     """
     changes = diff_configs(_with_frozen_types(old), _with_frozen_types(new))
-    refused = [change for change in changes if not _covered(change.key, FREE) and not _allowed(change.key, allowed)]
+    fixed = [change for change in changes if not _covered(change.key, FREE)]
+    refused = [change for change in fixed if not (_allowable(change.key) and _covered(change.key, allowed))]
     if refused:
         lines = [f"  {change.key}: {change.old!r} -> {change.new!r}{_advice(change.key)}" for change in refused]
         raise ConfigError(
@@ -70,10 +71,6 @@ def _with_frozen_types(config: dict[str, Any]) -> dict[str, Any]:
         if (model.get(part) or {}).get("dtype") == "auto" and len(types) == 1:
             model[part] = {**model[part], "dtype": types.pop()}
     return {**config, "model": model}
-
-
-def _allowed(key: str, allowed: Sequence[str]) -> bool:
-    return _allowable(key) and _covered(key, allowed)
 
 
 def _allowable(key: str) -> bool:

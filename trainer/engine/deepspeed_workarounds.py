@@ -27,8 +27,8 @@ def load_deepspeed() -> Any:
     """Import DeepSpeed for this machine's accelerator, quietly and without compiling; show it the process group.
 
     On the CPU its first use of a process group compiles the shared-memory all-reduce of `deepspeed_shm_comm`, which
-    only inference calls: a minute or more, and a compilation that is killed leaves a lock file at which all later ones
-    wait for ever.
+    only inference calls. That takes a minute or more, and a killed compilation leaves a lock file on which all later
+    ones wait forever.
     """
     if "DS_ACCELERATOR" not in os.environ:  # asking starts CUDA, which a process without a GPU yet must not
         os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"

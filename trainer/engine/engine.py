@@ -71,8 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
-        parameters: dict[str, nn.Parameter],
+        module: Any,
         wrapped: Any,
         optimizer: ClippedAdamW,
         stage_config: StageConfig,
@@ -86,7 +85,7 @@ class Engine:
         self.precision = Precision(device, getattr(torch, STORAGE_TYPES[stage_config.precision]))
         self.rank = rank
         self.loss_scale = _LOSS_SCALE_START if stage_config.precision == "fp16" else None
-        self._parameters = parameters
+        self._parameters: dict[str, nn.Parameter] = module.trainable_parameters()
         self._wrapped = wrapped
         self._zero = wrapped.optimizer
         self._optimizer = optimizer
@@ -98,7 +97,7 @@ class Engine:
         self._update: DeepSpeedUpdate | TreeUpdate = (
             TreeUpdate(self._zero, optimizer, virtual_ranks)
             if virtual_ranks
-            else DeepSpeedUpdate(wrapped, parameters, rank.world_size)
+            else DeepSpeedUpdate(wrapped, self._parameters, rank.world_size)
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -152,7 +151,7 @@ class Engine:
 
     @torch.no_grad()
     def restore(self, reader: StateReader, step: int, loss_scale: float | None = None) -> None:
-        """Take over the state after `step` steps, saved at any world size and ZeRO stage. Collective.
+        """Load the state after `step` steps, saved at any world size and ZeRO stage. Collective.
 
         Raises:
             CheckpointError: the state is of another model.
@@ -228,34 +227,31 @@ def build_engine(
         ConfigError: the template does not fit virtual ranks.
         TrainerError: the device does not fit the precision.
     """
+    device = _prepare_device(rank, stage_config)
+    task_model.to(device)
+    parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
+    deepspeed_config, schedule = trainable_config(stage_config.deepspeed), stage_config.optimizer
+    offloaded = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    groups = parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors)
+    padding = _prepare_tree(groups, deepspeed_config, virtual_ranks) if virtual_ranks else []
+    optimizer = ClippedAdamW(groups, schedule, fused=device.type == "cuda" and not offloaded)
+    if initialize:
+        for parameter in parameters.values():
+            dist.broadcast(parameter.data, src=0)
+    trained = _trainable_module(task_model, [*parameters.values(), *padding], deepspeed_config)
+    with without_broadcast(deepspeed := load_deepspeed()):
+        wrapped, *_ = deepspeed.initialize(
+            model=trained, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+        )
+    return Engine(task_model, wrapped, optimizer, stage_config, rank, device, virtual_ranks)
+
+
+def _prepare_device(rank: Rank, stage_config: StageConfig) -> torch.device:
     device = select_device(rank)
     if device.type == "cuda":
         _check_bf16(device, stage_config)
         allow_tf32(enabled=stage_config.precision == "tf32")
-    parameters: dict[str, nn.Parameter] = task_model.trainable_parameters()  # type: ignore[operator]
-    deepspeed_config = trainable_config(stage_config.deepspeed)
-    task_model.to(device)
-    schedule = stage_config.optimizer
-    offloaded = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    groups = parameter_groups(parameters, schedule.weight_decay, schedule.lr_factors)
-    padding = _prepare_tree(groups, deepspeed_config, virtual_ranks) if virtual_ranks else []
-    optimizer = ClippedAdamW(
-        groups,
-        schedule,
-        fused=device.type == "cuda" and not offloaded,
-    )
-    if initialize:
-        for parameter in parameters.values():
-            dist.broadcast(parameter.data, src=0)
-    deepspeed = load_deepspeed()
-    with without_broadcast(deepspeed):
-        wrapped, *_ = deepspeed.initialize(
-            model=_trainable_module(task_model, [*parameters.values(), *padding], deepspeed_config),
-            optimizer=optimizer,
-            config=deepspeed_config,
-            dist_init_required=False,
-        )
-    return Engine(task_model, parameters, wrapped, optimizer, stage_config, rank, device, virtual_ranks)
+    return device
 
 
 def allow_tf32(*, enabled: bool) -> None:

@@ -23,7 +23,7 @@ from isthmus.trainer.estimate.memory import (
     trainable_parameters,
 )
 from isthmus.trainer.estimate.shapes import LanguageShape, VisionShape
-from isthmus.trainer.estimate.traffic import Traffic, stage_traffic
+from isthmus.trainer.estimate.traffic import RankStep, Traffic, stage_traffic
 
 SECONDS_PER_DAY = 86400.0
 MOMENTS_AND_MASTER = 3
@@ -287,12 +287,11 @@ class _Stage:
 
     def traffic(self) -> Traffic:
         """Bytes that a rank receives per step."""
-        return stage_traffic(
-            self.q, self.parts.vision, self.language,
-            trainable=self.trainable, world_size=self.cluster.num_gpus, local=self.local, micro=self.micro,
-            vision_element=self.vision_element, language_element=self.language_element,
-            reuse_distance=self.reuse_distance, matched=self.config.matched_share, in_tree=self.in_tree,
+        step = RankStep(
+            self.trainable, self.cluster.num_gpus, self.local, self.micro, self.vision_element, self.language_element,
+            self.reuse_distance, self.config.matched_share, self.in_tree,
         )  # fmt: skip
+        return stage_traffic(self.q, self.parts.vision, self.language, step)
 
     def roofline(self, work: Work, traffic: Traffic) -> dict[str, float]:
         """Seconds per step of each part alone."""

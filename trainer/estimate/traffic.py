@@ -30,41 +30,49 @@ class Traffic:
         return self.gathers + self.gradients + self.contrast + self.negatives
 
 
-def stage_traffic(
-    q: QFormerConfig,
-    vision: VisionShape,
-    language: LanguageShape | None,
-    *,
-    trainable: int,
-    world_size: int,
-    local: int,
-    micro: int,
-    vision_element: int,
-    language_element: int,
-    reuse_distance: float,
-    matched: float = 1.0,
-    in_tree: bool = False,
-) -> Traffic:
-    """Count a step of stage 1 (`language` none) or 2, trainable part in fp32 under ZeRO-1.
+@dataclass(frozen=True)
+class RankStep:
+    """One rank's part of a step, trainable part in fp32 under ZeRO-1."""
+
+    trainable: int
+    """Parameters."""
+    world_size: int
+    local: int
+    """Rows of this rank."""
+    micro: int
+    """Rows of a micro-batch."""
+    vision_element: int
+    """Bytes of an image feature."""
+    language_element: int
+    """Bytes of a frozen weight of the language model."""
+    reuse_distance: float
+    """Parameters within which ZeRO-3 keeps what is needed again."""
+    matched: float = 1.0
+    """Share of the rows whose matching pairs are run; below 1 their own images are exchanged like the negative ones."""
+    in_tree: bool = False
+    """Gradients are summed in a fixed order, each part for the rank that needs it, instead of by an all-reduce."""
+
+
+def stage_traffic(q: QFormerConfig, vision: VisionShape, language: LanguageShape | None, step: RankStep) -> Traffic:
+    """Count a step of stage 1 (`language` none) or 2.
 
     ZeRO-3 gathers each frozen weight in forward and in backward of every micro-batch, but for the last ones of the
-    forward pass, which backward needs again within `reuse_distance` parameters. `matched`: share of the rows whose
-    matching pairs are run; below 1 their own images are exchanged like the negative ones. `in_tree`: gradients are
-    summed in a fixed order, each part for the rank that needs it, instead of by an all-reduce.
+    forward pass, which backward needs again within `reuse_distance` parameters.
     """
-    share = (world_size - 1) / world_size
-    gradients = (2 if in_tree else 3) * share * FP32 * trainable
+    share = (step.world_size - 1) / step.world_size
+    gradients = (2 if step.in_tree else 3) * share * FP32 * step.trainable
     if language is None:
-        total = local * world_size
-        features = vision.num_tokens * vision.width * vision_element
+        total = step.local * step.world_size
+        features = vision.num_tokens * vision.width * step.vision_element
         projected = LABEL_BYTES + FP32 * (q.num_queries + 1) * q.projection_size
-        wanted = local if matched == 1 else 2 * math.ceil(matched * local)
+        wanted = step.local if step.matched == 1 else 2 * math.ceil(step.matched * step.local)
         chosen = wanted * distinct_share(wanted, total)
         return Traffic(0.0, gradients, share * total * projected, share * chosen * features)
     once = language.num_parameters
-    dropped = 1 - min(1.0, reuse_distance / 2 / once)
+    dropped = 1 - min(1.0, step.reuse_distance / 2 / once)
     fetched = once + (language.fetched_parameters - once) * dropped
-    return Traffic(-(-local // micro) * share * language_element * fetched, gradients, 0.0, 0.0)
+    gathers = -(-step.local // step.micro) * share * step.language_element * fetched
+    return Traffic(gathers, gradients, 0.0, 0.0)
 
 
 def distinct_share(draws: int, rows: int) -> float:

@@ -19,7 +19,7 @@ from isthmus.data_pipeline.dataset.stored_samples import StoredSample, StoredSam
 from isthmus.data_pipeline.errors import BadSample
 from isthmus.data_pipeline.sample.captions import image_id_of, parse_json, read_captions
 from isthmus.data_pipeline.sample.image_formats import picture_extension
-from isthmus.data_pipeline.sample.images import decode_image, resize_square
+from isthmus.data_pipeline.sample.images import decode_image, resize_whole
 from isthmus.data_pipeline.sample.questions import Question, read_questions
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.trainer.context import Rank
@@ -96,7 +96,7 @@ class Benchmark:
         try:
             extension = picture_extension(sample.members)
             image = decode_image(sample.members[extension or ""], MAX_IMAGE_PIXELS)
-            pixels, problem = resize_square(image, (0, 0, *image.shape[:2]), self._side), None
+            pixels, problem = resize_whole(image, self._side), None
         except BadSample as bad:
             pixels, problem = np.zeros((self._side, self._side, 3), dtype=np.uint8), str(bad)
         return Item(image_id, captions, questions, domain, problem), pixels

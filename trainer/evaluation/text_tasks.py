@@ -45,36 +45,73 @@ class _Request:
     """What is recorded in addition to the text."""
 
 
-def caption_images(
-    model: Stage2Model, encoder: LanguageEncoder, precision: Precision, data: Benchmark, on_unit: Callable[[], None]
-) -> list[Row]:
-    """Return one row per usable image: image_id, references, domain, text. Collective; equal on all ranks."""
+class TextTasks:
+    """Texts of a stage-2 model for an evaluation set; collective, with equal rows on any number of ranks."""
 
-    def requests(place: int, item: Item) -> list[_Request]:
-        row = {"image_id": item.image_id, "references": list(item.captions), "domain": item.domain}
-        return [_Request(place, CAPTION_PROMPT, row)] if item.captions else []
+    def __init__(
+        self,
+        model: Stage2Model,
+        encoder: LanguageEncoder,
+        precision: Precision,
+        data: Benchmark,
+        on_unit: Callable[[], None],
+    ) -> None:
+        """`on_unit` is called after each unit."""
+        self._model, self._encoder, self._precision = model, encoder, precision
+        self._data, self._on_unit = data, on_unit
 
-    return _write(model, encoder, precision, data, requests, CAPTION_DECODING, on_unit)
+    def captions(self) -> list[Row]:
+        """Return one row per usable image: image_id, references, domain, text."""
 
+        def requests(place: int, item: Item) -> list[_Request]:
+            row = {"image_id": item.image_id, "references": list(item.captions), "domain": item.domain}
+            return [_Request(place, CAPTION_PROMPT, row)] if item.captions else []
 
-def answer_questions(
-    model: Stage2Model, encoder: LanguageEncoder, precision: Precision, data: Benchmark, on_unit: Callable[[], None]
-) -> list[Row]:
-    """Return one row per answered question: question_id, question, answers, text. Collective; equal on all ranks."""
-    template = QUESTION_PROMPTS["encoder-decoder" if model.language.is_encoder_decoder else "decoder"]
+        return self._write(requests, CAPTION_DECODING)
 
-    def requests(place: int, item: Item) -> list[_Request]:
-        return [
-            _Request(
-                place,
-                template.format(plain_question(question.text)),
-                {"question_id": question.number, "question": question.text, "answers": list(question.answers)},
-            )
-            for question in item.questions
-            if question.answers
-        ]
+    def answers(self) -> list[Row]:
+        """Return one row per answered question: question_id, question, answers, text."""
+        template = QUESTION_PROMPTS["encoder-decoder" if self._model.language.is_encoder_decoder else "decoder"]
 
-    return _write(model, encoder, precision, data, requests, ANSWER_DECODING, on_unit)
+        def requests(place: int, item: Item) -> list[_Request]:
+            return [
+                _Request(
+                    place,
+                    template.format(plain_question(question.text)),
+                    {"question_id": question.number, "question": question.text, "answers": list(question.answers)},
+                )
+                for question in item.questions
+                if question.answers
+            ]
+
+        return self._write(requests, ANSWER_DECODING)
+
+    def _write(self, requests: Callable[[int, Item], list[_Request]], decoding: Decoding) -> list[Row]:
+        parts: list[tuple[int, list[Row]]] = []
+        with torch.no_grad(), self._precision.autocast(), evaluating(self._model):
+            for unit in self._data.units():
+                usable = [(place, item) for place, item in enumerate(unit.items) if item.problem is None]
+                rows = self._write_unit(unit, [request for pair in usable for request in requests(*pair)], decoding)
+                parts += [(unit.number, rows)] if unit.counts else []
+                self._on_unit()
+        return in_order(parts)
+
+    def _write_unit(self, unit: Unit, asked: list[_Request], decoding: Decoding) -> list[Row]:
+        """Encode each image once and write a few texts at a time; every rank makes as many calls as the busiest one."""
+        model = self._model
+        assert model.vision is not None
+        features_BPD = model.encode(model.vision.normalize(unit.pixels_BCHW.to(self._precision.device)))
+        chunks = [asked[start : start + TEXTS_AT_A_TIME] for start in range(0, len(asked), TEXTS_AT_A_TIME)]
+        rows: list[Row] = []
+        for i in range(max(gather_lists([len(chunks)]))):
+            # A sharded language model needs all ranks in each call: one with no text left to write repeats an image.
+            chunk = chunks[i] if i < len(chunks) else [_Request(0, CAPTION_PROMPT, {})]
+            index_B = torch.tensor([request.place for request in chunk], device=features_BPD.device)
+            prompts = [request.prompt for request in chunk]
+            texts = generate(model, self._encoder, features_BPD[index_B], prompts, decoding)
+            if i < len(chunks):
+                rows += [request.row | {"text": text} for request, text in zip(chunk, texts, strict=True)]
+        return rows
 
 
 def caption_figures(rows: Sequence[Row], data: str) -> dict[str, float]:
@@ -109,51 +146,3 @@ def question_figures(rows: Sequence[Row], task: EvalTask, data: str) -> dict[str
 def plain_question(text: str) -> str:
     """Return a question as the original asks it: lower case, without some punctuation, at most 50 words."""
     return " ".join(text.lower().translate(_DROPPED).rstrip(" ").split(" ")[:MAX_WORDS])
-
-
-def _write(
-    model: Stage2Model,
-    encoder: LanguageEncoder,
-    precision: Precision,
-    data: Benchmark,
-    requests: Callable[[int, Item], list[_Request]],
-    decoding: Decoding,
-    on_unit: Callable[[], None],
-) -> list[Row]:
-    parts: list[tuple[int, list[Row]]] = []
-    with torch.no_grad(), precision.autocast(), evaluating(model):
-        for unit in data.units():
-            asked = [
-                request
-                for place, item in enumerate(unit.items)
-                if item.problem is None
-                for request in requests(place, item)
-            ]
-            rows = _write_unit(model, encoder, precision, unit, asked, decoding)
-            parts += [(unit.number, rows)] if unit.counts else []
-            on_unit()
-    return in_order(parts)
-
-
-def _write_unit(
-    model: Stage2Model,
-    encoder: LanguageEncoder,
-    precision: Precision,
-    unit: Unit,
-    asked: list[_Request],
-    decoding: Decoding,
-) -> list[Row]:
-    """Encode each image once and write a few texts at a time; every rank makes as many calls as the busiest one."""
-    assert model.vision is not None
-    features_BPD = model.encode(model.vision.normalize(unit.pixels_BCHW.to(precision.device)))
-    chunks = [asked[start : start + TEXTS_AT_A_TIME] for start in range(0, len(asked), TEXTS_AT_A_TIME)]
-    rows: list[Row] = []
-    for i in range(max(gather_lists([len(chunks)]))):
-        # A sharded language model needs all ranks in each call: one that has no text left to write repeats an image.
-        chunk = chunks[i] if i < len(chunks) else [_Request(0, CAPTION_PROMPT, {})]
-        index_B = torch.tensor([request.place for request in chunk], device=features_BPD.device)
-        prompts = [request.prompt for request in chunk]
-        texts = generate(model, encoder, features_BPD[index_B], prompts, decoding)
-        if i < len(chunks):
-            rows += [request.row | {"text": text} for request, text in zip(chunk, texts, strict=True)]
-    return rows

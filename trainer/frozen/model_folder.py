@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
+from isthmus.model.config import Dtype
 from isthmus.model.imports.published import Published
 from isthmus.model.imports.tensors import LazyTensor, Tensors
 from isthmus.trainer.errors import TrainerError
@@ -26,7 +27,6 @@ from isthmus.trainer.errors import TrainerError
 RECORD = "isthmus-model.json"
 CONFIG = "config.json"
 FILE_BYTES = 2 << 30
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class FileRecord(BaseModel):

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore, join
+from isthmus.model.imports.tensors import SAFETENSORS_DTYPES
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.safetensors_header import HeaderError, TensorSpan, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
-_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "BOOL": torch.bool, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-}  # fmt: skip
+_DTYPES = {name: dtype for name, dtype in SAFETENSORS_DTYPES.items() if not name.startswith("F8")}
 
 
 class FrozenWeightsError(TrainerError):

@@ -8,7 +8,8 @@ listed and read before it proved its ownership, so nothing of its successor is t
 
 import logging
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -101,20 +102,26 @@ def export_checkpoint(
         ModelError: transformers cannot hold this encoder.
     """
     saved, stage = _find(config, store, run_url, stage, step)
-    if next(iter(store.list(destination)), None) is not None:
-        raise CheckpointError(f"{destination}: is not empty; give a new folder")
-    parent = local_path(destination).resolve().parent if is_local(destination) else None
+    with closing(saved), _new_folder(destination, store) as folder, saved.in_use():
+        _write(config, store, saved, folder, stage, form)
+    return saved.url
+
+
+@contextmanager
+def _new_folder(url: str, store: ObjectStore) -> Iterator[Path]:
+    """Yield a folder to fill, which is then moved or uploaded to `url`."""
+    if not store.is_empty(url):
+        raise CheckpointError(f"{url}: is not empty; give a new folder")
+    parent = local_path(url).resolve().parent if is_local(url) else None
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".isthmus-export-", dir=parent) as temporary:
         folder = Path(temporary) / EXPORT
-        with closing(saved), saved.in_use():
-            _write(config, store, saved, folder, stage, form)
+        yield folder
         if parent is not None:
-            folder.rename(local_path(destination))
+            folder.rename(local_path(url))
         else:
-            _upload(folder, destination, store)
-    return saved.url
+            _upload(folder, url, store)
 
 
 def _find(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
+from isthmus.trainer.checkpoint.commit import Ownership
 from isthmus.trainer.checkpoint.manager import CheckpointManager
 from tests.saved_states import fragments_of, holds, state_of
 
@@ -22,7 +23,8 @@ def train(assignment, context):
     folder = Path(config.run.url)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     url = join(str(folder), "checkpoints")
-    checkpoints = CheckpointManager(url, ObjectStore(), config.checkpoint, rank, lambda: None, peers=context.replicas)
+    ownership = Ownership(0, lambda: None)
+    checkpoints = CheckpointManager(url, ObjectStore(), config.checkpoint, rank, ownership, peers=context.replicas)
     saved = checkpoints.newest()
     step = saved.step if saved else 0
     started = {"world": rank.world_size, "step": step, "url": saved.url if saved else "", "pid": os.getpid()}

@@ -36,7 +36,7 @@ def tiny_config(assets, language, *overrides):
 
 
 def build_stage1(assets, language, *overrides):
-    return build_parts(tiny_config(assets, language, *overrides), "stage1", Rank(0, 1), ObjectStore())
+    return build_parts(tiny_config(assets, language, *overrides), "stage1", Rank(0, 1), ObjectStore())[0]
 
 
 def damaged(assets, folder, damage):
@@ -59,8 +59,8 @@ def damaged(assets, folder, damage):
 
 
 def test_a_sound_language_model_passes_and_stage_1_alone_needs_none(assets, tmp_path):
-    assert build_stage1(assets, assets / "opt").task.name == "stage1"
-    assert build_stage1(assets, tmp_path / "absent", "stage2=null").task.name == "stage1"
+    assert build_stage1(assets, assets / "opt").name == "stage1"
+    assert build_stage1(assets, tmp_path / "absent", "stage2=null").name == "stage1"
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "tokenizer", "type"])
