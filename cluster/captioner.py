@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.data_pipeline.config import DataConfig
-from isthmus.data_pipeline.sample.images import decode_image, resize_square
+from isthmus.data_pipeline.sample.images import decode_image, resize_whole
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 from isthmus.model.decoding import Decoding
 from isthmus.model.formats.captioner import load_captioner
@@ -49,15 +49,11 @@ class Captioner:
         """
         vision = self.model.vision
         assert vision is not None  # an export holds its encoder
-        squares = [self._square(decode_image(image, MAX_IMAGE_PIXELS)) for image in images]
+        side = vision.config.image_size_pixels
+        squares = [resize_whole(decode_image(image, MAX_IMAGE_PIXELS), side) for image in images]
         return vision.normalize(torch.from_numpy(np.stack(squares)).to(self.device).permute(0, 3, 1, 2))
 
     def write(self, images: Sequence[bytes], prompts: Sequence[str | None], decoding: Decoding) -> list[str]:
         """Return one text per image, continuing its prompt; None means the prompt of training."""
         texts = [self.encoder.config.prompt if prompt is None else prompt for prompt in prompts]
         return generate(self.model, self.encoder, self.pixels(images), texts, decoding)
-
-    def _square(self, image: np.ndarray) -> np.ndarray:
-        assert self.model.vision is not None
-        height, width, _ = image.shape
-        return resize_square(image, (0, 0, height, width), self.model.vision.config.image_size_pixels)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from isthmus.data_pipeline.sample.images import decode_image, resize_square
+from isthmus.data_pipeline.sample.images import decode_image, resize_whole
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
 from isthmus.model.generate import answer, evaluating
 from isthmus.model.text.qformer_tokenizer import LanguageEncoder
@@ -118,8 +118,7 @@ def _ask(subject: Subject, data: str, store: ObjectStore) -> EvalResult:
 
 def _square(data: bytes, subject: Subject) -> Any:
     """Decode a whole image and bring it to the encoder's size, as held-out pairs are: uint8 [side, side, 3]."""
-    image = decode_image(data, subject.data.max_image_pixels)
-    return resize_square(image, (0, 0, *image.shape[:2]), subject.side)
+    return resize_whole(decode_image(data, subject.data.max_image_pixels), subject.side)
 
 
 def _write(report: Report, result: EvalResult, out: Path) -> None:

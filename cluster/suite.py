@@ -23,13 +23,7 @@ from isthmus.trainer.evaluation.benchmark import Benchmark
 from isthmus.trainer.evaluation.paper import beside_paper, model_names
 from isthmus.trainer.evaluation.protocol import SUITES, EvalTask
 from isthmus.trainer.evaluation.ranking import Ranking
-from isthmus.trainer.evaluation.text_tasks import (
-    Row,
-    answer_questions,
-    caption_figures,
-    caption_images,
-    question_figures,
-)
+from isthmus.trainer.evaluation.text_tasks import Row, TextTasks, caption_figures, question_figures
 from isthmus.trainer.subject import RESULT, TEXTS, Subject, Target
 
 STAGES: tuple[StageName, ...] = ("stage1", "stage2")
@@ -167,12 +161,12 @@ def _evaluate(subject: Subject, task: EvalTask, weights: str, work: _Work, rank:
         if task.kind == "retrieval":
             words, communicator = cast(QFormerEncoder, subject.encoder), make_communicator(rank.world_size)
             figures, count = Ranking(model, words, precision, communicator, data, on_unit).figures()
-        elif task.kind == "caption":
-            rows = caption_images(model, cast(LanguageEncoder, subject.encoder), precision, data, on_unit)
-            figures, count = caption_figures(rows, data.url), len(rows)
         else:
-            rows = answer_questions(model, cast(LanguageEncoder, subject.encoder), precision, data, on_unit)
-            figures, count = question_figures(rows, task, data.url), len(rows)
+            texts = TextTasks(model, cast(LanguageEncoder, subject.encoder), precision, data, on_unit)
+            is_caption = task.kind == "caption"
+            rows = texts.captions() if is_caption else texts.answers()
+            figures = caption_figures(rows, data.url) if is_caption else question_figures(rows, task, data.url)
+            count = len(rows)
     return TaskResult(task.name, weights, data.hash, task.settings(), model_names(model), figures, count), rows
 
 

@@ -7,10 +7,31 @@ from pathlib import Path
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+LONG_FUNCTION_LINES, MANY_PARAMETERS = 40, 7
+"""Allowed where there is a reason, such as the options of a command; counted."""
 MAX_FILES_PER_FOLDER = 14
 MAX_FOLDERS_PER_PACKAGE = 8
 PACKAGES = ("model", "data_pipeline", "trainer", "bootstrap", "cluster", "demo")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 VAGUE_NAMES = ("utils.py", "util.py", "helpers.py", "common.py", "misc.py")
+
+
+def functions(path: Path) -> list[Function]:
+    """Return the functions and methods of a file."""
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def num_lines_of(function: Function) -> int:
+    """Return the lines from `def` to the end."""
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def num_parameters(function: Function) -> int:
+    """Return how many values a caller can give; `self` and `cls` are none."""
+    arguments = function.args
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    return len([name for name in names if name not in ("self", "cls")])
 
 
 def problems_of_file(path: Path) -> Iterator[str]:
@@ -21,11 +42,10 @@ def problems_of_file(path: Path) -> Iterator[str]:
         yield f"{path}: {num_lines} lines, at most {MAX_FILE_LINES}"
     if path.name in VAGUE_NAMES:
         yield f"{path}: name the file after what it does"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if length > MAX_FUNCTION_LINES:
-                yield f"{path}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+    for function in functions(path):
+        if num_lines_of(function) > MAX_FUNCTION_LINES:
+            length = f"{num_lines_of(function)} lines, at most {MAX_FUNCTION_LINES}"
+            yield f"{path}:{function.lineno}: {function.name} has {length}"
 
 
 def problems_of_package(root: Path) -> Iterator[str]:
@@ -46,7 +66,17 @@ def main() -> int:
     found = [line for file in files for line in problems_of_file(file)]
     found += [line for root in roots for line in problems_of_package(root)]
     sys.stdout.writelines(f"{line}\n" for line in found)
-    sys.stdout.write(f"style limits: {len(files)} files, {len(found)} problems\n")
+    everything = [function for file in files for function in functions(file)]
+    counts = {
+        "files": len(files),
+        "lines": sum(len(file.read_text().splitlines()) for file in files),
+        f"functions over {LONG_FUNCTION_LINES} lines": sum(num_lines_of(f) > LONG_FUNCTION_LINES for f in everything),
+        f"functions with over {MANY_PARAMETERS} parameters": sum(
+            num_parameters(f) > MANY_PARAMETERS for f in everything
+        ),
+        "problems": len(found),
+    }
+    sys.stdout.write(f"style limits: {', '.join(f'{count} {name}' for name, count in counts.items())}\n")
     return 1 if found else 0
 
 

@@ -29,6 +29,18 @@ ADDRESS_HELP = "Run as tasks on this Ray cluster ('auto': this node's). Local pa
 Address = Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)]
 CPUS = os.cpu_count() or 1
 
+SOURCE_HELP = "Folder, .jsonl, .parquet, COCO captions, annotation list or evaluation set."
+SourceArg = Annotated[Path, typer.Argument(metavar="SRC", help=SOURCE_HELP)]
+KIND_HELP = "folder, jsonl, parquet, coco or annotations (default: guessed); karpathy, vqa or gqa."
+KindOption = Annotated[str | None, typer.Option("--kind", help=KIND_HELP)]
+IMAGES_HELP = "Base folder of relative image paths; paths must not leave it."
+ImagesOption = Annotated[Path | None, typer.Option("--images", help=IMAGES_HELP)]
+ANNOTATIONS_HELP = "With --kind vqa: the file with the answers."
+AnnotationsOption = Annotated[Path | None, typer.Option("--annotations", help=ANNOTATIONS_HELP, exists=True)]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Column with image bytes, path or URL.")]
+PRIVATE_HELP = "Also download from addresses that are not public."
+PrivateOption = Annotated[bool, typer.Option("--allow-private-addresses", help=PRIVATE_HELP)]
+
 
 @app.command()
 def index(
@@ -69,9 +81,7 @@ def index(
         "bytes": sum(shard.size_bytes for shard in manifest.shards),
         "dropped": dict(dropped),
     }
-    _print_facts(facts, as_json=as_json)
-    if dropped and not as_json:
-        typer.echo(f"what was dropped, and why: {join(out, DROPPED)}")
+    _print_facts(facts, join(out, DROPPED), as_json=as_json)
 
 
 @app.command()
@@ -197,34 +207,16 @@ def where(
 
 @app.command()
 def ingest(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC", help="Folder, .jsonl, .parquet, COCO captions, annotation list or evaluation set."
-        ),
-    ],
+    source: SourceArg,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder URL of the shards; run again to resume.")],
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--kind", help="folder, jsonl, parquet, coco or annotations (default: guessed); karpathy, vqa or gqa."
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Base folder of relative image paths; paths must not leave it.")
-    ] = None,
+    kind: KindOption = None,
+    images: ImagesOption = None,
     split: Annotated[str, typer.Option("--split", help="With --kind karpathy: train, restval, val or test.")] = "test",
-    annotations: Annotated[
-        Path | None, typer.Option("--annotations", help="With --kind vqa: the file with the answers.", exists=True)
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image-column", help="Column with image bytes, path or URL.")
-    ] = None,
+    annotations: AnnotationsOption = None,
+    image_column: ImageColumn = None,
     caption_column: Annotated[str | None, typer.Option("--caption-column", help="Column with the captions.")] = None,
     id_column: Annotated[str | None, typer.Option("--id-column", help="Column with the image id.")] = None,
-    allow_private_addresses: Annotated[
-        bool, typer.Option("--allow-private-addresses", help="Also download from addresses that are not public.")
-    ] = False,
+    allow_private_addresses: PrivateOption = False,
     samples_per_shard: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 10_000,
     processes: Processes = CPUS,
     address: Address = None,
@@ -252,9 +244,8 @@ def ingest(
             allow_private=allow_private_addresses,
             on_shard=lambda _: advance(),
         )
-    _print_facts(vars(summary) | {"dropped": dict(summary.dropped)}, as_json=as_json)
-    if summary.dropped and not as_json:
-        typer.echo(f"what was dropped, and why: {join(summary.folder, DROPPED)}; it can be ingested like any .jsonl")
+    where_dropped = f"{join(summary.folder, DROPPED)}; it can be ingested like any .jsonl"
+    _print_facts(vars(summary) | {"dropped": dict(summary.dropped)}, where_dropped, as_json=as_json)
 
 
 def _number(value: int | None) -> str:
@@ -282,10 +273,13 @@ def _bars(counts: dict[str, int]) -> Iterator[tuple[str, str, str]]:
         yield label, f"{count:,}", "#" * round(40 * count / longest)
 
 
-def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+def _print_facts(facts: dict[str, Any], where_dropped: str, *, as_json: bool) -> None:
+    """Print counts, and where dropped samples are listed if there are any."""
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
         if value not in ([], {}):
             typer.echo(f"{name.replace('_', ' ')}: {value}")
+    if facts["dropped"]:
+        typer.echo(f"what was dropped, and why: {where_dropped}")

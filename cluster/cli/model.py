@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isthmus.cluster.cli.options import EndpointOption, RegionOption, RunFolderArg, open_store
-from isthmus.cluster.cli.output import data_size
+from isthmus.cluster.cli.output import data_size, print_rich, table
 
 if TYPE_CHECKING:
     from isthmus.model.imports.published import Published
@@ -248,9 +248,6 @@ def check(
     region: RegionOption = None,
 ) -> None:
     """Check whether models fit each other and a recipe, without reading weights; exit code 2 if not."""
-    from rich.console import Console
-    from rich.table import Table
-
     from isthmus.cluster.checks.model_headers import open_headers
     from isthmus.cluster.checks.models import ModelChecks
     from isthmus.cluster.config import JobConfig
@@ -270,10 +267,8 @@ def check(
         checks.add_bert(open_headers(bert, store))
     checks.add_steps()
     checks.add_memory(Cluster(find_gpu(gpu), gpus))
-    table = Table("part", "", "found", title=f"for {recipe.name}", title_justify="left")
-    for row in checks.rows:
-        table.add_row(*row)
-    Console().print(table)
+    typer.echo(f"for {recipe.name}")
+    print_rich(table(("part", "", "found"), checks.rows))
     for misfit in checks.misfits:
         typer.echo(misfit, err=True)
     if checks.misfits:

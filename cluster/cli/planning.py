@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isthmus.cluster.cli.options import JsonOption, OverridesArg, RecipeArg
-from isthmus.cluster.cli.output import print_json
+from isthmus.cluster.cli.output import print_json, print_rich, table
 from isthmus.cluster.config import JobConfig
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.errors import ConfigError
@@ -94,9 +94,6 @@ def _print_estimates(
     *,
     as_json: bool,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from isthmus.trainer.estimate import report
 
     hardware, assumed = f"{cluster.num_gpus} x {cluster.gpu.name}", {"assumptions": vars(assumptions)}
@@ -104,24 +101,17 @@ def _print_estimates(
         stages = {estimate.stage: report.as_json(estimate, price) for estimate in estimates}
         print_json({"hardware": hardware, "gpu": vars(cluster.gpu), "stages": stages, **assumed})
         return
-    console = Console()
     for estimate in estimates:
-        table = Table(title=f"{estimate.stage} on {hardware}", show_header=False, title_justify="left")
-        for label, value in report.rows(estimate, price):
-            table.add_row(label, value)
-        console.print(table)
-    console.print("Dimensions: " + "; ".join(sources), highlight=False)
-    console.print(
-        "Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(cluster.gpu, assumptions))
-    )
+        typer.echo(f"{estimate.stage} on {hardware}")
+        print_rich(table(None, report.rows(estimate, price)))
+        typer.echo()
+    typer.echo(f"Dimensions: {'; '.join(sources)}")
+    _print_assumed(cluster.gpu, assumptions)
 
 
 def _print_sweep(
     sizes: list[int], by_size: "list[list[StageEstimate]]", gpu: "Gpu", assumptions: "Assumptions", *, as_json: bool
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from isthmus.trainer.estimate import report
 
     if as_json:
@@ -130,15 +120,16 @@ def _print_sweep(
         print_json({"gpu": vars(gpu), "sweep": sweep, "assumptions": vars(assumptions)})
         return
     header, *lines = report.sweep_rows(sizes, by_size)
-    table = Table(*header, title=f"{gpu.name}: the same run on more GPUs", title_justify="left")
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    console.print(table)
-    console.print("A global batch that a size does not divide is rounded down to one that it does.")
-    console.print(
-        "Assumed (override with --assume name=value): " + ", ".join(report.assumption_lines(gpu, assumptions))
-    )
+    typer.echo(f"{gpu.name}: the same run on more GPUs")
+    print_rich(table(header, lines))
+    typer.echo("A global batch that a size does not divide is rounded down to one that it does.")
+    _print_assumed(gpu, assumptions)
+
+
+def _print_assumed(gpu: "Gpu", assumptions: "Assumptions") -> None:
+    from isthmus.trainer.estimate.report import assumption_lines
+
+    typer.echo(f"Assumed (override with --assume name=value): {', '.join(assumption_lines(gpu, assumptions))}")
 
 
 def _sizes(sweep: str) -> list[int]:

@@ -33,6 +33,15 @@ assets_app = typer.Typer(help="Generate inputs that need no download.", no_args_
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray: for debugging, or one GPU.")
 ]
+SUBJECT_HELP = "Folder of a run or of a stage-2 export (local or s3://)."
+SubjectArg = Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help=SUBJECT_HELP)]
+DATA_HELP = "Manifest of held-out pairs, .jsonl of questions about images, or folder of a suite's manifests."
+HeldOutArg = Annotated[str, typer.Argument(help=DATA_HELP)]
+TasksOption = Annotated[list[str] | None, typer.Option("--task", help="Run only this task of the suite (repeatable).")]
+OUT_HELP = "Local folder for report.json and gallery.png (default: eval)."
+ReportOption = Annotated[Path | None, typer.Option("--out", help=OUT_HELP)]
+STAGE_HELP = "stage1 or stage2 (default: the last with any)"
+StageOption = Annotated[Literal["stage1", "stage2"] | None, typer.Option("--stage", help=STAGE_HELP)]
 
 
 @app.command()
@@ -59,26 +68,12 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run or of a stage-2 export (local or s3://).")
-    ],
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Manifest of held-out pairs, .jsonl of questions about images, or folder of a suite's manifests."
-        ),
-    ],
+    run: SubjectArg,
+    data: HeldOutArg,
     suite: Annotated[str | None, typer.Option("--suite", help="Published protocol: blip2.")] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option("--task", help="Run only this task of the suite (repeatable).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Local folder for report.json and gallery.png (default: eval).")
-    ] = None,
-    stage: Annotated[
-        Literal["stage1", "stage2"] | None,
-        typer.Option("--stage", help="stage1 or stage2 (default: the last with any)"),
-    ] = None,
+    tasks: TasksOption = None,
+    out: ReportOption = None,
+    stage: StageOption = None,
     num_samples: Annotated[int | None, typer.Option("--samples", help="Samples evaluated (default: recipe's)")] = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
@@ -95,8 +90,8 @@ def evaluate(
     target, store = _target(
         run.rstrip("/"), open_store(endpoint_url, region), is_store_given=bool(endpoint_url or region)
     )
-    report: SuiteReport | Report
     out = out or Path("eval")
+    report: SuiteReport | Report
     if suite:
         report = evaluate_suite(target, suite, data.rstrip("/"), store, tasks or [], _progress(target.rank.is_main))
     else:

@@ -25,7 +25,7 @@ def test_keys_are_those_of_the_batch(tmp_path):
     config = job_config(str(tmp_path), data=data)
     store = ObjectStore()
     plan = load_plan(config.data, store, seed=0, global_batch_size=8)
-    loader = Loader(config.data, store, plan, no_text, image_size_pixels=32, rank=0, world_size=1)
+    loader = Loader(config.data, store, plan, no_text, image_size_pixels=32)
     try:
         for batch in loader.batches(2, 2):
             assert sample_keys(config, store, "stage1", batch.step) == batch.keys

@@ -26,7 +26,7 @@ from isthmus.trainer.evaluation.paper import TABLES, beside_paper, model_names, 
 from isthmus.trainer.evaluation.protocol import CAPTION_DECODING, CAPTION_PROMPT, SUITES, EvalTask
 from isthmus.trainer.evaluation.ranking import Ranking, best_pairs
 from isthmus.trainer.evaluation.retrieval_metrics import direction_recalls
-from isthmus.trainer.evaluation.text_tasks import answer_questions, caption_figures, plain_question, question_figures
+from isthmus.trainer.evaluation.text_tasks import TextTasks, caption_figures, plain_question, question_figures
 from isthmus.trainer.subject import ExportTarget, RunTarget
 from tests.benchmark_files import INGEST, prepare, write_published
 from tests.corpus import picture
@@ -190,7 +190,7 @@ def test_texts_do_not_depend_on_the_number_of_ranks(captioner, files, world_size
     def answered(model, subject, rank, size):
         data = Benchmark(str(files / "sets/vqav2"), ObjectStore(), subject.side, Rank(rank, size))
         seen = []
-        rows = answer_questions(model, subject.encoder, subject.precision, data, lambda: seen.append(rank))
+        rows = TextTasks(model, subject.encoder, subject.precision, data, lambda: seen.append(rank)).answers()
         return rows, len(seen)
 
     target = ExportTarget(str(captioner), ObjectStore(), Rank(0, 1))
