@@ -49,11 +49,10 @@ PHASES = {
 }
 EXPECTED_SECONDS = {
     TINY_RECIPE: (1, 3, 15, 10, 32, 10, 8, 3),
-    RECIPE: (60, 70, 25, 15, 330, 400, 25, 5),
+    RECIPE: (60, 70, 25, 15, 310, 330, 25, 5),
     LONG_RECIPE: (60, 60, 40, 15, 2000, 3600, 90, 5),
 }
-"""Of each phase on two cores of 2026-11; those of `demo` are computed from CPU seconds (docs/decisions.md). Other
-machines and recipes are scaled by the pace seen."""
+"""Of each phase on two cores of 2026-11. Other machines and recipes are scaled by the pace seen."""
 TINY_NOTE = (
     "Generated scenes, a random image encoder and a tiny language model: this shows that everything works, "
     "not what the method learns. `make demo` takes real pictures and pretrained models."

@@ -10,7 +10,7 @@ from isthmus.cluster.report.markup import Html, h
 from isthmus.cluster.report.summary import HeldOut, held_out, is_right
 
 SVG = "http://www.w3.org/2000/svg"
-COLUMNS, CELL, IMAGE, TOP, HEIGHT = 6, 186, 160, 32, 276
+COLUMNS, CELL, IMAGE, TOP, HEIGHT = 5, 186, 160, 32, 276
 MAX_CHARACTERS = 18
 STYLE = """text { font: 13px system-ui, sans-serif; fill: #1d2329 } .soft { fill: #5d6873 } .right { fill: #2a8a5f }
 .paper { fill: #fbfbf9 } .head { font-weight: 600 }"""
