@@ -19,7 +19,7 @@ from isthmus.model.formats.native import DESCRIPTION, export_bridge, read_traine
 from isthmus.model.imports.tensors import Tensors, open_tensors
 from isthmus.model.qformer.qformer import QFormer
 from isthmus.model.safetensors_io import read_json, refuse_existing, write_tensors
-from isthmus.model.text.language_tokenizer import TOKENIZER_FILES
+from isthmus.model.text.language_tokenizer import TOKENIZER_FILES, LanguageEncoder
 
 LANGUAGE_PREFIX = "language_model."
 VISION_PREFIX = "vision_model."
@@ -99,7 +99,7 @@ def import_blip2(source: Path, target: Path) -> Imported:
             trained,
             qformer,
             (VisionConfig(path="vision", image_size_pixels=config.vision_config.image_size, dtype=dtype), vision),
-            (LanguageConfig(path="language", dtype=dtype), language) if is_stage2 else None,
+            (LanguageConfig(path="language", dtype=dtype, stop=_stop(language)), language) if is_stage2 else None,
             tokenizer if not is_stage2 and any(tokenizer.iterdir()) else None,
         )
     return Imported.of(trained, all_names, _left(tensors, trained))
@@ -111,6 +111,17 @@ def _blip2_config(source: Path) -> Any:
     if read_json(source / "config.json").get("model_type") != "blip-2":
         raise ModelError(f"{source}: not a BLIP-2 folder in transformers format; give one with config.json and weights")
     return AutoConfig.from_pretrained(source)
+
+
+def _stop(language: Path) -> str | None:
+    """Return the text of the token that ends captions, where it is not what a model of this kind has by default."""
+    if not any((language / name).exists() for name in TOKENIZER_FILES):
+        return None  # enough to initialise stage 2
+    encoder = LanguageEncoder(language, LanguageConfig(path=str(language)))
+    stop_id = read_json(language / "config.json").get("eos_token_id")
+    if encoder.is_encoder_decoder or not isinstance(stop_id, int) or stop_id == encoder.stop_id:
+        return None
+    return str(encoder.tokenizer.decode([stop_id]))
 
 
 def _left(stored: Iterable[str], trained: Iterable[str]) -> list[str]:

@@ -96,6 +96,18 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, model_class, with_te
         export_native(tmp_path / "own", tmp_path / "back")
 
 
+@pytest.mark.parametrize("stop", [".", None])
+def test_the_stop_token_survives_export_and_import(tmp_path, stop):
+    folder = published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
+    import_blip2(folder, tmp_path / "own")
+    description = json.loads((tmp_path / "own" / "bridge.json").read_text())
+    description["language"]["stop"] = stop
+    (tmp_path / "own" / "bridge.json").write_text(json.dumps(description))
+    export_native(tmp_path / "own", tmp_path / "hf")
+    import_blip2(tmp_path / "hf", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "bridge.json").read_text())["language"]["stop"] == stop
+
+
 def test_what_was_taken_new_and_left_is_said_by_name(tmp_path):
     folder = published(tmp_path, Blip2ForConditionalGeneration, with_text=False)
     tensors = {name: tensor.read() for name, tensor in open_tensors(folder).items()} | {
