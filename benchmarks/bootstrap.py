@@ -1,12 +1,11 @@
-"""Does bootstrapping help? Five runs of equal length on a corpus of whose captions 30% are exchanged, per seed.
+"""Does bootstrapping help? Five runs of equal length on scenes of whose captions 30% are exchanged, per seed.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bootstrap FOLDER [--seeds 1 2] [--out docs/curves/bootstrap.json]
-    OMP_NUM_THREADS=1 python -m benchmarks.bootstrap FOLDER --emoji .cache/demo   # after `make demo`
 
-`recipes/bootstrap-demo.yaml` trains captioner and filter on a clean tenth (arm `tenth`), and bootstraps. Then the same
-training once more on what was selected (`bootstrapped`), and beside it: `raw`, the noisy captions as they are;
-`filtered`, those of them that the filter keeps; `true`, the same images with their own captions. What is done is not
-redone; `--arms` are those to run, for another process to run others.
+`recipes/bootstrap-demo.yaml` trains captioner and filter on a clean tenth (arm `tenth`) and bootstraps. The same
+training is then repeated on the selection (`bootstrapped`), on the noisy captions as they are (`raw`), on those of
+them that the filter keeps (`filtered`), and on the same images with their own captions (`true`). Finished runs are not
+repeated; `--arms` selects the runs, so that several processes can share them.
 """
 
 import argparse
@@ -15,14 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.bootstrap_corpora import EXCHANGED, Corpus, write_emoji, write_scenes
+from benchmarks.bootstrap_scenes import Corpus, write_scenes
 from isthmus.bootstrap.samples import stored_samples
 from isthmus.bootstrap.score import SCORED
 from isthmus.bootstrap.select import select
-from isthmus.bootstrap.select_rule import SelectRule
 from isthmus.cluster.bootstrap_driver import run_bootstrap_here
 from isthmus.cluster.bootstrap_job import BootstrapJob
 from isthmus.cluster.config import JobConfig
@@ -43,17 +40,16 @@ ARMS = ("tenth", "bootstrapped", "filtered", "raw", "true")
 
 
 def main() -> None:
-    """Run what is not done yet, then print and write the figures."""
+    """Run what is not finished, then print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--emoji", type=Path, metavar="CACHE", help="the demo's corpus instead of scenes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("bootstrap.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.folder.resolve()
-    corpus = write_emoji(folder, options.emoji.resolve()) if options.emoji else write_scenes(folder)
+    corpus = write_scenes(folder)
     figures = {seed: run_seed(folder, corpus, seed, options.arms) for seed in options.seeds}
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
     for seed, of_seed in figures.items():
@@ -63,7 +59,7 @@ def main() -> None:
 
 
 def run_seed(folder: Path, corpus: Corpus, seed: int, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Run the arms of a seed and return what they reached, and how many of their texts are true."""
+    """Run the arms of a seed; return their figures and which share of their texts is true."""
     values = corpus.settings | {
         "run.name": f"seed-{seed}", "run.url": folder / "runs", "run.seed": seed,
         "manifest": corpus.noisy, "train_again": False,
@@ -73,7 +69,7 @@ def run_seed(folder: Path, corpus: Corpus, seed: int, arms: Sequence[str]) -> di
     for arm in arms:
         config, manifest = first, ""
         if arm != "tenth":
-            manifest = {"raw": str(corpus.noisy), "true": str(corpus.true)}.get(arm) or chosen(job, corpus, arm, store)
+            manifest = {"raw": str(corpus.noisy), "true": str(corpus.true)}.get(arm) or chosen(job, arm, store)
             config = on_data(first, f"{job.run.name}-{arm}", manifest)
         train_here(config)
         figures[arm] = reached(config) | ({} if arm == "tenth" else true_texts(manifest, corpus, store))
@@ -87,13 +83,11 @@ def on_data(config: JobConfig, name: str, manifest: str) -> JobConfig:
     return JobConfig.model_validate(content)
 
 
-def chosen(job: BootstrapJob, corpus: Corpus, arm: str, store: ObjectStore) -> str:
+def chosen(job: BootstrapJob, arm: str, store: ObjectStore) -> str:
     """Bootstrap, and select from all texts or, for `filtered`, from the web's alone; return the manifest's URL."""
     run_bootstrap_here(job, on_ray=False)
     scores = Layer.load(f"{job.url}/{SCORED}", store)
     rule = job.select
-    if corpus.min_score is None:
-        rule = rule.model_copy(update={"min_score": round(float(np.quantile(web_scores(scores, rule), EXCHANGED)), 4)})
     if arm == "filtered":
         scores, rule = web_alone(job, scores, store), rule.model_copy(update={"method": "match"})
     url = f"{job.url}/{arm}"
@@ -101,14 +95,8 @@ def chosen(job: BootstrapJob, corpus: Corpus, arm: str, store: ObjectStore) -> s
     return url
 
 
-def web_scores(scores: Layer, rule: SelectRule) -> list[float]:
-    """Return the rule's score of every text of the web's."""
-    rows = [row for number in range(len(scores.files)) for row in scores.read(number).to_pylist()]
-    return [value for row in rows for value in of_web(row, f"{SCORE_PREFIX}{rule.score}")]
-
-
 def web_alone(job: BootstrapJob, scores: Layer, store: ObjectStore) -> Layer:
-    """Return the layer without written texts."""
+    """Return the layer without generated texts."""
     base = Manifest.load(job.manifest, store)
     writer = LayerWriter(f"{job.url}/web", base.hash, {"of": "web texts"}, store, scores.hash)
     score = f"{SCORE_PREFIX}{job.select.score}"
@@ -133,14 +121,14 @@ def reached(config: JobConfig) -> dict[str, float]:
 
 
 def true_texts(manifest: str, corpus: Corpus, store: ObjectStore) -> dict[str, float]:
-    """Return how many images a manifest has, how many texts of them, and which share of these the images' own."""
+    """Count the images and texts of a manifest, and return which share of the texts are the images' own."""
     own, told = texts_by_key(str(corpus.true), store), texts_by_key(manifest, store)
     right = [text in own[key] for key, texts in told.items() for text in texts]
     return {"images": len(told), "texts": len(right), "true": round(sum(right) / len(right), 4)}
 
 
 def texts_by_key(manifest: str, store: ObjectStore) -> dict[str, set[str]]:
-    """Return the texts that a manifest gives to every sample, as training compares them."""
+    """Return the texts of every sample of a manifest, in lower case, as training reads them."""
     found = {}
     for shard in Manifest.load(manifest, store).shards:
         samples: Iterable[tuple[str, list[str]]]

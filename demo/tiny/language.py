@@ -5,7 +5,6 @@ needs just that. No picture is involved.
 """
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,9 @@ def write_trained_language(
     steps: int,
     width: int = 96,
     num_layers: int = 3,
-    captions: Sequence[str] = (),
 ) -> float:
-    """Write a language model folder and return the loss at the end of its training.
-
-    Captions are those of generated scenes unless they are given.
-    """
-    captions = captions or [make_scene(1, "text", number, KINDS)[0].caption for number in range(4000)]
+    """Train a language model on captions of generated scenes, write its folder and return the last loss."""
+    captions = [make_scene(1, "text", number, KINDS)[0].caption for number in range(4000)]
     write_tiny_language(folder, kind, width=width, num_layers=num_layers)
     write_tiny_tokenizer(folder, kind, captions)
     tokenizer = AutoTokenizer.from_pretrained(folder)

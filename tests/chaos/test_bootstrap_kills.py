@@ -86,8 +86,10 @@ def bootstrap(inputs: Inputs, folder: Path, store: ObjectStore, pool: Pool) -> N
 
 
 def layers(folder: Path) -> dict[str, bytes]:
-    files = (path for name in (CAPTIONS, SCORED) for path in sorted((folder / name).rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Return every object; a process that is killed during a write may leave a hidden file, which is none."""
+    store = ObjectStore()
+    urls = [info.url for name in (CAPTIONS, SCORED) for info in store.list(str(folder / name))]
+    return {url.removeprefix(str(folder)): bytes(store.get(url)) for url in urls}
 
 
 def kill_here(seed: int, inputs: Inputs, folder: Path) -> int:
