@@ -1,9 +1,9 @@
 """Kill a worker of a real run with SIGKILL several times and report what each recovery cost, and where the time went.
 
-The run is stage 1 on two workers of an embedded Ray: of recipes/tiny.yaml, or of recipes/demo.yaml with the inputs that
-`make demo` has left in its cache. `--torch-trainer` lets Ray Train's TorchTrainer do the same work instead of our
-driver: the same stage, resumed from the same checkpoints. CPU seconds are those of all processes from the kill to the
-first step after it; unlike wall time they depend little on what else runs.
+The run is stage 1 on two workers of an embedded Ray: of recipes/tiny.yaml in a local folder, or of recipes/demo.yaml in
+the S3 server of `make demo`, with the inputs that it has left in its cache. `--torch-trainer` lets Ray Train's
+TorchTrainer do the same work instead of our driver: the same stage, resumed from the same checkpoints. CPU seconds are
+those of all processes from the kill to the first step after it; unlike wall time they depend little on what else runs.
 
     isthmus assets tiny assets/tiny
     OMP_NUM_THREADS=1 python -m benchmarks.recovery assets/tiny [--kills 3] [--spares 1] [--torch-trainer] [--json FILE]
@@ -31,41 +31,58 @@ from isthmus.cluster.driver import run_local
 from isthmus.cluster.embedded import embedded_ray
 from isthmus.cluster.status import RunStatus, read_status
 from isthmus.data_pipeline.store.object_store import ObjectStore, join
-from isthmus.demo.local_s3 import local_s3
+from isthmus.demo.local_s3 import LocalS3, local_s3
 from isthmus.trainer.config.loading import load_config, parse_yaml, to_yaml
 from isthmus.trainer.context import LocalContext
 from isthmus.trainer.runs.store import RunStore
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BUCKET = "isthmus-demo"
-FIRST_KILL, STEPS_BETWEEN_KILLS = 30, 20
+FIRST_KILL, STEPS_BETWEEN_KILLS = 12, 10
 WAIT_SECONDS = 600.0
 TASK = "ray::train-1"
 
 
 @contextlib.contextmanager
-def inputs(folder: Path, *, demo: bool) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the recipe and the overrides that say where its inputs are."""
+def inputs(folder: Path, scratch: str, *, demo: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the recipe and the overrides that say where its inputs and its results are."""
     if demo:
-        with local_s3(folder / "s3", BUCKET) as server:
+        with local_s3(folder / "s3", BUCKET) as server, removed(server, f"s3://{BUCKET}/recovery") as url:
             os.environ.update(server.environment)
-            yield RECIPES / "demo.yaml", [f"store.endpoint_url={server.endpoint_url}", "checkpoint.every_steps=5"]
+            yield RECIPES / "demo.yaml", [f"store.endpoint_url={server.endpoint_url}", f"run.url={url}"]
     else:
         yield (
             RECIPES / "tiny.yaml",
             [
+                f"run.url={scratch}",
                 f"data.sources.0.manifest={folder}/train",
                 f"model.vision.path={folder}/vision",
                 f"model.qformer.tokenizer={folder}/bert",
-                "checkpoint.every_steps=5",
             ],
         )
 
 
-def configure(recipe: Path, places: list[str], folder: str, spares: int) -> JobConfig:
+@contextlib.contextmanager
+def removed(server: LocalS3, url: str) -> Iterator[str]:
+    """Yield a folder of the server that is empty now and after the block."""
+    store = ObjectStore(server.store_config)
+    try:
+        remove_folder(url, store)
+        yield url
+    finally:
+        remove_folder(url, store)
+
+
+def remove_folder(url: str, store: ObjectStore) -> None:
+    """Delete all objects below `url`."""
+    for info in list(store.list(url)):
+        store.delete(info.url)
+
+
+def configure(recipe: Path, places: list[str], spares: int) -> JobConfig:
     """Return stage 1 of a recipe on two workers; it is stopped after the last kill."""
     overrides = [
-        f"run.url={folder}",
+        "checkpoint.every_steps=5",
         "run.export=false",
         "stage2=null",
         "model.language=null",
@@ -90,10 +107,10 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 def kill_workers(config: JobConfig, num_kills: int, found: list[dict[str, Any]]) -> None:
     """Kill rank 1, each time once the run has recovered; note what each kill cost, then stop the run."""
-    url = join(config.run.url, config.run.name)
+    url, store = join(config.run.url, config.run.name), ObjectStore(config.store)
 
     def recovered(number: int, step: int) -> RunStatus | None:
-        status = read_status(url, ObjectStore())
+        status = read_status(url, store)
         done = status is not None and len(status.restarts) == number and status.step >= step
         ready = done and status is not None and status.spares >= config.cluster.spares
         complete = ready and status is not None and all(restart.recovery_seconds for restart in status.restarts)
@@ -106,7 +123,7 @@ def kill_workers(config: JobConfig, num_kills: int, found: list[dict[str, Any]])
         with CpuWatch() as watch:
             victims[0].send_signal(signal.SIGKILL)
             killed_at = time.time()
-            restart = wait_for(lambda number=number: _complete(url, number + 1))
+            restart = wait_for(lambda number=number: _complete(url, store, number + 1))
         seen = restart.at - killed_at
         found.append(
             {
@@ -122,8 +139,8 @@ def kill_workers(config: JobConfig, num_kills: int, found: list[dict[str, Any]])
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _complete(url: str, number: int) -> Any:
-    status = read_status(url, ObjectStore())
+def _complete(url: str, store: ObjectStore, number: int) -> Any:
+    status = read_status(url, store)
     restarts = status.restarts if status else []
     return restarts[-1] if len(restarts) == number and restarts[-1].recovery_seconds else None
 
@@ -168,12 +185,11 @@ def train_in_ray_train(settings: dict[str, Any]) -> None:
 def with_torch_trainer(config: JobConfig, num_kills: int) -> list[dict[str, Any]]:
     """Let TorchTrainer run the stage, with a health check every second and restarts without end."""
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
-    folder = Path(config.run.url) / "notes"
-    folder.mkdir(parents=True)
     store = ObjectStore(config.store)
     run = RunStore.open(config, store, owner="the benchmark")
     found: list[dict[str, Any]] = []
-    with embedded_ray(config):
+    with tempfile.TemporaryDirectory() as notes, embedded_ray(config):
+        folder = Path(notes)
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -228,10 +244,10 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with (
-        tempfile.TemporaryDirectory() as folder,
-        inputs(arguments.folder.resolve(), demo=arguments.demo) as (recipe, places),
+        tempfile.TemporaryDirectory() as scratch,
+        inputs(arguments.folder.resolve(), scratch, demo=arguments.demo) as (recipe, places),
     ):
-        config = configure(recipe, places, folder, arguments.spares)
+        config = configure(recipe, places, arguments.spares)
         measure = with_torch_trainer if arguments.torch_trainer else with_our_driver
         found = measure(config, arguments.kills)
     for kill in found:

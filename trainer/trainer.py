@@ -95,6 +95,7 @@ class Trainer:
         saved = self.checkpoints.newest()
         if saved is not None and saved.step >= self.stage.steps:
             logger.info("%s is finished: %s", self.name, saved.url)
+            saved.close()
             return Outcome.FINISHED
         self.monitor.start()
         self.context.begin_phase("weights")

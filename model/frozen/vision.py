@@ -6,7 +6,8 @@ model its last hidden state; feature maps of CNNs are flattened to patches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,13 +256,13 @@ def _feature_map(network: nn.Module, images_BCHW: Tensor) -> Tensor:
 def _load_strictly(network: nn.Module, folder: Path, prefix: str) -> None:
     """Copy every tensor of `network` from the folder, whose names may carry `prefix`."""
     files = tensor_files(folder)
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
+        opened = cache(lambda path: stack.enter_context(safe_open(str(path), "pt")))
         for name, tensor in network.state_dict().items():
             found = next((candidate for candidate in (prefix + name, name) if candidate in files), None)
             if found is None:
                 raise ModelError(f"{folder}: weight {name} is missing; copy all files of the model")
-            with safe_open(str(files[found]), "pt") as file:
-                value = file.get_tensor(found)
+            value = opened(files[found]).get_tensor(found)
             if value.shape != tensor.shape:
                 raise ModelError(_other_shape(folder, found, value.shape, tensor.shape))
             tensor.copy_(value)

@@ -135,11 +135,12 @@ class CheckpointManager:
         if replica is None or (saved is not None and replica.step <= saved.step):
             return saved
         problems = gather_lists(self._verify_share(replica))
-        if not problems:
-            return replica
-        if self._rank.is_main:
+        if problems and self._rank.is_main:
             logger.error("%s is skipped: %s", replica.url, "; ".join(text for _, text in problems))
-        return saved
+        used, unused = (saved, replica) if problems else (replica, saved)
+        if unused is not None:
+            unused.close()
+        return used
 
     def latest(self) -> SavedCheckpoint | None:
         """Return the newest committed checkpoint whose every byte is as it was written; None if nothing was committed.
@@ -199,10 +200,14 @@ class CheckpointManager:
         return [(saved.url, saved.manifest) for saved in found], damaged
 
     def _verify_share(self, saved: SavedCheckpoint) -> list[tuple[bool, str]]:
-        """Verify this rank's share of the files; (True, text): they could not be read."""
-        files = saved.manifest.files[self._rank.rank :: self._rank.world_size]
+        """Verify this rank's share of the files; (True, text): they could not be read.
+
+        The share is what the rank restores, if the world size is that of the save, and is held in memory for it.
+        """
+        files, rank = saved.manifest.files, self._rank
+        begin, end = (place * len(files) // rank.world_size for place in (rank.rank, rank.rank + 1))
         try:
-            return [(False, text) for text in saved.verify(files)] if files else []
+            return [(False, text) for text in saved.verify(files[begin:end], keep=True)] if begin < end else []
         except DataError as error:
             return [(True, str(error))]
 

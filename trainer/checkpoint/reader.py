@@ -46,6 +46,7 @@ class BlockReader:
 
     def __init__(self, store: ObjectStore, url: str, size: int, pool: ThreadPoolExecutor) -> None:
         self._store, self._url, self._size, self._pool = store, url, size, pool
+        self.blocks_kept = _BLOCKS_KEPT
         self._blocks: OrderedDict[int, Future[memoryview]] = OrderedDict()
         self._last_read = -2
 
@@ -60,10 +61,16 @@ class BlockReader:
             target[done : done + len(part)] = part
             done += len(part)
 
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the whole object, block by block."""
-        for index in range(-(-self._size // HASH_BLOCK_BYTES)):
+    def blocks(self, *, keep: bool) -> Iterator[memoryview]:
+        """Yield the whole object as it is now, block by block; `keep` all of them for later reads, or none."""
+        self.clear()
+        num_blocks = -(-self._size // HASH_BLOCK_BYTES)
+        if keep:
+            self.blocks_kept = num_blocks
+        for index in range(num_blocks):
             yield self._block(index)
+        if not keep:
+            self.clear()
 
     def _block(self, index: int) -> memoryview:
         ahead = _BLOCKS_AHEAD if index == self._last_read + 1 else 0
@@ -75,7 +82,7 @@ class BlockReader:
             return memoryview(b"")
         self._last_read = index
         self._blocks.move_to_end(index)
-        while len(self._blocks) > _BLOCKS_KEPT:
+        while len(self._blocks) > self.blocks_kept:
             self._blocks.popitem(last=False)
         return self._blocks[index].result()
 
@@ -100,7 +107,7 @@ class SavedCheckpoint:
         self.url, self.step, self.manifest = url, manifest.step, manifest
         self._store = store
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint-read")
-        self._readers = [BlockReader(store, join(url, p.name), p.size, self._pool) for p in manifest.parts]
+        self._readers = {f.name: BlockReader(store, join(url, f.name), f.size, self._pool) for f in manifest.files}
 
     @staticmethod
     def open(url: str, store: ObjectStore) -> "SavedCheckpoint":
@@ -173,9 +180,14 @@ class SavedCheckpoint:
         """Return the sha256 of the manifest, which covers every byte of the checkpoint."""
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
-    def verify(self, files: tuple[FileEntry, ...] | None = None) -> list[str]:
-        """Read files (all by default) and return how they differ from the manifest, one line each; empty: intact."""
-        return [problem for entry in files or self.manifest.files if (problem := self._problem(entry))]
+    def verify(self, files: tuple[FileEntry, ...] | None = None, *, keep: bool = False) -> list[str]:
+        """Read files (all by default) and return how they differ from the manifest, one line each; empty: intact.
+
+        Args:
+            files: Which of the manifest's files.
+            keep: Hold what was read in memory until `close`: `read` takes exactly the bytes that were verified.
+        """
+        return [problem for entry in files or self.manifest.files if (problem := self._problem(entry, keep=keep))]
 
     def digest(self) -> str:
         """Return sha256 over (name, kind, bytes), sorted: equal for equal states at any world size."""
@@ -199,7 +211,7 @@ class SavedCheckpoint:
     def close(self) -> None:
         """End the reading threads and free the blocks."""
         self._pool.shutdown(cancel_futures=True)
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.clear()
 
     @cached_property
@@ -210,21 +222,21 @@ class SavedCheckpoint:
         headers = self._pool.map(
             lambda part: read_pieces(join(self.url, part.name), part.size, self._store), self.manifest.parts
         )
-        for reader, (pieces, shapes_of_part) in zip(self._readers, headers, strict=True):
+        for part, (pieces, shapes_of_part) in zip(self.manifest.parts, headers, strict=True):
             shapes.update(shapes_of_part)
             for piece in pieces:
-                found.setdefault((piece.name, piece.kind), []).append((reader, piece))
+                found.setdefault((piece.name, piece.kind), []).append((self._readers[part.name], piece))
         for pieces_found in found.values():
             pieces_found.sort(key=lambda item: item[1].offset)
         return found, shapes
 
-    def _problem(self, entry: FileEntry) -> str | None:
+    def _problem(self, entry: FileEntry, *, keep: bool) -> str | None:
         url = join(self.url, entry.name)
         try:
             size = self._store.head(url).size
             if size != entry.size:
                 return f"{url}: has {size} bytes, the manifest says {entry.size}"
-            found = hash_file(entry.name, BlockReader(self._store, url, size, self._pool).blocks())
+            found = hash_file(entry.name, self._readers[entry.name].blocks(keep=keep))
         except NotFoundError:
             return f"{url}: is missing"
         except ChangedError as error:

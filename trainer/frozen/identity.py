@@ -11,7 +11,7 @@ It does not depend on how the tensors are spread over files, nor on the number o
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import TrainerError
 from isthmus.trainer.frozen.safetensors_index import TensorEntry, is_direct, read_entries
@@ -59,16 +59,21 @@ def frozen_identity(folder_url: str, store: ObjectStore, rank: Rank | None = Non
     return hashlib.sha256(b"".join(_hash_tensor(entry, by_tensor[entry.name]) for entry in entries)).hexdigest()
 
 
-def text_identity(folder_url: str, store: ObjectStore) -> str:
-    """Return a hash of what a folder says about its model besides the weights: configuration and tokenizer.
+def text_files(folder_url: str, store: ObjectStore) -> list[ObjectInfo]:
+    """Return the files of a folder that say what its model is besides the weights: configuration and tokenizer."""
+    found = sorted(store.list(folder_url.rstrip("/") + "/"), key=lambda info: info.url)
+    return [info for info in found if _name(info) in TEXT_FILES and is_direct(folder_url, info)]
+
+
+def text_identity(files: Iterable[ObjectInfo], store: ObjectStore) -> str:
+    """Return a hash of the content of `text_files`.
 
     What a library notes about itself when it saves config.json does not count.
     """
     digest = hashlib.sha256()
-    for info in sorted(store.list(folder_url.rstrip("/") + "/"), key=lambda info: info.url):
-        name = info.url.rsplit("/", 1)[-1]
-        if name in TEXT_FILES and is_direct(folder_url, info):
-            digest.update(f"{name}\0".encode() + hashlib.sha256(_significant(name, store.get(info.url))).digest())
+    for info in files:
+        name = _name(info)
+        digest.update(f"{name}\0".encode() + hashlib.sha256(_significant(name, store.get(info.url))).digest())
     return digest.hexdigest()
 
 
@@ -97,6 +102,10 @@ class FrozenGuard:
                 f"frozen weights have changed during training: {', '.join(changed[:5]) or 'on another rank'}; "
                 "do not use the checkpoints of this start of the run, and report the stage and its DeepSpeed template"
             )
+
+
+def _name(info: ObjectInfo) -> str:
+    return info.url.rsplit("/", 1)[-1]
 
 
 def _significant(name: str, data: bytes) -> bytes:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from isthmus.trainer.config.schema import StageName, TrainConfig
 from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.collectives import from_main_rank
-from isthmus.trainer.frozen.identity import frozen_identity, text_identity
+from isthmus.trainer.frozen.identity import frozen_identity, text_files, text_identity
 from isthmus.trainer.frozen.node_cache import folder_version
 from isthmus.trainer.frozen.safetensors_index import weight_files
 from isthmus.trainer.runs.store import RunStore
@@ -20,7 +20,7 @@ def frozen_identities(
     """Return the identity of what a stage reads and does not train. Collective.
 
     These are the weights of each frozen part, under its name, and its configuration and tokenizer, under a longer one.
-    The bytes of a model are read only if no earlier start has hashed files of the same names, sizes and etags.
+    Files are read only if no earlier start has hashed files of the same names, sizes and etags.
     """
     model = config.model
     weights = {"vision": model.vision.path}
@@ -29,22 +29,25 @@ def frozen_identities(
         weights["language"] = texts["language"] = model.language.path
     elif tokenizer := model.qformer.tokenizer or model.qformer.init_from:
         texts["qformer"] = tokenizer
-    found = {part: _identity(part, url, run, store, rank) for part, url in weights.items()}
-    return found | from_main_rank(
-        lambda: {f"{part} config and tokenizer": text_identity(url, store) for part, url in texts.items()}
-    )
+
+    def look_up() -> tuple[dict[str, list[ObjectInfo]], dict[str, Any]]:
+        files = {part: weight_files(url, store) for part, url in weights.items()}
+        files |= {f"{part} config and tokenizer": text_files(url, store) for part, url in texts.items()}
+        return files, run.facts().get(FACT, {})
+
+    files, known = from_main_rank(look_up)
+    found = {}
+    for part, listed in files.items():
+        entry = known.get(part, {})
+        if entry.get("version") != (version := folder_version(listed)):
+            entry = {"version": version, "identity": _identity(weights.get(part), listed, store, rank)}
+            if rank.is_main:
+                run.record(**{FACT: {part: entry}})
+        found[part] = entry["identity"]
+    return found
 
 
-def _identity(part: str, url: str, run: RunStore, store: ObjectStore, rank: Rank) -> str:
-    def look_up() -> tuple[str, str | None]:
-        version = folder_version(weight_files(url, store))
-        known: dict[str, Any] = run.facts().get(FACT, {}).get(part, {})
-        return version, known.get("identity") if known.get("version") == version else None
-
-    version, known = from_main_rank(look_up)
-    if known is not None:
-        return known
-    identity = frozen_identity(url, store, rank)
-    if rank.is_main:
-        run.record(**{FACT: {part: {"version": version, "identity": identity}}})
-    return identity
+def _identity(weights: str | None, texts: list[ObjectInfo], store: ObjectStore, rank: Rank) -> str:
+    if weights is not None:
+        return frozen_identity(weights, store, rank)
+    return from_main_rank(lambda: text_identity(texts, store))

@@ -5,6 +5,7 @@ import json
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from isthmus.trainer.checkpoint.retention import best_step, kept_steps, prune
 from isthmus.trainer.checkpoint.staging import Snapshot
 from isthmus.trainer.checkpoint.train_state import TrainState
 from isthmus.trainer.config.schema import CheckpointConfig
+from isthmus.trainer.context import Rank
 from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import CheckpointError, LeaseError
 from tests.faulty_store import Fault, FaultyStore
@@ -107,6 +109,26 @@ def test_damage_falls_back_and_says_so(tmp_path, caplog):
     assert holds(newest(folder), 1)
     assert "DAMAGED" in caplog.text
     assert "sha256" in caplog.text
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_file_is_verified_by_one_rank_of_any_number(tmp_path, world_size):
+    save(str(tmp_path), 1)
+    files = [path for path in (tmp_path / step_name(1)).iterdir() if path.name.startswith(("part-", "state-"))]
+    assert len(files) == 2
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"?")
+        failed = 0
+        for rank in range(world_size):
+            checkpoints = manager(str(tmp_path), rank=Rank(rank, world_size))
+            with closing(checkpoints):
+                try:
+                    checkpoints.latest()
+                except CheckpointError:
+                    failed += 1
+        path.write_bytes(content)
+        assert failed == 1, path.name
 
 
 def test_missing_part_falls_back(tmp_path, caplog):
@@ -404,6 +426,18 @@ def test_shapes_cost_one_short_read_a_part(tmp_path, monkeypatch):
     assert len(saved.shapes()) == 8
     assert store.read == [1024] * 8
     saved.close()
+
+
+def test_a_restore_takes_the_bytes_that_were_verified(tmp_path, monkeypatch):
+    """A large part is read from the store once; what is written over it in the meantime is not restored."""
+    monkeypatch.setattr("isthmus.trainer.checkpoint.reader.HASH_BLOCK_BYTES", 32)
+    save(str(tmp_path), 1)
+    checkpoints = manager(str(tmp_path))
+    with closing(checkpoints), closing(checkpoints.latest()) as saved:
+        assert saved.shapes() == SHAPES  # a header is read by itself
+        part = part_of(str(tmp_path), 1)
+        part.write_bytes(bytes(part.stat().st_size))
+        assert holds(saved, 1)
 
 
 def test_a_read_at_one_place_fetches_one_block_and_a_long_one_reads_ahead(tmp_path, monkeypatch):

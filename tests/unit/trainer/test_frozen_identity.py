@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isthmus.data_pipeline.store.object_store import ObjectStore
+from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import CheckpointError, TrainerError
 from isthmus.trainer.frozen import identity as module
-from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity, text_identity
+from isthmus.trainer.frozen.identity import FrozenGuard, frozen_identity, text_files, text_identity
 from isthmus.trainer.runs import identities
 from isthmus.trainer.runs.identities import frozen_identities
 from isthmus.trainer.trainer import check_same_inputs
@@ -74,7 +74,8 @@ def write_texts(folder: Path, **files: str) -> str:
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
-    return text_identity(str(folder), ObjectStore())
+    store = ObjectStore()
+    return text_identity(text_files(str(folder), store), store)
 
 
 def test_configuration_and_tokenizer_have_an_identity(tmp_path: Path) -> None:
@@ -90,31 +91,39 @@ def test_configuration_and_tokenizer_have_an_identity(tmp_path: Path) -> None:
     assert len(others | {base}) == 5
 
 
-def test_weights_are_hashed_once_and_again_only_when_a_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A restart of a large model would otherwise read every byte of it twice."""
+def test_files_are_hashed_once_and_again_only_when_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart of a large model would otherwise read every byte of it twice, and a configuration by many requests."""
     hashed: list[str] = []
-    whole = identities.frozen_identity
+    whole, texts = identities.frozen_identity, identities.text_identity
 
     def count(url: str, *args: Any) -> str:
         hashed.append(url)
         return whole(url, *args)
 
+    def count_texts(files: list[ObjectInfo], *args: Any) -> str:
+        hashed.extend(info.url for info in files)
+        return texts(files, *args)
+
     monkeypatch.setattr(identities, "frozen_identity", count)
+    monkeypatch.setattr(identities, "text_identity", count_texts)
     folder, store = tmp_path / "vision", ObjectStore()
     folder.mkdir()
     save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
     run = open_run(tmp_path / "runs")
     setup = config(tmp_path / "runs", model__vision__path=str(folder), model__qformer__tokenizer=str(tmp_path / "bert"))
     first, second = (frozen_identities(setup, "stage1", run, store, Rank(0, 1)) for _ in range(2))
     assert first == second
     assert sorted(first) == ["qformer config and tokenizer", "vision", "vision config and tokenizer"]
     assert first["vision"] == whole(str(folder), store)
-    assert hashed == [str(folder)]
+    assert hashed == [str(folder), str(folder / "config.json")]
     save_file({"a": torch.ones(3)}, folder / "model.safetensors")
     assert frozen_identities(setup, "stage1", run, store, Rank(0, 1))["vision"] != first["vision"]
-    assert len(hashed) == 2
+    assert hashed[2:] == [str(folder)]
+    (folder / "config.json").write_text('{"act": "gelu"}')
+    third = frozen_identities(setup, "stage1", run, store, Rank(0, 1))
+    assert third["vision config and tokenizer"] != first["vision config and tokenizer"]
+    assert hashed[3:] == [str(folder / "config.json")]
     run.close()
 
 
