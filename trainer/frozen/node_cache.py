@@ -78,8 +78,13 @@ def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = (
     if not files:
         raise TrainerError(f"{url}: no files there; check the address and the right to list it")
     target = cache_folder("folders") / folder_version(files)[:24]
-    if _is_intact(target):
-        return target
+    if not _is_intact(target):
+        _copy_once(url, files, target, store)
+    return target
+
+
+def _copy_once(url: str, files: list[ObjectInfo], target: Path, store: ObjectStore) -> None:
+    """Copy the files, unless another process of the node has done so meanwhile."""
     lock = target.with_suffix(".lock")
     try:
         with FileLock(lock, timeout=COPY_TIMEOUT_SECONDS):
@@ -93,7 +98,6 @@ def local_folder(url: str, store: ObjectStore, *, leave_out: tuple[str, ...] = (
             f"{url}: another process did not finish copying it within {COPY_TIMEOUT_SECONDS:g} s; "
             f"end the process that holds {lock}"
         ) from error
-    return target
 
 
 def cache_folder(kind: str) -> Path:
