@@ -221,7 +221,7 @@ class Runs:
         ids_BT = torch.full((len(image_BPC), 1), qformer.decoder_start_id)
         for _ in range(MAX_NEW_TOKENS):
             text = pack_captions(ids_BT, torch.ones_like(ids_BT))
-            rows = Rows(qformer.queries(text.batch), model.embed_text(text, words), text.packing)
+            rows = Rows.join(qformer.queries(text.batch), model.embed_text(text, words), text.packing)
             mask = F.pad(causal_mask(text.real_BT, queries), (0, 0, queries, 0))
             mask[..., :queries, :queries] = True
             last_BD = qformer(rows, mask, image.layers, text.first_B + text.length - 1).text_ND
