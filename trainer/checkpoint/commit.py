@@ -195,7 +195,7 @@ class BackgroundSaver:
             except NotFoundError:
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise CheckpointError(f"{folder}: rank {rank} has not uploaded its part; see its log") from None
-            time.sleep(pause)
+            self._closing.wait(pause)
             pause = min(2 * pause, 2.0)
 
     def _commit(self, folder: str, manifest: Manifest) -> None:

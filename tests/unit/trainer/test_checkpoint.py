@@ -4,6 +4,7 @@ import hashlib
 import json
 import resource
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -373,6 +374,27 @@ def test_a_save_that_hangs_is_tried_again_by_the_next_attempt(tmp_path, monkeypa
     assert caught.value.retryable
     hanging.set()
     checkpoints.close()
+
+
+def test_a_close_ends_the_wait_for_a_lost_rank_at_once(tmp_path, monkeypatch):
+    """A process whose save waits longer for a dead peer is not kept for the next attempt."""
+    monkeypatch.setattr(commit, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(commit, "CLOSE_SECONDS", 10.0)
+    asked, get = threading.Event(), ObjectStore.get
+
+    def note(store, url):
+        if "uploaded-" in url:
+            asked.set()
+        return get(store, url)
+
+    monkeypatch.setattr(ObjectStore, "get", note)
+    before = set(threading.enumerate())
+    checkpoints = manager(str(tmp_path), rank=Rank(0, 2))
+    checkpoints.save(1, fragments_of(1, 0, 2), state_of(1))
+    assert asked.wait(60)
+    time.sleep(0.5)  # until it waits for the next try
+    checkpoints.close()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
 
 
 def test_an_outage_while_a_header_is_read_is_no_damage(tmp_path, monkeypatch):
