@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant(
         "a manifest of a later owner is replaced",
         "stage", BackgroundSaver, "_commit",
-        "if _read_token(there, url) > self._token:",
+        "if _read_token(there, url) > self._ownership.token:",
         "if False:",
     ),
     Mutant(
@@ -138,9 +138,9 @@ MUTANTS = (
     ),
     Mutant(
         "retention deletes what is being read",
-        "stage", manager, "prune",
-        "in_use = any(",
-        "in_use = False and any(",
+        "stage", retention, "_unwanted",
+        "or any(",
+        "or False and any(",
     ),
     Mutant(
         "retention deletes without proof of ownership",
