@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,13 +71,15 @@ class MlflowLogger(MetricLogger):
     """MLflow (extra `mlflow`): the experiment is the project; a run is found again by its tag `isthmus.run`."""
 
     def __init__(self, project: str, identity: str, config: Mapping[str, Any]) -> None:
+        # Two of its threads can both create the file of a metric, and then one batch is lost.
+        os.environ.setdefault("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")
         self._mlflow = _imported("mlflow")
         self._sending: list[Any] = []
         try:
             self._client = self._mlflow.MlflowClient()
             self._run_id = self._find_run(project, identity)
             self._client.log_dict(self._run_id, dict(config), "config.yaml")
-            # Sets, not the last step: batches are sent by several threads, so a kill can leave holes.
+            # Sets, not the last step: batches may have been sent by several threads, so that a kill left holes.
             self._logged = {name: self._steps(name) for name in self._client.get_run(self._run_id).data.metrics}
         except (self._mlflow.MlflowException, ImportError, OSError) as error:
             raise TrainerError(
