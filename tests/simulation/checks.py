@@ -78,9 +78,9 @@ class Checks:
             if self._run.get(section, {}).get(key) != value:
                 self.fail(f"run.json lacks {key}, which was recorded")
 
-    def restored(self, stage: str, step: int, floor: int) -> None:
-        """A rank resumes from a step although one was committed at `floor` before it looked."""
-        if step < floor and not self.has_stale_lists:
+    def restored(self, stage: str, token: int, step: int, floor: int) -> None:
+        """A rank of the run's owner resumes from a step although one was committed at `floor` before it looked."""
+        if step < floor and token == self._lease["token"] and not self.has_stale_lists:
             self.fail(f"{stage} resumes from step {step}, but step {floor} was committed")
 
     def newest(self, folder: str) -> int:
@@ -164,6 +164,8 @@ class Checks:
         manifests = self._manifests.setdefault(checkpoints, {})
         if new is None:
             self._check_unused(folder, thread)
+            if step not in manifests:
+                self._retired.add(folder)  # a leftover: its manifest may still be on its way
         if name == "MANIFEST.json":
             self._manifest_changed(folder, step, manifests, new)
             self._check_newest(checkpoints)

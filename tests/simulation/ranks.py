@@ -57,7 +57,7 @@ class RankJob:
         saved = checkpoints.newest()
         steps = self.sim.plan.steps
         base = base_of(self.stage, steps)
-        self.sim.checks.restored(self.stage, saved.step if saved else 0, floor)
+        self.sim.checks.restored(self.stage, self.token, saved.step if saved else 0, floor)
         if saved is None and self.stage == "stage2":
             base = self._begin_stage2(config, store, run)
         if saved is not None:
