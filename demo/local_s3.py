@@ -100,7 +100,8 @@ def _start(folder: Path) -> LocalS3:
     command = [
         *(_executable(), "-logtostderr", "server", "-s3", f"-dir={folder}", f"-s3.config={folder / 's3.json'}"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0", *listens),
-        *("-volume.max=40", "-master.volumeSizeLimitMB=512", "-master.telemetry=false"),
+        # Room for more than the disk has: SeaweedFS reclaims deleted checkpoints only every quarter of an hour.
+        *("-volume.max=400", "-master.volumeSizeLimitMB=512", "-master.telemetry=false"),
     ]
     process = _launch(command, folder)
     return LocalS3(folder, f"http://127.0.0.1:{ports[0]}", access_key, secret_key, process, command, ports)
