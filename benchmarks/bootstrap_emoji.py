@@ -37,6 +37,7 @@ from isthmus.model.text.qformer_tokenizer import QFormerEncoder
 from isthmus.trainer.config.loading import load_config
 from isthmus.trainer.config.schema import OptimizerConfig
 from isthmus.trainer.engine.optimizer import ClippedAdamW, learning_rate, parameter_groups
+from isthmus.trainer.evaluation.caption_metrics import score_captions
 from isthmus.trainer.evaluation.retrieval_metrics import recalls, relevance
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -187,13 +188,16 @@ class Runs:
             image_BPD=self._features_NPC[images],
         )
 
-    def recall(self, model: Stage1Model) -> dict[str, float]:
-        """Return retrieval among the held-out pairs."""
+    def reached(self, model: Stage1Model) -> dict[str, float]:
+        """Return retrieval among the held-out pairs, and CIDEr-D of what the generation pass writes for them."""
         held_out = self._corpus.held_out
         names = [self._corpus.names[number] for number in held_out]
         scores_IT = (self._images(model, held_out) @ self._texts(model, names).T).amax(dim=1)
         found = recalls(scores_IT, relevance(torch.tensor(held_out), names))
-        return {measure: round(found[measure], 4) for measure in MEASURES}
+        written = dict(zip(map(str, held_out), self.write(model, held_out), strict=True))
+        references = {str(number): [name] for number, name in zip(held_out, names, strict=True)}
+        figures = {measure: found[measure] for measure in MEASURES} | score_captions(written, references)
+        return {name: round(value, 4) for name, value in figures.items()}
 
     def scores(self, model: Stage1Model) -> Tensor:
         """Return the cosine of every raw pair, N."""
@@ -246,7 +250,7 @@ def main() -> None:
 
 
 def measure(corpus: Corpus, runs: Runs) -> dict[str, Any]:
-    """Train, filter, write captions and train again; return the quality of the filters and the recall of all runs."""
+    """Train, filter, write captions and train again; return the quality of the filters and what all runs reach."""
     noisy, raw, names = corpus.noisy, corpus.raw, corpus.names
     models = {"raw": runs.train("raw", noisy, raw)}
     models["raw, then tenth"] = tuned = runs.tune("filter", models["raw"], corpus.clean, names[: len(corpus.clean)])
@@ -260,11 +264,11 @@ def measure(corpus: Corpus, runs: Runs) -> dict[str, Any]:
         "bootstrapped": left + written,
         "true": [(image, names[image]) for image in noisy],
     }
-    reached = {"raw": described(corpus, noisy, raw) | runs.recall(models["raw"])}
+    reached = {"raw": described(corpus, noisy, raw) | runs.reached(models["raw"])}
     for arm, pairs in arms.items():
         images, texts = zip(*pairs, strict=True)
-        reached[arm] = described(corpus, images, texts) | runs.recall(runs.train(arm, images, texts))
-    reached["raw, then tenth"] = runs.recall(tuned)
+        reached[arm] = described(corpus, images, texts) | runs.reached(runs.train(arm, images, texts))
+    reached["raw, then tenth"] = runs.reached(tuned)
     own_N = torch.tensor(corpus.own(noisy, raw))
     return {
         "filters": {name: quality(found, own_N) for name, found in scores.items()},
