@@ -4,6 +4,7 @@
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from isthmus.cluster.errors import ClusterError
-from isthmus.cluster.report.folder import RunFacts, read_folder
+from isthmus.cluster.report.folder import RunFacts, StageFacts, read_folder
 from isthmus.data_pipeline.store.object_store import ObjectStore
 
 FIGURES = ("loss/", "eval/")
 TOLERANCE = 0.15
 LEAST_MARGIN = 0.02
 """For figures near zero: a share that is 0 in the runs may be a little more in another."""
+SMOOTHED_POINTS = 10
+"""Logged losses whose mean is compared: each one is that of a single batch, which differs more than runs do."""
 
 
 class Limits(BaseModel):
@@ -72,8 +75,8 @@ def make_band(recipe: str, runs: Sequence[RunFacts], tolerance: float = TOLERANC
     for run in runs:
         for name, stage in run.stages.items():
             for figure in (name for prefix in FIGURES for name in stage.names(prefix)):
-                for step, value in stage.series(figure):
-                    values.setdefault(name, {}).setdefault(figure, {}).setdefault(int(step), []).append(value)
+                for step, value in _points(stage, figure).items():
+                    values.setdefault(name, {}).setdefault(figure, {}).setdefault(step, []).append(value)
     stages = {
         stage: {
             figure: {step: _around(found, tolerance) for step, found in sorted(steps.items())}
@@ -89,7 +92,7 @@ def compare(band: Band, run: RunFacts) -> tuple[int, list[Shortfall]]:
     compared, worse = 0, []
     for stage, figures in band.stages.items():
         for figure, steps in figures.items():
-            found = dict(run.stages[stage].series(figure)) if stage in run.stages else {}
+            found = _points(run.stages[stage], figure) if stage in run.stages else {}
             for step, limits in steps.items():
                 if step in found:
                     compared += 1
@@ -113,6 +116,18 @@ def verdict(band: Band | None, run: RunFacts) -> str:
         for s in worse[:3]
     )
     return f"learned less than expected: {len(worse)} of {compared} points are worse than in {runs} ({first})"
+
+
+def _points(stage: StageFacts, figure: str) -> dict[int, float]:
+    """Return what is compared of a figure, by step: of a loss, the mean of the last logged ones."""
+    series = [(int(step), value) for step, value in stage.series(figure)]
+    if not figure.startswith("loss/"):
+        return dict(series)
+    values = [value for _, value in series]
+    return {
+        step: statistics.fmean(values[max(0, number - SMOOTHED_POINTS) : number])
+        for number, (step, _) in enumerate(series, start=1)
+    }
 
 
 def _is_worse(figure: str, value: float, limits: Limits) -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +40,22 @@ def simulated() -> Iterator[None]:
     """Let the product's modules live in the simulated world."""
     gc.freeze()  # the product's modules stay; what a schedule leaves is small
     try:
-        with environment(_live_nodes):
+        with environment(_live_nodes), _temporary_files():
             yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def _temporary_files() -> Iterator[None]:
+    """Remove at the end what killed processes leave in the folder for temporary files."""
+    before = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix="simulation-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def run(seed: int, plan: Plan, faults: tuple[Fault, ...]) -> Verdict:

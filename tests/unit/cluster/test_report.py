@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import boto3
@@ -12,7 +13,7 @@ from isthmus.cluster.cli.runs import report
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.report import write_report
 from isthmus.cluster.report.charts import Mark, line_chart
-from isthmus.cluster.report.folder import read_folder
+from isthmus.cluster.report.folder import StageFacts, read_folder
 from isthmus.cluster.report.markup import h
 from isthmus.cluster.report.measures import captioning
 from isthmus.data_pipeline.config import StoreConfig
@@ -202,6 +203,21 @@ def test_the_demo_adds_unseen_concepts_credits_and_curves(tmp_path, monkeypatch)
     assert "no registry" in generated.text
 
 
+def test_losses_are_compared_by_the_mean_of_the_last_ten(run):
+    facts = read_folder(run[1], ObjectStore())
+
+    def with_losses(losses):
+        records = [{"step": step, "loss/total": loss} for step, loss in enumerate(losses)]
+        return replace(facts, stages={"stage1": StageFacts("stage1", records)})
+
+    band = make_band("recipes/demo.yaml", [with_losses([4.0] * 30)])
+    one_hard_batch = [4.0] * 20 + [9.0] + [4.0] * 9
+    assert compare(band, with_losses(one_hard_batch)) == (30, [])
+    no_longer_learning = [4.0] * 20 + [5.4] * 10
+    steps = [shortfall.step for shortfall in compare(band, with_losses(no_longer_learning))[1]]
+    assert steps == [24, 25, 26, 27, 28, 29], "five of ten exceed the tolerance of 0.6, four do not"
+
+
 def test_only_what_is_worse_than_the_band_is_reported(run, tmp_path):
     facts = read_folder(run[1], ObjectStore())
     band = make_band("recipes/demo.yaml", [facts], tolerance=0.0)
@@ -213,7 +229,7 @@ def test_only_what_is_worse_than_the_band_is_reported(run, tmp_path):
         ("stage1", "loss/total", 20)
     ]
     assert "learned less than expected: 1 of" in verdict(band, facts)
-    assert "stage1 loss/total at step 20: 2.012, expected 0.100 to 0.500" in verdict(band, facts)
+    assert "stage1 loss/total at step 20: 2.802, expected 0.100 to 0.500" in verdict(band, facts)
     band.stages["stage1"]["loss/total"][20] = limits.model_copy(update={"low": 5.0, "high": 6.0})
     recall = band.stages["stage1"]["eval/i2t_r1"]
     recall[40] = recall[40].model_copy(update={"low": 0.0, "high": 0.01})
