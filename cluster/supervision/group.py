@@ -24,8 +24,11 @@ from isthmus.trainer.context import Rank, StopReason
 
 logger = logging.getLogger(__name__)
 
-RETURN_SECONDS = 3.0
-"""Time for the processes that were not lost to end a failed attempt by themselves, and for each to say what it left."""
+RETURN_SECONDS = 5.0
+"""Time for the processes that were not lost to end a failed attempt by themselves, and for each to say what it left.
+
+They find out at their next collective, so it has to be longer than most steps.
+"""
 START_SECONDS_PER_WORKER = 0.1
 STACKS_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 5.0

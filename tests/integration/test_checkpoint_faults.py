@@ -1,5 +1,6 @@
 """Faults at every write of a sequence of saves, real deaths of the process included; races for a run on a real S3."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.demo.local_s3 import LocalS3
 from isthmus.trainer.checkpoint.reader import list_checkpoints
+from isthmus.trainer.context import Rank
 from isthmus.trainer.errors import CheckpointError, LeaseError
 from isthmus.trainer.runs.lease import Lease
 from tests.faulty_store import KINDS, Fault, FaultyStore
+from tests.ranks import run_ranks_unchecked
 from tests.saved_states import fragments_of, holds, manager, state_of
 from tests.seaweed import BUCKET
 
@@ -73,6 +76,25 @@ def test_fault_at_every_write(tmp_path, kind):
         checkpoints.close()
         assert newest_holds(folder) == (1 if kind == "truncate" else 2)
     check_after(folder)
+
+
+def wait_beside_a_dying_rank(rank: int, world_size: int, folder: str) -> str:
+    checkpoints = manager(folder, rank=Rank(rank, world_size))
+    if rank == 1:
+        checkpoints._saver._save = lambda *_: None  # its part never arrives
+    checkpoints.save(1, fragments_of(1, rank, world_size), state_of(1))
+    if rank == 1:
+        os._exit(1)
+    with pytest.raises(RuntimeError, match="onnection"):
+        checkpoints.wait()
+    checkpoints.close()
+    return "noticed"
+
+
+def test_a_wait_for_a_save_ends_when_another_rank_is_lost(tmp_path):
+    """Not only at the limit of the save: this process may train on with another peer."""
+    survivor, _ = run_ranks_unchecked(wait_beside_a_dying_rank, 2, str(tmp_path))
+    assert (survivor.value, survivor.error) == ("noticed", None)
 
 
 def race(url: str, store: ObjectStore) -> tuple[list[Lease], list[str]]:

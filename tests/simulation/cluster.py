@@ -118,8 +118,10 @@ class SimUploadProcess:
     def alive(self) -> bool:
         return self._process.alive
 
-    def close(self, *, at_once: bool = False) -> None:
+    def kill(self) -> None:
         self._process.kill()
+
+    close = kill
 
     def _serve(self) -> None:
         while True:

@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         "a stage ends before its last commit",
         "run", CheckpointManager, "wait",
-        "self._saver.wait()",
-        "pass",
+        "gather_lists([self._saver.wait(POLL_SECONDS)])",
+        "[True]",
     ),
     Mutant(
         "the oldest checkpoints are kept",

@@ -425,7 +425,8 @@ def test_no_secret_is_on_a_command_line(tmp_path, monkeypatch):
     try:
         shown = command_line(writer._process.pid)
     finally:
-        writer.close(at_once=True)
+        writer.kill()
+        writer.close()
         number = memory.fd
         memory.close()
     assert shown[-4:-1] == ["isthmus.trainer.checkpoint.upload_process", str(number), "64"]

@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
 POLL_SECONDS = 0.1
-CLOSE_SECONDS = 30.0
+CLOSE_SECONDS = 1.0
+"""For a save that is about to finish when training has failed; a longer wait would delay the next attempt."""
+SLACK_SECONDS = 30.0
+"""For a save to end by itself after its time limit."""
 
 
 class Ownership(NamedTuple):
@@ -76,6 +79,7 @@ class BackgroundSaver:
         self._snapshot: Snapshot | None = None
         self._uploader: UploadProcess | None = None
         self._thread: threading.Thread | None = None
+        self._deadline = 0.0
         self._error: Exception | None = None
         self._closing = threading.Event()
 
@@ -87,22 +91,25 @@ class BackgroundSaver:
     def start(self, step: int, fragments: Sequence[Fragment], state: TrainState, began: float) -> None:
         """Copy the state and begin to save it; `began`: when training stopped for it (time.monotonic)."""
         self._allocate(fragments).fill(fragments)
+        self._deadline = time.monotonic() + self._timeout_seconds
         self._thread = threading.Thread(target=self._save, args=(step, state, began), name=f"save-{step}", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until the save under way is done: committed on rank 0, uploaded on the others.
+    def wait(self, seconds: float) -> bool:
+        """Wait for the save under way; return whether it is done: committed on rank 0, uploaded on the others.
 
         Raises:
             CheckpointError: it did not succeed within its limit.
             LeaseError: another owner has the run.
         """
         if self._thread is not None:
-            self._thread.join(self._timeout_seconds + CLOSE_SECONDS)
-            if self._thread.is_alive():
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif time.monotonic() > self._deadline + SLACK_SECONDS:
                 raise SaveFailedError(f"{self._url}: a save still hangs after its limit; check the object store")
-            self._thread = None
         self.raise_error()
+        return self._thread is None
 
     def raise_error(self) -> None:
         """Raise what ended the last save, if it failed."""
@@ -114,8 +121,11 @@ class BackgroundSaver:
         self._closing.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive() and self._uploader is not None:
+                self._uploader.kill()
+                self._thread.join(CLOSE_SECONDS)
         if self._uploader is not None:
-            self._uploader.close(at_once=self._thread is not None and self._thread.is_alive())
+            self._uploader.close()
         if self._snapshot is not None:
             self._snapshot.close()
         self._uploader = self._snapshot = self._thread = None
@@ -138,8 +148,7 @@ class BackgroundSaver:
 
     def _save(self, step: int, state: TrainState, began: float) -> None:
         """Try to save until it succeeds, the limit is reached or the saver is closed. Runs on a thread."""
-        deadline = time.monotonic() + self._timeout_seconds
-        pause = FIRST_PAUSE_SECONDS
+        deadline, pause = self._deadline, FIRST_PAUSE_SECONDS
         while True:
             try:
                 self._try_save(step, state, deadline)
@@ -181,7 +190,8 @@ class BackgroundSaver:
         try:
             return uploader.upload(folder, self._rank.rank, self._rank.world_size, timeout_seconds)
         except UploadProcessLostError:
-            uploader.close(at_once=True)
+            uploader.kill()
+            uploader.close()
             self._uploader = None
             raise
 

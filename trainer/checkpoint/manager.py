@@ -23,6 +23,8 @@ from isthmus.trainer.engine.state_shards import Fragment
 from isthmus.trainer.errors import CheckpointError, TrainerError, UnreadableCheckpointError
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 0.2
+"""Between two looks at whether the other ranks wait as well."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,13 @@ class CheckpointManager:
         return None
 
     def wait(self) -> None:
-        """Wait until the save under way is done: committed on rank 0, uploaded on the others.
+        """Wait until the save under way is done on all ranks. Collective, so that a lost rank ends the others' wait.
 
         Raises:
             CheckpointError: it did not succeed within its limit.
         """
-        self._saver.wait()
+        while not all(gather_lists([self._saver.wait(POLL_SECONDS)])):
+            pass
 
     def close(self) -> None:
         """Stop what runs in the background; a save that is about to finish gets a moment."""

@@ -83,12 +83,14 @@ class UploadProcess:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def close(self, *, at_once: bool = False) -> None:
+    def kill(self) -> None:
+        """End the process, whatever it is doing; an upload that waits for it fails."""
+        self._process.kill()
+
+    def close(self) -> None:
         """End the process; one that is busy is killed after a grace period."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        if at_once:
-            self._process.kill()
         with contextlib.suppress(BrokenPipeError):  # it is gone already
             self._process.stdin.close()
         try:

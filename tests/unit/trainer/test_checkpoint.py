@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import resource
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -364,7 +366,7 @@ def test_a_manifest_that_arrives_after_its_files_were_deleted_does_not_end_reten
 
 def test_a_save_that_hangs_is_tried_again_by_the_next_attempt(tmp_path, monkeypatch):
     """As after a machine was suspended for longer than the limit: nothing for the operator to correct."""
-    monkeypatch.setattr(commit, "CLOSE_SECONDS", 0.0)
+    monkeypatch.setattr(commit, "SLACK_SECONDS", 0.0)
     checkpoints = manager(str(tmp_path), save_timeout_seconds=0.01)
     hanging = threading.Event()
     checkpoints._saver._thread = threading.Thread(target=hanging.wait)
@@ -379,7 +381,6 @@ def test_a_save_that_hangs_is_tried_again_by_the_next_attempt(tmp_path, monkeypa
 def test_a_close_ends_the_wait_for_a_lost_rank_at_once(tmp_path, monkeypatch):
     """A process whose save waits longer for a dead peer is not kept for the next attempt."""
     monkeypatch.setattr(commit, "POLL_SECONDS", 60.0)
-    monkeypatch.setattr(commit, "CLOSE_SECONDS", 10.0)
     asked, get = threading.Event(), ObjectStore.get
 
     def note(store, url):
@@ -394,6 +395,22 @@ def test_a_close_ends_the_wait_for_a_lost_rank_at_once(tmp_path, monkeypatch):
     assert asked.wait(60)
     time.sleep(0.5)  # until it waits for the next try
     checkpoints.close()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
+
+
+def test_a_close_does_not_wait_for_an_upload_that_hangs(tmp_path):
+    """A process that does would be replaced, although it lost nothing."""
+    before = set(threading.enumerate())
+    checkpoints = manager(str(tmp_path))
+    checkpoints.prepare(fragments_of(1))
+    checkpoints._join_preparation()
+    uploader = checkpoints._saver._uploader._process
+    os.kill(uploader.pid, signal.SIGSTOP)
+    checkpoints.save(1, fragments_of(1), state_of(1))
+    began = time.monotonic()
+    checkpoints.close()
+    assert time.monotonic() - began < 20, "the limit of a save is far away"
+    assert uploader.poll() is not None
     assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
 
 
