@@ -185,6 +185,13 @@ def stage1(text: str) -> Iterator[Figure]:
     yield Figure("stage-1 step, 8 pairs", "CPU s", float(found["fast"]), "plain path", float(found["plain"]))
 
 
+def original(text: str) -> Iterator[Figure]:
+    """The fast path beside the original code, both with dropout."""
+    found = dict(re.findall(r"^(original|ours) ([\d.]+) CPU s", text, re.MULTILINE))
+    ours, theirs = float(found["ours"]), float(found["original"])
+    yield Figure("stage-1 step with dropout, 8 pairs", "CPU s", ours, "salesforce-lavis 1.0.2", theirs)
+
+
 def stage2(text: str) -> Iterator[Figure]:
     """Beside transformers."""
     for result in objects(text):
@@ -245,6 +252,7 @@ def benchmarks(assets: Path) -> list[Benchmark]:
         Benchmark("data_resume", resume),
         Benchmark("checkpoint", checkpoint, [], ["--no-s3", "--parameters", "10000000"]),
         Benchmark("stage1_speed", stage1),
+        Benchmark("stage1_original", original),
         Benchmark("stage2_speed", stage2),
         Benchmark("engine_layout", layout),
         Benchmark("virtual_ranks", virtual, [], ["--recipe", "tiny", "--ranks", "2"]),

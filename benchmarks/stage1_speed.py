@@ -37,7 +37,8 @@ GIB = 2**30
 ROOT = Path(__file__).parents[1]
 
 
-def _inputs() -> Stage1Inputs:
+def make_inputs() -> Stage1Inputs:
+    """Return a batch of random pairs."""
     batch, width = len(LENGTHS), 32
     ids = torch.randint(1000, 30000, (batch, width))
     mask = torch.arange(width) < torch.tensor(LENGTHS)[:, None]
@@ -75,7 +76,8 @@ def _step(path: str, model: Stage1Model, inputs: Stage1Inputs) -> dict[str, floa
     return {name: float(value) for name, value in output.parts.items()}
 
 
-def _seconds(path: str, model: Stage1Model, inputs: Stage1Inputs) -> float:
+def step_seconds(path: str, model: Stage1Model, inputs: Stage1Inputs) -> float:
+    """Return the CPU seconds of a step, forward and backward."""
     start = time.process_time()
     _step(path, model, inputs)
     return time.process_time() - start
@@ -83,7 +85,7 @@ def _seconds(path: str, model: Stage1Model, inputs: Stage1Inputs) -> float:
 
 def measure_work(rounds: int) -> dict[str, dict[str, Any]]:
     """Return losses, FLOPs and CPU seconds of both paths, and under `gradients` how far theirs are apart."""
-    models, inputs = {path: _model() for path in PATHS}, _inputs()
+    models, inputs = {path: _model() for path in PATHS}, make_inputs()
     results: dict[str, dict[str, Any]] = {path: {"seconds": []} for path in PATHS}
     for path, model in models.items():
         with FlopCounterMode(display=False) as counter:
@@ -92,7 +94,7 @@ def measure_work(rounds: int) -> dict[str, dict[str, Any]]:
     apart = _apart(*models.values())
     for _ in range(rounds):
         for path, model in models.items():
-            results[path]["seconds"].append(_seconds(path, model, inputs))
+            results[path]["seconds"].append(step_seconds(path, model, inputs))
             model.zero_grad(set_to_none=True)
     return {**results, "gradients": apart}
 
@@ -112,7 +114,7 @@ def _apart(one: Stage1Model, other: Stage1Model) -> dict[str, float]:
 
 def measure_memory(path: str) -> dict[str, int]:
     """Return the peak that a step adds to this process, and what of it are gradients."""
-    model, inputs = _model(), _inputs()
+    model, inputs = _model(), make_inputs()
     before = _status_bytes("VmRSS")
     _step(path, model, inputs)
     return {
@@ -172,6 +174,6 @@ if __name__ == "__main__":
     if arguments.memory:
         print(json.dumps(measure_memory(arguments.memory)))
     elif arguments.seconds:
-        print(json.dumps([_seconds(arguments.seconds, _model(), _inputs()) for _ in range(2)]))
+        print(json.dumps([step_seconds(arguments.seconds, _model(), make_inputs()) for _ in range(2)]))
     else:
         main(arguments.rounds)
