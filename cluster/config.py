@@ -82,7 +82,8 @@ class ClusterConfig(Config):
     """The cluster and the resources of a run."""
 
     address: str | None = None
-    """Dashboard for `isthmus submit` and `preflight`, such as http://HOST:8265; None means RAY_ADDRESS."""
+    """Dashboard for `isthmus submit` and `preflight`, such as http://HOST:8265; None means
+    RAY_API_SERVER_ADDRESS, else RAY_ADDRESS."""
     workers: WorkersConfig = WorkersConfig()
     """Training group."""
     restart: RestartConfig = RestartConfig()

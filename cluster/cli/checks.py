@@ -37,11 +37,15 @@ def preflight(
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check nodes, network, object store, weights, data and versions; exit code 2 if anything needs fixing."""
+    """Check nodes, network, object store, weights, data and versions; exit code 2 if anything needs fixing.
+
+    Without an address, the checks run on a Ray that is started on this machine for them.
+    """
     from isthmus.cluster.checks.preflight import run_as_job, run_on_embedded_ray
+    from isthmus.cluster.submission.dashboard import address_of_environment
 
     resolved = load_config(config, overrides or [], JobConfig)
-    where = address or resolved.cluster.address
+    where = address or resolved.cluster.address or address_of_environment()
     checks = run_as_job(resolved, where) if where else run_on_embedded_ray(resolved)
     if as_json:
         print_json([asdict(check) for check in checks])

@@ -18,6 +18,7 @@ from isthmus.cluster.cli.options import (
     RecipeArg,
     RegionOption,
     RunArg,
+    RunNameArg,
     SkipStepsOption,
     WatchOption,
     find_run,
@@ -113,7 +114,7 @@ def ls(address: AddressOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def logs(
-    run: RunArg,
+    run: RunNameArg,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="Only lines of this rank.")] = None,
     tail: Annotated[
@@ -144,7 +145,7 @@ def logs(
 
 @app.command()
 def stop(
-    run: RunArg,
+    run: RunNameArg,
     address: AddressOption = None,
     grace_seconds: Annotated[
         float, typer.Option("--grace", help="Longest wait for the checkpoint, in seconds.")

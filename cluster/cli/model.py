@@ -18,7 +18,7 @@ app = typer.Typer()
 
 ExportFormat = Literal["auto", "hf", "own", "lavis"]
 Part = Literal["auto", "vision", "language"]
-EXPORT_HELP = "Native export, output of `isthmus import`, or a run's folder (local or s3://)."
+EXPORT_HELP = "Export (native or for transformers), output of `isthmus import`, or a run's folder (local or s3://)."
 ExportArg = Annotated[str, typer.Argument(metavar="FOLDER_OR_RUN", help=EXPORT_HELP)]
 ImageArg = Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)]
 BeamsOption = Annotated[int, typer.Option(help="Number of beams; 1 is greedy search.", min=1)]

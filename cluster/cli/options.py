@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from isthmus.data_pipeline.config import StoreConfig
     from isthmus.data_pipeline.store.object_store import ObjectStore
 
-ADDRESS_HELP = "Dashboard of the cluster, such as http://HOST:8265 (default: RAY_ADDRESS, else this machine's)."
+ADDRESS_HELP = (
+    "Dashboard of the cluster, such as http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this "
+    "machine's)."
+)
 ENDPOINT_HELP = "Endpoint of an S3-compatible store (default: AWS_ENDPOINT_URL, else AWS)."
 RUN_FOLDER_HELP = "URL of a run's folder, or of a stage's checkpoints folder."
 
@@ -19,6 +22,7 @@ OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, such as stage1.steps=100.")
 ]
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run on the cluster, or URL of its folder.")]
+RunNameArg = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run on the cluster.")]
 RunFolderArg = Annotated[str, typer.Argument(metavar="RUN", help=RUN_FOLDER_HELP)]
 AllowChangeOption = Annotated[
     list[str] | None, typer.Option("--allow-change", help="Key that may differ from the run's earlier starts.")

@@ -75,7 +75,7 @@ def manifests(
 
     resolved = load_config(config, overrides or [], JobConfig)
     if kind == "raycluster":
-        documents = [kubernetes.ray_cluster(resolved)]
+        documents = [kubernetes.network_policy(resolved), kubernetes.ray_cluster(resolved)]
     elif kind == "rayjob":
         documents = [kubernetes.config_map(resolved), kubernetes.ray_job(resolved)]
     elif kind == "kueue":

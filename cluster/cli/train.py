@@ -33,7 +33,7 @@ assets_app = typer.Typer(help="Generate inputs that need no download.", no_args_
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray: for debugging, or one GPU.")
 ]
-SUBJECT_HELP = "Folder of a run or of a stage-2 export (local or s3://)."
+SUBJECT_HELP = "Folder of a run or of an export (local or s3://)."
 SubjectArg = Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help=SUBJECT_HELP)]
 DATA_HELP = "Manifest of held-out pairs, .jsonl of questions about images, or folder of a suite's manifests."
 HeldOutArg = Annotated[str, typer.Argument(help=DATA_HELP)]

@@ -39,7 +39,7 @@ def render(config: JobConfig) -> list[Manifest]:
 
 
 def ray_cluster(config: JobConfig) -> Manifest:
-    """Return a RayCluster for the run: on-request head without work, spot GPU group, CPU reader group."""
+    """Return a RayCluster for `isthmus submit`: on-demand head without work, spot GPU group, CPU reader group."""
     manifest = _template("raycluster.yaml")[0]
     manifest["metadata"] |= {"name": config.run.name, "namespace": config.cluster.kubernetes.namespace}
     manifest["spec"] = _cluster_spec(config, manifest["spec"])
@@ -64,6 +64,7 @@ def ray_job(config: JobConfig) -> Manifest:
         "suspend": bool(kubernetes.queue),
         "rayClusterSpec": _cluster_spec(config, _template("raycluster.yaml")[0]["spec"]),
     }
+    _mount_config(config, manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"])
     if kubernetes.queue:
         _fix_size(manifest["spec"]["rayClusterSpec"])
     return manifest
@@ -141,7 +142,6 @@ def _cluster_spec(config: JobConfig, spec: Manifest) -> Manifest:
     spec["rayVersion"] = ray.__version__
     head = spec["headGroupSpec"]["template"]
     _fill_pod(config, head, kubernetes.head)
-    _mount_config(config, head)
     gpu, readers = spec["workerGroupSpecs"]
     smallest, largest = num_worker_pods(config, min(config.world_sizes)), num_worker_pods(config)
     gpu |= {"replicas": largest, "minReplicas": smallest, "maxReplicas": largest}

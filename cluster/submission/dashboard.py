@@ -22,13 +22,18 @@ USED = re.compile(r"^([\d.]+)/[\d.]+ (\S+)$", re.MULTILINE)
 """A line such as `1.5/2.0 CPU` of the dashboard's summary."""
 
 
+def address_of_environment() -> str | None:
+    """Return the dashboard's address that the environment names, as for `ray job`; None if it names none."""
+    return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+
+
 def dashboard_url(address: str | None) -> str:
     """Return the dashboard's URL for an address; host:port is taken for http.
 
     Raises:
         ClusterError: a Ray client address, or not a URL at all.
     """
-    text = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
+    text = address or address_of_environment() or DEFAULT_ADDRESS
     if text.startswith("ray://") or text in ("auto", "local"):
         raise ClusterError(f"{text}: give the dashboard's address, such as http://HOST:8265")
     url = text if "://" in text else f"http://{text}"

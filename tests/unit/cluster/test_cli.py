@@ -106,6 +106,8 @@ def test_every_verb_that_takes_a_url_takes_the_stores_endpoint_and_region():
     }
     assert {name for name in lacking if " " not in name} == WITHOUT_A_STORE
     assert {name for name in lacking if " " in name} == WITHOUT_A_STORE_OF_THEIRS
+    described = {name: [p.help or "" for p in verbs.get(name, verbs.get(f"{name} ")).params] for name in lacking}
+    assert [name for name, texts in described.items() if any("URL" in text for text in texts)] == []
 
 
 def test_the_options_reach_the_store():

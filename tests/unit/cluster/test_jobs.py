@@ -6,6 +6,8 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
+from isthmus.cluster.checks import preflight
+from isthmus.cluster.cli import checks
 from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes import auth
@@ -93,6 +95,15 @@ def test_address_from_the_environment(monkeypatch):
     assert dashboard_url(None) == "http://b:2"
     monkeypatch.delenv("RAY_ADDRESS")
     assert dashboard_url(None) == "http://127.0.0.1:8265"
+
+
+def test_preflight_checks_the_cluster_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    checked = []
+    monkeypatch.setattr(preflight, "run_as_job", lambda _, address: checked.append(address) or [])
+    monkeypatch.setattr(preflight, "run_on_embedded_ray", lambda _: checked.append("this machine") or [])
+    assert CliRunner().invoke(checks.app, ["preflight", "tiny.yaml"]).exit_code == 0
+    assert checked == ["http://head:8265"]
 
 
 def test_a_client_address_is_refused_with_the_right_kind():

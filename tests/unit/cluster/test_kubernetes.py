@@ -229,6 +229,19 @@ def test_a_lost_head_is_replaced_often_and_a_user_error_never():
     assert "ISTHMUS_NO_RETRY" not in job_environment(gpu_config())
 
 
+@pytest.mark.parametrize("kind", ["rayjob", "raycluster"])
+def test_pods_mount_only_configurations_that_are_printed_with_them(tmp_path, kind):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(gpu_config()))
+    result = CliRunner().invoke(app, ["manifests", str(recipe), "--kind", kind])
+    documents = {document["kind"]: document for document in yaml.safe_load_all(result.output)}
+    assert ("NetworkPolicy" in documents) == (kind == "raycluster"), "a standing cluster has no other document for it"
+    spec = documents["RayJob"]["spec"]["rayClusterSpec"] if kind == "rayjob" else documents["RayCluster"]["spec"]
+    volumes = [volume for pod in pods_of(spec) for volume in pod["spec"].get("volumes", ())]
+    mounted = {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
+    assert mounted == ({documents["ConfigMap"]["metadata"]["name"]} if kind == "rayjob" else set())
+
+
 def test_the_command_prints_documents_without_yaml_anchors(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(gpu_config(queue="team")))
