@@ -132,8 +132,7 @@ class Server:
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Check the token and turn every refusal into the interface's error object."""
         try:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if self._token and request.path != "/health" and not hmac.compare_digest(given, self._token):
+            if request.path != "/health" and not self._is_authorised(request):
                 raise Refused(401, "the API key is not the server's token")
             response: web.StreamResponse = await handler(request)
         except Refused as error:
@@ -144,6 +143,10 @@ class Server:
             logger.exception("%s %s", request.method, request.path)
             return _error(500, "the server failed; its log says why")
         return response
+
+    def _is_authorised(self, request: web.Request) -> bool:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        return not self._token or hmac.compare_digest(given.encode(errors="replace"), self._token.encode())
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "waiting": self._waiting.qsize()})

@@ -1,10 +1,14 @@
 """README and docs name tests, commands, options, keys, recipes, files and pages that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
+import jsonschema
 import pytest
 import typer.main
+import yaml
+from typer.exceptions import TyperException
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import JobConfig
@@ -47,6 +51,8 @@ def test_the_walks_lead_to_lines_that_exist():
             assert text in (ROOT / path).read_text(), f"{path}: {text}"
 
 
+SCHEMA = JobConfig.model_json_schema()
+KEY = rf"(?:{'|'.join(SCHEMA['properties'])})\.[a-z][a-z0-9_.]*[a-z0-9]"
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 
 
@@ -59,8 +65,18 @@ def test_named_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {path}"
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{page}: {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_tests_exist(page):
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text()):
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{page}: {path}::{name}"
 
 
 def test_recipes_and_benchmarks_exist():
@@ -77,18 +93,48 @@ def code_of(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_verbs_and_options_exist(page):
-    known = typer.main.get_command(app)
-    lines = re.findall(r"isthmus ([a-z][^`#&|;\n]*)", code_of(page))
+def test_commands_parse(page):
+    code = code_of(page)
+    lines = re.findall(r"isthmus ([a-z][^`#&|;\n]*)", code)
     assert len(lines) > 10 or page not in {"README.md", "docs/operators.md"}
+    in_blocks = set(re.findall(r"^isthmus ([a-z][^`#&|;\n]*)", code, re.MULTILINE))
     for line in lines:
-        words, command = line.split(), known
-        while words and hasattr(command, "commands"):
-            assert words[0] in command.commands, f"{page}: isthmus {line}"
-            command = command.commands[words.pop(0)]
-        options = {option for parameter in command.params for option in parameter.opts}
-        used = {word.partition("=")[0] for word in words if word.startswith("-")}
-        assert used <= options, f"{page}: isthmus {line}"
+        problem = problem_of_command(line, is_complete=line in in_blocks and "..." not in line)
+        assert problem is None, f"{page}: isthmus {line}: {problem}"
+
+
+def problem_of_command(line, *, is_complete):
+    """Return why a command line is none; one in a sentence may lack arguments, and no file that it names is here."""
+    words, command = shlex.split(line), typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        if words[0] not in command.commands:
+            return f"no verb {words[0]}"
+        command = command.commands[words.pop(0)]
+    if not is_complete and (not words or hasattr(command, "commands")):
+        return None
+    try:
+        given = command.make_context(command.name, words).params
+    except TyperException as error:
+        lacks = type(error).__name__ == "MissingParameter" and not is_complete
+        return None if lacks or "does not exist" in str(error) else str(error)
+    overrides = given.get("overrides") or () if command.name != "run" else ()  # a bootstrap has another schema
+    keys = [*(text.partition("=")[0] for text in overrides), *(given.get("allow_change") or ())]
+    unknown = [key for key in keys if not key_exists(SCHEMA, SCHEMA, key.split("."))]
+    return f"no key {unknown[0]}" if unknown else None
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("trian x.yaml", "no verb trian"),
+        ("submit x.yaml --watched", "No such option"),
+        ("submit x.yaml data.lane=4", "no key data.lane"),
+        ("logs", "Missing parameter"),
+        ("export RUN FOLDER --to pth", "hf"),
+    ],
+)
+def test_a_wrong_command_is_found(line, problem):
+    assert problem in (problem_of_command(line, is_complete=True) or "")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -105,10 +151,47 @@ def test_targets_and_modules_exist(page):
     "page", [page for page in PAGES if not page.endswith(("migrating-from-lavis.md", "decisions.md"))]
 )
 def test_configuration_keys_exist(page):
-    schema = JobConfig.model_json_schema()
-    sections = "|".join(schema["properties"])
-    for key in re.findall(rf"`((?:{sections})\.[a-z][a-z0-9_.]*[a-z0-9])\b", (ROOT / page).read_text()):
-        assert key == "run.json" or key_exists(schema, schema, key.split(".")), f"{page}: {key}"
+    for key in re.findall(rf"`({KEY})\b", (ROOT / page).read_text()):
+        assert key == "run.json" or key_exists(SCHEMA, SCHEMA, key.split(".")), f"{page}: {key}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.endswith("migrating-from-lavis.md")])
+def test_defaults_and_values_are_those_of_the_schema(page):
+    """`key` (8) names a default; `key: value` and `key=value`, in a recipe or an override, are allowed."""
+    text = (ROOT / page).read_text()
+    for key, default in re.findall(rf"`({KEY})` \((\d[\d.]*)\)", text):
+        assert default_of(key) == float(default), f"{page}: {key}"
+    for key, value in re.findall(rf"`({KEY})(?:: |=)(\[[^`]*\]|[^\s`{{]+)", text):
+        config = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            config = {part: config}
+        problems = [error.message for error in VALUES.iter_errors(config)]
+        assert value.isupper() or not problems, f"{page}: {key}: {value}: {problems}"
+
+
+def default_of(key):
+    """Return the default of a key."""
+    model, parts = JobConfig, key.split(".")
+    for part in parts[:-1]:
+        model = model.model_fields[part].annotation
+    return model.model_fields[parts[-1]].default
+
+
+def optional(node):
+    """Return a JSON schema in which no key is required."""
+    if isinstance(node, dict):
+        return {name: optional(value) for name, value in node.items() if name != "required" or isinstance(value, dict)}
+    return [optional(item) for item in node] if isinstance(node, list) else node
+
+
+VALUES = jsonschema.Draft202012Validator(optional(SCHEMA))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_variables_exist(page):
+    sources = "".join(path.read_text() for folder in ("cluster", "trainer") for path in (ROOT / folder).rglob("*.py"))
+    for name in re.findall(r"\bISTHMUS_[A-Z_]+\b", (ROOT / page).read_text()):
+        assert f'"{name}"' in sources, f"{page}: {name}"
 
 
 def key_exists(schema, node, parts):

@@ -1,8 +1,10 @@
 """What travels with a job, and what must not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
@@ -11,6 +13,7 @@ from isthmus.cluster.cli import checks
 from isthmus.cluster.cli.jobs import app
 from isthmus.cluster.errors import ClusterError
 from isthmus.cluster.ray_nodes import auth
+from isthmus.cluster.submission import dashboard
 from isthmus.cluster.submission.code_package import build_package, package_bytes
 from isthmus.cluster.submission.dashboard import dashboard_url
 from isthmus.cluster.submission.job import job_environment, job_metadata
@@ -104,6 +107,14 @@ def test_preflight_checks_the_cluster_that_the_environment_names(monkeypatch):
     monkeypatch.setattr(preflight, "run_on_embedded_ray", lambda _: checked.append("this machine") or [])
     assert CliRunner().invoke(checks.app, ["preflight", "tiny.yaml"]).exit_code == 0
     assert checked == ["http://head:8265"]
+
+
+def test_a_cluster_without_authentication_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(dashboard, "_token", lambda: None)
+    answer = SimpleNamespace(status_code=200, json=lambda: {"ray_version": ray.__version__})
+    monkeypatch.setattr(dashboard, "ask", lambda _: answer)
+    dashboard.check_reachable("http://head:8265")
+    assert "anyone who reaches it can run code there" in caplog.text
 
 
 def test_a_client_address_is_refused_with_the_right_kind():

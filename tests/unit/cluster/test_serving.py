@@ -139,6 +139,16 @@ def test_requests_that_wait_together_run_as_one_batch_and_a_bad_one_fails_alone(
     assert answers[1] == (200, QUESTION.format("q0"))
 
 
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00fc"}])
+def test_every_path_but_health_wants_the_token(header):
+    async def use(session: ClientSession) -> Any:
+        async with ClientSession(session._base_url, headers=header) as stranger:
+            paths = [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/other"), ("GET", "/health")]
+            return [(await stranger.request(method, path)).status for method, path in paths]
+
+    assert asyncio.run(served(StandIn(), use)) == [401, 401, 401, 200]
+
+
 def test_more_than_may_wait_are_told_to_come_back_and_nobody_waits_endlessly():
     writer = StandIn()
 

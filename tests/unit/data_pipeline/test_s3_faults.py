@@ -320,6 +320,12 @@ def test_an_endpoint_without_a_scheme_is_named(endpoint):
         ObjectStore(StoreConfig(endpoint_url=endpoint)).get(URL)
 
 
+def test_an_endpoint_without_tls_is_named_after_three_tries(running):
+    plain = running[0].endpoint_url.replace("http://", "https://")
+    with pytest.raises(UnavailableError, match=r"failed 3 times.*SSL.*whether the endpoint is https"):
+        ObjectStore(StoreConfig(endpoint_url=plain, region="us-east-1")).get(URL)
+
+
 def test_a_request_with_all_its_tries_has_a_time_limit(store, server):
     def slowly(handler):
         time.sleep(0.25)
