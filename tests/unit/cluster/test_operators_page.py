@@ -57,3 +57,11 @@ def test_the_metrics_exist():
     metrics = names_in("Monitoring") - {"ray_isthmus_..."}
     assert len(metrics) > 5
     assert metrics <= {name for name, _ in WORKER_GAUGES.values()} | DRIVER_METRICS.keys()
+
+
+def test_the_files_of_a_run_are_named_in_the_code():
+    sources = [path for package in ("cluster", "trainer") for path in (ROOT / package).rglob("*.py")]
+    source = "\n".join(path.read_text() for path in sources)
+    places = {place.removeprefix("<stage>/").partition("/")[0] for place in names_in("The run's folder")}
+    assert len(places) > 12
+    assert [place for place in sorted(places) if f'"{place}"' not in source and f'"{place}/' not in source] == []
