@@ -149,7 +149,7 @@ def _check_store_from(config: JobConfig, node: Node) -> Check:
         remedy = "check store.endpoint_url, credentials and the policy (docs/operators.md)"
         return Check("object store", node.address, ok=False, found=last_line(error), remedy=remedy)
     found = f"write {speed.write_megabytes_per_second:.0f} MB/s, read {speed.read_megabytes_per_second:.0f} MB/s"
-    return Check("object store", node.address, ok=True, found=f"{found}, compare-and-swap holds")
+    return Check("object store", node.address, ok=True, found=f"{found}, conditional writes hold")
 
 
 def _check_all_reduce(config: JobConfig, nodes: list[Node]) -> Check:

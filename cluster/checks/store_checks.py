@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.cluster.config import JobConfig
@@ -10,7 +11,7 @@ from isthmus.data_pipeline.dataset.chosen_captions import check_captions
 from isthmus.data_pipeline.dataset.load_plan import excluded_samples
 from isthmus.data_pipeline.dataset.manifest import Manifest
 from isthmus.data_pipeline.dataset.shard_index import ShardIndex
-from isthmus.data_pipeline.errors import ChangedError, DataError
+from isthmus.data_pipeline.errors import AlreadyExistsError, ChangedError, DataError
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore, join
 
 PROBE_BYTES = 16 << 20
@@ -28,14 +29,14 @@ class StoreSpeed:
 
 
 def check_store(config: JobConfig) -> StoreSpeed:
-    """Write, read, list, compare-and-swap and delete under the run's URL, as the run will.
+    """Write, read, list, write under conditions and delete under the run's URL, as the run will.
 
     Raises:
-        DataError: something is not permitted, or a stale compare-and-swap is not refused.
+        DataError: something is not permitted, or a write whose condition does not hold is not refused.
     """
     store = ObjectStore(config.store)
     folder = join(config.run.url, f".preflight-{uuid.uuid4().hex}")
-    url, swapped = join(folder, "probe"), join(folder, "swap")
+    url, contested = join(folder, "probe"), join(folder, "contested")
     content = os.urandom(PROBE_BYTES)
     try:
         began = time.perf_counter()
@@ -46,10 +47,10 @@ def check_store(config: JobConfig) -> StoreSpeed:
         read = time.perf_counter()
         if [info.url for info in store.list(folder)] != [url]:
             raise DataError(f"{folder}: a written object is not listed; this store cannot be used")
-        _check_swap(store, swapped)
+        _check_conditional_writes(store, contested)
     finally:
         store.delete(url)
-        store.delete(swapped)
+        store.delete(contested)
     return StoreSpeed(PROBE_BYTES / (wrote - began) / MEGA, PROBE_BYTES / (read - wrote) / MEGA)
 
 
@@ -107,15 +108,20 @@ def check_data(config: JobConfig) -> str:
     return "; ".join(found)
 
 
-def _check_swap(store: ObjectStore, url: str) -> None:
-    """Check that the second of two writers with the same tag is refused: the run's lease rests on it."""
+def _check_conditional_writes(store: ObjectStore, url: str) -> None:
+    """Check that the second of two writers is refused under both conditions: lease and commits rest on them."""
     first = store.put_if_absent(url, b"1")
     store.compare_and_swap(url, b"2", first.etag)
-    try:
-        store.compare_and_swap(url, b"3", first.etag)
-    except ChangedError:
-        return
-    raise DataError(f"{url}: a stale compare-and-swap was not refused; two drivers could write one run on this store")
+    second: dict[str, Callable[[], object]] = {
+        "put-if-absent (If-None-Match)": lambda: store.put_if_absent(url, b"3"),
+        "compare-and-swap (If-Match)": lambda: store.compare_and_swap(url, b"4", first.etag),
+    }
+    for name, write in second.items():
+        try:
+            write()
+        except (AlreadyExistsError, ChangedError):
+            continue
+        raise DataError(f"{url}: a late {name} was not refused; two drivers could write one run on this store")
 
 
 PUBLISHED = {
