@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from isthmus.data_pipeline.errors import AccessError
 from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableError, join
 from isthmus.trainer.config.loading import check_config
 from isthmus.trainer.config.schema import TrainConfig
@@ -60,6 +61,16 @@ def test_second_writer_is_refused_with_holder_and_since(tmp_path):
     with pytest.raises(LeaseError, match=rf"held by ann since {since.replace('+', '.')}"):
         open_run(tmp_path, "bob")
     run.close()
+
+
+def test_a_store_that_forbids_to_list_uploads_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def forbidden(_store, url):
+        raise AccessError(f"list {url}: access denied (403)")
+
+    monkeypatch.setattr(ObjectStore, "remove_unfinished", forbidden)
+    open_run(tmp_path).close()
+    assert "unfinished uploads of earlier attempts stay" in caplog.text
+    assert "access denied" in caplog.text
 
 
 def test_released_lease_is_taken_at_once(tmp_path):
@@ -125,7 +136,14 @@ def test_other_configuration_is_refused_with_the_difference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"stage1__micro_batch_size": 4}, {"logging__every_steps": 1}, {"checkpoint__keep_last": 5}]
+    "changes",
+    [
+        {"stage1__micro_batch_size": 4},
+        {"logging__every_steps": 1},
+        {"checkpoint__keep_last": 5},
+        {"data__readers": 4},
+        {"safety__same_bits": "run"},
+    ],
 )
 def test_what_does_not_change_training_may_change(tmp_path, changes):
     open_run(tmp_path).close()
