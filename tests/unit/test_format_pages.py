@@ -68,6 +68,8 @@ def test_every_cause_of_a_bad_sample_is_described():
 
 def test_the_manifest():
     header = table_after(DATA, "## Manifest")[0][1]
+    dropped = {row[0]: names(row[1]) for row in table_after(DATA, "## Manifest")}["`dropped.jsonl`"]
+    assert dropped == ["shard", *shard_check.Drop._fields]
     layer = LayerRef("u", "h", "b", "bh")
     shard = Shard("s3://b/a.tar", 1, "e", 1, "s3://b/m/indexes/a.idx", "i", "s3://b/m/captions/a.parquet", "c")
     store = ObjectStore()
