@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ STALE = lease.HEARTBEAT_SECONDS * lease.STALE_HEARTBEATS
 MAX_DISTANCE = mark_duplicates.__kwdefaults__["max_distance"]
 CAPTION, ANSWER = protocol.CAPTION_DECODING, protocol.ANSWER_DECODING
 ASSUMED = Assumptions()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OLDEST, TOO_NEW = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
 
 
 def mebibytes(number: int) -> str:
@@ -37,7 +40,10 @@ def mebibytes(number: int) -> str:
 
 
 SENTENCES = {
-    "operators.md": [
+    "README.md": [
+        f"You need Python 3.{OLDEST} to 3.{int(TOO_NEW) - 1}",
+    ],
+    "docs/operators.md": [
         f"`isthmus resume` continues the run once the lease is stale ({STALE:g} s)",
         f"the lease of a dead driver is stale after {STALE:g} s",
         f"doubles from `cluster.restart.backoff_seconds` to {DURATIONS[restart_policy.MAX_BACKOFF_SECONDS]}",
@@ -52,7 +58,7 @@ SENTENCES = {
         f"A folder that was used within {DURATIONS[node_cache.IN_USE_SECONDS]} is never deleted",
         f"the image's user is {re.findall(r'^USER (.*)$', (ROOT / 'Dockerfile').read_text(), re.MULTILINE)[-1]}",
     ],
-    "data-format.md": [
+    "docs/data-format.md": [
         f"over {mebibytes(download.MAX_IMAGE_BYTES)} |",
         f"on {WORDS[download._ATTEMPTS]} attempts, or more than {download._SECONDS:g} s in total",
         f"up to {download._AT_ONCE} downloads at a time, {download._AT_ONCE_PER_HOST} per host",
@@ -64,12 +70,12 @@ SENTENCES = {
         f"chunk size ({mebibytes(index_build.CHUNK_BYTES)})",
         f"K = {DataConfig.model_fields['shuffle_chunks'].default} (the default)",
     ],
-    "checkpoint-format.md": [
+    "docs/checkpoint-format.md": [
         f"between {interval.LEAST_SECONDS:g} s and {interval.MOST_SECONDS / 3600:g} h",
         f"the first {len(checkpoint_format.state_name('x' * 64)) - len('state-.json')} hex digits",
         f"`{checkpoint_format.step_name(0).replace('0', 'N')}` (steps done, at least nine digits)",
     ],
-    "evaluation.md": [
+    "docs/evaluation.md": [
         f"`{protocol.CAPTION_PROMPT}`, {CAPTION.num_beams} beams, at most {CAPTION.max_new_tokens} new tokens, "
         f"at least {CAPTION.min_length} in all",
         f"`{protocol.QUESTION_PROMPTS['decoder']}`, T5 `{protocol.QUESTION_PROMPTS['encoder-decoder']}`; "
@@ -79,10 +85,10 @@ SENTENCES = {
         f"at most {protocol.MAX_WORDS} words",
         f"fixed groups of {benchmark.UNIT_IMAGES}",
     ],
-    "estimates.md": [
+    "docs/estimates.md": [
         f"({ASSUMED.vision_efficiency:.0%} frozen, {ASSUMED.trainable_efficiency:.0%} trainable)".replace("%", " %"),
     ],
-    "security.md": [
+    "docs/security.md": [
         f"{mebibytes(tar_walk.MAX_MEMBER_BYTES)} per member, {mebibytes(tar_walk._MAX_EXTENSION_BYTES)} per extension",
         f"{mebibytes(download.MAX_IMAGE_BYTES)} per image (an object's size is checked first), {download._SECONDS:g} s "
         f"in total, {download._AT_ONCE_PER_HOST} connections per host",
@@ -92,7 +98,7 @@ SENTENCES = {
 
 @pytest.mark.parametrize("page", SENTENCES)
 def test_the_numbers_are_those_of_the_code(page):
-    text = " ".join((ROOT / "docs" / page).read_text().split())
+    text = " ".join((ROOT / page).read_text().split())
     assert [sentence for sentence in SENTENCES[page] if not sentence or sentence not in text] == []
 
 
