@@ -2,9 +2,14 @@
 
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from isthmus.data_pipeline.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,7 +24,11 @@ _functions: list[Callable[[Any], Any]] = []
 def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]:
     """Return a Runner over local processes; with one process it is the calling process itself.
 
-    The function is sent once to each process, however large it is; items and results are sent one by one.
+    The function is sent once to each process, however large it is; items and results are sent one by one. The processes
+    end with the calling one, even if it is killed.
+
+    Raises:
+        DataError: a process was killed.
     """
 
     def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -36,6 +45,11 @@ def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable
                     pending |= {pool.submit(_call, item) for _, item in zip(done, rest, strict=False)}
                     for future in done:
                         yield future.result()
+            except BrokenProcessPool as error:
+                message = (
+                    "a worker process was killed, perhaps out of memory; run again to resume, with fewer processes"
+                )
+                raise DataError(message) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -44,6 +58,15 @@ def run_in_processes(num_processes: int) -> Callable[[Callable[[T], R], Iterable
 
 def _keep(function: Callable[[Any], Any]) -> None:
     _functions.append(function)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: one that is killed cannot stop its pool."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:

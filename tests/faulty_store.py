@@ -1,7 +1,6 @@
 """An object store that goes wrong on purpose at chosen writes; for tests of what must survive that."""
 
 import fcntl
-import json
 import os
 import signal
 import time
@@ -15,6 +14,7 @@ from isthmus.data_pipeline.store.object_store import ObjectInfo, ObjectStore
 
 Kind = Literal[
     "kill_before",  # the process dies before the write
+    "kill_during",  # it dies with a partial file or an unfinished upload, if the write has one
     "kill_after",  # it dies when the object is there
     "refuse",  # 503: nothing is written, an error is raised
     "lose_answer",  # the object is there, but an error is raised
@@ -25,6 +25,7 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = (
     "kill_before",
+    "kill_during",
     "kill_after",
     "refuse",
     "lose_answer",
@@ -65,6 +66,9 @@ class FaultyStore(ObjectStore):
     def put(self, url: str, data: bytes | memoryview) -> ObjectInfo:
         return self._write("put", url, bytes(data))
 
+    def put_file(self, url: str, path: Path) -> ObjectInfo:
+        return self._write("put_file", url, path)
+
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
         return self._write("put_if_absent", url, data)
 
@@ -73,9 +77,9 @@ class FaultyStore(ObjectStore):
 
     def writes(self) -> list[str]:
         """URLs of all counted writes so far, in order."""
-        return json.loads(self._journal.read_text()) if self._journal.exists() else []
+        return self._journal.read_text().splitlines() if self._journal.exists() else []
 
-    def _write(self, method: str, url: str, data: bytes, *rest: str) -> ObjectInfo:
+    def _write(self, method: str, url: str, data: Any, *rest: str) -> ObjectInfo:
         kind = self._fault_of(url)
         write = getattr(super(), method)
         if kind == "kill_before":
@@ -88,10 +92,12 @@ class FaultyStore(ObjectStore):
             self._let_another_go_first()
         if kind == "truncate":
             data = data[: len(data) // 2]
+        if kind == "kill_during":  # where a local file is complete but hidden; where the first part is read
+            os.fsync = os.pread = lambda *_: self._die()
         info: ObjectInfo = write(url, data, *rest)
         if kind == "duplicate" and method == "put":
             write(url, data)
-        if kind == "kill_after":
+        if kind in ("kill_during", "kill_after"):
             self._die()
         if kind == "lose_answer":
             raise UnavailableError(f"{url}: the answer was lost on purpose")
@@ -104,12 +110,10 @@ class FaultyStore(ObjectStore):
         with self._journal.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            urls = json.loads(file.read() or "[]")
-            file.seek(0)
-            file.truncate()
-            json.dump([*urls, url], file)
+            number = len(file.readlines())
+            file.write(f"{url}\n")
         fault = self._fault
-        hit = fault is not None and fault.at_write <= len(urls) < fault.at_write + fault.num_writes
+        hit = fault is not None and fault.at_write <= number < fault.at_write + fault.num_writes
         return fault.kind if fault and hit else None
 
     def _let_another_go_first(self) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -191,9 +190,10 @@ def get(
 
     from isthmus.model.imports.architecture import check_architecture
     from isthmus.trainer.frozen.model_folder import ModelWriter
+    from isthmus.trainer.frozen.scratch import scratch_folder
 
-    with tempfile.TemporaryDirectory(prefix="isthmus-gguf-") as scratch:
-        model, commit = _open_source(source, revision, part, Path(scratch))
+    with scratch_folder("isthmus-gguf-") as scratch:
+        model, commit = _open_source(source, revision, part, scratch)
         check_architecture(model, source)
         columns = (TextColumn("weight files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:

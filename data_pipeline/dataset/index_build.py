@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from isthmus.data_pipeline.dataset.manifest import Manifest, Shard
@@ -92,9 +91,12 @@ class IndexShard:
         except NotFoundError:
             return None
         except (ValueError, TypeError, KeyError):
-            _log.warning("%s is unreadable; its shard is indexed again", record_url)
+            _log.warning("%s is damaged or incomplete; its shard is indexed again", record_url)
             return None
-        return record if record.fingerprint == fingerprint else None
+        if record.fingerprint == fingerprint:
+            return record
+        self.store.put(record_url, b"{}")  # it must not vouch for the index that replaces its own
+        return None
 
 
 def build_manifest(
@@ -122,6 +124,7 @@ def build_manifest(
             records[url] = replace(record, drops=[])
             on_shard(record)
         _raise_failures([failure for url in urls for failure in records[url].failures])
+        store.remove_unfinished(folder_url)
         dropped.save(urls, join(folder_url, DROPPED), store)
     ordered = [records[url] for url in urls]
     manifest = Manifest(
@@ -153,12 +156,11 @@ class _DroppedSamples:
 
     def save(self, urls: Sequence[str], url: str, store: ObjectStore) -> None:
         """Write all of them as one object, in the order of the shards."""
-        with tempfile.NamedTemporaryFile() as file:
+        with tempfile.TemporaryFile() as file:
             for start, length in (self._ranges[shard] for shard in urls):
                 self._spool.seek(start)
                 file.write(self._spool.read(length))
-            file.flush()
-            store.put_file(url, Path(file.name))
+            store.put_open_file(url, file)
 
 
 def _raise_failures(failures: Sequence[str]) -> None:

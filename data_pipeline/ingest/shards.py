@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 from isthmus.data_pipeline.errors import BadSample, DataError, NotFoundError
@@ -85,17 +84,19 @@ class IngestShard:
         Raises:
             DataError: a file of the source is unreadable, or the store does not answer.
         """
-        known = _known(_record_url(self.folder_url, task.number), self.store)
+        record_url = _record_url(self.folder_url, task.number)
+        known = _known(record_url, self.store)
         if known and known.fingerprint == _fingerprint(task.first, self._records(task)):
             return replace(known, reused=True)
+        if known:  # it must not vouch for the shard that replaces its own
+            self.store.put(record_url, b"{}")
         url = join(self.folder_url, f"shard-{task.number:06d}.tar")
         fingerprint = _Fingerprint(task.first)
-        with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        with tempfile.TemporaryFile() as file:
             dropped = asyncio.run(self._write(task, file, fingerprint))
-            file.flush()
-            self.store.put_file(url, Path(file.name))
+            self.store.put_open_file(url, file)
         result = IngestedShard(url, fingerprint.hexdigest(), fingerprint.num_records - len(dropped), dropped)
-        self.store.put(_record_url(self.folder_url, task.number), json.dumps(asdict(result)).encode())
+        self.store.put(record_url, json.dumps(asdict(result)).encode())
         return result
 
     def _records(self, task: ShardTask) -> Iterator[Record]:
@@ -169,6 +170,7 @@ def ingest(
     for shard in run(IngestShard(source, store, folder_url, allow_private), _tasks(source, samples_per_shard)):
         on_shard(shard)
         summary.add(shard)
+    store.remove_unfinished(folder_url)
     _write_dropped(summary, store)
     if not summary.samples:
         why = f"most often: {summary.dropped.most_common(1)[0][0]}" if summary.dropped else "it is empty"
@@ -197,12 +199,11 @@ def _tasks(source: Source, samples_per_shard: int) -> Iterator[ShardTask]:
 
 
 def _write_dropped(summary: IngestSummary, store: ObjectStore) -> None:
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
+    with tempfile.TemporaryFile("w", encoding="utf-8") as file:
         for number in range(summary.shards if summary.dropped else 0):
             known = _known(_record_url(summary.folder, number), store)
             file.writelines(f"{json.dumps(drop)}\n" for drop in (known.dropped if known else ()))
-        file.flush()
-        store.put_file(join(summary.folder, DROPPED), Path(file.name))
+        store.put_open_file(join(summary.folder, DROPPED), file)
 
 
 def _record_url(folder_url: str, number: int) -> str:

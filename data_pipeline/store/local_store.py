@@ -16,6 +16,7 @@ from isthmus.data_pipeline.errors import AccessError, AlreadyExistsError, Change
 from isthmus.data_pipeline.store.object_info import ObjectInfo, StoreMetrics
 
 _HIDDEN = ".isthmus-"  # our own files, which are not objects
+_LOCK = f"{_HIDDEN}lock"
 _HASHED_BYTES = 64 * 1024
 _LOCK_SECONDS = 30.0
 
@@ -116,10 +117,12 @@ class LocalBackend:
 
     def remove_unfinished(self, url: str) -> int:
         folder = local_path(url)
-        with _explained(url), _folder_lock(folder):  # a swap in this folder writes its partial file under the lock
+        with _explained(url):
             paths = list(folder.rglob(f"{_HIDDEN}*.partial"))
-            for path in paths:
-                path.unlink(missing_ok=True)
+            # A swap in this folder writes its partial file under the lock.
+            with _folder_lock(folder) if (folder / _LOCK).exists() else contextlib.nullcontext():
+                for path in paths:
+                    path.unlink(missing_ok=True)
         self._metrics.count_request()
         return len(paths)
 
@@ -191,7 +194,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         UnavailableError: others kept it for too long.
     """
-    lock = FileLock(folder / f"{_HIDDEN}lock", timeout=_LOCK_SECONDS)
+    lock = FileLock(folder / _LOCK, timeout=_LOCK_SECONDS)
     try:
         with lock:
             yield

@@ -6,9 +6,10 @@ winner; a read is of one version; what may succeed later is retried a limited nu
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 from isthmus.data_pipeline.config import StoreConfig
 from isthmus.data_pipeline.errors import (
@@ -40,6 +41,8 @@ __all__ = [
 
 
 HASH_BLOCK_BYTES = 8 << 20
+
+_log = logging.getLogger(__name__)
 
 
 class _Backend(Protocol):
@@ -116,6 +119,11 @@ class ObjectStore:
         """Write a file as an object, without holding it in memory."""
         return self._backend(url).put_file(url, path)
 
+    def put_open_file(self, url: str, file: IO[Any]) -> ObjectInfo:
+        """Write an open file as an object: one without a name (`tempfile.TemporaryFile`) goes with a killed process."""
+        file.flush()
+        return self.put_file(url, Path(f"/proc/self/fd/{file.fileno()}"))
+
     def put_if_absent(self, url: str, data: bytes) -> ObjectInfo:
         """Write an object where there is none, or raise AlreadyExistsError. Of several writers one wins."""
         return self._backend(url).put_if_absent(url, data)
@@ -162,9 +170,17 @@ class ObjectStore:
     def remove_unfinished(self, folder_url: str) -> int:
         """Remove what killed writers left half written inside a folder; return how many objects that was.
 
-        These are partial files and multipart uploads. Only for a folder in which no one else writes.
+        These are partial files and multipart uploads, which only cost space: what the store lacks or forbids is logged.
+        Only for a folder in which no one else writes.
         """
-        return self._backend(folder_url).remove_unfinished(folder_url)
+        try:
+            number = self._backend(folder_url).remove_unfinished(folder_url)
+        except StoreError as error:
+            _log.warning("%s: unfinished uploads of earlier attempts stay: %s", folder_url, error)
+            return 0
+        if number:
+            _log.info("%s: removed %d unfinished uploads of earlier attempts", folder_url, number)
+        return number
 
     def make_bucket(self, url: str) -> None:
         """Create the bucket (or local folder) of a URL; one that is ours already is fine."""

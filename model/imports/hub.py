@@ -44,8 +44,9 @@ class Snapshot:
 
 
 def download(name: str, revision: str | None = None) -> Snapshot:
-    """Fetch a model into huggingface_hub's cache, resuming what an earlier try has left there.
+    """Fetch a model into huggingface_hub's cache; files that an earlier call completed are not fetched again.
 
+    The library (1.18 and later) starts an interrupted file anew; what a killed process had of it stays in the cache.
     Of a model that is published as safetensors and as PyTorch files, only the safetensors are fetched.
 
     Args:

@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant(
         "what killed writers left half uploaded stays",
         "stage", store, "_open",
-        "_clear(url, store)",
+        "store.remove_unfinished(url)",
         "pass",
     ),
     Mutant(

@@ -8,7 +8,6 @@ config.json                            last: a folder without it is unfinished a
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from isthmus.model.config import Dtype
 from isthmus.model.imports.published import Published
 from isthmus.model.imports.tensors import LazyTensor, Tensors
 from isthmus.trainer.errors import TrainerError
+from isthmus.trainer.frozen.scratch import scratch_folder
 
 RECORD = "isthmus-model.json"
 CONFIG = "config.json"
@@ -88,10 +88,10 @@ class ModelWriter:
         done = self._resume(record)
         plan = plan_files(model.tensors, self.dtype, self.file_bytes)
         contents = {**_side_contents(model, plan, self.dtype), CONFIG: _json(_config(model, self.dtype))}
-        with tempfile.TemporaryDirectory(prefix="isthmus-model-") as scratch:
+        with scratch_folder("isthmus-model-") as scratch:
             for index, (name, names) in enumerate(plan.items()):
                 if name not in done:
-                    path = Path(scratch) / name
+                    path = scratch / name
                     save_file({n: self._read(model.tensors[n]) for n in names}, path, metadata={"format": "pt"})
                     done[name] = FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
                     self.store.put_file(join(self.destination, name), path)
@@ -100,6 +100,7 @@ class ModelWriter:
                 self.on_file(index + 1, len(plan))
         for name, content in contents.items():
             done[name] = FileRecord(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        self.store.remove_unfinished(self.destination)
         record = self._put_record(record, done)
         for name, content in contents.items():
             self.store.put(join(self.destination, name), content)
@@ -173,7 +174,7 @@ def read_record(folder: str, store: ObjectStore) -> ModelRecord | None:
         return None
     except ValidationError as error:
         raise TrainerError(
-            f"{join(folder, RECORD)}: damaged ({error.error_count()} errors); get the model again"
+            f"{join(folder, RECORD)}: damaged ({error.error_count()} errors); delete the folder and get the model again"
         ) from error
 
 

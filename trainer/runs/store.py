@@ -168,7 +168,7 @@ def _open(
     lease = Lease.take(join(url, LEASE), store, owner, heartbeat_seconds)
     try:
         changes = check_config_of_run(config, store, allow_change)
-        _clear(url, store)
+        store.remove_unfinished(url)  # of an owner that was killed; under the lease, no other process writes
         new_config = to_yaml(config).encode()
         _swap(join(url, CONFIG), store, lambda _: new_config, lease.assert_owner)
         attempt = {
@@ -184,17 +184,6 @@ def _open(
         lease.release()
         raise
     return RunStore(url, store, lease.token, lease)
-
-
-def _clear(url: str, store: ObjectStore) -> None:
-    """Remove partial uploads of an earlier owner that was killed; under the lease, no other process writes."""
-    try:
-        number = store.remove_unfinished(url)
-    except DataError as error:  # the store lacks this call or forbids it: they only cost space
-        logger.warning("%s: unfinished uploads of earlier attempts stay: %s", url, error)
-    else:
-        if number:
-            logger.info("%s: removed %d unfinished uploads of earlier attempts", url, number)
 
 
 def check_config_of_run(config: TrainConfig, store: ObjectStore, allow_change: Sequence[str] = ()) -> list[Any]:

@@ -1,88 +1,26 @@
 """`isthmus models get` by name: from a Hub (a small server here) into a folder, then from the cache without it."""
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from safetensors.torch import load
 
 from isthmus.model.tiny import write_tiny_language
+from tests.hub import COMMIT, NAME, serve_hub
 
 pytestmark = pytest.mark.unit
-
-COMMIT = "c" * 40
-NAME = "someone/opt-tiny"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's interface that huggingface_hub uses to fetch a model."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012 - set by the fixture
-    sent: dict[str, int] = {}  # noqa: RUF012 - bytes by file
-    gated = False
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        headers = {"X-Repo-Commit": COMMIT}
-        if path.startswith(f"/api/models/{NAME}/tree"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in self.files.items()
-            ]
-            return self._send(200, json.dumps(tree).encode(), headers, body=body)
-        if path.startswith(f"/api/models/{NAME}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            info = {"id": NAME, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
-            return self._send(200, json.dumps(info).encode(), headers, body=body)
-        name = path.rpartition("/")[2]
-        if not path.startswith(f"/{NAME}/resolve/") or name not in self.files:
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body=body)
-        if self.gated:
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body=body)
-        whole = self.files[name]
-        data, status = whole, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
-            data, status = whole[int(asked[1]) : int(asked[2]) + 1], 206
-        self.sent[name] = self.sent.get(name, 0) + len(data) * body
-        return self._send(status, data, {**headers, "ETag": f'"{hashlib.sha1(whole).hexdigest()}"'}, body=body)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], *, body: bool) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
 
 
 @pytest.fixture
 def hub(tmp_path):
     folder = write_tiny_language(tmp_path / "opt", "opt", width=128)
-    handler = type(
-        "Handler", (Hub,), {"files": {path.name: path.read_bytes() for path in folder.iterdir()}, "sent": {}}
-    )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield server, handler
-    server.shutdown()
-    server.server_close()
+    with serve_hub({path.name: path.read_bytes() for path in folder.iterdir()}) as server:
+        yield server, server.RequestHandlerClass
 
 
 def get(tmp_path: Path, target: str, endpoint: str, name: str = NAME, **variables: str) -> Any:

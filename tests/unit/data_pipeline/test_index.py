@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -351,6 +352,17 @@ def test_an_interrupted_build_resumes_and_a_changed_shard_is_indexed_again(tmp_p
     write_tar(paths[1], named_members([7, 8]))
     assert rebuild() != before
     assert reused == [True, False]
+
+
+def test_an_interrupted_build_with_other_options_is_not_taken_for_the_earlier_one(tmp_path):
+    (path,) = write_shards(tmp_path, [6])
+    before, _ = build(tmp_path / "m", [path])
+    record = "isthmus.data_pipeline.dataset.index_build.asdict"
+    with mock.patch(record, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        IndexShard(STORE, str(tmp_path / "m"), IndexOptions(chunk_bytes=4000))(str(path))
+    after, _ = build(tmp_path / "m", [path])
+    assert after.hash == before.hash
+    assert ShardIndex.load(after.shards[0], STORE).total_samples == 6
 
 
 def test_an_outcome_that_this_version_cannot_read_is_made_again(tmp_path):

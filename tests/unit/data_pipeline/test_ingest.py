@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +83,20 @@ def test_an_interrupted_ingest_resumes_and_changed_records_are_written_again(fol
     assert digests(tmp_path / "out") == before
     (folder / "0.txt").write_text("another caption")
     assert [shard.reused for shard in write(folder, tmp_path / "out")] == [False, True]
+
+
+def test_an_interrupted_ingest_of_changed_records_is_not_taken_for_the_earlier_one(folder, tmp_path):
+    write(folder, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    caption = (folder / "0.txt").read_text()
+    (folder / "0.txt").write_text("another caption")
+    record = "isthmus.data_pipeline.ingest.shards.asdict"
+    with mock.patch(record, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        write(folder, tmp_path / "out")
+    assert digests(tmp_path / "out") != before
+    (folder / "0.txt").write_text(caption)
+    assert [shard.reused for shard in write(folder, tmp_path / "out")] == [False, True]
+    assert digests(tmp_path / "out") == before
 
 
 def test_shards_of_another_ingest_are_not_mixed_in(folder, tmp_path):

@@ -1,7 +1,9 @@
 """Local folders as an object store: atomicity, one winner, versions, errors."""
 
 import pickle
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -120,8 +122,6 @@ def _is_not_root():
 
 def _raise_permission(store, tmp_path):
     """Root ignores modes; let the system call refuse instead."""
-    from unittest import mock
-
     with mock.patch("pathlib.Path.read_bytes", side_effect=PermissionError(13, "Permission denied")):
         store.get(f"{tmp_path}/x")
 
@@ -151,6 +151,27 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(store, tmp_path):
     assert store.remove_unfinished(f"{tmp_path}/run") == 2
     assert not list(tmp_path.rglob("*.partial"))
     assert store.get(f"{tmp_path}/run/a/x") == b"2"
+
+
+def test_a_folder_in_which_nothing_is_left_over_stays_as_it_is(store, tmp_path):
+    store.put(f"{tmp_path}/a/x", b"1")
+    assert store.remove_unfinished(f"{tmp_path}/a") == 0
+    assert store.remove_unfinished(f"{tmp_path}/absent") == 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
+
+
+def test_leftovers_that_may_not_be_removed_are_logged(store, tmp_path, monkeypatch, caplog):
+    (tmp_path / ".isthmus-0123.partial").write_bytes(b"half")
+    monkeypatch.setattr("pathlib.Path.unlink", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert store.remove_unfinished(str(tmp_path)) == 0
+    assert "unfinished uploads of earlier attempts stay: " in caplog.text
+
+
+def test_an_open_file_without_a_name_becomes_an_object(store, tmp_path):
+    with tempfile.TemporaryFile() as file:
+        file.write(b"z" * 300_000)
+        info = store.put_open_file(f"{tmp_path}/x", file)
+    assert (info.size, store.get(info.url)) == (300_000, b"z" * 300_000)
 
 
 def test_a_lock_that_another_process_keeps_is_named(store, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from isthmus.data_pipeline.errors import AccessError
+from isthmus.data_pipeline.store.local_store import LocalBackend
 from isthmus.data_pipeline.store.object_store import ObjectStore, UnavailableError, join
 from isthmus.trainer.config.loading import check_config
 from isthmus.trainer.config.schema import TrainConfig
@@ -64,10 +65,10 @@ def test_second_writer_is_refused_with_holder_and_since(tmp_path):
 
 
 def test_a_store_that_forbids_to_list_uploads_costs_a_warning(tmp_path, monkeypatch, caplog):
-    def forbidden(_store, url):
+    def forbidden(_backend, url):
         raise AccessError(f"list {url}: access denied (403)")
 
-    monkeypatch.setattr(ObjectStore, "remove_unfinished", forbidden)
+    monkeypatch.setattr(LocalBackend, "remove_unfinished", forbidden)
     open_run(tmp_path).close()
     assert "unfinished uploads of earlier attempts stay" in caplog.text
     assert "access denied" in caplog.text
