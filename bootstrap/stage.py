@@ -110,6 +110,7 @@ def run_stage(
             progress.model_cpu_seconds += done.model_cpu_seconds
             on_progress(progress)
             store.put(record, json.dumps(_facts(progress)).encode())
+    store.remove_unfinished(join(out, TIMES))
     return work.writer.commit(manifest)
 
 

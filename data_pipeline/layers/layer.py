@@ -127,6 +127,7 @@ class LayerWriter:
             raise DataError(f"{self.folder_url}: {len(missing)} shards are not done yet, for example {missing[0]}")
         done = tuple(file for file in files if file is not None)
         layer = Layer(self.folder_url, self.base_hash, self.parent_hash, self.made_by, done, self._store)
+        self._store.remove_unfinished(self.folder_url)
         self._store.put_same(join(self.folder_url, FILE_NAME), layer.to_bytes())
         return layer
 

@@ -102,6 +102,7 @@ def save_manifest(
         if Manifest.load(folder_url, store).hash != manifest.hash:
             raise AlreadyExistsError(f"{folder_url} has another manifest; write into another folder")
     except NotFoundError:
+        store.remove_unfinished(folder_url)
         manifest.save(folder_url, store)
     return manifest
 

@@ -1,7 +1,7 @@
 """A bootstrap that is killed anywhere ends with the bytes of one that never was: 20 seeded kills, 3 of them each time.
 
-A seed decides what dies and when: the process that works, before or after one of its writes; the store, which refuses
-a write or loses its answer; on Ray an actor of the pool, which the driver replaces, or the driver.
+A seed decides what dies and when: the process that works, before, during or after one of its writes; the store, which
+refuses a write or loses its answer; on Ray an actor of the pool, which the driver replaces, or the driver.
 """
 
 import multiprocessing
@@ -28,6 +28,7 @@ from isthmus.data_pipeline.errors import UnavailableError
 from isthmus.data_pipeline.process_pool import Runner, run_in_processes
 from isthmus.data_pipeline.store.object_store import ObjectStore
 from isthmus.model.errors import ModelError
+from tests.chaos.forks import FORKS
 from tests.faulty_store import Fault, FaultyStore
 from tests.integration.cluster.raylets import Raylets, wait_for
 from tests.tiny_exports import write_exports, write_pictures
@@ -40,9 +41,6 @@ STARTS = 6
 SHARD_SECONDS = 0.4
 LIMIT_SECONDS = 120.0
 HERE = Pool(run_in_processes(1))
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["isthmus.bootstrap.caption", "isthmus.bootstrap.score"])
-"""A clean process with everything imported, from which those that are killed are forked."""
 DRIVERS = multiprocessing.get_context("spawn")
 """Drivers on Ray begin with the cluster's environment."""
 
@@ -86,7 +84,8 @@ def bootstrap(inputs: Inputs, folder: Path, store: ObjectStore, pool: Pool) -> N
 
 
 def layers(folder: Path) -> dict[str, bytes]:
-    """Return every object; a process that is killed during a write may leave a hidden file, which is none."""
+    """Return every object; no partial file of a killed process is left."""
+    assert list(folder.rglob(".isthmus-*")) == []
     store = ObjectStore()
     urls = [info.url for name in (CAPTIONS, SCORED) for info in store.list(str(folder / name))]
     return {url.removeprefix(str(folder)): bytes(store.get(url)) for url in urls}
@@ -96,7 +95,7 @@ def kill_here(seed: int, inputs: Inputs, folder: Path) -> int:
     """Start until the bootstrap is done, with a fault at a random write of the first starts; return the starts."""
     rng = random.Random(seed)
     for start in range(STARTS):
-        kind = rng.choice(["kill_before", "kill_after", "refuse", "lose_answer"])
+        kind = rng.choice(["kill_before", "kill_during", "kill_after", "refuse", "lose_answer"])
         fault = Fault(kind, at_write=rng.randrange(WRITES // 2)) if start < 2 else None
         store = FaultyStore(StoreConfig(), folder / f"journal-{start}", fault)
         process = FORKS.Process(target=attempt, args=(inputs, folder / "out", store))
