@@ -1,7 +1,9 @@
 """Run a function on N gloo ranks in fresh processes, with a time limit."""
 
+import contextlib
 import datetime
 import os
+import random
 import socket
 import sys
 import time
@@ -122,6 +124,9 @@ def _rank_main(
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a free port below the range from which the kernel gives ports to others until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
@@ -26,6 +25,7 @@ from isthmus.trainer.context import Rank
 from tests.chaos.proxy import Proxy
 from tests.chaos.schedule import Fault, Schedule
 from tests.chaos.start import start
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "chaos"
@@ -249,7 +249,7 @@ class _Attempt:
 
     def _start(self, name: str) -> list[BaseProcess]:
         context = multiprocessing.get_context("forkserver")
-        world, port = self._result.world, _free_port()
+        world, port = self._result.world, free_port()
         faults = tuple(replace(fault, rank=fault.rank % world) for fault in self._run.schedule.faults)
         ranks = []
         for rank in range(world):
@@ -376,9 +376,3 @@ def _status(pid: int) -> str:
         return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return psutil.STATUS_DEAD
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from isthmus.cluster.serving import Server
 from isthmus.model.decoding import Decoding
 from isthmus.model.formats.native import export_bridge
 from isthmus.model.generate import QUESTION
+from tests.ranks import free_port
 from tests.stage2_parts import QFORMER, stage2_parts
 
 pytestmark = pytest.mark.unit
@@ -49,12 +49,6 @@ def export(tmp_path_factory):
     parts = stage2_parts(root, "opt")
     export_bridge(root / "own", parts.model.trainable_parameters(), QFORMER, parts.vision, parts.language)
     return root / "own"
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
 
 
 def test_openai_client_gets_the_models_own_answer(export):
