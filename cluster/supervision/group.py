@@ -201,6 +201,11 @@ class WorkerGroup:
         deadline = time.monotonic() + RETURN_SECONDS  # without their peer, collectives of the others end
         while any(member.result is None for member in here) and time.monotonic() < deadline:
             self.update(0.1)
+        for member in here:
+            if member.result is None:
+                logger.warning(
+                    "%s is replaced: it has not left the last attempt within %g s", member.name, RETURN_SECONDS
+                )
         clean = self._clean_ranks()
         for member in here:
             member.is_clean = member.rank.rank in clean
