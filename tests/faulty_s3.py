@@ -4,10 +4,11 @@ import contextlib
 import email.utils
 import hashlib
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.http_server import serving
 
 Fault = Callable[["Handler"], bool]
 """Called before a request is answered; True: the fault has answered (or broken) it."""
@@ -107,15 +108,6 @@ class FaultyS3(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-@contextlib.contextmanager
-def faulty_s3() -> Iterator[FaultyS3]:
+def faulty_s3() -> contextlib.AbstractContextManager[FaultyS3]:
     """Run the server for the length of the block."""
-    server = FaultyS3()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    return serving(FaultyS3())

@@ -4,10 +4,10 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
+
+from tests.http_server import serving
 
 COMMIT = "c" * 40
 NAME = "someone/opt-tiny"
@@ -63,15 +63,8 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-@contextlib.contextmanager
-def serve_hub(files: dict[str, bytes], handler: type[Hub] = Hub) -> Iterator[ThreadingHTTPServer]:
+def serve_hub(
+    files: dict[str, bytes], handler: type[Hub] = Hub
+) -> contextlib.AbstractContextManager[ThreadingHTTPServer]:
     """Serve a model of these files, for the length of the block; its handler class is the server's own."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"files": files, "sent": {}}))
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    return serving(ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"files": files, "sent": {}})))

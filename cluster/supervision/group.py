@@ -204,7 +204,7 @@ class WorkerGroup:
         for member in here:
             if member.result is None:
                 logger.warning(
-                    "%s is replaced: it has not left the last attempt within %g s", member.name, RETURN_SECONDS
+                    "%s is replaced: it did not end the last attempt within %g s", member.name, RETURN_SECONDS
                 )
         clean = self._clean_ranks()
         for member in here:

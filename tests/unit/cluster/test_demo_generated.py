@@ -63,7 +63,7 @@ def test_sigterm_stops_the_demo_as_ctrl_c_does(monkeypatch):
 
 
 @pytest.mark.parametrize(("recipe", "warns"), [("recipes/demo.yaml", True), ("recipes/demo-tiny.yaml", False)])
-def test_a_small_disk_is_said(tmp_path, monkeypatch, capsys, recipe, warns):
+def test_a_small_disk_is_reported(tmp_path, monkeypatch, capsys, recipe, warns):
     monkeypatch.setattr(main, "CACHE", tmp_path)
     monkeypatch.setattr(main.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
     main._warn_of_a_small_disk(recipe)

@@ -109,7 +109,7 @@ def test_preflight_checks_the_cluster_that_the_environment_names(monkeypatch):
     assert checked == ["http://head:8265"]
 
 
-def test_a_cluster_without_authentication_is_said(monkeypatch, caplog):
+def test_a_cluster_without_authentication_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(dashboard, "_token", lambda: None)
     answer = SimpleNamespace(status_code=200, json=lambda: {"ray_version": ray.__version__})
     monkeypatch.setattr(dashboard, "ask", lambda _: answer)
