@@ -37,7 +37,7 @@ class _Item:
 
 
 class Prefetcher:
-    """Batches of a loader, in its order, with their inputs; the thread owns the loader until `close`.
+    """Batches of a loader, in its order, with their inputs; the thread owns the loader, which `close` closes.
 
     On CUDA copies and preprocessing run on a stream of their own. Bad records and metrics are those of the batches
     handed out so far, not of the one that is ready.
@@ -88,8 +88,9 @@ class Prefetcher:
         return self._metrics
 
     def close(self) -> None:
-        """Stop the thread; one that waits for a reader ends when the loader is closed."""
+        """Stop the thread and the readers, for one of which it may be waiting."""
         self._closing.set()
+        self._loader.close()
         self._thread.join(CLOSE_SECONDS)
 
     def _run(self, start_step: int, num_steps: int) -> None:

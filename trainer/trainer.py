@@ -87,7 +87,7 @@ class Trainer:
         self.context, self.rank, self.store, self.run_store = context, context.rank, store, run_store
         self.step = 0
         self._stack = stack
-        self.monitor = stack.enter_context(closing(Monitor(config, name, context, store, run_store.url)))
+        self.monitor = stack.enter_context(Monitor(config, name, context, store, run_store.url))
         self.checkpoints = stack.enter_context(closing(self._open_checkpoints(peers)))
 
     def run(self) -> Outcome:

@@ -106,7 +106,7 @@ class Attempt:
         member = self.group.unresponsive(self.unresponsive_seconds)
         if member is None:
             return None
-        for name, stacks in self.group.stacks().items():
+        for name, stacks in self.group.stacks(self.group.members).items():
             logger.error("stacks of %s:\n%s", name, stacks)
         cause = f"{member.name} (pid {member.address.pid}) has not responded for {self.unresponsive_seconds:g} s"
         return AttemptEnd(

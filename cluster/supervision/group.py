@@ -169,9 +169,9 @@ class WorkerGroup:
             with contextlib.suppress(RayError):
                 member.actor.stop.remote(reason)
 
-    def stacks(self) -> dict[str, str]:
-        """Return the stacks of the processes that still respond, by name."""
-        calls = {member.actor.stacks.remote(): member.name for member in self.members}
+    def stacks(self, members: Iterable[Member]) -> dict[str, str]:
+        """Return the stacks of those of these processes that still respond, by name."""
+        calls = {member.actor.stacks.remote(): member.name for member in members}
         responded, _ = ray.wait(list(calls), num_returns=len(calls), timeout=STACKS_TIMEOUT_SECONDS)
         found = {}
         for reference in responded:
@@ -201,11 +201,12 @@ class WorkerGroup:
         deadline = time.monotonic() + RETURN_SECONDS  # without their peer, collectives of the others end
         while any(member.result is None for member in here) and time.monotonic() < deadline:
             self.update(0.1)
-        for member in here:
-            if member.result is None:
-                logger.warning(
-                    "%s is replaced: it did not end the last attempt within %g s", member.name, RETURN_SECONDS
-                )
+        late = [member for member in here if member.result is None]
+        for name, stacks in self.stacks(late).items():
+            logger.warning(
+                "%s is replaced: it did not end the last attempt within %g s; its stacks:\n%s",
+                *(name, RETURN_SECONDS, stacks),
+            )
         clean = self._clean_ranks()
         for member in here:
             member.is_clean = member.rank.rank in clean

@@ -107,7 +107,8 @@ class Loader:
         return self._metrics.numbers() | asked_again | epochs
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop the readers; a thread that waits for one of them gets a DataError. May be called again."""
+        self._parts.close()
         self._backend.close()
 
     def _begin(self, start_step: int, end_step: int) -> int:

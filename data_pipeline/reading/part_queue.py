@@ -42,7 +42,12 @@ class PartQueue:
     def __init__(self, backend: Backend, timeout_seconds: float, store: ObjectStore) -> None:
         self._backend, self._timeout, self._store = backend, timeout_seconds, store
         self._steps: deque[list[_Pending]] = deque()
+        self._is_closed = False
         self.num_asked_again = 0
+
+    def close(self) -> None:
+        """Ask no other reader from now on; the present ones are about to be stopped."""
+        self._is_closed = True
 
     def clear(self) -> None:
         """Forget what was requested."""
@@ -58,7 +63,7 @@ class PartQueue:
         Raises:
             PoisonPartError: the same samples ended several readers.
             ReadersUnavailable: there was no reader for too long.
-            DataError: the store cannot be read.
+            DataError: the store cannot be read, or the queue was closed meanwhile.
         """
         parts = [self._wait_for(place) for place in range(len(self._steps[0]))]
         self._steps.popleft()
@@ -82,6 +87,8 @@ class PartQueue:
 
     def _ask_again(self) -> None:
         """Ask again what dead readers owe."""
+        if self._is_closed:
+            raise DataError("the loader was closed while a part was awaited")
         places = [(step, place) for step in self._steps for place in range(len(step))]
         dead = [(step, place, error) for step, place in places if (error := _death(step[place]))]
         now = time.monotonic()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,11 @@ from isthmus.trainer.monitoring.loggers import JsonlLogger, MetricLogger, Tensor
 from isthmus.trainer.monitoring.profiler import StepProfiler
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.samples import write_samples
-from isthmus.trainer.monitoring.synced_folder import SyncedFolder
+from isthmus.trainer.monitoring.synced_folder import (
+    CLOSE_AFTER_ERROR_SECONDS,
+    PUSH_TIMEOUT_SECONDS,
+    SyncedFolder,
+)
 from isthmus.trainer.monitoring.trackers import open_trackers
 from isthmus.trainer.monitoring.watchdog import Watchdog
 
@@ -69,8 +73,6 @@ class Monitor:
         self._began = time.time()
         self._stack = ExitStack()
         self._synced = SyncedFolder(self._url, store) if context.rank.is_main else None
-        if self._synced:
-            self._stack.callback(self._synced.close)
         self._watchdog = self._stack.enter_context(Watchdog(config.safety.step_timeout_seconds, self._keep_stacks))
         self.ledger = GoodputLedger(None, lambda _data: None, began=self._began)
         self._loggers: list[MetricLogger] = []
@@ -261,12 +263,18 @@ class Monitor:
         if self._synced:
             self._synced.push()
 
-    def close(self) -> None:
-        """Write everything and stop the watchdog."""
-        with self._stack:
-            for sink in self._loggers:
-                sink.close()
-            self.ledger.write()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write everything and stop the watchdog; after an error nothing waits for the store for long."""
+        with ExitStack() as last:
+            if self._synced:
+                last.callback(self._synced.close, CLOSE_AFTER_ERROR_SECONDS if kind else PUSH_TIMEOUT_SECONDS)
+            with self._stack:
+                for sink in self._loggers:
+                    sink.close()
+                self.ledger.write()
 
     @cached_property
     def _account(self) -> Account | None:

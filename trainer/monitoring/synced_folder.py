@@ -18,6 +18,9 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore,
 
 logger = logging.getLogger(__name__)
 PUSH_TIMEOUT_SECONDS = 120.0
+CLOSE_AFTER_ERROR_SECONDS = 1.0
+"""For the last records of a failed attempt: what a checkpoint needs is sent before its commit, and the next attempt
+must not wait for a slow store."""
 
 
 class SyncedFolder:
@@ -34,6 +37,7 @@ class SyncedFolder:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="synced-folder")
         self._pending: Future[None] | None = None
+        self._is_closed = False
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names, relative to the whole, of the files in one of its folders."""
@@ -78,25 +82,28 @@ class SyncedFolder:
         if self._queue and (self._pending is None or self._pending.done()):
             self._pending = self._thread.submit(self._send)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = PUSH_TIMEOUT_SECONDS) -> None:
         """Send what is left and wait for it.
 
         Raises:
-            TimeoutError: not done after two minutes.
-            DataError: the store refused a file; the next push or wait tries it again.
+            TimeoutError: not done in time.
+            DataError: the store refused a file; the next push or wait tries it again. Or the folder was closed.
         """
+        if self._is_closed:
+            raise DataError(f"{self.url}: is closed")
         if self._queue:
             self._pending = self._thread.submit(self._send)
         if self._pending is not None:
-            self._pending.result(timeout=PUSH_TIMEOUT_SECONDS)
+            self._pending.result(timeout=seconds)
 
-    def close(self) -> None:
+    def close(self, seconds: float = PUSH_TIMEOUT_SECONDS) -> None:
         """Send what is left and wait for it; a failure is logged, because records are not worth a run."""
         try:
-            self.wait()
-        except (DataError, OSError):
-            logger.exception("%s: the last records could not be copied there", self.url)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+            self.wait(seconds)
+        except (DataError, OSError) as error:
+            logger.warning("%s: the last records were not copied there: %s", self.url, error or type(error).__name__)
+        self._is_closed = True
+        self._thread.shutdown(wait=False)
         if self._remote:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -106,6 +113,8 @@ class SyncedFolder:
 
     def _send(self) -> None:
         for url, item in list(self._queue.items()):
+            if self._is_closed:
+                raise DataError(f"{self.url}: was closed before {url} was sent")
             try:
                 self._store.put(url, item if isinstance(item, bytes) else item.read_bytes())
             except DataError:

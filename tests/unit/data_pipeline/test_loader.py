@@ -3,7 +3,7 @@
 import io
 import time
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -284,6 +284,23 @@ def test_a_silent_reader_is_replaced_and_asked_again(manifest, monkeypatch):
     for one, other in zip(take(made, 0, 4), expected, strict=True):
         assert_equal(one, other)
     assert made.metrics()["parts_asked_again"] == 2 * 3 * 4  # twice, three steps ahead, four lanes
+
+
+def test_a_thread_that_waits_for_a_reader_ends_with_the_loader(manifest, monkeypatch):
+    backend = []
+    monkeypatch.setattr(
+        loader_module, "_open_backend", lambda config, make, *_: backend.append(Silent(make, 1)) or backend[0]
+    )
+    made = loader(manifest)
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(take, made, 0, 1)
+        while not backend[0].asked:
+            time.sleep(0.01)
+        made.close()
+        backend[0].replace(0)  # as closing a backend kills its readers
+        with pytest.raises(DataError, match="the loader was closed"):
+            batches.result(10)
+    assert backend[0].asked == []
 
 
 class Watched(InProcessBackend):

@@ -32,18 +32,17 @@ def run(tmp_path, *overrides, work=(30.0, 20.0), retries=lambda _device: 0.0):
         [f"stage1.steps={STEPS}", "stage1.global_batch_size=8", "logging.every_steps=2", *overrides],
         JobConfig,
     )
-    monitor = Monitor(config, "stage1", LocalContext(), ObjectStore(), str(tmp_path))
-    monitor.start()
-    monitor.resume(0, torch.device("cpu"))
-    monitor.expect_work(*work)
-    for step in monitor.batches(range(1, STEPS + 1)):
-        monitor.on_step_begin(step)
-        torch.ones(4) @ torch.ones(4)
-        status = StepStatus(None, step == 2, 0.5, 0.125, 3e9)
-        monitor.on_step_end(step, status)
-        if monitor.record_due(step):
-            monitor.record(step, LOSSES, torch.tensor(3.0), status, {"optim/lr": 1e-3}, None)
-    monitor.close()
+    with Monitor(config, "stage1", LocalContext(), ObjectStore(), str(tmp_path)) as monitor:
+        monitor.start()
+        monitor.resume(0, torch.device("cpu"))
+        monitor.expect_work(*work)
+        for step in monitor.batches(range(1, STEPS + 1)):
+            monitor.on_step_begin(step)
+            torch.ones(4) @ torch.ones(4)
+            status = StepStatus(None, step == 2, 0.5, 0.125, 3e9)
+            monitor.on_step_end(step, status)
+            if monitor.record_due(step):
+                monitor.record(step, LOSSES, torch.tensor(3.0), status, {"optim/lr": 1e-3}, None)
     return read_records(str(tmp_path / "stage1"), "metrics", ObjectStore())
 
 

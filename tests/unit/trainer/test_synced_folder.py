@@ -1,5 +1,6 @@
 """Records reach the object store: each byte once, past an outage, and never at the cost of a training step."""
 
+import contextlib
 import threading
 import time
 
@@ -7,11 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.cluster.config import JobConfig
+from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.reading.quarantine import BadRecord
 from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectInfo, ObjectStore, UnavailableError, join
+from isthmus.trainer.config.loading import load_config
+from isthmus.trainer.context import LocalContext
 from isthmus.trainer.errors import LeaseError
 from isthmus.trainer.monitoring.goodput import GoodputLedger
 from isthmus.trainer.monitoring.loggers import JsonlLogger, TensorBoardLogger
+from isthmus.trainer.monitoring.monitor import Monitor
 from isthmus.trainer.monitoring.quarantine_log import QuarantineLog
 from isthmus.trainer.monitoring.segments import SegmentedLog, read_records
 from isthmus.trainer.monitoring.synced_folder import SyncedFolder
@@ -174,6 +180,24 @@ def test_an_outage_of_the_store_blocks_no_step():
     assert [record["step"] for record in read_records(URL, "metrics", store)] == list(range(100))
     assert len([url for url, _ in store.puts if url.endswith("goodput.json")]) <= 2, "only the newest is sent"
     synced.close()
+
+
+def test_a_failed_attempt_waits_for_no_store_and_commits_nothing_without_its_records():
+    """The next attempt waited up to two minutes for the last one's records."""
+    store = MemoryStore()
+    config = load_config("tiny.yaml", [], JobConfig)
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        Monitor(config, "stage1", LocalContext(), store, "s3://bucket/run") as monitor,
+    ):
+        monitor.start()
+        store.respond.clear()
+        monitor.flush()
+        raise ZeroDivisionError
+    with pytest.raises(DataError, match="closed"):
+        monitor.wait_for_records()
+    assert store.puts == [], "the attempt ended before the store answered"
+    store.respond.set()
 
 
 def test_a_lost_run_is_no_failed_upload(tmp_path):
