@@ -53,9 +53,10 @@ def ray_head(num_cpus: int, threads: int, log: Path) -> Iterator[RayHead]:
     """
     use_tokens(create=True)
     folder = tempfile.mkdtemp(prefix="isthmus-r")
-    port, dashboard_port, client_port = free_ports(3)
+    port, dashboard_port, agent_port, client_port = free_ports(4)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--node-ip-address={HOST}"]
     command += [f"--port={port}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard_port}"]
+    command += [f"--dashboard-agent-listen-port={agent_port}"]  # Ray's default is one port for all: no jobs, if in use
     command += [f"--ray-client-server-port={client_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAY_DEDUP_LOGS": "0"}
