@@ -40,6 +40,7 @@ START_POLL_SECONDS = 0.5
 NO_AGENT = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported."""
 AGENT_TIMEOUT_SECONDS, AGENT_POLL_SECONDS = 180.0, 1.0
+AGENT_REMEDY = " Is there another Ray on the head? Then start this one with another --dashboard-agent-listen-port"
 
 
 class Jobs:
@@ -120,7 +121,8 @@ class Jobs:
             except RuntimeError as error:
                 if "already exists" in str(error):
                     return False
-                raise ClusterError(f"{self.address}: the job was not accepted: {last_line(error)}") from error
+                remedy = AGENT_REMEDY if NO_AGENT in str(error) else ""
+                raise ClusterError(f"{self.address}: the job was not accepted: {last_line(error)}{remedy}") from error
         return True
 
     def get(self, job_id: str) -> Job:

@@ -185,7 +185,7 @@ def test_a_cluster_that_has_just_started_is_given_time_to_take_the_job(monkeypat
 def test_a_cluster_without_an_agent_is_not_waited_for_endlessly(monkeypatch, tmp_path):
     monkeypatch.setattr("isthmus.cluster.submission.jobs.AGENT_TIMEOUT_SECONDS", 0.2)
     cluster = NewCluster(monkeypatch, 10**9, REFUSED)
-    with pytest.raises(ClusterError, match="was not accepted: No available agent"):
+    with pytest.raises(ClusterError, match=r"not accepted: No available agent.* --dashboard-agent-listen-port"):
         cluster.jobs._send(job_config(str(tmp_path)), "demo-1", "isthmus.cluster.driver", {})
 
 
