@@ -1,6 +1,7 @@
 """Records reach the object store: each byte once, past an outage, and never at the cost of a training step."""
 
 import contextlib
+import tempfile
 import threading
 import time
 
@@ -25,6 +26,14 @@ from tests.saved_states import fragments_of, holds, manager, state_of
 
 pytestmark = pytest.mark.unit
 URL = "s3://bucket/run/stage1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def temporary_folders(tmp_path_factory):
+    """A place for the folders of writers that are killed here, which remove nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("synced")))
+        yield
 
 
 class MemoryStore(ObjectStore):
