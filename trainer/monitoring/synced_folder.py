@@ -18,7 +18,7 @@ from isthmus.data_pipeline.store.object_store import NotFoundError, ObjectStore,
 
 logger = logging.getLogger(__name__)
 PUSH_TIMEOUT_SECONDS = 120.0
-CLOSE_AFTER_ERROR_SECONDS = 1.0
+CLOSE_AFTER_ERROR_SECONDS = 2.0
 """For the last records of a failed attempt: what a checkpoint needs is sent before its commit, and the next attempt
 must not wait for a slow store."""
 
