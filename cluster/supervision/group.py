@@ -202,10 +202,11 @@ class WorkerGroup:
         while any(member.result is None for member in here) and time.monotonic() < deadline:
             self.update(0.1)
         late = [member for member in here if member.result is None]
-        for name, stacks in self.stacks(late).items():
+        stacks = self.stacks(late)
+        for member in late:
             logger.warning(
                 "%s is replaced: it did not end the last attempt within %g s; its stacks:\n%s",
-                *(name, RETURN_SECONDS, stacks),
+                *(member.name, RETURN_SECONDS, stacks.get(member.name, "it does not respond")),
             )
         clean = self._clean_ranks()
         for member in here:

@@ -268,13 +268,14 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write everything and stop the watchdog; after an error nothing waits for the store for long."""
-        with ExitStack() as last:
-            if self._synced:
-                last.callback(self._synced.close, CLOSE_AFTER_ERROR_SECONDS if kind else PUSH_TIMEOUT_SECONDS)
+        try:
             with self._stack:
                 for sink in self._loggers:
                     sink.close()
                 self.ledger.write()
+        finally:
+            if self._synced:
+                self._synced.close(CLOSE_AFTER_ERROR_SECONDS if kind else PUSH_TIMEOUT_SECONDS)
 
     @cached_property
     def _account(self) -> Account | None:
