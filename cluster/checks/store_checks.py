@@ -35,8 +35,9 @@ def check_store(config: JobConfig) -> StoreSpeed:
         DataError: something is not permitted, or a write whose condition does not hold is not refused.
     """
     store = ObjectStore(config.store)
-    folder = join(config.run.url, f".preflight-{uuid.uuid4().hex}")
-    url, contested = join(folder, "probe"), join(folder, "contested")
+    # Not in a folder of their own: on a local disk it would stay.
+    prefix = f".preflight-{uuid.uuid4().hex}"
+    url, contested = (join(config.run.url, f"{prefix}.{name}") for name in ("probe", "contested"))
     content = os.urandom(PROBE_BYTES)
     try:
         began = time.perf_counter()
@@ -45,8 +46,8 @@ def check_store(config: JobConfig) -> StoreSpeed:
         if store.get(url) != content:
             raise DataError(f"{url}: the bytes read back differ from those written; this store cannot be used")
         read = time.perf_counter()
-        if [info.url for info in store.list(folder)] != [url]:
-            raise DataError(f"{folder}: a written object is not listed; this store cannot be used")
+        if [info.url for info in store.list(config.run.url, prefix)] != [url]:
+            raise DataError(f"{url}: a written object is not listed; this store cannot be used")
         _check_conditional_writes(store, contested)
     finally:
         store.delete(url)

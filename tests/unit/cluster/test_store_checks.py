@@ -13,6 +13,7 @@ pytestmark = pytest.mark.unit
 
 def test_a_store_with_conditional_writes_passes_and_nothing_is_left(tmp_path):
     assert check_store(job_config(str(tmp_path))).read_megabytes_per_second > 0
+    assert not list(tmp_path.rglob("*preflight*"))
     assert list(ObjectStore().list(str(tmp_path))) == []
 
 
