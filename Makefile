@@ -3,6 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 STAMP := .venv/stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 UNIT_THREADS := OMP_NUM_THREADS=1
+# Many tests wait for ranks, Ray or a limit; two processes use that time. PYTEST_PROCESSES=0 runs them in one.
+PYTEST := $(UNIT_THREADS) $(BIN)/python -m pytest
+PYTEST_PROCESSES ?= 2
+PARALLEL := --numprocesses $(PYTEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: bench bench-data chaos check clean demo demo-tiny fixtures format graph help integration test test-isa test-slow unit venv
 .DEFAULT_GOAL := help
@@ -31,13 +35,13 @@ $(STAMP):
 	@touch $@
 
 unit: venv
-	$(UNIT_THREADS) $(BIN)/python -m pytest -m "unit and not slow"
+	$(PYTEST) $(PARALLEL) -m "unit and not slow"
 
 integration: venv
-	$(UNIT_THREADS) $(BIN)/python -m pytest -m "integration or chaos"
+	$(PYTEST) $(PARALLEL) -m "integration or chaos"
 
 test: venv
-	$(UNIT_THREADS) $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 # The model's tests under other CPU instruction sets, and with two threads.
 ISA_SETS := ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2,OMP_NUM_THREADS=1 \
@@ -49,7 +53,7 @@ test-isa: venv
 	  env $$(echo "$$set" | tr , ' ') $(BIN)/python -m pytest -q $(ISA_TESTS) || exit 1; done
 
 test-slow: venv
-	$(UNIT_THREADS) $(BIN)/python -m pytest -m slow --timeout 1500
+	$(PYTEST) -m slow --timeout 1500
 
 fixtures: venv
 	$(UNIT_THREADS) $(BIN)/python -m tests.fixtures_check $(or $(DIR),tests/data)

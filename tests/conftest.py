@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,15 @@ from tests.s3_servers import s3_server
 from tests.seaweed import seaweed
 
 __all__ = ["s3_server", "seaweed"]
+
+RAY_FOLDERS = [Path(__file__).parent / name for name in ("chaos", "integration/cluster")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell pytest-xdist what one process runs: a file, for the sake of its fixtures, and all that start Ray."""
+    for item in items:
+        group = "ray" if any(item.path.is_relative_to(folder) for folder in RAY_FOLDERS) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
