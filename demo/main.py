@@ -52,7 +52,7 @@ PHASES = {
 EXPECTED_SECONDS = {
     TINY_RECIPE: (1, 3, 15, 10, 32, 10, 8, 3),
     RECIPE: (60, 70, 25, 15, 320, 330, 25, 5),
-    LONG_RECIPE: (60, 60, 40, 15, 2000, 3600, 90, 5),
+    LONG_RECIPE: (60, 70, 25, 15, 1300, 2200, 45, 5),
 }
 """Of each phase on two cores of 2026-11. Other machines and recipes are scaled by the pace seen."""
 TINY_NOTE = (
