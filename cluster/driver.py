@@ -103,7 +103,7 @@ def _drive_leased(config: JobConfig, run: RunStore, board: StatusBoard) -> Outco
     supervisor = Supervisor(config, run.token, board)
     try:
         with _stop_on_signals(supervisor):
-            for stage in run.remaining_stages(config):
+            for stage in config.stages:
                 if not supervisor.run_stage(stage):
                     board.update(RunState.STOPPED, message="stopped by the operator; isthmus resume continues")
                     return Outcome.STOPPED

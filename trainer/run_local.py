@@ -38,7 +38,7 @@ def train_here(config: TrainConfig, context: LocalContext | None = None, allow_c
         )
         run = RunStore.open(config, store, owner=owner, allow_change=allow_change)
         stack.callback(run.close)
-        for stage in run.remaining_stages(config):
+        for stage in config.stages:
             if run_stage(config, stage, context, store, run) is Outcome.STOPPED:
                 return Outcome.STOPPED
         if config.run.export and context.rank.is_main:

@@ -6,7 +6,6 @@ Starting ranks costs more than these runs, so all runs of a world size share one
 import json
 import logging
 import re
-import shutil
 from dataclasses import asdict
 
 import pytest
@@ -72,18 +71,8 @@ def train_stopped_and_resumed(rank, world_size, assets, folder):
     return [*outcomes, train_here(broken)], stopped_at
 
 
-def resume_without_stage1(assets, folder):
-    """Resume a copy of a run, at the second of three steps of stage 2, whose operator has deleted stage 1."""
-    run = folder / "cleared" / "tiny"
-    shutil.copytree(folder / "broken" / "tiny", run)
-    shutil.rmtree(run / "stage1")
-    shutil.rmtree(run / "stage2/checkpoints/step-000000003")
-    assert train_here(configure(assets, folder / "cleared", UNMEASURED)) is Outcome.FINISHED
-
-
 def prove_alone(rank, world_size, assets, folder):
     result = train_stopped_and_resumed(rank, world_size, assets, folder)
-    resume_without_stage1(assets, folder)
     run, pairs = str(folder / "whole/tiny"), str(assets / "held-out")
     answered = command("eval", run, str(assets / "questions.jsonl"), "--out", str(folder / "answers"))
     subjects = {"of-run": run, "of-export": export_of(configure(assets, folder / "whole"))}
@@ -230,14 +219,6 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(request, ranks):
     account = json.loads((folder / "broken/tiny/goodput.json").read_text())
     assert account["starts"] >= 2
     assert account["seconds"]["compute"] > 0
-
-
-def test_stage2_resumes_without_the_checkpoints_of_stage1(alone):
-    folder, _ = alone
-    (step, resumed), (_, whole) = (weights(folder / name, "stage2") for name in ("cleared", "broken"))
-    assert step == 3
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert not (folder / "cleared/tiny/stage1").exists()
 
 
 def test_two_ranks_have_the_losses_and_figures_of_one(alone, pair):

@@ -10,15 +10,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 from isthmus.data_pipeline.errors import DataError
 from isthmus.data_pipeline.store.object_store import AlreadyExistsError, ChangedError, NotFoundError, ObjectStore, join
-from isthmus.trainer.checkpoint.reader import list_checkpoints
 from isthmus.trainer.config.changes import check_changes
 from isthmus.trainer.config.loading import check_config, config_hash, parse_yaml, to_yaml
-from isthmus.trainer.config.schema import StageName, TrainConfig
+from isthmus.trainer.config.schema import TrainConfig
 from isthmus.trainer.engine.collectives import from_main_rank
 from isthmus.trainer.errors import ConfigError, TrainerError
 from isthmus.trainer.runs.lease import HEARTBEAT_SECONDS, Lease, assert_token
@@ -76,27 +74,6 @@ class RunStore:
     def checkpoints_url(self, stage: str) -> str:
         """Return the folder of a stage's checkpoints."""
         return join(self.url, stage, "checkpoints")
-
-    def remaining_stages(self, config: TrainConfig) -> tuple[StageName, ...]:
-        """Return the stages to train, in their order. In a process group rank 0 looks for all.
-
-        A stage that the next one has begun to build on is left out, also if its checkpoints were deleted since, but not
-        if it was rolled back or given more steps.
-        """
-
-        def find() -> tuple[StageName, ...]:
-            newest = {
-                stage: next((saved.step for saved in list_checkpoints(self.checkpoints_url(stage), self._store)), 0)
-                for stage in config.stages
-            }
-            built_on = [
-                stage
-                for stage, following in pairwise(config.stages)
-                if newest[following] and not 0 < newest[stage] < config.stage(stage).steps
-            ]
-            return tuple(stage for stage in config.stages if stage not in built_on)
-
-        return from_main_rank(find)
 
     def facts(self) -> dict[str, Any]:
         """Return what `run.json` holds."""

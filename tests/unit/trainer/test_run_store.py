@@ -1,7 +1,6 @@
 """The lease, the configuration kept, the facts of a run, the hand-over; in a local folder, in one process."""
 
 import json
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -221,25 +220,6 @@ def test_init_from_stage1_takes_by_name_drops_the_rest_and_is_done_once(tmp_path
     again = stage2_parameters()
     assert init_from_stage1(config(tmp_path), run, STORE, again) == record
     assert torch.equal(again["qformer.a"], parameters["qformer.a"])
-    run.close()
-
-
-def test_a_stage_that_the_next_one_builds_on_is_not_trained_again(tmp_path):
-    run = open_run(tmp_path)
-    both = ("stage1", "stage2")
-    assert run.remaining_stages(config(tmp_path)) == both
-    stage1(run, 2, 4)
-    uncommitted = tmp_path / "night/stage2/checkpoints/step-000000001"
-    uncommitted.mkdir(parents=True)
-    (uncommitted / "part-0").write_bytes(b"")
-    assert run.remaining_stages(config(tmp_path)) == both
-    shutil.copytree(tmp_path / "night/stage1", tmp_path / "night/stage2", dirs_exist_ok=True)
-    assert run.remaining_stages(config(tmp_path)) == ("stage2",)
-    assert run.remaining_stages(config(tmp_path, stage1__steps=6)) == both, "more steps"
-    shutil.rmtree(tmp_path / "night/stage1/checkpoints/step-000000004")
-    assert run.remaining_stages(config(tmp_path)) == both, "rolled back"
-    shutil.rmtree(tmp_path / "night/stage1")
-    assert run.remaining_stages(config(tmp_path)) == ("stage2",), "deleted"
     run.close()
 
 
