@@ -11,13 +11,13 @@ from tests.seaweed import seaweed
 
 __all__ = ["s3_server", "seaweed"]
 
-RAY_FOLDERS = [Path(__file__).parent / name for name in ("chaos", "integration/cluster")]
+CLUSTER_FOLDERS = [Path(__file__).parent / name for name in ("chaos", "integration/cluster")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell pytest-xdist what one process runs: a file, for the sake of its fixtures, and all that start Ray."""
+    """Tell pytest-xdist what stays in one process: a file, which shares fixtures, and all that start a Ray cluster."""
     for item in items:
-        group = "ray" if any(item.path.is_relative_to(folder) for folder in RAY_FOLDERS) else item.path.stem
+        group = "cluster" if any(item.path.is_relative_to(folder) for folder in CLUSTER_FOLDERS) else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 
