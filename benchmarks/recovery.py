@@ -56,6 +56,7 @@ def inputs(folder: Path, scratch: str, *, demo: bool) -> Iterator[tuple[Path, li
             [
                 f"run.url={scratch}",
                 f"data.sources.0.manifest={folder}/train",
+                f"evaluation.manifest={folder}/held-out",
                 f"model.vision.path={folder}/vision",
                 f"model.qformer.tokenizer={folder}/bert",
             ],
@@ -86,7 +87,6 @@ def configure(recipe: Path, places: list[str], spares: int) -> JobConfig:
         "run.export=false",
         "stage2=null",
         "model.language=null",
-        "evaluation.manifest=null",
         "stage1.steps=100000",
         "logging.every_steps=1",
         "cluster.workers={min: 2, max: 2}",

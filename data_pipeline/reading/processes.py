@@ -20,23 +20,30 @@ _JOIN_SECONDS = 5.0
 
 
 class ProcessBackend:
-    """Reader processes; a lane always asks the same one, so that its chunks are read once."""
+    """Reader processes; a lane always asks the same one, so that its chunks are read once.
+
+    A reader starts when it is first asked, because its imports take seconds of CPU time: a worker that resumes does not
+    spend them on an evaluation that is due later.
+    """
 
     is_async = True
 
     def __init__(self, make_reader: MakeReader, num_readers: int, lanes: list[int]) -> None:
         self._make_reader = make_reader
         self._index = {lane: i % num_readers for i, lane in enumerate(lanes)}
-        self._readers = [_ReaderProcess(make_reader, i) for i in range(min(num_readers, len(lanes)))]
+        self._readers: dict[int, _ReaderProcess] = {}
 
     def submit(self, request: PartRequest) -> "Future[LanePart]":
-        """Ask the lane's reader, a fresh one if it died."""
+        """Ask the lane's reader, a new one if there is none yet or it died."""
         index = self._index[request.lane]
-        if self._readers[index].is_dead:
+        reader = self._readers.get(index)
+        if reader is not None and reader.is_dead:
             _log.warning("reader process %d is replaced", index)
-            self._readers[index].kill()
-            self._readers[index] = _ReaderProcess(self._make_reader, index)
-        return self._readers[index].submit(request)
+            reader.kill()
+            reader = None
+        if reader is None:
+            reader = self._readers[index] = _ReaderProcess(self._make_reader, index)
+        return reader.submit(request)
 
     def has_started(self, lane: int) -> bool:
         """Return whether the lane's reader process is ready to read."""
@@ -48,13 +55,13 @@ class ProcessBackend:
 
     def close(self) -> None:
         """Kill the readers: they hold nothing that could be lost."""
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.kill()
 
     @property
     def process_ids(self) -> list[int]:
         """Process ids of the readers."""
-        return [reader.process_id for reader in self._readers]
+        return [reader.process_id for reader in self._readers.values()]
 
 
 class _ReaderProcess:
