@@ -230,13 +230,13 @@ def test_a_reader_that_is_killed_again_and_again_while_it_starts_is_only_replace
         def __init__(self, *args):
             super().__init__(*args)
             starts.append(self.process_id)
-            if len(starts) < 5:
+            if len(starts) < 6:
                 os.kill(self.process_id, signal.SIGKILL)
 
     monkeypatch.setattr(processes, "_ReaderProcess", KilledAtStart)
     for one, other in zip(take(made, 0, 2), expected, strict=True):
         assert_equal(one, other)
-    assert len(starts) == 5
+    assert len(starts) == 6
 
 
 def test_a_sample_that_ends_its_actors_stops_the_run_too(local_ray, tmp_path, monkeypatch):
